@@ -1,0 +1,26 @@
+"""What can go wrong that a user can mend: one form for every message."""
+
+
+class ConfigError(ValueError):
+    """One setting that cannot work: field, value, rule, way out."""
+
+    def __init__(self, field: str, value: object, rule: str, way_out: str) -> None:
+        super().__init__(f"{field}={value!r}: {rule}. {way_out}")
+
+
+class ConfigErrors(ValueError):
+    """Every problem of a recipe at once, one line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        noun = "problem" if len(problems) == 1 else "problems"
+        super().__init__(f"{len(problems)} {noun} in the configuration:\n{lines}")
+
+
+class InputError(ValueError):
+    """Data, a model directory or an environment that cannot be used: where, value, rule, way out."""
+
+
+class RunError(RuntimeError):
+    """A run that must not go on: wrong weights in the engine, non-finite loss, failing rewards."""

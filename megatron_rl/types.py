@@ -1,0 +1,132 @@
+"""What moves between rooms.
+
+Shape letters of the project: P prompt tokens, R response tokens, T packed tokens of one row on this
+rank, N rows of T that carry loss, V vocabulary, H hidden.
+
+Log-probabilities are natural logarithms and always have one of four names: `logprobs` (current
+weights, with gradient), `old_logprobs` (trainer, before this iteration's first update),
+`rollout_logprobs` (engine, at sampling time), `ref_logprobs` (frozen reference policy).
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "gold"]
+
+
+class Verdict(StrEnum):
+    """What a verifier says of one response; the last two are failures of ours, not of the policy."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """One question of this iteration, rendered and tokenized."""
+
+    group_id: int  # unique in the run: epoch * rows + position in the epoch's order
+    tokens: Tensor  # [P] int64
+    answer: str  # what the verifier compares with
+    source: str = ""  # name of the data set it came from
+    gold_tokens: Tensor | None = None  # [R] int64, ends with the end-of-sequence token (sft only)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rollout:
+    """One response to one prompt.
+
+    Example: prompt [5, 9], response_tokens [7, 2], rollout_logprobs [-0.1, -1.2]; -1.2 belongs to
+    token 2.
+    """
+
+    response_tokens: Tensor  # [R] int64, with the end-of-sequence token where it was sampled
+    rollout_logprobs: Tensor | None  # [R] float32 nats at the sampling temperature; None for gold
+    finish_reason: FinishReason
+    policy_version: int  # optimizer steps taken by the weights that sampled it
+    text: str = ""
+    reward: float | None = None  # added by reward/
+    verdict: Verdict | None = None  # added by reward/
+
+    def __post_init__(self) -> None:
+        if self.rollout_logprobs is not None and len(self.rollout_logprobs) != len(
+            self.response_tokens
+        ):
+            raise ValueError(
+                f"rollout has {len(self.response_tokens)} response tokens but "
+                f"{len(self.rollout_logprobs)} rollout_logprobs: the engine must return one each"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutGroup:
+    """The responses to one prompt; groups may be ragged."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """A kept response on its way to the update: only these ever reach a forward pass."""
+
+    group_id: int
+    index: int  # position of the response in its group
+    update: int  # which optimizer step of this iteration it belongs to, from 0
+    prompt_tokens: Tensor  # [P] int64
+    response_tokens: Tensor  # [R] int64
+    advantage: float
+    rollout_logprobs: Tensor | None = None  # [R] float32
+    old_logprobs: Tensor | None = None  # [R] float32 or float64, added by policy/
+    ref_logprobs: Tensor | None = None  # [R] likewise
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_tokens) + len(self.response_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateTotals:
+    """Global counts of one optimizer step's mini-batch, over all ranks: what a loss divides by."""
+
+    kept_sequences: int
+    kept_tokens: int  # response tokens
+    collected_sequences: int
+    collected_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """One packed row. Entry t of every [T] tensor is about targets[t], predicted from tokens[t].
+
+    Example: prompt [5, 9], response [7, 2] gives tokens [5, 9, 7, 2], targets [9, 7, 2, 0] and
+    weights [0, w, w, 0]: the last prompt token predicts the first response token.
+    """
+
+    tokens: Tensor  # [T] int64
+    targets: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: Tensor  # [sequences + 1] int32, the padding tail being one more sequence
+    max_seqlen: int
+    loss_rows: Tensor  # [N] int64, the entries that carry loss, ascending
+    weights: Tensor  # [T] share of the global loss, 0 where no loss
+    advantages: Tensor  # [T]
+    old_logprobs: Tensor | None  # [T]; None: the current ones, detached (ratio exactly 1)
+    rollout_logprobs: Tensor | None  # [T]
+    ref_logprobs: Tensor | None  # [T]
+    samples: tuple[Sample, ...]  # in row order
+    first_loss_rows: tuple[int, ...]  # index in loss_rows of each sample's first response token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IterationMetrics:
+    """Numbers of one iteration, equal on all ranks: "room/quantity_stat" -> value."""
+
+    iteration: int
+    values: dict[str, float] = field(default_factory=dict)
