@@ -1,0 +1,50 @@
+"""Where the numbers of a run go, and which of them cost something extra."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.settings import Settings
+
+
+class MetricsConfig(Settings):
+    """Progress display, records on disk, experiment trackers."""
+
+    console: Literal["auto", "rich", "plain", "off"] = "auto"
+    """What the terminal shows. "rich": a progress bar and one table row per iteration; "plain": one
+    line per iteration; "auto": rich where the output is a terminal, else plain; "off": nothing."""
+
+    jsonl: bool = True
+    """Append one JSON object per iteration to metrics.jsonl in the run's directory; what
+    tools/plot_runs.py reads."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events to tensorboard/ in the run's directory."""
+
+    wandb_project: str | None = None
+    """Weights & Biases project to record the run in; unset: not recorded there."""
+
+    wandb_mode: Literal["online", "offline"] = "offline"
+    """"offline" keeps the records in the run's directory for a later `wandb sync`; "online" sends
+    them as they come and needs a login."""
+
+    kl_every: int = Field(default=0, ge=0)
+    """Measure the KL of the policy to its initial weights every this many iterations; 0: never.
+    Needs the initial weights kept in memory and one forward pass of them over kl_rollouts rollouts.
+    Without effect where a KL loss or reward runs that pass anyway: then it is measured always."""
+
+    kl_rollouts: int = Field(default=64, ge=1)
+    """Over how many rollouts that KL is measured. They are drawn from all rollouts of the iteration
+    before selection, so that methods which train on different responses stay comparable."""
+
+    @model_validator(mode="after")
+    def _check_wandb(self) -> Self:
+        if self.wandb_mode == "online" and self.wandb_project is None:
+            raise ConfigError(
+                "metrics.wandb_mode",
+                self.wandb_mode,
+                rule="has no effect while metrics.wandb_project is unset",
+                way_out="Set metrics.wandb_project, or leave metrics.wandb_mode at 'offline'",
+            )
+        return self

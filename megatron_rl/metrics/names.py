@@ -1,0 +1,64 @@
+"""Every metric a run may report: "room/quantity_stat" -> what the number means."""
+
+import re
+
+PHASES = ("rollout", "reward", "logprob", "update", "weight_sync", "evaluation", "checkpoint")
+"""The timed parts of an iteration, in loop order; they may overlap (reward runs during rollout)."""
+
+METRICS: dict[str, str] = {
+    "reward/mean": "mean reward of all responses drawn",
+    "reward/accuracy": "share of all responses drawn whose verdict is correct",
+    "reward/groups_all_correct_frac": "share of prompts with only correct responses",
+    "reward/groups_all_wrong_frac": "share of prompts without a correct response",
+    "reward/groups_mixed_frac": "share of prompts with correct and wrong responses",
+    "algorithms/kept_responses_frac": "share of responses that selection passed on to the update",
+    "algorithms/kept_tokens_frac": "share of response tokens that selection passed on",
+    "rollout/response_tokens_mean": "mean response length in tokens",
+    "rollout/response_tokens_max": "longest response in tokens",
+    "rollout/truncated_frac": "share of responses cut at the token limit",
+    "rollout/entropy_estimate": "minus the mean log-prob of sampled tokens, nats per token",
+    "rollout/logprob_gap_mean": "mean |old_logprobs - rollout_logprobs| over tokens, nats",
+    "rollout/logprob_gap_max": "largest |old_logprobs - rollout_logprobs|, nats",
+    "rollout/logprob_gap_k3": "k3 estimate of the KL from engine to trainer, nats per token",
+    "rollout/tokens_per_s": "response tokens sampled per second of rollout, all ranks together",
+    "policy/loss": "global training loss, mean over the iteration's updates",
+    "policy/entropy_mean": "mean entropy of the policy over the full vocabulary, nats per token",
+    "policy/kl_initial_k1": "KL to the initial policy, mean log-ratio (unbiased, noisy), nats",
+    "policy/kl_initial_k3": "KL to the initial policy, k3 estimate (never negative), nats",
+    "policy/clip_low_frac": "share of trained tokens clipped at the lower bound of the ratio",
+    "policy/clip_high_frac": "share of trained tokens clipped at the upper bound of the ratio",
+    "policy/ratio_mean": "mean of exp(logprobs - old_logprobs) over trained tokens",
+    "policy/ratio_max": "largest exp(logprobs - old_logprobs) over trained tokens",
+    "policy/grad_norm": "global gradient norm before clipping, mean over the iteration's updates",
+    "policy/lr": "learning rate of the iteration's last update",
+    "policy/updates": "optimizer steps taken in this iteration",
+    "policy/skipped_updates": "optimizer steps left out: nothing kept, or a non-finite gradient",
+    "policy/tokens_per_s": "tokens trained per second of update, all ranks together",
+    "weights/sync_bytes": "bytes sent between ranks to bring the engine up to date",
+    **{f"time/{phase}_s": f"seconds of the {phase} phase" for phase in PHASES},
+    "time/iteration_s": "seconds of the whole iteration",
+    "memory/peak_gib": "highest accelerator memory in use on any rank, GiB",
+    "evaluation/<benchmark>/average_at_k": "held-out accuracy, mean over k responses per question",
+}
+
+_EVALUATION = re.compile(r"evaluation/(?P<benchmark>.+)/average_at_(?P<k>k|\d+)")
+
+
+def meaning(name: str) -> str | None:
+    """What the metric of this name means; None for a name that no room reports."""
+    if is_evaluation(name):
+        return METRICS["evaluation/<benchmark>/average_at_k"]
+    return METRICS.get(name)
+
+
+def is_evaluation(name: str) -> bool:
+    """Whether this is a benchmark's held-out accuracy."""
+    return _EVALUATION.fullmatch(name) is not None
+
+
+def evaluation_label(name: str) -> str:
+    """As people say it: "evaluation/aime24/average_at_8" -> "aime24 average@8"."""
+    match = _EVALUATION.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not evaluation/<benchmark>/average_at_<k>")
+    return f"{match['benchmark']} average@{match['k']}"

@@ -1,0 +1,175 @@
+"""Where an iteration's numbers are kept: JSON lines, TensorBoard, Weights & Biases."""
+
+import importlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from megatron_rl.errors import InputError
+from megatron_rl.metrics.config import MetricsConfig
+
+JSONL_NAME = "metrics.jsonl"
+
+
+class MetricsWriter(Protocol):
+    """Takes the numbers of one iteration after the other; lives on global rank 0 only."""
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """One JSON object per iteration, readable by others as soon as it is written.
+
+    Example line: {"iteration": 3, "reward/mean": 0.5, "policy/grad_norm": null}; a number that is
+    not finite becomes null, since JSON has no such numbers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"iteration": iteration, **numbers}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, iteration: int) -> None:
+        """Forget the iterations that a resumed run repeats; the file is replaced in one step."""
+        kept = [record for record in read_jsonl(self._path) if record["iteration"] <= iteration]
+        self._file.close()
+        replacement = self._path.with_suffix(".jsonl.new")
+        with replacement.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a JsonlWriter, in file order; a last line cut by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # only the last line can lack its end: the process died while writing it
+        try:
+            record = json.loads(line)
+            record["iteration"] = int(record["iteration"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}, line {number}: {line.strip()[:80]!r} is not a record of a run: must be "
+                "a JSON object with an iteration. Give a metrics.jsonl that training wrote"
+            ) from error
+        records.append(record)
+    return records
+
+
+class TensorBoardWriter:
+    """Scalars by iteration; events of repeated iterations are purged."""
+
+    def __init__(self, directory: Path, first_iteration: int) -> None:
+        tensorboard = _import("torch.utils.tensorboard", "tensorboard", "metrics.tensorboard", True)
+        self._events = tensorboard.SummaryWriter(str(directory), purge_step=first_iteration)
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._events.add_scalar(name, value, iteration)
+        self._events.flush()
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class WandbWriter:
+    """A run on Weights & Biases. A resumed run keeps its id, so its parts join when synced.
+
+    Online, wandb drops steps that it has already; the parts of an offline run each keep theirs, and
+    a resume repeats them exactly.
+    """
+
+    def __init__(
+        self, config: MetricsConfig, directory: Path, run_settings: Mapping[str, Any]
+    ) -> None:
+        wandb = _import("wandb", "wandb", "metrics.wandb_project", config.wandb_project)
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project,
+                mode=config.wandb_mode,
+                dir=str(directory),
+                id=_run_id(directory / "wandb_run_id"),
+                name=directory.name,
+                # an offline run cannot ask the server what it has
+                resume="allow" if config.wandb_mode == "online" else None,
+                config=dict(run_settings),
+                # our display owns the terminal; code and machine details stay here
+                settings=wandb.Settings(console="off", silent=True, disable_git=True),
+            )
+        except wandb.errors.Error as error:
+            raise InputError(
+                f"metrics.wandb_mode={config.wandb_mode!r}: wandb could not start a run: {error}. "
+                "Log in with `wandb login`, or set metrics.wandb_mode=offline"
+            ) from error
+
+    def write(self, iteration: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_writers(
+    config: MetricsConfig,
+    directory: Path,
+    *,
+    last_iteration: int | None = None,
+    run_settings: Mapping[str, Any] | None = None,
+) -> list[MetricsWriter]:
+    """The record keepers that the config asks for; call on global rank 0 only.
+
+    Args:
+        directory: of the run; everything is written under it.
+        last_iteration: the last one done before a resume; later records are forgotten. None: a
+            new run.
+        run_settings: the resolved recipe, for trackers that show it.
+    """
+    writers: list[MetricsWriter] = []
+    kept = -1 if last_iteration is None else last_iteration
+    if config.jsonl:
+        jsonl = JsonlWriter(directory / JSONL_NAME)
+        jsonl.truncate_after(kept)
+        writers.append(jsonl)
+    if config.tensorboard:
+        writers.append(TensorBoardWriter(directory / "tensorboard", first_iteration=kept + 1))
+    if config.wandb_project is not None:
+        writers.append(WandbWriter(config, directory, run_settings or {}))
+    return writers
+
+
+def _run_id(path: Path) -> str:
+    """The id in this file, which is made where there is none."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _import(module: str, package: str, field: str, value: object) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{field}={value!r}: needs the package {package}, which is not installed. "
+            f"Run `pip install {package}`, or leave {field} unset"
+        ) from error

@@ -1,0 +1,5 @@
+"""Builds the package; what it is stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
