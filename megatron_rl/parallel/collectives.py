@@ -1,0 +1,71 @@
+"""What ranks tell each other outside of the model: errors, sums, and samples."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+def agree_or_raise(error: Exception | None, group: dist.ProcessGroup) -> None:
+    """Raise on all ranks when any rank has an error; every rank of group must call it.
+
+    A check that fails on one rank only would leave the others waiting in the next collective.
+    """
+    failed = torch.tensor(int(error is not None))
+    dist.all_reduce(failed, group=group)
+    if not failed:
+        return
+    told: list[str | None] = [None] * dist.get_world_size(group)
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(told, text, group=group)
+    if error is not None:
+        raise error
+    rank, first = next((rank, text) for rank, text in enumerate(told) if text is not None)
+    raise RuntimeError(f"rank {rank} failed: {first}")
+
+
+def sum_over(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
+    """Element-wise float64 sum over the group; the same bits on every rank."""
+    total = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    result: list[float] = total.tolist()
+    return result
+
+
+def max_over(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
+    """Element-wise float64 maximum over the group."""
+    total = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX, group=group)
+    result: list[float] = total.tolist()
+    return result
+
+
+def all_gather_objects(item: Item, group: dist.ProcessGroup) -> list[Item]:
+    """Small Python objects of all ranks, in rank order."""
+    items: list[Item] = [item] * dist.get_world_size(group)
+    dist.all_gather_object(items, item, group=group)
+    return items
+
+
+def send_rows(rows: Sequence[Tensor], to_ranks: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Send row k to rank to_ranks[k]; returns what arrives, in order of (sender, sender's order).
+
+    One all-to-all of the bytes that are needed and of nothing else. Rows are 1-d tensors of one
+    dtype on the CPU; every rank of the group must call it. The receiver knows the lengths.
+    """
+    world = dist.get_world_size(group)
+    order = sorted(range(len(rows)), key=lambda k: to_ranks[k])
+    sizes = [0] * world
+    for row, rank in zip(rows, to_ranks, strict=True):
+        sizes[rank] += row.numel()
+    outgoing = torch.cat([rows[k] for k in order]) if rows else torch.empty(0, dtype=torch.int64)
+    arriving = torch.empty(world, dtype=torch.int64)
+    dist.all_to_all_single(arriving, torch.tensor(sizes), group=group)
+    incoming_sizes = arriving.tolist()
+    incoming = torch.empty(sum(incoming_sizes), dtype=outgoing.dtype)
+    dist.all_to_all_single(incoming, outgoing, incoming_sizes, sizes, group=group)
+    return incoming

@@ -1,0 +1,31 @@
+"""How the policy is split over ranks, under Megatron's own names."""
+
+from megatron_rl.settings import Settings
+
+
+class ParallelConfig(Settings):
+    """Sizes of the parallel axes; what is left of the world is data-parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer's matrices."""
+
+    pipeline_model_parallel_size: int = 1
+    """Ranks that each hold a run of layers."""
+
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule); None: one."""
+
+    context_parallel_size: int = 1
+    """Ranks that share one sequence. Not available yet: must be 1."""
+
+    expert_model_parallel_size: int = 1
+    """Ranks that share a layer's experts. Not available yet: must be 1."""
+
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share one expert's matrices; None: as tensor_model_parallel_size."""
+
+    sequence_parallel: bool = False
+    """Split the sequence over the tensor-parallel ranks between the matrix products."""
+
+    world_size: int | None = None
+    """Ranks in all. None: what torchrun started, or, in `plan`, the smallest world that fits."""

@@ -1,0 +1,104 @@
+"""The process groups of a run, made once."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
+from megatron_rl.platforms.base import Platform
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Where this rank sits and whom it talks to."""
+
+    platform: Platform
+    layout: Layout
+    engines: EngineLayout
+    rank: int
+    host: dist.ProcessGroup  # gloo over the whole world, for CPU tensors and objects
+    bridge: dist.ProcessGroup  # weight sync, apart from everybody else's collectives
+    engine: dist.ProcessGroup  # gloo, the ranks of this rank's rollout engine
+
+    @property
+    def here(self) -> Coordinates:
+        return self.layout.coordinates(self.rank)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.here.pp_rank == self.layout.pp - 1
+
+    @property
+    def is_first_copy(self) -> bool:
+        """One rank per data-parallel replica and pipeline end: whose numbers are counted."""
+        return self.is_last_stage and self.here.tp_rank == 0
+
+
+def init_distributed(platform: Platform) -> None:
+    """Join the world torchrun started; a lone process is a world of one."""
+    if dist.is_initialized():
+        return
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
+        os.environ.setdefault(name, value)
+    if os.environ["MASTER_PORT"] == "0":
+        os.environ["MASTER_PORT"] = str(_free_port())
+    platform.bind_rank(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(platform.collective_backend, timeout=TIMEOUT)
+
+
+def make_groups(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -> Groups:
+    """Initialize Megatron's groups and ours; every rank calls it, after init_distributed."""
+    from megatron.core import parallel_state
+
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    layout = Layout(
+        world_size=world_size,
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        vpp=parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+    parallel_state.initialize_model_parallel(
+        layout.tp,
+        layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or layout.tp,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+    )
+    engines = EngineLayout(world_size=world_size, tp=rollout_tp)
+    engine_groups = [
+        dist.new_group([engine * rollout_tp + tp for tp in range(rollout_tp)], backend="gloo")
+        for engine in range(engines.num_engines)
+    ]
+    return Groups(
+        platform=platform,
+        layout=layout,
+        engines=engines,
+        rank=rank,
+        host=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        bridge=dist.new_group(timeout=TIMEOUT),
+        engine=engine_groups[engines.engine_of(rank)],
+    )
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

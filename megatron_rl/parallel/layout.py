@@ -1,0 +1,61 @@
+"""Which rank is what: pure arithmetic, the same answer on every rank and without any of them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinates:
+    """Where one rank sits."""
+
+    tp_rank: int
+    dp_rank: int
+    pp_rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The training layout; ranks run tensor-parallel first, then data, then pipeline (Megatron)."""
+
+    world_size: int
+    tp: int
+    pp: int
+    vpp: int = 1  # model chunks per pipeline rank
+
+    @property
+    def dp(self) -> int:
+        return self.world_size // (self.tp * self.pp)
+
+    def coordinates(self, global_rank: int) -> Coordinates:
+        return Coordinates(
+            tp_rank=global_rank % self.tp,
+            dp_rank=global_rank // self.tp % self.dp,
+            pp_rank=global_rank // (self.tp * self.dp),
+        )
+
+    def ranks_of_stage(self, tp_rank: int, pp_rank: int) -> tuple[int, ...]:
+        """The data-parallel replicas that hold the same weights."""
+        return tuple(
+            tp_rank + self.tp * (dp_rank + self.dp * pp_rank) for dp_rank in range(self.dp)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLayout:
+    """The rollout layout: engine k is ranks [k * tp, (k + 1) * tp)."""
+
+    world_size: int
+    tp: int
+
+    @property
+    def num_engines(self) -> int:
+        return self.world_size // self.tp
+
+    def engine_of(self, global_rank: int) -> int:
+        return global_rank // self.tp
+
+    def tp_rank_of(self, global_rank: int) -> int:
+        return global_rank % self.tp
+
+    def ranks_of(self, tp_rank: int) -> tuple[int, ...]:
+        """The ranks that hold the same engine shard, one in each replica."""
+        return tuple(engine * self.tp + tp_rank for engine in range(self.num_engines))

@@ -1,0 +1,94 @@
+"""What this process runs on: chosen once at start-up, passed on; nobody else asks for a device."""
+
+import os
+import random
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_rl.platforms import megatron_cpu, megatron_repairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """One kind of device."""
+
+    device_type: str
+    """Type of torch.device: "cuda" or "cpu"."""
+
+    collective_backend: str
+    """For init_process_group; CPU tensors always have gloo."""
+
+    def current_device(self) -> torch.device:
+        """Device of this rank."""
+        if self.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def bind_rank(self, local_rank: int) -> None:
+        """Make local_rank's device the current one."""
+        if self.device_type == "cuda":
+            torch.cuda.set_device(local_rank)
+
+    def prepare_megatron(self) -> None:
+        """Adapt Megatron-Core; before its first import on a CPU, harmless when repeated."""
+        if self.device_type == "cpu":
+            megatron_cpu.install()
+        megatron_repairs.apply()
+
+    def peak_memory_bytes(self) -> int:
+        """Largest amount of device memory this process has held (resident memory on a CPU)."""
+        if self.device_type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a timer measures work and not its launch."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+
+    def rng_state(self) -> dict[str, object]:
+        """States of every global generator this process draws from."""
+        states: dict[str, object] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),  # noqa: NPY002 (saved, never drawn from here)
+            "torch": torch.get_rng_state(),
+        }
+        if self.device_type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state()
+        return states
+
+    def set_rng_state(self, states: dict[str, object]) -> None:
+        """Restore what rng_state returned."""
+        random.setstate(states["python"])  # type: ignore[arg-type]
+        np.random.set_state(states["numpy"])  # type: ignore[arg-type] # noqa: NPY002
+        torch.set_rng_state(states["torch"])  # type: ignore[arg-type]
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])  # type: ignore[arg-type]
+
+    @contextmanager
+    def preserved_rng(self) -> Iterator[None]:
+        """Run foreign code (an engine) that draws from the global generators, and undo that."""
+        states = self.rng_state()
+        try:
+            yield
+        finally:
+            self.set_rng_state(states)
+
+
+CUDA = Platform(device_type="cuda", collective_backend="cpu:gloo,cuda:nccl")
+CPU = Platform(device_type="cpu", collective_backend="gloo")
+
+
+def detect() -> Platform:
+    """CUDA where torch has a device, else CPU; MEGATRON_RL_DEVICE=cpu|cuda decides by hand."""
+    wanted = os.environ.get("MEGATRON_RL_DEVICE", "")
+    if wanted:
+        return {"cpu": CPU, "cuda": CUDA}[wanted]
+    return CUDA if torch.cuda.is_available() else CPU

@@ -1,0 +1,224 @@
+"""Megatron-Core on a CPU: its hard-coded CUDA calls, retargeted while it is imported.
+
+Megatron-Core 0.16.1 spells the device in its source (`torch.cuda.current_device()`, "cuda",
+`Tensor.cuda()`). `install()` puts a finder in front of `sys.meta_path` that answers only for
+`megatron.core` and rewrites four patterns in the syntax tree before it is compiled:
+
+    torch.cuda.X, from torch.cuda import X  ->  a CPU stand-in with the same names
+    "cuda"                                  ->  "cpu"
+    "torch.cuda.FloatTensor"                ->  "torch.FloatTensor"
+    expr.cuda(...)                          ->  expr
+
+torch itself, vLLM and user code keep the real `torch.cuda`, and the files on disk stay untouched.
+On a machine with a GPU nothing of this is installed.
+"""
+
+import ast
+import collections
+import importlib.abc
+import importlib.machinery
+import re
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+_FACADE_NAME = "__megatron_rl_cpu__"
+
+
+class _Null:
+    """A stream, event, graph or profiler range: on a CPU everything is ordered already."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> "_Null":
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_args, **_kwargs: None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _other: object) -> float:
+        return 0.0
+
+
+class _Generators:
+    """`torch.cuda.default_generators`, where the one device is the CPU."""
+
+    def __getitem__(self, _index: int) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _nothing(*_args: object, **_kwargs: object) -> None:
+    return None
+
+
+def _zero(*_args: object, **_kwargs: object) -> int:
+    return 0
+
+
+def _cpu_facade() -> types.SimpleNamespace:
+    """Every name of torch.cuda that Megatron-Core reads."""
+
+    def get_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *_args: object, **_kwargs: object) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed(seed: int) -> None:
+        torch.default_generator.manual_seed(int(seed))
+
+    return types.SimpleNamespace(
+        FloatTensor=torch.FloatTensor,
+        HalfTensor=torch.HalfTensor,
+        BFloat16Tensor=torch.BFloat16Tensor,
+        Stream=_Null,
+        Event=_Null,
+        ExternalStream=_Null,
+        CUDAGraph=_Null,
+        MemPool=_Null,
+        device=_Null,
+        stream=_Null,
+        current_stream=_Null,
+        default_stream=_Null,
+        default_generators=_Generators(),
+        OutOfMemoryError=torch.OutOfMemoryError,
+        nvtx=types.SimpleNamespace(range=_Null, range_push=_nothing, range_pop=_nothing),
+        random=types.SimpleNamespace(get_rng_state=get_rng_state, set_rng_state=set_rng_state),
+        memory=types.SimpleNamespace(),
+        amp=torch.amp,
+        current_device=lambda: torch.device("cpu"),
+        is_available=lambda: False,
+        device_count=lambda: 1,
+        get_rng_state=get_rng_state,
+        set_rng_state=set_rng_state,
+        manual_seed=manual_seed,
+        memory_allocated=_zero,
+        max_memory_allocated=_zero,
+        memory_reserved=_zero,
+        max_memory_reserved=_zero,
+        memory_stats=lambda *_args, **_kwargs: collections.defaultdict(int),
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        set_device=_nothing,
+        set_stream=_nothing,
+        _lazy_init=_nothing,
+        _lazy_call=lambda callback, **_kwargs: callback(),
+        is_current_stream_capturing=lambda: False,
+    )
+
+
+def _is_torch_cuda(node: ast.expr) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and node.attr == "cuda"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    )
+
+
+class _Retarget(ast.NodeTransformer):
+    """The four rewrites."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802 (ast's name)
+        self.generic_visit(node)
+        if _is_torch_cuda(node) and isinstance(node.ctx, ast.Load):
+            return ast.copy_location(ast.Name(_FACADE_NAME, ast.Load()), node)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802
+        func = node.func
+        method_of_tensor = (
+            isinstance(func, ast.Attribute) and func.attr == "cuda" and not _is_torch_cuda(func)
+        )
+        self.generic_visit(node)
+        if method_of_tensor:
+            assert isinstance(func, ast.Attribute)
+            return func.value
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:  # noqa: N802
+        if node.value == "cuda":
+            return ast.copy_location(ast.Constant("cpu"), node)
+        if isinstance(node.value, str) and re.fullmatch(r"torch\.cuda\.\w+Tensor", node.value):
+            return ast.copy_location(ast.Constant(node.value.replace(".cuda", "")), node)
+        return node
+
+    def visit_MatchValue(self, node: ast.MatchValue) -> ast.MatchValue:  # noqa: N802
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:  # noqa: N802
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | list[ast.stmt]:  # noqa: N802
+        if node.module != "torch.cuda":
+            return node
+        return [
+            ast.copy_location(
+                ast.Assign(
+                    [ast.Name(alias.asname or alias.name, ast.Store())],
+                    ast.Attribute(ast.Name(_FACADE_NAME, ast.Load()), alias.name, ast.Load()),
+                ),
+                node,
+            )
+            for alias in node.names
+        ]
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname: str) -> Any:
+        # Never through the .pyc of the stock source, neither read nor written.
+        path = self.get_filename(fullname)
+        source = self.get_data(path)
+        if b"cuda" not in source:
+            return super().get_code(fullname)
+        tree = ast.fix_missing_locations(_Retarget().visit(ast.parse(source, path)))
+        return compile(tree, path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__dict__[_FACADE_NAME] = _FACADE
+        super().exec_module(module)
+        if module.__name__ == "megatron.core.jit":
+            module.disable_jit_fuser()  # else torch.compile runs on every small function
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+_FACADE = _cpu_facade()
+
+
+def install() -> None:
+    """Retarget Megatron-Core to the CPU; once, before its first import."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError(
+            "megatron.core was imported before platforms.megatron_cpu.install(): on a CPU its "
+            "source must be retargeted first. Import megatron_rl.platforms.base and call "
+            "detect().prepare_megatron() before anything that imports megatron.core"
+        )
+    sys.meta_path.insert(0, _Finder())

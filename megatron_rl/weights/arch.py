@@ -1,0 +1,52 @@
+"""What a dense decoder is made of, in numbers; read from a config.json by a family."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArch:
+    """Sizes and switches of one model."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int  # key/value heads
+    head_dim: int
+    vocab_size: int  # rows of the embedding in the checkpoint
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling_factor: float | None  # llama3 scaling; None: plain rope
+    max_position_embeddings: int
+    qkv_bias: bool
+    tied_embeddings: bool
+
+    @property
+    def query_rows(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_rows(self) -> int:
+        return self.num_query_groups * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        attention = self.hidden_size * (2 * self.query_rows + 2 * self.key_rows)
+        bias = (self.query_rows + 2 * self.key_rows) if self.qkv_bias else 0
+        mlp = 3 * self.hidden_size * self.ffn_hidden_size
+        layer = attention + bias + mlp + 2 * self.hidden_size
+        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding with padding: a multiple of 64, as in vLLM, that tp divides.
+
+    The same padding on both sides keeps vocabulary shards where they are when weights move to the
+    engine.
+    """
+    multiple = 64
+    while multiple % tp:
+        multiple += 64
+    return -(-vocab_size // multiple) * multiple

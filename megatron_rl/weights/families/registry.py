@@ -1,0 +1,37 @@
+"""Every model family we train, by the model_type of its config.json."""
+
+import json
+from pathlib import Path
+
+from megatron_rl.errors import InputError
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.families import llama, qwen2
+from megatron_rl.weights.families.decoder import Family, read_arch
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (llama.FAMILY, qwen2.FAMILY)
+}
+
+
+def read_model_config(model_dir: Path) -> ModelArch:
+    """The architecture in a Hugging Face directory; an InputError says what we cannot train."""
+    path = model_dir / "config.json"
+    if not model_dir.is_dir():
+        raise InputError(f"model.path={str(model_dir)!r}: there is no such directory")
+    if not path.is_file():
+        raise InputError(
+            f"model.path={str(model_dir)!r}: it has no config.json, so it is not a Hugging Face "
+            "model directory. Name the directory that holds config.json and *.safetensors"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from error
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"{path}: model_type={model_type!r} is not supported: known are "
+            f"{', '.join(sorted(FAMILIES))}. A new family is a table in "
+            "megatron_rl/weights/families/"
+        )
+    return read_arch(FAMILIES[model_type], config, str(path))

@@ -1,0 +1,62 @@
+"""Who holds what: rectangles of local parameters against rectangles of Hugging Face tensors.
+
+The Hugging Face name space is the common coordinate system. A layout (Megatron's, the engine's, a
+checkpoint's) is a list of pieces, computed from sizes alone, so that every rank knows what every
+other rank holds without asking. Fusing, interleaving, padding and pipeline order exist only where
+pieces are made; whoever moves weights sees rectangles.
+"""
+
+from dataclasses import dataclass, replace
+from math import prod
+
+from torch import Tensor
+
+Span = tuple[int, int]  # [start, end)
+Box = tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """param[index] holds hf[box]; index and box have the same shape."""
+
+    param: str
+    index: Box
+    hf: str
+    box: Box
+
+    def within(self, box: Box) -> "Piece":
+        """The part of this piece that holds the given sub-box of its Hugging Face tensor."""
+        index = tuple(
+            (at[0] + lo - own[0], at[0] + hi - own[0])
+            for at, own, (lo, hi) in zip(self.index, self.box, box, strict=True)
+        )
+        return replace(self, index=index, box=box)
+
+
+def view(tensor: Tensor, box: Box) -> Tensor:
+    """The rectangle of a tensor, sharing its storage."""
+    return tensor[tuple(slice(lo, hi) for lo, hi in box)]
+
+
+def size(box: Box) -> int:
+    return prod(hi - lo for lo, hi in box)
+
+
+def intersection(a: Box, b: Box) -> Box | None:
+    """The common rectangle, or None."""
+    box = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return box if all(lo < hi for lo, hi in box) else None
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    return tuple((0, n) for n in shape)
+
+
+def local_shapes(pieces: list[Piece]) -> dict[str, tuple[int, ...]]:
+    """Smallest shape of each local parameter that holds its pieces."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for piece in pieces:
+        ends = tuple(hi for _, hi in piece.index)
+        known = shapes.get(piece.param, ends)
+        shapes[piece.param] = tuple(max(a, b) for a, b in zip(known, ends, strict=True))
+    return shapes

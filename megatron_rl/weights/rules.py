@@ -1,0 +1,180 @@
+"""How one Megatron parameter, one engine parameter and Hugging Face tensors correspond.
+
+A rule answers three questions, and is the only place that knows the answer: which Hugging Face
+tensors there are and their shapes, which rectangles of them a Megatron rank holds, and which an
+engine rank holds. In names `{i}` is the layer number (global in Hugging Face and engine names;
+local to the pipeline chunk in Megatron's). Both directions follow from the rectangles: loading
+copies hf[box] to param[index], exporting copies it back.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.weights.pieces import Piece, Span, whole
+
+Shape = Callable[[ModelArch], tuple[int, ...]]
+ENGINE_VOCAB_MULTIPLE = 64  # vLLM's padding
+
+
+class Rule(Protocol):
+    """One row of a family's table."""
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]: ...
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]: ...
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]: ...
+
+
+def _share(length: int, parts: int, part: int) -> Span:
+    """Rows of one of `parts` equal runs."""
+    each = length // parts
+    return (part * each, (part + 1) * each)
+
+
+def _rows(param: str, at: int, hf: str, rows: Span, shape: tuple[int, ...]) -> Piece:
+    """Rows `rows` of hf stand in param from row `at` on, in full width."""
+    rest = whole(shape[1:])
+    return Piece(param, ((at, at + rows[1] - rows[0]), *rest), hf, (rows, *rest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """The same tensor everywhere: replicated (axis None) or cut in equal runs along axis."""
+
+    megatron: str
+    hf: str
+    engine: str
+    shape: Shape
+    axis: int | None = None
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        return {self.hf: self.shape(arch)}
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._pieces(self.megatron, arch, tp, tp_rank)
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._pieces(self.engine, arch, tp, tp_rank)
+
+    def _pieces(self, param: str, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        box = list(whole(self.shape(arch)))
+        index = list(box)
+        if self.axis is not None:
+            box[self.axis] = _share(box[self.axis][1], tp, tp_rank)
+            index[self.axis] = (0, box[self.axis][1] - box[self.axis][0])
+        yield Piece(param, tuple(index), self.hf, tuple(box))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocab:
+    """Rows of the vocabulary; padding rows have no image in Hugging Face and are never moved."""
+
+    megatron: str
+    hf: str
+    engine: str
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        return {self.hf: (arch.vocab_size, arch.hidden_size)}
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._pieces(
+            self.megatron, arch, padded_vocab_size(arch.vocab_size, tp), tp, tp_rank
+        )
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        padded = -(-arch.vocab_size // ENGINE_VOCAB_MULTIPLE) * ENGINE_VOCAB_MULTIPLE
+        return self._pieces(self.engine, arch, padded, tp, tp_rank)
+
+    def _pieces(
+        self, param: str, arch: ModelArch, padded: int, tp: int, tp_rank: int
+    ) -> Iterator[Piece]:
+        lo, hi = _share(padded, tp, tp_rank)
+        hi = min(hi, arch.vocab_size)
+        if lo < hi:
+            yield _rows(param, 0, self.hf, (lo, hi), (arch.vocab_size, arch.hidden_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qkv:
+    """Query, key and value projections, fused.
+
+    Megatron's rows are, group by group: its queries, then one key, then one value; a rank holds an
+    equal run of them, cut wherever it falls. The engine's are all queries of the rank, its keys,
+    its values; with fewer key heads than ranks each key head stands on several ranks.
+    """
+
+    megatron: str
+    hf: str  # {proj} stands for q, k and v
+    engine: str
+    is_bias: bool = False
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        return {
+            self._hf(proj): self._shape(arch, rows)
+            for proj, rows in (("q", arch.query_rows), ("k", arch.key_rows), ("v", arch.key_rows))
+        }
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        groups, dim = arch.num_query_groups, arch.head_dim
+        query_rows = arch.query_rows // groups
+        group_rows = query_rows + 2 * dim
+        lo, hi = _share(groups * group_rows, tp, tp_rank)
+        for group in range(lo // group_rows, -(-hi // group_rows)):
+            at = group * group_rows
+            for proj, rows in (("q", query_rows), ("k", dim), ("v", dim)):
+                start, end = max(at, lo), min(at + rows, hi)
+                if start < end:
+                    first = group * rows + start - at
+                    yield _rows(
+                        self.megatron,
+                        start - lo,
+                        self._hf(proj),
+                        (first, first + end - start),
+                        self._shape(arch, 0),
+                    )
+                at += rows
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        query = _share(arch.query_rows, tp, tp_rank)
+        heads = max(1, arch.num_query_groups // tp)
+        first_head = tp_rank * arch.num_query_groups // tp
+        key = (first_head * arch.head_dim, (first_head + heads) * arch.head_dim)
+        at = 0
+        for proj, rows in (("q", query), ("k", key), ("v", key)):
+            yield _rows(self.engine, at, self._hf(proj), rows, self._shape(arch, 0))
+            at += rows[1] - rows[0]
+
+    def _hf(self, proj: str) -> str:
+        return self.hf.replace("{proj}", proj)
+
+    def _shape(self, arch: ModelArch, rows: int) -> tuple[int, ...]:
+        return (rows,) if self.is_bias else (rows, arch.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateUp:
+    """Gate over up; each half is cut by itself, so that a rank holds [its gate; its up]."""
+
+    megatron: str
+    hf_gate: str
+    hf_up: str
+    engine: str
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        shape = (arch.ffn_hidden_size, arch.hidden_size)
+        return {self.hf_gate: shape, self.hf_up: shape}
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._pieces(self.megatron, arch, tp, tp_rank)
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._pieces(self.engine, arch, tp, tp_rank)
+
+    def _pieces(self, param: str, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        rows = _share(arch.ffn_hidden_size, tp, tp_rank)
+        shape = (arch.ffn_hidden_size, arch.hidden_size)
+        yield _rows(param, 0, self.hf_gate, rows, shape)
+        yield _rows(param, rows[1] - rows[0], self.hf_up, rows, shape)

@@ -1,0 +1,67 @@
+"""Execute a reshard plan: pack, exchange, unpack, bucket by bucket."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.weights.pieces import view
+from megatron_rl.weights.plan import Move, Plan
+
+
+class Target(Protocol):
+    """Where received rectangles are written: name -> tensor, made on demand."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
+def execute(
+    plan: Plan,
+    sources: Mapping[str, Tensor],
+    target: Target,
+    *,
+    group: dist.ProcessGroup,
+    dtype: torch.dtype,
+    device: torch.device,
+    after_bucket: Callable[[tuple[Move, ...]], None],
+) -> None:
+    """Move every rectangle of the plan; every rank of group must call it.
+
+    Values are cast to dtype while they are packed, so the wire carries the engine's bytes. Both
+    ends order a bucket's moves alike, so no headers travel. after_bucket gets the moves that have
+    arrived here, local ones included.
+    """
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    for bucket in plan.buckets:
+        outgoing = sorted(
+            (m for m in bucket if m.sender == rank != m.receiver), key=lambda m: m.receiver
+        )
+        incoming = sorted(
+            (m for m in bucket if m.receiver == rank != m.sender), key=lambda m: m.sender
+        )
+        local = [m for m in bucket if m.sender == m.receiver == rank]
+        out_sizes, in_sizes = [0] * world, [0] * world
+        for move in outgoing:
+            out_sizes[move.receiver] += move.numel
+        for move in incoming:
+            in_sizes[move.sender] += move.numel
+        packed = torch.empty(sum(out_sizes), dtype=dtype, device=device)
+        at = 0
+        for move in outgoing:
+            values = view(sources[move.source.param], move.source.index)
+            packed[at : at + move.numel].view(values.shape).copy_(values)
+            at += move.numel
+        arrived = torch.empty(sum(in_sizes), dtype=dtype, device=device)
+        dist.all_to_all_single(arrived, packed, in_sizes, out_sizes, group=group)
+        at = 0
+        for move in incoming:
+            place = view(target[move.target.param], move.target.index)
+            place.copy_(arrived[at : at + move.numel].view(place.shape))
+            at += move.numel
+        for move in local:
+            view(target[move.target.param], move.target.index).copy_(
+                view(sources[move.source.param], move.source.index)
+            )
+        after_bucket((*incoming, *local))
