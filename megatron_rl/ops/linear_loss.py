@@ -1,0 +1,205 @@
+"""LM head and loss in row chunks, so that only one chunk's logits are ever alive.
+
+The backward computes a chunk's logits again. Since the log-sum-exps are kept ([N] numbers), it
+needs no collective, and the weight's gradient is summed over chunks before it is rounded.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_rl.ops.token_loss import LossSpec, TokenLoss, token_loss
+from megatron_rl.ops.vocab_parallel import (
+    compute_dtype,
+    gather_stats,
+    merge_stats,
+    shard_columns,
+    shard_gradient,
+    shard_stats,
+)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None,
+    vocab_start: int,
+    valid_vocab: int,
+    temperature: float,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    spec: LossSpec,
+    with_entropy: bool,
+    chunk_rows: int,
+) -> tuple[TokenLoss, Tensor]:
+    """Loss of N rows that carry loss, and their log-probabilities, detached.
+
+    The loss is equal on all tp ranks. The gradient of hidden is this rank's partial sum over its
+    columns, which the caller's mapping adds up over tp_group. Zero rows give a loss of 0 that
+    is connected to hidden and weight, with gradients of 0.
+
+    Args:
+        hidden: [N, H], equal on all tp ranks, in the dtype of weight.
+        weight: [V/tp, H], this rank's rows of the LM head.
+        targets: [N] global token ids.
+        tp_group, vocab_start, valid_vocab, temperature: as in vocab_parallel_logprobs.
+        old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec: as in token_loss.
+        with_entropy: measure the entropy even if spec.entropy_coef is 0.
+        chunk_rows: rows of logits alive at a time; changes results by rounding only.
+    """
+    logprobs, entropy = differentiable_linear_logprobs(
+        hidden,
+        weight,
+        targets,
+        tp_group=tp_group,
+        vocab_start=vocab_start,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+    )
+    result = token_loss(
+        logprobs,
+        entropy if with_entropy or spec.entropy_coef != 0 else None,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        weights=weights,
+        spec=spec,
+    )
+    return result, logprobs.detach()
+
+
+def differentiable_linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None,
+    vocab_start: int,
+    valid_vocab: int,
+    temperature: float,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [N] of hidden @ weight.T, for any loss written in torch.
+
+    Arguments, gradients and memory as in linear_policy_loss. Collectives: one, in the forward.
+    """
+    _check_shapes(hidden, weight, targets, chunk_rows)
+    num_valid = shard_columns(len(weight), vocab_start, valid_vocab)
+    logprobs, entropy = _LinearLogprobs.apply(
+        hidden, weight, targets, tp_group, num_valid, vocab_start, temperature, chunk_rows
+    )
+    return logprobs, entropy
+
+
+@torch.no_grad()
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None,
+    vocab_start: int,
+    valid_vocab: int,
+    temperature: float,
+    chunk_rows: int,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities [N] and entropies [N] or None, without gradient.
+
+    Bit-equal to those of linear_policy_loss at the same chunk_rows. Arguments as there.
+    """
+    logprobs, entropy = differentiable_linear_logprobs(
+        hidden,
+        weight,
+        targets,
+        tp_group=tp_group,
+        vocab_start=vocab_start,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+    )
+    return logprobs, entropy if with_entropy else None
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        tp_group: dist.ProcessGroup | None,
+        num_valid: int,
+        vocab_start: int,
+        temperature: float,
+        chunk_rows: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.shard = {
+            "num_valid": num_valid,
+            "vocab_start": vocab_start,
+            "temperature": temperature,
+        }
+        ctx.chunk_rows = chunk_rows
+        ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
+        stats = hidden.new_empty(len(hidden), 4, dtype=compute_dtype(hidden.dtype))
+        for start in range(0, len(hidden), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            stats[rows] = shard_stats(hidden[rows] @ weight.T, targets[rows], **ctx.shard)
+        logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, tp_group))
+        ctx.save_for_backward(hidden, weight, targets, log_sum_exp, entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
+        hidden, weight, targets, log_sum_exp, entropy = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
+        weight_grad = (
+            torch.zeros_like(weight, dtype=compute_dtype(weight.dtype)) if wants_weight else None
+        )
+        for start in range(0, len(hidden), ctx.chunk_rows):
+            rows = slice(start, start + ctx.chunk_rows)
+            logits_grad = shard_gradient(
+                hidden[rows] @ weight.T,
+                targets[rows],
+                log_sum_exp[rows],
+                entropy[rows],
+                None if logprobs_grad is None else logprobs_grad[rows],
+                None if entropy_grad is None else entropy_grad[rows],
+                **ctx.shard,
+            )
+            if hidden_grad is not None:
+                hidden_grad[rows] = logits_grad @ weight
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ hidden[rows]
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+        return hidden_grad, weight_grad, None, None, None, None, None, None
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> None:
+    if (
+        hidden.dim() != 2
+        or weight.dim() != 2
+        or hidden.size(1) != weight.size(1)
+        or targets.shape != hidden.shape[:1]
+    ):
+        raise ValueError(
+            "expected hidden [N, H], weight [V/tp, H] and targets [N], got "
+            f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
+        )
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows={chunk_rows}: must be >= 1, since a chunk holds whole rows")
