@@ -1,0 +1,266 @@
+"""An algorithm as the loop uses it: select, assign advantages, weigh tokens, name the loss."""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms import aggregation
+from megatron_rl.algorithms.advantage import SumOverRanks, group_advantages, whiten
+from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.algorithms.presets import Preset
+from megatron_rl.algorithms.selection import Candidates, KeepMask, keep_mask
+from megatron_rl.ops.token_loss import LossSpec
+from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, UpdateTotals
+
+NO_TOTALS = UpdateTotals(kept_sequences=0, kept_tokens=0, collected_sequences=0, collected_tokens=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcomes:
+    """What became of this rank's groups and responses; plain counts, to be added over ranks."""
+
+    all_correct_groups: int = 0
+    all_wrong_groups: int = 0
+    mixed_groups: int = 0
+    unusable_groups: int = 0  # without a single usable response
+    unusable_rollouts: int = 0  # no finite reward, or no token; they count nowhere else
+    zero_advantage_sequences: int = 0  # kept, but without a gradient and therefore not in samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """This rank's part of an iteration on its way to the update."""
+
+    samples: list[Sample]  # what goes through the model, by group and index
+    totals: dict[int, UpdateTotals]  # update -> this rank's contribution, to be added over ranks
+    outcomes: Outcomes
+
+    @property
+    def kept_sequences(self) -> int:
+        return sum(part.kept_sequences for part in self.totals.values())
+
+    @property
+    def kept_tokens(self) -> int:
+        return sum(part.kept_tokens for part in self.totals.values())
+
+    @property
+    def collected_sequences(self) -> int:
+        return sum(part.collected_sequences for part in self.totals.values())
+
+    @property
+    def collected_tokens(self) -> int:
+        return sum(part.collected_tokens for part in self.totals.values())
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An AlgorithmConfig at work; holds no state."""
+
+    config: AlgorithmConfig
+
+    @property
+    def preset(self) -> Preset:
+        """Selection, advantage, objective and aggregation, with the recipe's changes."""
+        return self.config.resolved
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the loss uses them; the first update on fresh rollouts may leave them None."""
+        has_ratio = self.preset.objective == "clipped_ratio"
+        return has_ratio or self.config.rollout_is_cap is not None
+
+    @property
+    def needs_ref_logprobs(self) -> bool:
+        return self.config.kl_coef != 0
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the loss uses it, so that it needs a gradient."""
+        return self.config.entropy_coef != 0
+
+    @property
+    def needs_rollout_logprobs(self) -> bool:
+        return self.config.rollout_is_cap is not None
+
+    def select(
+        self,
+        groups: Sequence[RolloutGroup],
+        *,
+        update_of: Mapping[int, int],
+        seed: tuple[int, ...],
+    ) -> Selection:
+        """Samples that are worth a pass through the model, with their advantages.
+
+        Depends on each group alone, so groups may lie on the ranks in any way. The totals count
+        every kept response, also those dropped for an advantage of 0, which keeps the gradient
+        what it would be with them.
+
+        Args:
+            groups: whole groups, graded.
+            update_of: group_id -> optimizer step of this iteration, from 0.
+            seed: of this iteration; with the group_id it breaks ties.
+        """
+        usable = [_usable(group) for group in groups]
+        advantages = self._advantages(usable)
+        samples: list[Sample] = []
+        totals = dict.fromkeys(sorted(set(update_of.values())), NO_TOTALS)
+        counts: defaultdict[str, int] = defaultdict(int)
+        for group, (indices, candidates), group_advantage in zip(
+            groups, usable, advantages, strict=True
+        ):
+            counts["unusable_rollouts"] += len(group.rollouts) - len(indices)
+            counts[_outcome(candidates)] += 1
+            keep = self._keep(candidates, group.prompt.group_id, seed)
+            update = update_of[group.prompt.group_id]
+            totals[update] = _add(totals[update], candidates.lengths, keep)
+            for index, is_kept, value in zip(indices, keep, group_advantage, strict=True):
+                advantage = value if is_kept else 0.0
+                if self._goes_through_model(is_kept, advantage):
+                    samples.append(
+                        _sample(group.prompt, group.rollouts[index], index, update, advantage)
+                    )
+                elif is_kept:
+                    counts["zero_advantage_sequences"] += 1
+        return Selection(samples=samples, totals=totals, outcomes=Outcomes(**counts))
+
+    def assign_advantages(
+        self, samples: Sequence[Sample], *, sum_over_ranks: SumOverRanks
+    ) -> list[Sample]:
+        """Samples with their final advantages: batch_norm whitens them, the others leave them be.
+
+        Args:
+            samples: all of the iteration's on this rank, possibly none.
+            sum_over_ranks: every data-parallel rank must make this call under batch_norm.
+        """
+        if self.preset.advantage != "batch_norm":
+            return list(samples)
+        whitened = whiten(
+            torch.tensor([sample.advantage for sample in samples], dtype=torch.float64),
+            torch.tensor([len(sample.response_tokens) for sample in samples]),
+            std_ddof=self.config.std_ddof,
+            std_eps=self.config.std_eps,
+            sum_over_ranks=sum_over_ranks,
+        )
+        return [
+            replace(sample, advantage=value)
+            for sample, value in zip(samples, whitened.tolist(), strict=True)
+        ]
+
+    def token_weight(self, sample: Sample, totals: UpdateTotals, max_response_tokens: int) -> float:
+        """Share of the global loss of each response token, under the global totals of its update.
+
+        0 for what only train_on_everything lets through.
+        """
+        if self.config.train_on_everything and sample.advantage == 0:
+            return 0.0
+        return aggregation.token_weight(
+            self.preset.loss_aggregation,
+            totals,
+            response_tokens=len(sample.response_tokens),
+            max_response_tokens=max_response_tokens,
+            normalize_over=self.config.normalize_over,
+        )
+
+    def loss_spec(self) -> LossSpec:
+        return LossSpec(
+            kind=self.preset.objective,
+            eps_low=self.config.eps_low,
+            eps_high=self.config.eps_high,
+            dual_clip=self.config.dual_clip,
+            kl_coef=self.config.kl_coef,
+            kl_estimator=self.config.kl_estimator,
+            entropy_coef=self.config.entropy_coef,
+            rollout_is_cap=self.config.rollout_is_cap,
+        )
+
+    def _advantages(self, usable: Sequence[tuple[list[int], Candidates]]) -> list[list[float]]:
+        """Of every usable response, one list a group."""
+        sizes = [len(indices) for indices, _ in usable]
+        rewards = [reward for _, candidates in usable for reward in candidates.rewards]
+        flat = group_advantages(
+            self.preset.advantage,
+            torch.tensor(rewards, dtype=torch.float64),
+            _offsets(sizes),
+            std_ddof=self.config.std_ddof,
+            std_eps=self.config.std_eps,
+        ).tolist()
+        values = iter(flat)
+        return [[next(values) for _ in range(size)] for size in sizes]
+
+    def _keep(self, candidates: Candidates, group_id: int, seed: tuple[int, ...]) -> KeepMask:
+        return keep_mask(
+            candidates,
+            self.preset.selection,
+            tie_break=random.Random(repr((*seed, group_id))),
+            overlong_tokens=self.config.overlong_tokens,
+            max_per_group=self.config.max_per_group,
+        )
+
+    def _goes_through_model(self, is_kept: bool, advantage: float) -> bool:
+        if self.config.train_on_everything:
+            return True
+        has_gradient = (
+            advantage != 0
+            or self.config.has_loss_on_every_token
+            or self.preset.advantage == "batch_norm"  # whitening comes later
+        )
+        return is_kept and (has_gradient or not self.config.drop_zero_advantage)
+
+
+def _usable(group: RolloutGroup) -> tuple[list[int], Candidates]:
+    """Positions of the responses that can be judged and trained, and what to judge them by."""
+    indices = [index for index, rollout in enumerate(group.rollouts) if _is_usable(rollout)]
+    rollouts = [group.rollouts[index] for index in indices]
+    return indices, Candidates(
+        rewards=tuple(1.0 if r.reward is None else float(r.reward) for r in rollouts),
+        lengths=tuple(len(r.response_tokens) for r in rollouts),
+        is_truncated=tuple(r.finish_reason == "length" for r in rollouts),
+        is_gold=tuple(r.finish_reason == "gold" for r in rollouts),
+    )
+
+
+def _is_usable(rollout: Rollout) -> bool:
+    if len(rollout.response_tokens) == 0:
+        return False
+    if rollout.reward is None:
+        return rollout.finish_reason == "gold"
+    return math.isfinite(rollout.reward)
+
+
+def _outcome(candidates: Candidates) -> str:
+    if not candidates.rewards:
+        return "unusable_groups"
+    if candidates.has_correct and candidates.has_wrong:
+        return "mixed_groups"
+    return "all_correct_groups" if candidates.has_correct else "all_wrong_groups"
+
+
+def _add(totals: UpdateTotals, lengths: Sequence[int], keep: KeepMask) -> UpdateTotals:
+    return UpdateTotals(
+        kept_sequences=totals.kept_sequences + sum(keep),
+        kept_tokens=totals.kept_tokens
+        + sum(length for length, is_kept in zip(lengths, keep, strict=True) if is_kept),
+        collected_sequences=totals.collected_sequences + len(lengths),
+        collected_tokens=totals.collected_tokens + sum(lengths),
+    )
+
+
+def _sample(prompt: Prompt, rollout: Rollout, index: int, update: int, advantage: float) -> Sample:
+    return Sample(
+        group_id=prompt.group_id,
+        index=index,
+        update=update,
+        prompt_tokens=prompt.tokens,
+        response_tokens=rollout.response_tokens,
+        advantage=advantage,
+        rollout_logprobs=rollout.rollout_logprobs,
+    )
+
+
+def _offsets(sizes: Iterable[int]) -> Tensor:
+    return torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)

@@ -1,0 +1,94 @@
+"""An algorithm is (selection, advantage, objective); the named ones are rows of one table."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+SelectionName = Literal[
+    "all",
+    "gold",
+    "positive",
+    "drop_all_wrong",
+    "drop_all_correct",
+    "drop_uniform",
+    "best_of_n",
+    "drop_truncated",
+    "drop_overlong",
+]
+AdvantageName = Literal[
+    "one",
+    "reward",
+    "reward_minus_mean",
+    "group_norm",
+    "reward_over_std",
+    "leave_one_out",
+    "batch_norm",
+]
+ObjectiveName = Literal["likelihood", "clipped_ratio"]
+AggregationName = Literal["sequence_mean", "token_mean", "sequence_sum"]
+
+SELECTION_NAMES: tuple[SelectionName, ...] = get_args(SelectionName)
+ADVANTAGE_NAMES: tuple[AdvantageName, ...] = get_args(AdvantageName)
+OBJECTIVE_NAMES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+AGGREGATION_NAMES: tuple[AggregationName, ...] = get_args(AggregationName)
+
+GROUP_RELATIVE: frozenset[AdvantageName] = frozenset(
+    {"reward_minus_mean", "group_norm", "reward_over_std", "leave_one_out", "batch_norm"}
+)
+"""Advantages that compare a response with the others of its group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    selection: tuple[SelectionName, ...]
+    advantage: AdvantageName
+    objective: ObjectiveName
+    loss_aggregation: AggregationName = "sequence_mean"
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether groups of one response would train on nothing or on an undefined baseline."""
+        return self.advantage in GROUP_RELATIVE or "drop_uniform" in self.selection
+
+
+def _row(
+    selection: SelectionName,
+    advantage: AdvantageName,
+    objective: ObjectiveName,
+    loss_aggregation: AggregationName = "sequence_mean",
+) -> Preset:
+    return Preset(
+        selection=(selection,),
+        advantage=advantage,
+        objective=objective,
+        loss_aggregation=loss_aggregation,
+    )
+
+
+# Source, unless said otherwise: Xiong et al. 2025, arXiv:2504.11343, section 2 and ablations.
+PRESETS: dict[str, Preset] = {
+    "sft": _row("gold", "one", "likelihood"),
+    "raft": _row("positive", "one", "likelihood"),
+    "raft_pp": _row("positive", "one", "clipped_ratio"),
+    "reinforce": _row("all", "reward", "clipped_ratio"),
+    "reinforce_remove_all_wrong": _row("drop_all_wrong", "reward", "clipped_ratio"),
+    "reinforce_remove_all_correct": _row("drop_all_correct", "reward", "clipped_ratio"),
+    "reinforce_rej": _row("drop_uniform", "reward", "clipped_ratio"),
+    "reinforce_rej_norm": _row("drop_uniform", "reward_over_std", "clipped_ratio"),
+    "reinforce_mean_zero": _row("all", "reward_minus_mean", "clipped_ratio"),
+    "grpo": _row("all", "group_norm", "clipped_ratio"),  # arXiv:2402.03300
+    "rloo": _row("all", "leave_one_out", "clipped_ratio"),  # arXiv:2402.14740
+    "reinforce_pp_baseline": _row("all", "batch_norm", "clipped_ratio"),  # arXiv:2501.03262
+    "dr_grpo": _row("all", "reward_minus_mean", "clipped_ratio", "sequence_sum"),  # 2503.20783
+}
+
+NOT_YET_AVAILABLE = ("ppo", "iterative_dpo")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown name: the nearest one, if any is near, and all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}"

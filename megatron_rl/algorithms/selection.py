@@ -1,0 +1,115 @@
+"""Which responses of a group reach the update: keep-masks in, keep-masks out."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_rl.algorithms.presets import SelectionName
+
+KeepMask = list[bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """The usable responses of one group, as sampled: what every selection judges."""
+
+    rewards: tuple[float, ...]
+    lengths: tuple[int, ...]  # response tokens
+    is_truncated: tuple[bool, ...]
+    is_gold: tuple[bool, ...]
+
+    @property
+    def has_correct(self) -> bool:
+        return any(reward > 0 for reward in self.rewards)
+
+    @property
+    def has_wrong(self) -> bool:
+        return any(reward <= 0 for reward in self.rewards)
+
+
+def keep_mask(
+    candidates: Candidates,
+    names: Sequence[SelectionName],
+    *,
+    tie_break: random.Random,
+    overlong_tokens: int | None = None,
+    max_per_group: int | None = None,
+) -> KeepMask:
+    """Whether each response is kept, after all named selections in order and the group's cap.
+
+    Conditions on the group (all wrong, the maximum reward) are about the group as sampled;
+    best_of_n and max_per_group choose among what is still kept.
+    """
+    keep = [True] * len(candidates.rewards)
+    for name in names:
+        if name == "best_of_n":
+            keep = _best_of_n(candidates, keep, tie_break)
+        elif name == "drop_overlong":
+            assert overlong_tokens is not None, "the config check lets no other through"
+            fits = [length <= overlong_tokens for length in candidates.lengths]
+            keep = _both(keep, fits)
+        else:
+            keep = _both(keep, MASKS[name](candidates))
+    return keep if max_per_group is None else _first(keep, max_per_group)
+
+
+def _all(candidates: Candidates) -> KeepMask:
+    return [True] * len(candidates.rewards)
+
+
+def _gold(candidates: Candidates) -> KeepMask:
+    return list(candidates.is_gold)
+
+
+def _positive(candidates: Candidates) -> KeepMask:
+    """RAFT: the best of the group, if it is good at all."""
+    best = max(candidates.rewards, default=0.0)
+    return [reward == best and reward > 0 for reward in candidates.rewards]
+
+
+def _drop_all_wrong(candidates: Candidates) -> KeepMask:
+    return [candidates.has_correct] * len(candidates.rewards)
+
+
+def _drop_all_correct(candidates: Candidates) -> KeepMask:
+    return [candidates.has_wrong] * len(candidates.rewards)
+
+
+def _drop_uniform(candidates: Candidates) -> KeepMask:
+    return [candidates.has_correct and candidates.has_wrong] * len(candidates.rewards)
+
+
+def _drop_truncated(candidates: Candidates) -> KeepMask:
+    return [not truncated for truncated in candidates.is_truncated]
+
+
+MASKS: dict[SelectionName, Callable[[Candidates], KeepMask]] = {
+    "all": _all,
+    "gold": _gold,
+    "positive": _positive,
+    "drop_all_wrong": _drop_all_wrong,
+    "drop_all_correct": _drop_all_correct,
+    "drop_uniform": _drop_uniform,
+    "drop_truncated": _drop_truncated,
+}
+
+
+def _best_of_n(candidates: Candidates, keep: KeepMask, tie_break: random.Random) -> KeepMask:
+    kept = [reward for reward, is_kept in zip(candidates.rewards, keep, strict=True) if is_kept]
+    if not kept:
+        return keep
+    best = [
+        index
+        for index, reward in enumerate(candidates.rewards)
+        if keep[index] and reward == max(kept)
+    ]
+    chosen = tie_break.choice(best)
+    return [index == chosen for index in range(len(keep))]
+
+
+def _first(keep: KeepMask, limit: int) -> KeepMask:
+    return [is_kept and sum(keep[:index]) < limit for index, is_kept in enumerate(keep)]
+
+
+def _both(left: KeepMask, right: KeepMask) -> KeepMask:
+    return [a and b for a, b in zip(left, right, strict=True)]
