@@ -1,0 +1,94 @@
+"""Real process groups on CPU. Ranks fork from one server that has imported torch already."""
+
+import faulthandler
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
+"""What the server imports before it forks; append to it at the head of a test file."""
+
+GRACE_S = 5.0
+
+
+def run_on_ranks(
+    world_size: int, fn: Callable[..., None], *args: object, timeout_s: float = 120.0
+) -> None:
+    """Run fn(*args) on gloo ranks, one thread each.
+
+    An exception or a time-out on any rank fails the test with every failing rank's traceback, the
+    first to fail first. fn must be importable: a function at the head of its module.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)  # takes effect until the first rank starts
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(
+                target=_rank_main,
+                args=(rank, world_size, folder, timeout_s, fn, args),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        _wait_for_all(ranks, deadline=time.monotonic() + timeout_s + GRACE_S)
+        failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
+        assert not failed, _report(Path(folder), failed, world_size)
+
+
+def _wait_for_all(ranks: list, deadline: float) -> None:
+    """Until all have ended; once one has failed, the others have GRACE_S left."""
+    running = list(ranks)
+    while running and time.monotonic() < deadline:
+        wait([process.sentinel for process in running], timeout=deadline - time.monotonic())
+        if any(process.exitcode for process in running):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        running = [process for process in running if process.exitcode is None]
+    for process in running:
+        process.kill()
+        process.join()
+
+
+def _report(folder: Path, failed: list[int], world_size: int) -> str:
+    told = sorted(folder.glob("rank*.txt"), key=lambda path: path.stat().st_mtime_ns)
+    stories = [f"--- {path.stem}\n{path.read_text()}" for path in told if path.stat().st_size]
+    return "\n".join([f"failed: ranks {failed} of {world_size}", *stories])
+
+
+def _rank_main(
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout_s: float,
+    fn: Callable[..., None],
+    args: tuple[object, ...],
+) -> None:
+    with open(Path(folder, f"rank{rank}.txt"), "w") as story:
+        faulthandler.dump_traceback_later(timeout_s, exit=True, file=story)
+        try:
+            torch.set_num_threads(1)
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(str(Path(folder, "store")), world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+            fn(*args)
+            dist.barrier()
+        except BaseException:
+            traceback.print_exc(file=story)
+            story.flush()
+            os._exit(1)  # a group that lost a rank may hang in its destructor
+        dist.destroy_process_group()
+        faulthandler.cancel_dump_traceback_later()
