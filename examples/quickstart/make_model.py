@@ -46,7 +46,7 @@ def train_sentencepiece(data: Path) -> bytes:
 
 
 def write_hugging_face_tokenizer(directory: Path) -> None:
-    """tokenizer.json and tokenizer_config.json with the pieces and ids of directory/tokenizer.model.
+    """tokenizer.json and tokenizer_config.json with the pieces and ids of tokenizer.model.
 
     The symbols are added tokens, which are looked for before anything else. Nothing is left to the
     BPE below them, so it does not matter that AutoTokenizer rebuilds it as the Qwen2 class, with

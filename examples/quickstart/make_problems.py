@@ -1,4 +1,4 @@
-"""Write the quickstart's data: chains of additions and subtractions with a worked solution.
+r"""Write the quickstart's data: chains of additions and subtractions with a worked solution.
 
     python examples/quickstart/make_problems.py --output examples/quickstart/data
 

@@ -1,0 +1,178 @@
+"""The prompts of a run: read, checked and tokenized once, then handed out batch by batch."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+from megatron_rl.errors import InputError
+from megatron_rl.prompts.config import PromptsConfig
+from megatron_rl.prompts.cursor import Cursor, Draw
+from megatron_rl.prompts.rows import MAX_SHOWN, Problems, Row
+from megatron_rl.prompts.source import read_rows
+from megatron_rl.prompts.template import choose_template
+from megatron_rl.prompts.token_table import TokenTable, tokenize
+from megatron_rl.prompts.tokenizer import Tokenizer
+from megatron_rl.types import Prompt
+
+
+class PromptState(TypedDict):
+    """What a checkpoint keeps."""
+
+    epoch: int
+    position: int
+    num_rows: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptReport:
+    """What became of the rows of a data set."""
+
+    num_read: int
+    num_used: int
+    num_overlong: int  # left out, since longer than max_prompt_tokens
+    overlong_rows: tuple[str, ...]  # the first few of them, as source:line
+    num_conflicting: int  # used, though the same prompt stands before with another answer
+    max_prompt_tokens: int  # the longest in use
+    mean_prompt_tokens: float
+    max_gold_tokens: int  # the longest, with its end-of-sequence token; 0 without gold
+
+
+class PromptStream:
+    """Batches of prompts in a seeded order; the same on every rank, resumable after any batch.
+
+    Needs no process group: each rank reads the same files and takes the same global batch.
+    Without shuffling, and through all_prompts(), it also serves evaluations.
+    """
+
+    def __init__(
+        self, config: PromptsConfig, tokenizer: Tokenizer, seed: int, with_gold: bool = False
+    ) -> None:
+        rows = read_rows(config, with_gold)
+        _refuse_control_tokens(rows, tokenizer)
+        render = choose_template(config.template, tokenizer)
+        table = tokenize(tokenizer, (render(row.prompt) for row in rows))
+        lengths = table.lengths()
+        _refuse_empty(rows, lengths)
+        fits = [index for index, length in enumerate(lengths) if length <= config.max_prompt_tokens]
+        overlong = [index for index, n in enumerate(lengths) if n > config.max_prompt_tokens]
+        _check_overlong([rows[index] for index in overlong], len(fits), config)
+
+        self._rows = [rows[index] for index in fits] if overlong else rows
+        self._prompts = table.select(fits) if overlong else table
+        self._gold = _gold_table(self._rows, tokenizer) if with_gold else None
+        self._batch_size = config.prompts_per_iteration
+        self._cursor = Cursor(len(self._rows), seed, config.shuffle)
+        self._checksum = _checksum(self._rows, self._prompts, self._gold)
+        used = [lengths[index] for index in fits]
+        self.report = PromptReport(
+            num_read=len(rows),
+            num_used=len(used),
+            num_overlong=len(overlong),
+            overlong_rows=tuple(rows[index].where for index in overlong[:MAX_SHOWN]),
+            num_conflicting=_count_conflicting(self._rows),
+            max_prompt_tokens=max(used),
+            mean_prompt_tokens=sum(used) / len(used),
+            max_gold_tokens=0 if self._gold is None else max(self._gold.lengths()),
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def next_batch(self) -> list[Prompt]:
+        """The next prompts_per_iteration prompts; group ids increase and never repeat in a run."""
+        return [self._prompt(draw) for draw in self._cursor.take(self._batch_size)]
+
+    def all_prompts(self) -> list[Prompt]:
+        """Every prompt once, in the order of the files; next_batch() is not affected."""
+        return [self._prompt(Draw(row=index, group_id=index)) for index in range(len(self))]
+
+    def state_dict(self) -> PromptState:
+        return {
+            "epoch": self._cursor.epoch,
+            "position": self._cursor.position,
+            "num_rows": len(self),
+            "checksum": self._checksum,
+        }
+
+    def load_state_dict(self, state: PromptState) -> None:
+        """Continue where state_dict() was taken; InputError where the data are not the same."""
+        if state["checksum"] != self._checksum:
+            raise InputError(
+                f"prompts.path: the data are not those the run was saved with: {len(self)} usable "
+                f"rows now, {state['num_rows']} then; checksum {self._checksum} now, "
+                f"{state['checksum']} then. Resume with the same files, columns, template, "
+                "max_prompt_tokens and tokenizer, or start a new run"
+            )
+        self._cursor.seek(state["epoch"], state["position"])
+
+    def _prompt(self, draw: Draw) -> Prompt:
+        row = self._rows[draw.row]
+        return Prompt(
+            group_id=draw.group_id,
+            tokens=self._prompts.tokens(draw.row),
+            answer=row.answer,
+            source=row.source,
+            gold_tokens=None if self._gold is None else self._gold.tokens(draw.row),
+        )
+
+
+def _refuse_control_tokens(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
+    """A data set must not be able to end a turn or a sequence by spelling a control token."""
+    if not tokenizer.control_tokens:
+        return
+    control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)))
+    problems = Problems("prompts.path")
+    for row in rows:
+        found = control.search(row.prompt) or control.search(row.response or "")
+        if found:
+            problems.add(row.where, f"spells the tokenizer's control token {found.group()!r}")
+    problems.raise_if_any(
+        "Control tokens come from prompts.template, the chat template and the end of a response "
+        "only; remove them from the text"
+    )
+
+
+def _refuse_empty(rows: Sequence[Row], lengths: Sequence[int]) -> None:
+    problems = Problems("prompts.path")
+    for row, length in zip(rows, lengths, strict=True):
+        if length == 0:
+            problems.add(row.where, "the tokenizer makes no token of the prompt")
+    problems.raise_if_any("Remove these rows, or use a tokenizer that knows their characters")
+
+
+def _check_overlong(overlong: Sequence[Row], num_fitting: int, config: PromptsConfig) -> None:
+    if num_fitting == 0:
+        raise InputError(
+            f"prompts.path={config.path!r}: all {len(overlong)} prompts are longer than "
+            f"prompts.max_prompt_tokens={config.max_prompt_tokens}. Raise it"
+        )
+    if overlong and config.overlong == "error":
+        problems = Problems("prompts.path")
+        for row in overlong:
+            problems.add(row.where, f"longer than max_prompt_tokens={config.max_prompt_tokens}")
+        problems.raise_if_any("Raise prompts.max_prompt_tokens, or set prompts.overlong=skip")
+
+
+def _gold_table(rows: Sequence[Row], tokenizer: Tokenizer) -> TokenTable:
+    responses = (row.response or "" for row in rows)
+    return tokenize(tokenizer, responses, suffix=tokenizer.eos_ids[:1])
+
+
+def _count_conflicting(rows: Sequence[Row]) -> int:
+    first_answers: dict[str, str] = {}
+    return sum(first_answers.setdefault(row.prompt, row.answer) != row.answer for row in rows)
+
+
+def _checksum(rows: Sequence[Row], prompts: TokenTable, gold: TokenTable | None) -> str:
+    """Of what the run sees, so that a file may be moved or converted but not changed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for table in (prompts, gold):
+        if table is not None:
+            digest.update(table.ends.tobytes())
+            digest.update(table.ids.tobytes())
+    for row in rows:
+        digest.update(f"{len(row.answer)}:{row.answer}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Reads rows from JSON Lines and parquet files, directories of them, and hub data sets."""
+
+import json
+import re
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from megatron_rl.errors import InputError
+from megatron_rl.prompts.config import PromptsConfig
+from megatron_rl.prompts.rows import Columns, Problems, Row, RowError, column_list, to_row
+
+SUFFIXES = (".jsonl", ".parquet")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+HUB_TIMEOUT_S = 10.0
+
+
+def read_rows(config: PromptsConfig, with_gold: bool) -> list[Row]:
+    """All rows in the order of config.path; InputError with every problem of the first bad file."""
+    columns = Columns(
+        prompt=config.prompt_key,
+        answer=config.answer_key,
+        response=config.response_key if with_gold else None,
+    )
+    rows: list[Row] = []
+    for path in config.paths:
+        for name, where, records in _open(path, config.split):
+            rows.extend(_checked(records, columns, name, where))
+    return rows
+
+
+Record = tuple[int, object]  # line, from 1; its columns, or the RowError that stands for them
+
+
+def _open(path: str, split: str) -> Iterator[tuple[str, str, Iterator[Record]]]:
+    """(name of the data set, where it is, its records) of each file behind one entry of path."""
+    location = Path(path).expanduser()
+    if not location.exists():
+        if HUB_NAME.fullmatch(path) and location.suffix not in SUFFIXES:
+            yield path, f"{path} (hub)", _numbered(_read_hub(path, split))
+            return
+        raise InputError(
+            f"prompts.path={path!r}: there is no such file or directory. "
+            "Check the name; relative names start at the working directory"
+        )
+    for file in _files(location):
+        read = _read_jsonl if file.suffix == ".jsonl" else _read_parquet
+        yield file.stem, str(file), read(file)
+
+
+def _files(location: Path) -> list[Path]:
+    if location.is_dir():
+        files = sorted(file for file in location.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise InputError(f"{location}: the directory holds no {' or '.join(SUFFIXES)} file")
+        return files
+    if location.suffix not in SUFFIXES:
+        raise InputError(
+            f"{location}: the ending {location.suffix!r} is not one of {', '.join(SUFFIXES)}. "
+            "Convert the file, one JSON object per line, and name it .jsonl"
+        )
+    return [location]
+
+
+def _checked(records: Iterator[Record], columns: Columns, name: str, where: str) -> Iterator[Row]:
+    problems = Problems(where)
+    num_records = 0
+    for num_records, (line, fields) in enumerate(records, start=1):
+        try:
+            if isinstance(fields, RowError):
+                raise fields
+            if num_records == 1:
+                _check_columns(fields, columns, where)
+            yield to_row(fields, columns, name, line)
+        except RowError as error:
+            problems.add(f"line {line}", str(error))
+    problems.raise_if_any("Mend or remove these rows")
+    if num_records == 0:
+        raise InputError(f"{where}: the data set has no rows")
+
+
+def _check_columns(first: object, columns: Columns, where: str) -> None:
+    """A wrong column name fails on the first row, in one line instead of one a row."""
+    if not isinstance(first, Mapping):
+        return
+    keys = dict(zip(("prompt_key", "answer_key", "response_key"), columns.names, strict=False))
+    wrong = {key: column for key, column in keys.items() if column not in first}
+    if wrong:
+        named = ", ".join(f"prompts.{key}={column!r}" for key, column in wrong.items())
+        raise InputError(
+            f"{where}: {named}: no such column in the first row, which has {column_list(first)}. "
+            "Name the column to read"
+        )
+
+
+def _read_jsonl(file: Path) -> Iterator[Record]:
+    try:
+        with file.open("rb") as lines:
+            for line, raw in enumerate(lines, start=1):
+                if raw.strip():
+                    yield line, _parsed(raw)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _parsed(raw: bytes) -> object:
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError(f"not UTF-8 at byte {error.start + 1} of the line")
+    except json.JSONDecodeError as error:
+        return RowError(f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        return RowError(f"not JSON that can be read: {type(error).__name__}")
+
+
+def _read_parquet(file: Path) -> Iterator[Record]:
+    import datasets  # type: ignore[import-untyped]  # the package ships no types
+
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        yield from _numbered(rows)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file}: is not a readable parquet file ({error}). Write or download it again"
+        ) from error
+
+
+def _numbered(rows: Iterable[object]) -> Iterator[Record]:
+    return enumerate(rows, start=1)
+
+
+def _read_hub(path: str, split: str) -> Iterator[object]:
+    import datasets
+
+    name, _, subset = path.partition(":")
+    try:
+        _check_hub(name)
+        rows = datasets.load_dataset(name, subset or None, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"prompts.path={path!r}: no such file here, and the hub gives no data set of that name "
+            f"with prompts.split={split!r} ({type(error).__name__}: {error}). Check the name, or "
+            "download the data and name the file; cached data are read with HF_HUB_OFFLINE=1"
+        ) from error
+    yield from rows
+
+
+def _check_hub(name: str) -> None:
+    """Fail within seconds where the hub is out of reach: loading would retry for half a minute."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    url = f"{huggingface_hub.constants.ENDPOINT}/api/datasets/{name}"
+    try:
+        urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return  # the hub answers; what it makes of the name, loading says better
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, ssl.SSLError):  # certificates are the client's business
+            raise

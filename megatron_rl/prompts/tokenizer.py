@@ -1,0 +1,226 @@
+"""Text to token ids and back, by a model directory's Hugging Face or SentencePiece files."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_rl.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+class Tokenizer(Protocol):
+    """What the loop needs of a tokenizer."""
+
+    @property
+    def name(self) -> str:
+        """Kind and class, for the log."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model's embedding may be larger, not smaller."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a response; the first one, the tokenizer's own, ends gold responses."""
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Strings that encode() turns into control ids; no prompt of a data set may hold one."""
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text. Nothing is put in front or behind; control tokens in it are honoured."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode() of each, faster."""
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def render_chat(self, prompt: str) -> str:
+        """The chat with this user turn, up to where the response starts."""
+
+
+def load_tokenizer(model_dir: str | Path) -> Tokenizer:
+    """The directory's tokenizer: Hugging Face files where there are any, else tokenizer.model.
+
+    Its eos_ids are the union of what the tokenizer, config.json and generation_config.json name,
+    in this order: models are released whose three files differ, and any of them may be sampled.
+    """
+    directory = Path(model_dir).expanduser()
+    if not directory.is_dir():
+        raise InputError(
+            f"{directory}: there is no such model directory. Name a local directory with "
+            f"{' or '.join(HUGGING_FACE_FILES)} or {SENTENCEPIECE_FILE}"
+        )
+    if any((directory / file).is_file() for file in HUGGING_FACE_FILES):
+        return HuggingFaceTokenizer(directory)
+    if (directory / SENTENCEPIECE_FILE).is_file():
+        return SentencePieceTokenizer(directory)
+    raise InputError(
+        f"{directory}: holds no tokenizer: none of {', '.join(HUGGING_FACE_FILES)}, "
+        f"{SENTENCEPIECE_FILE}. Copy the files from where the weights come from"
+    )
+
+
+class HuggingFaceTokenizer:
+    """transformers' AutoTokenizer; Python code that comes with a model is never run."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise InputError(
+                f"{directory}: transformers cannot load the tokenizer "
+                f"({type(error).__name__}: {error}). A tokenizer that needs code of its own, or a "
+                "file that is cut off or a git-lfs pointer, cannot be used"
+            ) from error
+        self._tokenizer: PreTrainedTokenizerBase = loaded
+        self.vocab_size = 1 + max(loaded.get_vocab().values())
+        self.name = f"huggingface:{type(loaded).__name__}"
+        self.has_chat_template = bool(loaded.chat_template)
+        special = {str(token) for token in loaded.added_tokens_decoder.values() if token.special}
+        self.control_tokens = tuple(sorted(special | set(loaded.all_special_tokens)))
+        self.eos_ids = _eos_ids(directory, loaded.eos_token_id, self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: Any = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return list(encoded["input_ids"])
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def render_chat(self, prompt: str) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{self._tokenizer.name_or_path}: the chat template fails on a user turn "
+                f"({type(error).__name__}: {error}). Mend it, or set prompts.template"
+            ) from error
+        return str(text)
+
+
+class SentencePieceTokenizer:
+    """A tokenizer.model alone. Control pieces count as such in encode(), as in Hugging Face's."""
+
+    has_chat_template = False
+
+    def __init__(self, directory: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        file = directory / SENTENCEPIECE_FILE
+        try:
+            pieces = SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{file}: is not a SentencePiece model ({error}). Copy it again; a file of a "
+                "hundred bytes is a git-lfs pointer"
+            ) from error
+        self._pieces = pieces
+        self.name = "sentencepiece"
+        self.vocab_size = int(pieces.get_piece_size())
+        self._control_ids = {
+            str(pieces.id_to_piece(token)): token
+            for token in range(self.vocab_size)
+            if pieces.is_control(token)
+        }
+        self.control_tokens = tuple(sorted(self._control_ids))
+        self._control = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+        eos = pieces.eos_id()
+        self.eos_ids = _eos_ids(directory, eos if eos >= 0 else None, self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for control in self._control.finditer(text):
+            ids += self._plain(text[start : control.start()])
+            ids.append(self._control_ids[control.group()])
+            start = control.end()
+        return ids + self._plain(text[start:])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        if skip_special:
+            is_control, is_unknown = self._pieces.is_control, self._pieces.is_unknown
+            ids = [token for token in ids if not (is_control(token) or is_unknown(token))]
+            return str(self._pieces.decode(ids))
+        # SentencePiece decodes control pieces to nothing, so they are put back between the rest.
+        text, plain = "", list[int]()
+        for token in ids:
+            if self._pieces.is_control(token):
+                text += str(self._pieces.decode(plain)) + str(self._pieces.id_to_piece(token))
+                plain = []
+            else:
+                plain.append(token)
+        return text + str(self._pieces.decode(plain))
+
+    def render_chat(self, prompt: str) -> str:
+        raise InputError(
+            "a SentencePiece tokenizer.model has no chat template. Set prompts.template, or leave "
+            "it unset to use the prompt as it is"
+        )
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self._pieces.encode(text)) if text else []
+
+
+def _eos_ids(directory: Path, own: int | None, vocab_size: int) -> tuple[int, ...]:
+    named = [own, *_configured_eos(directory, "config.json")]
+    named += _configured_eos(directory, "generation_config.json")
+    ids = tuple(dict.fromkeys(token for token in named if token is not None))
+    if not ids:
+        raise InputError(
+            f"{directory}: neither the tokenizer nor config.json nor generation_config.json names "
+            "an end-of-sequence token. Set eos_token_id in generation_config.json"
+        )
+    outside = [token for token in ids if not 0 <= token < vocab_size]
+    if outside:
+        raise InputError(
+            f"{directory}: end-of-sequence ids {outside} lie outside the tokenizer's {vocab_size} "
+            "tokens. The tokenizer is not this model's; copy the right files"
+        )
+    return ids
+
+
+def _configured_eos(directory: Path, name: str) -> Iterable[int]:
+    file = directory / name
+    if not file.is_file():
+        return ()
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        value = settings.get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file}: is not a JSON object ({error}). Copy the file again") from error
+    values = value if isinstance(value, list) else [value]
+    if not all(entry is None or type(entry) is int for entry in values):
+        raise InputError(f"{file}: eos_token_id={value!r}: must be a token id or a list of them")
+    return [entry for entry in values if entry is not None]
