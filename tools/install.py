@@ -261,7 +261,11 @@ def configured_torch_is_cpu(torch: str) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    return probe.returncode == 0 and not brings_cuda(json.loads(report.read_text()))
+    if probe.returncode != 0:  # no torch for this Python there
+        return False
+    is_cpu = not brings_cuda(json.loads(report.read_text()))
+    report.unlink()
+    return is_cpu
 
 
 def pip(*arguments: str) -> list[str]:

@@ -1,0 +1,130 @@
+"""Rules of the layout that no linter knows."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_rl"
+FILES = sorted(PACKAGE.rglob("*.py"))
+COMMANDS = sorted((ROOT / "tools").rglob("*.py"))
+
+# A room may import itself and the ones after it, never the ones before.
+ROOMS = [
+    "__main__", "loop", "run", "config", "evaluation", "checkpoint", "rollout", "policy", "weights",
+    "batching", "reward", "algorithms", "prompts", "metrics", "parallel", "ops", "platforms",
+    "types", "settings", "errors",
+]  # fmt: skip
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 80
+
+# Homes, scratch folders and work trees of one machine; a path in a container or a system is fine.
+MACHINE_PATH = re.compile(r"/(?:root|home/\w+|Users/\w+|work/(?:main|shared)|tmp/dev)(?:/|\b)")
+
+
+def test_every_room_is_in_the_order():
+    rooms = {room_of(path) for path in FILES} - {"__init__"}
+    assert rooms <= set(ROOMS), f"put into ROOMS: {sorted(rooms - set(ROOMS))}"
+
+
+def test_rooms_import_downwards():
+    upward = [
+        f"{path.relative_to(PACKAGE)}:{line} imports {target}"
+        for path in FILES
+        for line, target in rooms_imported(path.read_text())
+        if ROOMS.index(target) < ROOMS.index(room_of(path))
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_every_form_of_import_is_seen():
+    source = (
+        "import megatron_rl.policy.model\n"
+        "from megatron_rl import loop\n"
+        "def f():\n"
+        "    from megatron_rl.types import Rollout\n"
+        "from megatron_rl import __version__\n"
+        "import megatron_rl._C\n"
+        "from megatron.core import tensor_parallel\n"
+    )
+    seen = sorted(rooms_imported(source))
+    assert seen == [(1, "policy"), (2, "loop"), (4, "types")]
+
+
+def test_torch_cuda_is_spelled_only_in_platforms():
+    spellers = [
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if room_of(path) != "platforms" and "torch.cuda" in path.read_text()
+    ]
+    assert not spellers, "\n".join(spellers)
+
+
+def test_functions_fit_a_screen():
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in FILES + COMMANDS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert not long, "\n".join(long)
+
+
+def test_files_stay_small():
+    large = [
+        f"{path.relative_to(ROOT)}: {lines} lines"
+        for path in FILES + COMMANDS
+        if (lines := path.read_text().count("\n")) > MAX_FILE_LINES
+    ]
+    assert not large, "\n".join(large)
+
+
+def test_init_files_are_empty():
+    filled = [
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if path.name == "__init__.py" and path.read_text()
+    ]
+    assert not filled, "\n".join(filled)
+
+
+def test_no_tracked_file_names_a_path_of_one_machine():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    tracked = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in tracked
+        if path.is_file()
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def rooms_imported(source: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "megatron_rl":
+            names = [f"megatron_rl.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            room = rest.partition(".")[0]
+            if package == "megatron_rl" and room in ROOMS:  # _C and the like are no rooms
+                yield node.lineno, room

@@ -1,0 +1,34 @@
+import re
+
+import pytest
+
+from megatron_rl.metrics import names
+from megatron_rl.metrics.console import COLUMNS
+from megatron_rl.metrics.plot import PANELS
+
+
+def test_every_name_is_room_and_quantity():
+    pattern = r"(reward|algorithms|rollout|policy|weights|time|memory|evaluation)/[a-z0-9_<>/]+"
+    assert [name for name in names.METRICS if not re.fullmatch(pattern, name)] == []
+
+
+def test_what_is_shown_is_listed():
+    shown = {name for column in COLUMNS for name in column.metrics}
+    shown |= {name for _, _, metrics in PANELS for name in metrics}
+    assert shown <= names.METRICS.keys()
+
+
+@pytest.mark.parametrize("name", ["evaluation/aime24/average_at_8", "evaluation/a/b/average_at_k"])
+def test_a_benchmark_has_the_meaning_of_its_kind(name):
+    assert names.meaning(name) == names.METRICS["evaluation/<benchmark>/average_at_k"]
+
+
+def test_an_unlisted_name_has_no_meaning():
+    assert names.meaning("policy/vibes") is None
+    assert names.meaning("evaluation/aime24/pass_at_8") is None
+
+
+def test_evaluation_label():
+    assert names.evaluation_label("evaluation/aime24/average_at_8") == "aime24 average@8"
+    with pytest.raises(ValueError, match="'reward/mean' is not evaluation"):
+        names.evaluation_label("reward/mean")

@@ -1,0 +1,88 @@
+import json
+
+import pytest
+
+from megatron_rl.metrics.plot import COLORS, draw, history, plot_run
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def write_run(directory, records):
+    directory.mkdir()
+    path = directory / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def panel(figure, title):
+    return next(axes for axes in figure.axes if axes.get_title(loc="left") == title)
+
+
+def points(axes, name):
+    return [list(map(list, line.get_data())) for line in axes.lines if line.get_gid() == name]
+
+
+@pytest.fixture
+def grpo(tmp_path):
+    return write_run(
+        tmp_path / "grpo",
+        [
+            {"iteration": 0, "evaluation/aime24/average_at_8": 0.05},
+            {"iteration": 1, "reward/mean": 0.1, "reward/accuracy": 0.2, "policy/kl_initial_k3": 0},
+            {"iteration": 2, "reward/mean": 0.9, "policy/kl_initial_k3": None},
+            {"iteration": 2, "reward/mean": 0.3, "policy/kl_initial_k3": None},
+            {"iteration": 4, "reward/mean": 0.5, "evaluation/aime24/average_at_8": 0.25},
+        ],
+    )
+
+
+def test_history_skips_gaps_and_takes_the_last_record_of_an_iteration(grpo):
+    curves = history(grpo)
+    assert curves["reward/mean"] == ([1, 2, 4], [0.1, 0.3, 0.5])
+    assert curves["policy/kl_initial_k3"] == ([1], [0])
+    assert "iteration" not in curves
+
+
+def test_axes_hold_the_numbers(grpo):
+    figure = draw([("grpo", history(grpo))])
+    assert points(panel(figure, "Reward"), "reward/mean") == [[[1, 2, 4], [0.1, 0.3, 0.5]]]
+    accuracy = panel(figure, "Accuracy")
+    assert points(accuracy, "reward/accuracy") == [[[1], [0.2]]]
+    assert points(accuracy, "evaluation/aime24/average_at_8") == [[[0, 4], [0.05, 0.25]]]
+    assert points(panel(figure, "KL to the initial policy"), "policy/kl_initial_k3") == [[[1], [0]]]
+
+
+def test_a_panel_without_numbers_says_so(grpo):
+    figure = draw([("grpo", history(grpo))])
+    said = [text.get_text() for text in panel(figure, "Response length").texts]
+    assert said == ["not measured"]
+
+
+def test_exact_entropy_wins_over_its_estimate():
+    both = {"policy/entropy_mean": ([1, 2], [0.5, 0.4]), "rollout/entropy_estimate": ([1], [9.0])}
+    estimate = {"rollout/entropy_estimate": ([1, 2], [0.7, 0.6])}
+    axes = panel(draw([("a", both), ("b", estimate)]), "Entropy")
+    assert points(axes, "policy/entropy_mean") == [[[1, 2], [0.5, 0.4]]]
+    assert points(axes, "rollout/entropy_estimate") == [[[1, 2], [0.7, 0.6]]]
+
+
+def test_runs_differ_by_colour_and_one_legend_names_them_all(grpo):
+    reinforce = {"reward/mean": ([1, 2], [0.0, 1.0])}
+    figure = draw([("grpo", history(grpo)), ("reinforce", reinforce)])
+    assert [line.get_color() for line in panel(figure, "Reward").lines] == list(COLORS[:2])
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["grpo", "reinforce", "held-out aime24 average@8"]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+
+
+def test_more_runs_than_colours_stay_apart():
+    runs = [(str(run), {"reward/mean": ([1, 2, 3], [0, run, 0])}) for run in range(9)]
+    lines = panel(draw(runs), "Reward").lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
+
+
+def test_plot_run_writes_a_png(grpo, tmp_path):
+    output = tmp_path / "plots" / "runs.png"
+    plot_run([("grpo", grpo)], output)
+    assert output.read_bytes().startswith(PNG_SIGNATURE)
