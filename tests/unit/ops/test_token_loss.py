@@ -1,0 +1,289 @@
+import math
+
+import pytest
+import torch
+
+from megatron_rl.ops.token_loss import LossSpec, k3, kl_estimate, token_loss
+
+NOTHING_MEASURED = {"old_logprobs": None, "ref_logprobs": None, "rollout_logprobs": None}
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def loss_and_gradient(ratio, advantage, **spec):
+    """Of one token of weight 1 with this ratio."""
+    logprobs = f64(math.log(ratio)).requires_grad_()
+    inputs = NOTHING_MEASURED | {"old_logprobs": f64(0.0)}
+    spec = LossSpec(kind="clipped_ratio", **spec)
+    result = token_loss(
+        logprobs, None, advantages=f64(advantage), weights=f64(1.0), spec=spec, **inputs
+    )
+    result.loss.backward()
+    return result.loss.item(), logprobs.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 1.0, -1.3, 0.0),  # credit for moving towards stops at 1 + eps_high
+        (1.25, 1.0, -1.25, -1.25),
+        (0.5, 1.0, -0.5, -0.5),  # and never for catching up
+        (0.5, -1.0, 0.8, 0.0),  # credit for moving away stops at 1 - eps_low
+        (0.9, -1.0, 0.9, 0.9),
+        (1.5, -1.0, 1.5, 1.5),  # blame never stops
+        (4.0, -2.0, 8.0, 8.0),
+        (1.0, 0.0, 0.0, 0.0),
+        (4.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_clip_stops_credit_but_not_blame(ratio, advantage, loss, gradient):
+    actual = loss_and_gradient(ratio, advantage, eps_low=0.2, eps_high=0.3)
+    assert actual == pytest.approx((loss, gradient), abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (4.0, -2.0, 6.0, 0.0),  # -3 * A instead of -4 * A
+        (2.9, -2.0, 5.8, 5.8),
+        (0.5, -2.0, 1.6, 0.0),  # the lower clip is as it was
+        (4.0, 2.0, -2.4, 0.0),  # and positive advantages too
+    ],
+)
+def test_dual_clip_bounds_the_blame(ratio, advantage, loss, gradient):
+    actual = loss_and_gradient(ratio, advantage, dual_clip=3.0)
+    assert actual == pytest.approx((loss, gradient), abs=1e-14)
+
+
+def test_likelihood_is_minus_advantage_times_logprob():
+    logprobs = f64(-0.5, -2.0, -3.0).requires_grad_()
+    result = token_loss(
+        logprobs,
+        None,
+        advantages=f64(1.0, -1.0, 0.5),
+        weights=f64(0.5, 0.25, 1.0),
+        spec=LossSpec(kind="likelihood"),
+        **NOTHING_MEASURED,
+    )
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(0.5 * 0.5 - 0.25 * 2.0 + 0.5 * 3.0)
+    assert logprobs.grad.tolist() == [-0.5, 0.25, -0.5]
+
+
+def test_without_old_logprobs_the_ratio_is_exactly_one():
+    logprobs = torch.randn(50).mul(10).requires_grad_()
+    advantages, weights = torch.randn(50), torch.rand(50)
+    spec = LossSpec(kind="clipped_ratio")
+    result = token_loss(
+        logprobs, None, advantages=advantages, weights=weights, spec=spec, **NOTHING_MEASURED
+    )
+    result.loss.backward()
+    assert torch.equal(result.loss, (weights * -advantages).sum())
+    assert torch.equal(logprobs.grad, weights * -advantages)
+
+
+@pytest.mark.parametrize("log_ratio", [30.0, 1000.0, -30.0, -1000.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_an_outlier_ratio_is_finite_and_without_gradient(log_ratio, advantage):
+    logprobs = torch.tensor([log_ratio], requires_grad=True)
+    inputs = NOTHING_MEASURED | {"old_logprobs": torch.zeros(1)}
+    spec = LossSpec(kind="clipped_ratio")
+    result = token_loss(
+        logprobs,
+        None,
+        advantages=torch.tensor([advantage]),
+        weights=torch.ones(1),
+        spec=spec,
+        **inputs,
+    )
+    result.loss.backward()
+    assert result.loss.isfinite()
+    assert logprobs.grad.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "gradient"),
+    [
+        ("k1", -0.5, 1.0),
+        ("k2", 0.125, -0.5),
+        ("k3", 0.1487212707001282, 1 - 1.6487212707001282),  # exp(0.5) - 1 - 0.5
+    ],
+)
+def test_kl_estimators(estimator, value, gradient):
+    logprobs = f64(-1.5).requires_grad_()
+    kl = kl_estimate(logprobs, f64(-1.0), estimator)
+    kl.sum().backward()
+    assert kl.item() == pytest.approx(value, rel=1e-14)
+    assert logprobs.grad.item() == pytest.approx(gradient, rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("d", "value"),
+    [
+        (0.0, 0.0),
+        (1e-5, 5.000016666708333e-11),  # d^2/2 + d^3/6 + d^4/24
+        (-1e-5, 4.999983333375e-11),
+        (1e-3, 5.001667083416681e-07),
+        (0.02, 2.0134002675581e-04),  # exp(0.02) = 1.02020134002675581
+        (0.03, 4.5453395351686e-04),  # exp(0.03) = 1.03045453395351686
+        (0.1, 5.17091807564762e-03),
+        (-0.5, 0.10653065971263342),
+        (100.0, math.exp(20.0) - 21.0),
+        (-100.0, math.exp(-20.0) + 19.0),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-11), (torch.float32, 5e-6)])
+def test_k3_keeps_its_digits_near_zero_and_its_bound_far_away(d, value, dtype, rel):
+    assert k3(torch.tensor(d, dtype=dtype)).item() == pytest.approx(value, rel=rel, abs=0)
+
+
+def test_k3_is_zero_gradient_outside_its_bound():
+    d = f64(25.0, -25.0, 1.0).requires_grad_()
+    k3(d).sum().backward()
+    assert d.grad.tolist() == pytest.approx([0.0, 0.0, math.e - 1], abs=1e-14)
+
+
+def test_importance_weights_are_capped_and_have_no_gradient():
+    logprobs = f64(-1.0, -1.0).requires_grad_()
+    old = f64(-1.0, -1.0)
+    rollout = f64(-1.0 - math.log(2.0), -1.0 - math.log(0.5))  # weights 2 and 0.5
+    result = token_loss(
+        logprobs,
+        None,
+        old_logprobs=old,
+        ref_logprobs=None,
+        rollout_logprobs=rollout,
+        advantages=f64(1.0, 1.0),
+        weights=f64(1.0, 1.0),
+        spec=LossSpec(kind="clipped_ratio", rollout_is_cap=1.5),
+    )
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(-1.5 - 0.5)
+    assert logprobs.grad.tolist() == pytest.approx([-1.5, -0.5])
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kind", ["likelihood", "clipped_ratio"])
+def test_gradient_equals_finite_differences(kind, estimator):
+    torch.manual_seed(3)
+    inputs = random_inputs(40)
+    spec = LossSpec(
+        kind=kind,
+        dual_clip=1.5,
+        kl_coef=0.3,
+        kl_estimator=estimator,
+        entropy_coef=0.2,
+        rollout_is_cap=1.1,
+    )
+
+    def loss(logprobs, entropy):
+        return token_loss(logprobs, entropy, spec=spec, **inputs).loss
+
+    logprobs = (-torch.rand(40).double() * 3).requires_grad_()
+    entropy = torch.rand(40).double().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (logprobs, entropy), eps=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_the_formulas_of_the_paper(seed):
+    torch.manual_seed(seed)
+    inputs = random_inputs(60)
+    logprobs, entropy = -torch.rand(60).double() * 3, torch.rand(60).double()
+    eps_low, eps_high, dual, kl_coef, entropy_coef, cap = 0.1, 0.3, 1.4, 0.05, 0.01, 1.2
+
+    total = 0.0
+    for t in range(60):
+        current, old, ref, rollout, advantage, weight = (
+            series[t].item()
+            for series in (
+                logprobs,
+                inputs["old_logprobs"],
+                inputs["ref_logprobs"],
+                inputs["rollout_logprobs"],
+                inputs["advantages"],
+                inputs["weights"],
+            )
+        )
+        s = math.exp(current - old)
+        clipped = min(max(s, 1 - eps_low), 1 + eps_high)
+        policy = -min(s * advantage, clipped * advantage)
+        if advantage < 0:
+            policy = min(policy, -dual * advantage)
+        policy *= min(math.exp(old - rollout), cap)
+        kl = math.exp(ref - current) - 1 - (ref - current)
+        total += weight * (policy + kl_coef * kl - entropy_coef * entropy[t].item())
+
+    spec = LossSpec(
+        kind="clipped_ratio",
+        eps_low=eps_low,
+        eps_high=eps_high,
+        dual_clip=dual,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        rollout_is_cap=cap,
+    )
+    loss = token_loss(logprobs, entropy, spec=spec, **inputs).loss
+    assert loss.item() == pytest.approx(total, rel=1e-12)
+
+
+def test_weightless_tokens_have_no_gradient_whatever_else_they_say():
+    logprobs = torch.tensor([-1.0, -torch.inf, -2.0, -3.0], requires_grad=True)
+    entropy = torch.tensor([1.0, torch.nan, 1.0, 1.0], requires_grad=True)
+    poison = torch.tensor([-1.0, torch.nan, -torch.inf, -2.0])
+    result = token_loss(
+        logprobs,
+        entropy,
+        old_logprobs=poison,
+        ref_logprobs=poison,
+        rollout_logprobs=poison,
+        advantages=torch.tensor([1.0, torch.nan, 1.0, 1.0]),
+        weights=torch.tensor([1.0, 0.0, 0.0, 0.0]),
+        spec=LossSpec(kind="clipped_ratio", kl_coef=1.0, entropy_coef=1.0, rollout_is_cap=2.0),
+    )
+    result.loss.backward()
+    assert result.loss.item() == -2.0  # ratio 1, no KL, entropy 1
+    assert logprobs.grad.tolist() == [-1.0, 0.0, 0.0, 0.0]
+    assert entropy.grad.tolist() == [-1.0, 0.0, 0.0, 0.0]
+    assert result.sums.isfinite().all()
+
+
+def test_metric_only_entropy_gets_no_gradient():
+    logprobs = f64(-1.0).requires_grad_()
+    entropy = f64(0.5).requires_grad_()
+    spec = LossSpec(kind="likelihood")
+    result = token_loss(
+        logprobs, entropy, advantages=f64(1.0), weights=f64(1.0), spec=spec, **NOTHING_MEASURED
+    )
+    result.loss.backward()
+    assert entropy.grad is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"entropy_coef": 0.1}, "entropy"),
+        ({"kl_coef": 0.1}, "ref_logprobs"),
+        ({"rollout_is_cap": 2.0}, "rollout_logprobs"),
+    ],
+)
+def test_a_missing_input_is_named(setting, name):
+    spec = LossSpec(kind="clipped_ratio", **setting)
+    with pytest.raises(ValueError, match=f"needs {name}, got None"):
+        token_loss(
+            f64(-1.0), None, advantages=f64(1.0), weights=f64(1.0), spec=spec, **NOTHING_MEASURED
+        )
+
+
+def random_inputs(num_tokens):
+    def logprobs():
+        return -torch.rand(num_tokens, dtype=torch.float64) * 3
+
+    return {
+        "old_logprobs": logprobs(),
+        "ref_logprobs": logprobs(),
+        "rollout_logprobs": logprobs(),
+        "advantages": torch.randn(num_tokens, dtype=torch.float64),
+        "weights": torch.rand(num_tokens, dtype=torch.float64),
+    }
