@@ -1,0 +1,13 @@
+"""How samples become packed rows."""
+
+from pydantic import Field
+
+from megatron_rl.settings import Settings
+
+
+class BatchingConfig(Settings):
+    """Packing."""
+
+    max_tokens_per_microbatch: int | None = Field(default=None, gt=0)
+    """Tokens of one packed row, the unit of a forward pass. None: 16384, or one longest sequence
+    if that is more."""

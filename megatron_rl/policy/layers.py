@@ -1,0 +1,115 @@
+"""The two modules our layer spec puts in place of Megatron's: norm and packed attention."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+MAX_WASTE = 1.25
+"""Sequences padded to a common length differ from it by at most this factor, plus 16 tokens."""
+
+
+class Norm(torch.nn.RMSNorm):
+    """RMSNorm that works under sequence parallelism.
+
+    The tag makes finalize_model_grads sum the weight's gradient over tensor-parallel ranks, each of
+    which saw other tokens. Without it the gradient is wrong, and nothing says so.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """Megatron's parameters of a packed row, and how its sequences are padded into blocks.
+
+    The blocks are computed once per row and used by every layer.
+    """
+
+    blocks: tuple[Tensor, ...] = ()  # [sequences, length] int64 each: token index, tail repeated
+    order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    # [T] int64: where in the concatenated, flattened blocks each token of the row stands
+
+
+def packed_rows(cu_seqlens: Tensor, max_seqlen: int) -> PackedRows:
+    """Plan the attention of one row; cu_seqlens [sequences + 1] int32."""
+    bounds = cu_seqlens.tolist()
+    device = cu_seqlens.device
+    spans = sorted(zip(bounds[:-1], bounds[1:], strict=True), key=lambda s: s[1] - s[0])
+    groups: list[list[tuple[int, int]]] = []
+    for span in spans:
+        if not groups or span[1] - span[0] > MAX_WASTE * (groups[-1][0][1] - groups[-1][0][0]) + 16:
+            groups.append([])
+        groups[-1].append(span)
+    blocks: list[Tensor] = []
+    order = torch.empty(bounds[-1], dtype=torch.int64)
+    at = 0
+    for group in groups:
+        length = group[-1][1] - group[-1][0]
+        starts = torch.tensor([lo for lo, _ in group])
+        ends = torch.tensor([hi for _, hi in group])
+        positions = starts[:, None] + torch.arange(length)
+        real = positions < ends[:, None]
+        flat = at + torch.arange(len(group) * length).view(len(group), length)
+        order[positions[real]] = flat[real]
+        blocks.append(torch.minimum(positions, ends[:, None] - 1).to(device))
+        at += len(group) * length
+    return PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        blocks=tuple(blocks),
+        order=order.to(device),
+    )
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal core attention of packed rows by torch's scaled_dot_product_attention.
+
+    Sequences of like length are padded into one block; under a causal mask no token sees the
+    padding behind it, and the padded outputs are not read.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: object,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedRows | None = None,
+    ) -> Tensor:
+        """query [T, heads/tp, d], key and value [T, groups/tp, d] -> [T, heads/tp * d]."""
+        assert packed_seq_params is not None and attention_bias is None
+        repeats = query.size(1) // key.size(1)
+        outputs = []
+        for block in packed_seq_params.blocks:
+            q, k, v = (x[block].transpose(1, 2) for x in (query, key, value))
+            if repeats > 1:
+                k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(outputs)[packed_seq_params.order]

@@ -1,0 +1,53 @@
+"""Megatron's optimizer and learning-rate schedule."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rl.policy.config import OptimizerConfig
+
+# Constant schedules never reach the end of their decay.
+FOREVER = 1 << 60
+
+
+def build_optimizer(
+    config: OptimizerConfig, chunks: list[Any], dtype: torch.dtype, *, is_sharded: bool
+) -> Any:
+    """AdamW over the model chunks (wrapped in Megatron's DDP)."""
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=is_sharded,
+    )
+    return get_megatron_optimizer(settings, chunks)
+
+
+def build_scheduler(config: OptimizerConfig, optimizer: Any, run_updates: int) -> Any:
+    """Learning rate by optimizer step; run_updates is the most the run can take."""
+    decay = FOREVER if config.lr_schedule == "constant" else config.lr_decay_updates or run_updates
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=min(config.lr_warmup_updates, decay - 1),
+        lr_decay_steps=decay,
+        lr_decay_style=config.lr_schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+        override_opt_param_scheduler=False,
+    )

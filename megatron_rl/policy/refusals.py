@@ -1,0 +1,144 @@
+"""Layouts and settings that would be wrong, each with its reason, found before anything is built.
+
+Some of these stock Megatron-Core 0.16.1 trains on without an error, and with wrong gradients.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.policy.config import ModelConfig
+from megatron_rl.weights.arch import ModelArch
+
+OWNED = {
+    "calculate_per_token_loss": "loss weights are global already, so nothing may divide again",
+    "finalize_model_grads_func": "loss weights are global already, so nothing may divide again",
+    "variable_seq_lengths": "rows are packed, and their lengths differ",
+    "num_layers": "it comes from the model's config.json",
+    "hidden_size": "it comes from the model's config.json",
+    "ffn_hidden_size": "it comes from the model's config.json",
+    "num_attention_heads": "it comes from the model's config.json",
+    "num_query_groups": "it comes from the model's config.json",
+    "kv_channels": "it comes from the model's config.json",
+    "layernorm_epsilon": "it comes from the model's config.json",
+    "params_dtype": "model.dtype decides it",
+    "pipeline_dtype": "model.dtype decides it",
+    "bf16": "model.dtype decides it",
+    "fp16": "model.dtype decides it",
+    "recompute_granularity": "it is model.recompute_granularity",
+    "recompute_method": "it is model.recompute_method",
+    "recompute_num_layers": "it is model.recompute_num_layers",
+    "recompute_modules": "it is model.recompute_modules",
+    **{name: f"it is parallel.{name}" for name in ParallelConfig.model_fields},
+}
+DROPOUTS = ("hidden_dropout", "attention_dropout")
+
+
+def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:
+    """What is wrong with a layout whatever the model."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp, etp = parallel.virtual_pipeline_model_parallel_size, parallel.expert_tensor_parallel_size
+    for name in ("tensor", "pipeline"):
+        field = f"{name}_model_parallel_size"
+        if getattr(parallel, field) < 1:
+            yield ConfigError(
+                f"parallel.{field}", getattr(parallel, field), "must be at least 1", "Set 1"
+            )
+    for field in ("context_parallel_size", "expert_model_parallel_size"):
+        if getattr(parallel, field) != 1:
+            yield ConfigError(
+                f"parallel.{field}", getattr(parallel, field), "not available yet", "Set it to 1"
+            )
+    if etp is not None and etp != tp and parallel.expert_model_parallel_size == 1:
+        yield ConfigError(
+            "parallel.expert_tensor_parallel_size",
+            etp,
+            f"must equal tensor_model_parallel_size={tp} while expert_model_parallel_size is 1: "
+            "Megatron-Core 0.16.1 reduces such experts over data-parallel ranks only, so their "
+            "gradients are wrong without an error",
+            "Leave it out",
+        )
+    if parallel.sequence_parallel and tp == 1:
+        yield ConfigError(
+            "parallel.sequence_parallel",
+            True,
+            "has no effect at tensor_model_parallel_size=1",
+            "Leave it out, or use tensor parallelism",
+        )
+    if vpp is not None:
+        yield from _interleaving_problems(model, pp, vpp)
+    yield from _override_problems(model.megatron)
+
+
+def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[ConfigError]:
+    field = "parallel.virtual_pipeline_model_parallel_size"
+    if pp == 1 or vpp < 2:
+        yield ConfigError(
+            field, vpp, f"has no effect at pipeline_model_parallel_size={pp}", "Leave it out"
+        )
+    if pp == 2 and model.megatron.get("overlap_p2p_comm") is False:
+        yield ConfigError(
+            "model.megatron.overlap_p2p_comm",
+            False,
+            "the interleaved schedule at pipeline_model_parallel_size=2 posts two sends to the "
+            "same peer and they cross: Megatron-Core 0.16.1 computes wrong gradients without an "
+            "error",
+            "Leave it out (it is then true), or drop virtual_pipeline_model_parallel_size",
+        )
+
+
+def _override_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
+    if not overrides:
+        return
+    from megatron.core.transformer import TransformerConfig
+
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for name, value in overrides.items():
+        field = f"model.megatron.{name}"
+        if name in OWNED:
+            yield ConfigError(field, value, f"cannot be set here: {OWNED[name]}", "Leave it out")
+        elif name in DROPOUTS and value:
+            yield ConfigError(
+                field,
+                value,
+                "the engine samples without dropout, so the trainer must score without it",
+                "Set 0.0",
+            )
+        elif name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "See Megatron-Core's TransformerConfig"
+            yield ConfigError(field, value, "TransformerConfig has no such field", hint)
+
+
+def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:
+    """What is wrong with a layout for this model."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
+    groups = arch.num_query_groups
+    field = "parallel.tensor_model_parallel_size"
+    for what, count in (
+        ("attention heads", arch.num_attention_heads),
+        ("rows of the feed-forward layer", arch.ffn_hidden_size),
+    ):
+        if count % tp:
+            yield ConfigError(
+                field, tp, f"must divide the model's {count} {what}", "Choose a divisor"
+            )
+    if groups % tp and tp % groups:
+        yield ConfigError(
+            field,
+            tp,
+            f"must divide the model's {groups} key/value heads or be a multiple of them",
+            "Choose such a size",
+        )
+    if arch.num_layers % chunks:
+        yield ConfigError(
+            "parallel.pipeline_model_parallel_size",
+            pp,
+            f"must divide the model's {arch.num_layers} layers (with "
+            f"{chunks // pp} chunks a rank: {chunks})",
+            "Choose a divisor",
+        )
