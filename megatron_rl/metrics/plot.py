@@ -72,6 +72,7 @@ def draw(runs: Sequence[tuple[str, History]]) -> Figure:
             if title == "Accuracy":
                 _draw_benchmarks(axes, curves, benchmarks, run)
         if not axes.lines:
+            axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
 
     handles = _legend(runs, benchmarks)
@@ -93,7 +94,7 @@ def _draw_benchmarks(axes: Axes, curves: History, benchmarks: Sequence[str], run
     for name, marker in zip(benchmarks, cycle(MARKERS), strict=False):
         if name in curves:
             iterations, values = curves[name]
-            style = {**_line_style(run), "linestyle": "", "markersize": 5}
+            style = {**_line_style(run), "linestyle": ":", "linewidth": 0.8, "markersize": 6}
             axes.plot(iterations, values, marker=marker, markeredgecolor="white", **style, gid=name)
 
 

@@ -1,9 +1,14 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_rl.metrics.plot import COLORS, draw, history, plot_run
 
+ROOT = Path(__file__).parents[3]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -86,3 +91,21 @@ def test_plot_run_writes_a_png(grpo, tmp_path):
     output = tmp_path / "plots" / "runs.png"
     plot_run([("grpo", grpo)], output)
     assert output.read_bytes().startswith(PNG_SIGNATURE)
+
+
+def run_command(*arguments):
+    command = [sys.executable, "tools/plot_runs.py", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_takes_directories_files_and_labels(grpo, tmp_path):
+    done = run_command(grpo.parent, f"again={grpo}", "--output", tmp_path / "runs.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs.png").read_bytes().startswith(PNG_SIGNATURE)
+
+
+def test_the_command_names_a_run_that_is_not_there(tmp_path):
+    failed = run_command(tmp_path, "--output", tmp_path / "runs.png")
+    assert failed.returncode == 1
+    assert f"no file {tmp_path}/metrics.jsonl" in failed.stderr
