@@ -1,0 +1,316 @@
+"""Whether an answer equals the gold answer, decided without sympy wherever that is possible.
+
+The policy for ambiguous pairs lives in the rules below, tried in their order; each says yes, no, or
+passes on. What none can decide goes to a worker, as the pair it should compare.
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
+from megatron_rl.reward.normalize import compact, normalize
+from megatron_rl.reward.units import Quantity, same_unit, split_unit
+
+
+class Pair(NamedTuple):
+    """A gold answer and an answer, both normalised."""
+
+    gold: str
+    answer: str
+
+
+Outcome = bool | Pair
+"""Equal, different, or the pair that a worker has to compare."""
+
+_CHOICE = re.compile(r"\(?([A-J])\)?")
+_LEADING_CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])(?=$|[\s.:)]))[\s.:)]*(.*)", re.DOTALL)
+_OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])|\b(?:and|or)\b")
+_TEXT = re.compile(r"\\(?:text|textrm|mbox|mathrm|operatorname)\s*\{([^{}]*)\}")
+_WHOLE_TEXT = re.compile(_TEXT.pattern + r"\s*")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'\-]*")
+_FUNCTIONS = frozenset(("sinh", "cosh", "tanh", "sqrt", "frac", "infty", "theta", "infinity"))
+_MONTH = re.compile(
+    r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b"
+)
+_IN_BASE = re.compile(r"\(?([0-9][0-9A-F]*|[A-F][0-9A-F]*[0-9][0-9A-F]*)\)?_\{?([0-9]{1,2})\}?")
+_CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
+_NAME = re.compile(
+    r"(?:\\(?:text|mathrm|textrm)\s*\{[^{}]*\}"
+    r"|\\(?:angle|triangle|overline|vec) ?\{?[a-zA-Z]{1,4}\}?"
+    r"|[a-zA-Z]{1,4}|\\(?!pi|infty|frac|sqrt)[a-zA-Z]+)'{0,3}(?:_(?:\{\w{1,8}\}|\w))?(?:\^\{-1\})?"
+    r"(?: ?\([a-zA-Z, ]{1,12}\))?"
+)
+_ASSIGNED = re.compile(rf"({_NAME.pattern})\s*(?:=|\\in(?![a-z]))\s*(.+)", re.DOTALL)
+_INEQUALITY = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-zA-Z])")
+_SPACED_DIGITS = re.compile(r"[0-9] [0-9]")
+_PLUS_MINUS = re.compile(r"\\[pm][mp](?![a-zA-Z])")
+# What no problem asks for, unless its own answer has it: each can keep sympy busy for ever.
+_REFUSED = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"[0-9]{41}",
+        r"\^\s*[{(\s]*[+-]?[0-9]{5}",
+        r"!.*!",
+        r"\\sum",
+        r"\\prod",
+        r"\\int(?![a-zA-Z])",
+        r"\\i{2,4}nt",
+        r"\\lim",
+        r"\\det",
+        r"\\binom\s*\{\s*[0-9]{5}",
+        r"[0-9]{5}\s*[)}]*\s*!",
+    )
+)
+
+Rule = Callable[[str, str], bool | None]
+
+
+def decide(gold: str, answer: str) -> Outcome:
+    """Compare two answers as written; anything a worker must see is returned as a pair."""
+    return _decide(_normalized_gold(gold), unwrap_text(normalize(answer)))
+
+
+@lru_cache(maxsize=4096)
+def _normalized_gold(gold: str) -> str:
+    return unwrap_text(normalize(gold))
+
+
+def unwrap_text(text: str) -> str:
+    r"""`\text{3 and 4}` as `3 and 4`: a whole answer in \text is prose only without digits."""
+    match = _WHOLE_TEXT.fullmatch(text)
+    return match[1].strip() if match and any(char.isdigit() for char in match[1]) else text
+
+
+def _decide(gold: str, answer: str) -> Outcome:
+    if not answer:
+        return False
+    for rule in (_same_text, _pattern, _choice, _prose):
+        verdict = rule(gold, answer)
+        if verdict is not None:
+            return verdict
+    bare = _compare_relations(gold, answer)
+    if isinstance(bare, bool):
+        return bare
+    for rule in (_in_base, _clock, _quantities):
+        verdict = rule(*bare)
+        if verdict is not None:
+            return verdict
+    return _compare_values(_values_only(bare))
+
+
+def _same_text(gold: str, answer: str) -> bool | None:
+    return True if compact(gold) == compact(answer) else None
+
+
+def _pattern(gold: str, answer: str) -> bool | None:
+    """A sequence that goes on, or a ratio of three, is equal as text or not at all."""
+    if "\\ldots" in gold or "\\ldots" in answer or gold.count(":") > 1 or answer.count(":") > 1:
+        return False
+    return None
+
+
+def _choice(gold: str, answer: str) -> bool | None:
+    letter = _CHOICE.fullmatch(gold)
+    if letter is None:
+        return None
+    match = _LEADING_CHOICE.match(_TEXT.sub(r" \1 ", answer).strip())
+    if match is None or _OTHER_CHOICE.search(match[3]):
+        return False
+    return (match[1] or match[2]) == letter[1]
+
+
+def _prose(gold: str, answer: str) -> bool | None:
+    """Words are compared without case, articles and punctuation."""
+    if _is_prose(gold):
+        return _words(gold) == _words(answer)
+    if _WHOLE_TEXT.fullmatch(answer):
+        return False
+    return True if _WORDS.fullmatch(gold) and _words(gold) == _words(answer) else None
+
+
+def _is_prose(text: str) -> bool:
+    if _WHOLE_TEXT.fullmatch(text):
+        return True
+    if not re.fullmatch(r"[A-Za-z0-9 ,.'\-]+", text):
+        return False
+    words = re.findall(r"[a-z]+", text.casefold())
+    if text[0].isdigit() and not _MONTH.search(text.casefold()):
+        return False  # a number and its unit
+    return any(len(word) > 3 and word not in _FUNCTIONS for word in words)
+
+
+def _words(text: str) -> list[str]:
+    words = re.sub(r"[.,;:!()\"'{}]", " ", _TEXT.sub(r" \1 ", text)).casefold().split()
+    if words[:1] in (["a"], ["an"], ["the"]):
+        words = words[1:]
+    return sorted(words) if _MONTH.search(" ".join(words)) else words  # June 20, 20 June
+
+
+def _compare_relations(gold: str, answer: str) -> Outcome:
+    """Strip `name =` where only one side has it; refuse a chain such as 3 = 4 or x = y = 4."""
+    gold_names, answer_names = _ASSIGNED.fullmatch(gold), _ASSIGNED.fullmatch(answer)
+    gold_equals, answer_equals = gold.count("="), answer.count("=")
+    if gold_equals <= 1 and answer_equals <= 1 and gold_names and answer_names:
+        if compact(gold_names[1]) == compact(answer_names[1]):
+            return Pair(gold_names[2], answer_names[2])
+        settled = exact(gold_names[2]) is not None or exact(answer_names[2]) is not None
+        return False if settled else _unless_refused(Pair(gold, answer))
+    if gold_equals <= 1 and gold_names and not answer_equals and not answer_names:
+        return Pair(gold_names[2], answer)
+    if gold_equals or not answer_equals:
+        gold_items, answer_items = _by_name(gold), _by_name(answer)
+        if gold_items and answer_items:
+            return gold_items == answer_items
+        if gold_equals:
+            comparable = 0 < answer_equals <= gold_equals
+            return _unless_refused(Pair(gold, answer)) if comparable else False
+    if answer_names and "\\in" not in gold and answer_equals <= 1:
+        return Pair(gold, answer_names[2])
+    if answer_equals:
+        values = _one_name(answer)
+        return Pair(gold, values) if values else False
+    return Pair(gold, answer)
+
+
+def _by_name(text: str) -> dict[str, object] | None:
+    """The exact values of `x=1, y=2`; None when an item is not `name = number`."""
+    named = {}
+    for item in split_items(text):
+        match = _ASSIGNED.fullmatch(item)
+        value = exact(match[2]) if match else None
+        if match is None or value is None:
+            return None
+        named[compact(match[1])] = value
+    return named
+
+
+def _one_name(text: str) -> str | None:
+    """`1, 2` for `x=1, x=2`; None where the items are not assignments to one name."""
+    matches = [_ASSIGNED.fullmatch(item) for item in split_items(text)]
+    names = {match[1] for match in matches if match}
+    values = [match[2] for match in matches if match and "=" not in match[2]]
+    return ", ".join(values) if len(names) == 1 and len(values) == len(matches) else None
+
+
+def _in_base(gold: str, answer: str) -> bool | None:
+    wanted, given = _IN_BASE.fullmatch(gold), _IN_BASE.fullmatch(answer)
+    if wanted is None:
+        return False if given and given[2] != "10" else None
+    digits, base = (given[1], given[2]) if given else (answer, wanted[2])
+    return digits.lstrip("0") == wanted[1].lstrip("0") and base == wanted[2]
+
+
+def _clock(gold: str, answer: str) -> bool | None:
+    """Times of day; 3:30 is also accepted as 3:30 p.m., but not the reverse."""
+    wanted, given = split_unit(gold), split_unit(answer)
+    if not (_CLOCK.fullmatch(wanted.value) and _CLOCK.fullmatch(given.value)):
+        return None
+    same_half = not wanted.unit or wanted.unit == given.unit
+    return wanted.value.lstrip("0") == given.value.lstrip("0") and same_half
+
+
+def _quantities(gold: str, answer: str) -> bool | None:
+    """Numbers with percent signs and units; the question fixes what a bare number means."""
+    wanted, given = split_unit(gold), split_unit(answer)
+    if not same_unit(wanted.unit, given.unit):
+        return False
+    gold_number, answer_number = _value(wanted), _value(given)
+    if gold_number is None or answer_number is None:
+        return None
+    if wanted.is_percent and not given.is_percent:
+        return answer_number in (gold_number, gold_number / 100)
+    if given.is_percent and not wanted.is_percent:
+        return gold_number * 100 == answer_number
+    return gold_number == answer_number
+
+
+def _value(quantity: Quantity) -> Fraction | None:
+    ratio = quantity.value.split(":")
+    if len(ratio) == 2:
+        top, bottom = number(ratio[0]), number(ratio[1])
+        return top / bottom if top is not None and bottom else None
+    size = number(quantity.value)
+    return None if size is None else size * quantity.scale
+
+
+def _values_only(pair: Pair) -> Pair:
+    """The pair without units, ratios as fractions: what a computer algebra system understands."""
+    wanted, given = split_unit(pair.gold), split_unit(pair.answer)
+    if given.is_percent and not wanted.is_percent:
+        return Pair(wanted.value, given.value + "%")
+    return Pair(_as_fraction(wanted.value), _as_fraction(given.value))
+
+
+def _as_fraction(text: str) -> str:
+    top, colon, bottom = text.partition(":")
+    return rf"\frac{{{top.strip()}}}{{{bottom.strip()}}}" if colon else text
+
+
+def _compare_values(pair: Pair) -> Outcome:
+    gold, answer = pair
+    if "%" in gold:
+        gold, answer = gold.replace("%", ""), answer.replace("%", "")
+    gold_value, answer_value = exact(gold), exact(answer)
+    if gold_value is not None and answer_value is not None:
+        return gold_value == answer_value
+    if "%" in answer or _SPACED_DIGITS.search(answer):
+        return False
+    if gold_value is not None and re.fullmatch(r"[a-zA-Z]+", answer):
+        return False  # a name instead of a number
+    if bool(_PLUS_MINUS.search(gold)) != bool(_PLUS_MINUS.search(answer)) and not _is_list(
+        answer if _PLUS_MINUS.search(gold) else gold
+    ):
+        return False  # half of the solutions
+    verdict = _compare_shapes(gold, answer)
+    if verdict is not None:
+        return verdict
+    return _unless_refused(Pair(_both_signs(gold), _both_signs(answer)))
+
+
+def _is_list(text: str) -> bool:
+    kind, inner = brackets(text)
+    return kind in ("", "{}") and len(split_items(inner)) > 1
+
+
+def _both_signs(text: str) -> str:
+    r"""`2 \pm a` as the list `2 + a, 2 - a`."""
+    if len(_PLUS_MINUS.findall(text)) != 1 or "," in text:
+        return text
+    return ", ".join(_PLUS_MINUS.sub(sign, text) for sign in (" + ", " - "))
+
+
+def _compare_shapes(gold: str, answer: str) -> bool | None:
+    """A point, an interval and a set are different things; so are lists of different length."""
+    if any("\\cup" in text or "\\cap" in text or "\\mid" in text for text in (gold, answer)):
+        return None
+    if _INEQUALITY.search(gold) or _INEQUALITY.search(answer) or _PLUS_MINUS.search(gold + answer):
+        return None
+    gold_kind, gold_inner = brackets(gold)
+    answer_kind, answer_inner = brackets(answer)
+    gold_items, answer_items = split_items(gold_inner), split_items(answer_inner)
+    if len(gold_items) < 2 and len(answer_items) < 2:
+        return None
+    if min(len(gold_items), len(answer_items)) < 2:
+        return False
+    if (gold_kind or "{}") != (answer_kind or "{}"):
+        return False
+    if gold_kind in ("", "{}"):
+        return None
+    if len(gold_items) != len(answer_items):
+        return False
+    outcomes = [_decide(*items) for items in zip(gold_items, answer_items, strict=True)]
+    if any(outcome is False for outcome in outcomes):
+        return False
+    return True if all(outcome is True for outcome in outcomes) else None
+
+
+def _unless_refused(pair: Pair) -> Outcome:
+    gold, answer = pair
+    if nesting(answer) > MAX_DEPTH:
+        return False
+    if any(pattern.search(answer) and not pattern.search(gold) for pattern in _REFUSED):
+        return False
+    return pair

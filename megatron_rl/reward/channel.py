@@ -1,0 +1,63 @@
+"""Messages between the trainer and a reward worker: a length and JSON, never pickle.
+
+A pickle from a process that ran foreign code would be a way into the trainer. JSON escapes carry
+every string a tokenizer can decode, lone surrogates and NUL included.
+"""
+
+import json
+import socket
+import struct
+from typing import Any
+
+Message = dict[str, Any]
+
+MAX_REPLY_BYTES = 1 << 16
+
+_LENGTH = struct.Struct("<I")
+
+
+def encode(message: Message) -> bytes:
+    body = json.dumps(message).encode("ascii")
+    return _LENGTH.pack(len(body)) + body
+
+
+def receive(connection: socket.socket) -> Message | None:
+    """The next message of a blocking socket, None at its end."""
+    header = _receive_exactly(connection, _LENGTH.size)
+    body = header and _receive_exactly(connection, _LENGTH.unpack(header)[0])
+    return json.loads(body) if body else None
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = connection.recv(min(size - len(data), 1 << 20))
+        if not part:
+            return b""
+        data += part
+    return bytes(data)
+
+
+class Frames:
+    """Cuts what arrives on a non-blocking socket into messages."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        """The messages completed by this data; ValueError for anything a worker never sends."""
+        self._data += data
+        messages = []
+        while len(self._data) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._data)
+            if size > MAX_REPLY_BYTES:
+                raise ValueError(f"a reply of {size} bytes: at most {MAX_REPLY_BYTES} are taken")
+            end = _LENGTH.size + size
+            if len(self._data) < end:
+                break
+            message = json.loads(self._data[_LENGTH.size : end])
+            if not isinstance(message, dict):
+                raise ValueError(f"a reply that is no object: {type(message).__name__}")
+            messages.append(message)
+            del self._data[:end]
+        return messages
