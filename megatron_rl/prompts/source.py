@@ -107,7 +107,7 @@ def _read_jsonl(file: Path) -> Iterator[Record]:
 
 def _parsed(raw: bytes) -> object:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 at byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:

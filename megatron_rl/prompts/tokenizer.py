@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,11 +77,12 @@ class HuggingFaceTokenizer:
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
 
+        configured_eos = _configured_eos(directory)
         try:
             loaded = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # what the Rust code raises for a file it cannot parse
             raise InputError(
                 f"{directory}: transformers cannot load the tokenizer "
                 f"({type(error).__name__}: {error}). A tokenizer that needs code of its own, or a "
@@ -93,7 +94,7 @@ class HuggingFaceTokenizer:
         self.has_chat_template = bool(loaded.chat_template)
         special = {str(token) for token in loaded.added_tokens_decoder.values() if token.special}
         self.control_tokens = tuple(sorted(special | set(loaded.all_special_tokens)))
-        self.eos_ids = _eos_ids(directory, loaded.eos_token_id, self.vocab_size)
+        self.eos_ids = _eos_ids(directory, loaded.eos_token_id, configured_eos, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -153,8 +154,8 @@ class SentencePieceTokenizer:
         }
         self.control_tokens = tuple(sorted(self._control_ids))
         self._control = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
-        eos = pieces.eos_id()
-        self.eos_ids = _eos_ids(directory, eos if eos >= 0 else None, self.vocab_size)
+        own_eos = None if pieces.eos_id() < 0 else int(pieces.eos_id())
+        self.eos_ids = _eos_ids(directory, own_eos, _configured_eos(directory), self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -193,10 +194,10 @@ class SentencePieceTokenizer:
         return list(self._pieces.encode(text)) if text else []
 
 
-def _eos_ids(directory: Path, own: int | None, vocab_size: int) -> tuple[int, ...]:
-    named = [own, *_configured_eos(directory, "config.json")]
-    named += _configured_eos(directory, "generation_config.json")
-    ids = tuple(dict.fromkeys(token for token in named if token is not None))
+def _eos_ids(
+    directory: Path, own: int | None, configured: list[int], vocab_size: int
+) -> tuple[int, ...]:
+    ids = tuple(dict.fromkeys(configured if own is None else [own, *configured]))
     if not ids:
         raise InputError(
             f"{directory}: neither the tokenizer nor config.json nor generation_config.json names "
@@ -211,16 +212,22 @@ def _eos_ids(directory: Path, own: int | None, vocab_size: int) -> tuple[int, ..
     return ids
 
 
-def _configured_eos(directory: Path, name: str) -> Iterable[int]:
-    file = directory / name
-    if not file.is_file():
-        return ()
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        value = settings.get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{file}: is not a JSON object ({error}). Copy the file again") from error
-    values = value if isinstance(value, list) else [value]
-    if not all(entry is None or type(entry) is int for entry in values):
-        raise InputError(f"{file}: eos_token_id={value!r}: must be a token id or a list of them")
-    return [entry for entry in values if entry is not None]
+def _configured_eos(directory: Path) -> list[int]:
+    """eos_token_id of config.json, then of generation_config.json, where the files are there."""
+    found: list[int] = []
+    for file in (directory / "config.json", directory / "generation_config.json"):
+        if not file.is_file():
+            continue
+        try:
+            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{file}: is not a JSON object ({error}). Copy the file again"
+            ) from error
+        values = value if isinstance(value, list) else [value]
+        if not all(entry is None or type(entry) is int for entry in values):
+            raise InputError(
+                f"{file}: eos_token_id={value!r}: must be a token id or a list of them"
+            )
+        found += [entry for entry in values if entry is not None]
+    return found
