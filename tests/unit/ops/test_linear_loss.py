@@ -92,7 +92,7 @@ def test_zero_rows_are_a_connected_loss_of_zero():
 
 
 def test_half_precision_weight_gradient_is_summed_before_it_is_rounded():
-    # 512 rows of 1 to 2^-9 of a gradient: in bfloat16 the sum would stop growing at 256 steps
+    # each row adds 1/2: a sum kept in bfloat16 would stop growing at 128
     rows = 512
     hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)

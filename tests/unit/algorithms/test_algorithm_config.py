@@ -1,0 +1,113 @@
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.algorithms.presets import NOT_YET_AVAILABLE, PRESETS
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_valid_configuration_by_itself(preset):
+    config = AlgorithmConfig(preset=preset)
+    assert config.resolved == PRESETS[preset]
+    assert AlgorithmConfig(**config.model_dump()) == config  # as a resumed run reads it back
+
+
+def test_the_table_is_the_documented_one():
+    table = {
+        name: (*row.selection, row.advantage, row.objective, row.loss_aggregation)
+        for name, row in PRESETS.items()
+    }
+    clipped = ("clipped_ratio", "sequence_mean")
+    assert table == {
+        "sft": ("gold", "one", "likelihood", "sequence_mean"),
+        "raft": ("positive", "one", "likelihood", "sequence_mean"),
+        "raft_pp": ("positive", "one", *clipped),
+        "reinforce": ("all", "reward", *clipped),
+        "reinforce_remove_all_wrong": ("drop_all_wrong", "reward", *clipped),
+        "reinforce_remove_all_correct": ("drop_all_correct", "reward", *clipped),
+        "reinforce_rej": ("drop_uniform", "reward", *clipped),
+        "reinforce_rej_norm": ("drop_uniform", "reward_over_std", *clipped),
+        "reinforce_mean_zero": ("all", "reward_minus_mean", *clipped),
+        "grpo": ("all", "group_norm", *clipped),
+        "rloo": ("all", "leave_one_out", *clipped),
+        "reinforce_pp_baseline": ("all", "batch_norm", *clipped),
+        "dr_grpo": ("all", "reward_minus_mean", "clipped_ratio", "sequence_sum"),
+    }
+
+
+def test_presets_that_compare_within_a_group_say_so():
+    needing = {name for name, row in PRESETS.items() if row.needs_group}
+    assert needing == {
+        "reinforce_rej",
+        "reinforce_rej_norm",
+        "reinforce_mean_zero",
+        "grpo",
+        "rloo",
+        "reinforce_pp_baseline",
+        "dr_grpo",
+    }
+    assert AlgorithmConfig(preset="raft_pp", advantage="group_norm").resolved.needs_group
+
+
+def test_overrides_replace_their_part_of_the_row():
+    config = AlgorithmConfig(
+        preset="grpo", selection=["drop_truncated", "drop_all_wrong"], loss_aggregation="token_mean"
+    )
+    assert config.resolved.selection == ("drop_truncated", "drop_all_wrong")
+    assert config.resolved.loss_aggregation == "token_mean"
+    assert config.resolved.advantage == "group_norm"
+    assert AlgorithmConfig(preset="grpo", selection="positive").resolved.selection == ("positive",)
+
+
+@pytest.mark.parametrize("name", NOT_YET_AVAILABLE)
+def test_planned_presets_are_refused_as_such(name):
+    with pytest.raises(ValidationError, match=f"preset='{name}': not available yet"):
+        AlgorithmConfig(preset=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"preset": "grop"},
+            r"preset='grop': is not known. Did you mean 'grpo'\? Known: sft, raft",
+        ),
+        ({"preset": "zzzzzz"}, "preset='zzzzzz': is not known. Known: sft, raft"),
+        ({"selection": ["all", "postive"]}, r"'postive': is not known. Did you mean 'positive'\?"),
+        ({"selection": []}, "is empty"),
+        ({"advantage": "gruop_norm"}, r"Did you mean 'group_norm'\?"),
+        ({"objective": "clip"}, "objective='clip': is not known"),
+        ({"loss_aggregation": "token-mean"}, r"Did you mean 'token_mean'\?"),
+        ({"epslow": 0.1}, "epslow"),
+        ({"eps_low": 1.5}, "eps_low"),
+        ({"dual_clip": 1.0}, "dual_clip"),
+        ({"kl_estimator": "k2"}, "has no effect without a KL term"),
+        ({"preset": "raft", "eps_high": 0.3}, "no effect under objective=likelihood"),
+        ({"preset": "raft", "dual_clip": 3.0}, "no effect under objective=likelihood"),
+        ({"selection": "drop_overlong"}, "drop_overlong needs a limit"),
+        ({"overlong_tokens": 10}, "no effect without the selection drop_overlong"),
+        ({"preset": "sft", "advantage": "reward"}, "gold responses have neither"),
+        ({"preset": "sft", "rollout_is_cap": 2.0}, "gold responses have neither"),
+        ({"advantage": "reward_over_std"}, "std 0"),
+        ({"train_on_everything": True, "kl_coef": 0.1}, "nothing is compared"),
+        ({"train_on_everything": True, "advantage": "batch_norm"}, "whitening"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        AlgorithmConfig(**{"preset": "grpo", **settings})
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ValidationError, match="2 problems") as error:
+        AlgorithmConfig(preset="raft", eps_low=0.1, kl_estimator="k1")
+    assert "algorithm.eps_low=0.1" in str(error.value)
+    assert "algorithm.kl_estimator='k1'" in str(error.value)
+
+
+def test_reading_a_config_does_not_import_torch():
+    code = "import sys; import megatron_rl.algorithms.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,97 @@
+import random
+from collections import Counter
+
+import pytest
+
+from megatron_rl.algorithms.presets import SELECTION_NAMES
+from megatron_rl.algorithms.selection import Candidates, keep_mask
+
+MIXED = (1.0, -1.0, 1.0, -1.0)
+ALL_CORRECT = (1.0, 1.0, 1.0)
+ALL_WRONG = (-1.0, -1.0)
+GRADED = (0.5, 1.0, 0.0, 1.0)  # a reward of 0 is wrong
+
+
+def kept(rewards, *names, lengths=None, truncated=(), gold=(), seed=0, **limits):
+    """Indices that are kept."""
+    candidates = Candidates(
+        rewards=rewards,
+        lengths=lengths or (10,) * len(rewards),
+        is_truncated=tuple(index in truncated for index in range(len(rewards))),
+        is_gold=tuple(index in gold for index in range(len(rewards))),
+    )
+    mask = keep_mask(candidates, names, tie_break=random.Random(seed), **limits)
+    assert len(mask) == len(rewards)
+    return [index for index, is_kept in enumerate(mask) if is_kept]
+
+
+@pytest.mark.parametrize(
+    ("name", "rewards", "expected"),
+    [
+        ("all", MIXED, [0, 1, 2, 3]),
+        ("all", ALL_WRONG, [0, 1]),
+        ("positive", MIXED, [0, 2]),
+        ("positive", GRADED, [1, 3]),  # only the best, not all that are good
+        ("positive", ALL_CORRECT, [0, 1, 2]),
+        ("positive", ALL_WRONG, []),  # the best of a bad group is not good
+        ("positive", (0.0, 0.0), []),
+        ("drop_all_wrong", MIXED, [0, 1, 2, 3]),
+        ("drop_all_wrong", ALL_CORRECT, [0, 1, 2]),
+        ("drop_all_wrong", ALL_WRONG, []),
+        ("drop_all_wrong", (0.0, -1.0), []),
+        ("drop_all_correct", MIXED, [0, 1, 2, 3]),
+        ("drop_all_correct", ALL_CORRECT, []),
+        ("drop_all_correct", (0.5, 1.0), []),  # both correct, though not equal
+        ("drop_all_correct", ALL_WRONG, [0, 1]),
+        ("drop_uniform", MIXED, [0, 1, 2, 3]),
+        ("drop_uniform", GRADED, [0, 1, 2, 3]),
+        ("drop_uniform", ALL_CORRECT, []),
+        ("drop_uniform", ALL_WRONG, []),
+        ("drop_uniform", (1.0,), []),
+        ("positive", (1.0,), [0]),
+        ("positive", (-1.0,), []),
+    ],
+)
+def test_selection(name, rewards, expected):
+    assert kept(rewards, name) == expected
+
+
+@pytest.mark.parametrize("name", SELECTION_NAMES)
+def test_an_empty_group_is_no_trouble(name):
+    assert kept((), name, overlong_tokens=5) == []
+
+
+def test_best_of_n_keeps_one_of_the_best():
+    assert kept((0.2, 0.9, 0.5), "best_of_n") == [1]
+    assert kept(ALL_WRONG, "best_of_n") in ([0], [1])
+
+
+def test_best_of_n_breaks_ties_by_the_seed_alone_and_evenly():
+    chosen = [kept(MIXED, "best_of_n", seed=seed)[0] for seed in range(200)]
+    assert chosen == [kept(MIXED, "best_of_n", seed=seed)[0] for seed in range(200)]
+    counts = Counter(chosen)
+    assert set(counts) == {0, 2}
+    assert min(counts.values()) > 70  # 100 expected; 4 standard deviations are 28
+
+
+def test_gold_keeps_gold():
+    assert kept((1.0, 1.0), "gold", gold=(1,)) == [1]
+
+
+def test_truncated_and_overlong_responses():
+    assert kept(MIXED, "drop_truncated", truncated=(0, 3)) == [1, 2]
+    assert kept(MIXED, "drop_overlong", lengths=(5, 6, 7, 4), overlong_tokens=5) == [0, 3]
+
+
+def test_selections_compose_in_order():
+    # the group stays mixed as sampled, though its only correct response was cut
+    assert kept((1.0, -1.0), "drop_truncated", "drop_uniform", truncated=(0,)) == [1]
+    # the best of what is left
+    assert kept((1.0, 0.5, -1.0), "drop_truncated", "best_of_n", truncated=(0,)) == [1]
+    assert kept((1.0, 0.5, -1.0), "best_of_n", "drop_truncated", truncated=(0,)) == []
+
+
+def test_max_per_group_takes_the_first_that_are_kept():
+    assert kept(MIXED, "positive", max_per_group=1) == [0]
+    assert kept((-1.0, *ALL_CORRECT), "positive", max_per_group=2) == [1, 2]
+    assert kept(MIXED, "all", max_per_group=9) == [0, 1, 2, 3]
