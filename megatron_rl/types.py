@@ -124,6 +124,16 @@ class MicroBatch:
     first_loss_rows: tuple[int, ...]  # index in loss_rows of each sample's first response token
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MiniBatch:
+    """One optimizer step: this data-parallel rank's packed rows, and what all ranks hold."""
+
+    update: int
+    totals: UpdateTotals  # over all ranks
+    num_samples: int  # over all ranks; 0: nothing to learn from, the step is skipped
+    microbatches: tuple[MicroBatch, ...]  # at least one, possibly empty
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationMetrics:
     """Numbers of one iteration, equal on all ranks: "room/quantity_stat" -> value."""

@@ -1,6 +1,8 @@
 """Kept samples from the ranks that sampled them to the ranks that train them."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +15,15 @@ from megatron_rl.types import Sample
 Key = tuple[int, int, int]  # update, group_id, index: the same order of samples on every rank
 
 
-def distribute(samples: Sequence[Sample], groups: Groups) -> list[Sample]:
+@dataclass(frozen=True, kw_only=True)
+class Distributed:
+    """Samples after they have travelled."""
+
+    samples: list[Sample]  # of this data-parallel rank, by update, group and index
+    num_samples: Counter[int]  # update -> samples over all ranks
+
+
+def distribute(samples: Sequence[Sample], groups: Groups) -> Distributed:
     """This data-parallel rank's samples of the iteration, balanced by tokens within each update.
 
     Each kept sample lies on one rank before (its group's owner) and on all ranks of one
@@ -40,7 +50,9 @@ def distribute(samples: Sequence[Sample], groups: Groups) -> list[Sample]:
             rows.append(row)
             to_ranks.append(rank)
     arrived = _decode(send_rows(rows, to_ranks, groups.host))
-    return sorted(arrived, key=_key)
+    return Distributed(
+        samples=sorted(arrived, key=_key), num_samples=Counter(update for update, _, _ in everywhere)
+    )
 
 
 def rows_of(samples: Sequence[Sample], budget: int, *, count_multiple: int) -> list[list[Sample]]:

@@ -45,6 +45,10 @@ class HiddenStatesModel(GPTModel):
         return head
 
 
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
 def uses_transformer_engine(model: ModelConfig, device_type: str) -> bool:
     """Whether layers are Transformer Engine's."""
     if model.layer_spec == "auto":
@@ -54,10 +58,11 @@ def uses_transformer_engine(model: ModelConfig, device_type: str) -> bool:
 
 
 def transformer_config(
-    arch: ModelArch, model: ModelConfig, parallel: ParallelConfig, *, use_te: bool
+    arch: ModelArch, model: ModelConfig, parallel: ParallelConfig, *, device_type: str
 ) -> TransformerConfig:
     """Megatron's configuration of this model and layout."""
     dtype = DTYPES[model.dtype]
+    use_te = uses_transformer_engine(model, device_type)
     vpp = parallel.virtual_pipeline_model_parallel_size
     settings: dict[str, Any] = {
         "num_layers": arch.num_layers,
@@ -77,7 +82,9 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": device_type == "cpu",
+        "init_method": _leave,  # every weight is loaded
+        "output_layer_init_method": _leave,
         # Loss weights are global, so the schedule and DDP must not divide.
         "calculate_per_token_loss": True,
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,

@@ -73,11 +73,12 @@ class Policy:
     ) -> None:
         self.arch, self.groups, self.temperature = arch, groups, temperature
         self.dtype = DTYPES[model.dtype]
-        self.use_te = uses_transformer_engine(model, groups.platform.device_type)
-        self.config = transformer_config(arch, model, parallel, use_te=self.use_te)
+        device_type = groups.platform.device_type
+        use_te = uses_transformer_engine(model, device_type)
+        self.config = transformer_config(arch, model, parallel, device_type=device_type)
         self.config.finalize_model_grads_func = _finalize_without_dividing
         self.chunks: list[HiddenStatesModel] = build_chunks(
-            arch, self.config, groups, use_te=self.use_te
+            arch, self.config, groups, use_te=use_te
         )
         self.pieces: list[Piece] = megatron_pieces(arch, groups.layout, groups.here)
         self.version = 0  # optimizer steps taken
@@ -146,8 +147,8 @@ class Policy:
 
     # -- passes ----------------------------------------------------------------------------------
 
-    def logprobs(self, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
-        """Log-probabilities [N] of the loss rows of each micro-batch, on every pipeline stage.
+    def logprobs(self, microbatches: Sequence[MicroBatch]) -> list[Tensor] | None:
+        """Log-probabilities [N] of the loss rows of each micro-batch; None off the last stage.
 
         Every rank calls it, with its own data-parallel rank's micro-batches.
         """
@@ -162,7 +163,7 @@ class Policy:
 
         with torch.no_grad():
             self._schedule(microbatches, measure, forward_only=True)
-        return self._from_last_stage(collected, microbatches)
+        return collected if self.groups.is_last_stage else None
 
     def update(
         self, microbatches: Sequence[MicroBatch], spec: LossSpec, *, with_entropy: bool
@@ -273,26 +274,6 @@ class Policy:
             "temperature": self.temperature,
             "chunk_rows": CHUNK_ROWS,
         }
-
-    def _from_last_stage(
-        self, values: list[Tensor], microbatches: Sequence[MicroBatch]
-    ) -> list[Tensor]:
-        """The last stage's values on every stage of the pipeline."""
-        if self.groups.layout.pp == 1:
-            return values
-        lengths = [len(batch.loss_rows) for batch in microbatches]
-        if self.groups.is_last_stage:
-            flat = torch.cat(values)
-        else:
-            dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-            device = microbatches[0].tokens.device
-            flat = torch.empty(sum(lengths), dtype=dtype, device=device)
-        dist.broadcast(
-            flat,
-            parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-        return list(flat.split(lengths))
 
     def _reduced_metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
         """Metrics of the mini-batch over all ranks; one copy of each replica counts."""

@@ -16,6 +16,11 @@ from megatron_rl.weights.arch import ModelArch
 OWNED = {
     "calculate_per_token_loss": "loss weights are global already, so nothing may divide again",
     "finalize_model_grads_func": "loss weights are global already, so nothing may divide again",
+    "perform_initialization": "false would leave weights without their tensor-parallel marks, and "
+    "Megatron-Core 0.16.1 then computes a wrong gradient norm without an error",
+    "use_cpu_initialization": "the device decides it",
+    "init_method": "every weight is loaded",
+    "output_layer_init_method": "every weight is loaded",
     "variable_seq_lengths": "rows are packed, and their lengths differ",
     "num_layers": "it comes from the model's config.json",
     "hidden_size": "it comes from the model's config.json",

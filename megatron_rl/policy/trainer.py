@@ -1,0 +1,174 @@
+"""Which passes an iteration needs, and its optimizer steps."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
+from megatron_rl.ops.token_loss import k3
+from megatron_rl.parallel.collectives import sum_over
+from megatron_rl.policy.policy import Policy
+from megatron_rl.types import MicroBatch, MiniBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassPlan:
+    """Which forward passes the algorithm needs besides the update's own, and why not the others."""
+
+    old: bool  # before the first update, for mini-batches that come after it
+    ref: bool
+    reasons: tuple[str, ...]
+
+
+def plan_passes(algorithm: Algorithm, *, num_updates: int, epochs: int) -> PassPlan:
+    """Decide once per run; the reasons are printed at start-up and by `plan`."""
+    steps = num_updates * epochs
+    old = algorithm.needs_old_logprobs and num_updates > 1
+    if not algorithm.needs_old_logprobs:
+        why_old = "old-log-prob pass: skipped, the loss has no ratio"
+    elif steps == 1:
+        why_old = "old-log-prob pass: skipped, one update on fresh rollouts has ratio exactly 1"
+    elif num_updates == 1:
+        why_old = "old-log-prob pass: skipped, the first epoch's own forward gives them"
+    else:
+        why_old = (
+            f"old-log-prob pass: for {num_updates - 1} of {num_updates} mini-batches, the first "
+            "has ratio exactly 1"
+        )
+    why_ref = (
+        f"reference pass: every kept response, algorithm.kl_coef={algorithm.config.kl_coef}"
+        if algorithm.needs_ref_logprobs
+        else "reference pass: skipped, no KL term in the loss"
+    )
+    return PassPlan(old=old, ref=algorithm.needs_ref_logprobs, reasons=(why_old, why_ref))
+
+
+class Trainer:
+    """Runs the passes and the optimizer steps of an iteration."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        passes: PassPlan,
+        *,
+        epochs: int,
+        reference: dict[str, Tensor] | None,
+    ) -> None:
+        """reference: this rank's weights of the reference policy, in host memory."""
+        self.policy, self.algorithm, self.passes = policy, algorithm, passes
+        self._epochs, self._reference = epochs, reference
+
+    def add_logprobs(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
+        """Old and reference log-probs, where they are needed and nowhere else.
+
+        The first mini-batch that is trained meets the very weights that are asked about, so its
+        old log-probs are its own current ones.
+        """
+        result = list(batches)
+        if self.passes.old:
+            later = [batch.update for batch in _trained(batches)][1:]
+            for update in later:
+                result[update] = _with_old(
+                    result[update], self.policy.logprobs(result[update].microbatches)
+                )
+        if self.passes.ref and list(_trained(batches)):
+            assert self._reference is not None
+            with self.policy.weights_replaced(self._reference):
+                for batch in _trained(batches):
+                    values = self.policy.logprobs(batch.microbatches)
+                    result[batch.update] = _with_ref(result[batch.update], values)
+        return result
+
+    def update(self, batches: Sequence[MiniBatch]) -> dict[str, float]:
+        """All optimizer steps of the iteration; means over them, largest values as such."""
+        trained = list(_trained(batches))
+        history: list[dict[str, float]] = []
+        spec = self.algorithm.loss_spec()
+        for epoch in range(self._epochs):
+            for step, batch in enumerate(trained):
+                is_first = epoch == 0 and step == 0
+                result = self.policy.update(
+                    [_measurable(mb, is_first=is_first) for mb in batch.microbatches],
+                    spec,
+                    with_entropy=True,
+                )
+                history.append(result.metrics)
+                if is_first and self._epochs > 1 and self.algorithm.needs_old_logprobs:
+                    trained[0] = _with_old(batch, result.logprobs)
+        skipped = (len(batches) - len(trained)) * self._epochs
+        return {
+            **_over_steps(history),
+            "policy/updates": float(len(history)),
+            "policy/skipped_updates": float(skipped),
+        }
+
+    def kl_to_reference(self, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
+        """KL of the sampling policy to the reference, over rollouts drawn before selection."""
+        assert self._reference is not None
+        with self.policy.weights_replaced(self._reference):
+            values = self.policy.logprobs(microbatches)
+        sums = torch.zeros(3, dtype=torch.float64)
+        if values is not None and self.policy.groups.is_first_copy:
+            for batch, ref in zip(microbatches, values, strict=True):
+                if batch.rollout_logprobs is None:
+                    continue
+                sampled = batch.rollout_logprobs[batch.loss_rows]
+                log_ratio = (sampled - ref).double().cpu()
+                sums += torch.stack(
+                    [
+                        torch.tensor(float(len(log_ratio)), dtype=torch.float64),
+                        log_ratio.sum(),
+                        k3(-log_ratio).sum(),
+                    ]
+                )
+        tokens, k1_sum, k3_sum = sum_over(sums.tolist(), self.policy.groups.host)
+        if tokens == 0:
+            return {}
+        return {
+            "policy/kl_initial_k1": k1_sum / tokens,
+            "policy/kl_initial_k3": k3_sum / tokens,
+        }
+
+
+def _trained(batches: Sequence[MiniBatch]) -> Iterator[MiniBatch]:
+    return (batch for batch in batches if batch.num_samples)
+
+
+def _measurable(batch: MicroBatch, *, is_first: bool) -> MicroBatch:
+    """Without old log-probs the gap to the engine is only defined on the first update."""
+    if is_first or batch.old_logprobs is not None:
+        return batch
+    return replace(batch, rollout_logprobs=None)
+
+
+def _with_old(batch: MiniBatch, values: list[Tensor] | None) -> MiniBatch:
+    if values is None:  # the loss is computed on the last stage only
+        return batch
+    pairs = zip(batch.microbatches, values, strict=True)
+    return replace(batch, microbatches=tuple(with_old_logprobs(mb, v) for mb, v in pairs))
+
+
+def _with_ref(batch: MiniBatch, values: list[Tensor] | None) -> MiniBatch:
+    if values is None:
+        return batch
+    pairs = zip(batch.microbatches, values, strict=True)
+    return replace(batch, microbatches=tuple(with_ref_logprobs(mb, v) for mb, v in pairs))
+
+
+def _over_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for name in sorted({name for step in history for name in step}):
+        values = [step[name] for step in history if name in step]
+        if name.endswith("_max"):
+            merged[name] = max(values)
+        elif name == "policy/trained_tokens":
+            merged[name] = sum(values)
+        elif name == "policy/lr":
+            merged[name] = values[-1]
+        else:
+            merged[name] = sum(values) / len(values)
+    return merged

@@ -1,0 +1,48 @@
+"""How responses are sampled."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_rl.settings import Settings
+
+
+class RolloutConfig(Settings):
+    """Sampling, and the engine that does it."""
+
+    group_size: int = Field(default=4, ge=1)
+    """Responses per prompt."""
+
+    max_response_tokens: int = Field(default=4096, ge=1)
+    """Hard stop; a response cut here has finish_reason "length"."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature. The trainer divides its logits by the same value."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Must be 1: the trainer does not reproduce a truncated distribution."""
+
+    top_k: int = -1
+    """Must be -1 (off), for the same reason."""
+
+    tensor_model_parallel_size: int = Field(default=1, ge=1)
+    """Ranks of one engine; the remaining ranks are replicas with other prompts."""
+
+    dtype: Literal["model", "bfloat16", "float32"] = "model"
+    """Dtype of the engine; `model`: as model.dtype."""
+
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Responses one engine generates at a time."""
+
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
+    """Share of a GPU's memory that the engine may use beside the trainer."""
+
+    kv_cache_mib: int | None = Field(default=None, gt=0)
+    """Size of the key/value cache per rank. None: by gpu_memory_utilization; on a CPU 256."""
+
+    enforce_eager: bool = False
+    """vLLM's: no CUDA graphs. Always so on a CPU."""
+
+    max_logprob_gap: float = Field(default=0.0, ge=0)
+    """Largest |policy - engine| log-prob of a sampled token in the start-up probe; more stops the
+    run, since then the engine samples from other weights. 0: 1e-3 for float32, 0.5 for bfloat16."""

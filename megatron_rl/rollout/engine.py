@@ -1,0 +1,62 @@
+"""What the loop asks of a sampling engine."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from megatron_rl.weights.sync import EngineWeights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to sample."""
+
+    key: tuple[int, int]  # group_id, index in the group
+    prompt_tokens: tuple[int, ...]
+    temperature: float  # 0 is greedy
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Response:
+    """What came of a request."""
+
+    key: tuple[int, int]
+    tokens: Tensor  # [R] int64
+    logprobs: Tensor  # [R] float32 nats at the sampling temperature
+    finish_reason: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    """A sampling engine on this rank (its shard of it, with tensor parallelism)."""
+
+    weights: EngineWeights
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_finished: Callable[[Response], None],
+        between_steps: Callable[[], None],
+    ) -> None:
+        """Sample all requests; all ranks of one engine make the same call."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the device memory to the trainer, where the engine can."""
+        ...
+
+    def wake_for_weights(self) -> None: ...
+
+    def wake_for_generation(self) -> None: ...
+
+    def shutdown(self) -> None: ...
+
+
+def request_seed(run_seed: int, purpose: str, iteration: int, group_id: int, index: int) -> int:
+    """A request's own seed: the same tokens are sampled again after a resume, in any order."""
+    text = f"{run_seed}/{purpose}/{iteration}/{group_id}/{index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2

@@ -1,0 +1,122 @@
+"""Prompts to rollout groups: spread over the engine replicas, graded as responses finish."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_rl.batching.balance import balance
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.prompts.tokenizer import Tokenizer
+from megatron_rl.rollout.engine import Engine, Request, Response, request_seed
+from megatron_rl.types import Prompt, Rollout, RolloutGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """What to draw for every prompt."""
+
+    purpose: str  # "train", or the name of a benchmark: part of every request's seed
+    group_size: int
+    temperature: float
+    max_response_tokens: int
+
+
+class Grader:
+    """What the sampler tells of finished responses; see reward/scorer."""
+
+    def __init__(
+        self, submit: Callable[[tuple[int, int], str, str], None], poll: Callable[[], None]
+    ) -> None:
+        self.submit, self.poll = submit, poll
+
+
+class Sampler:
+    """Draws responses with this rank's engine."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, groups: Groups, *, run_seed: int
+    ) -> None:
+        self._engine, self._tokenizer, self._groups = engine, tokenizer, groups
+        self._run_seed = run_seed
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        plan: SamplingPlan,
+        *,
+        iteration: int,
+        policy_version: int,
+        grader: Grader,
+    ) -> list[RolloutGroup]:
+        """This rank's groups: each prompt's group ends up on exactly one rank of the world.
+
+        prompts is the global batch, equal on all ranks; every rank calls it. The engine's ranks all
+        sample the engine's share, and divide the finished groups among themselves.
+        """
+        share = self._engine_share(prompts)
+        tp, tp_rank = self._groups.engines.tp, self._groups.engines.tp_rank_of(self._groups.rank)
+        own = {prompt.group_id: prompt for prompt in share[tp_rank::tp]}
+        rollouts: dict[int, dict[int, Rollout]] = {group_id: {} for group_id in own}
+
+        def on_finished(response: Response) -> None:
+            group_id, index = response.key
+            if group_id not in own:
+                return
+            text = self._tokenizer.decode(response.tokens.tolist())
+            rollouts[group_id][index] = Rollout(
+                response_tokens=response.tokens,
+                rollout_logprobs=response.logprobs,
+                finish_reason=response.finish_reason,
+                policy_version=policy_version,
+                text=text,
+            )
+            grader.submit(response.key, text, own[group_id].answer)
+
+        requests = [
+            self._request(prompt, index, plan, iteration)
+            for prompt in share
+            for index in range(plan.group_size)
+        ]
+        self._engine.generate(requests, on_finished, grader.poll)
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                rollouts=tuple(rollouts[group_id][index] for index in range(plan.group_size)),
+            )
+            for group_id, prompt in own.items()
+        ]
+
+    def _engine_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Prompts of this engine: replicas get nearly equal sums of prompt tokens."""
+        engines = self._groups.engines
+        shares = balance([len(prompt.tokens) for prompt in prompts], engines.num_engines)
+        return [prompts[index] for index in shares[engines.engine_of(self._groups.rank)]]
+
+    def _request(
+        self, prompt: Prompt, index: int, plan: SamplingPlan, iteration: int
+    ) -> Request:
+        return Request(
+            key=(prompt.group_id, index),
+            prompt_tokens=tuple(prompt.tokens.tolist()),
+            temperature=plan.temperature,
+            max_tokens=plan.max_response_tokens,
+            seed=request_seed(self._run_seed, plan.purpose, iteration, prompt.group_id, index),
+        )
+
+
+def gold_groups(prompts: Sequence[Prompt], groups: Groups) -> list[RolloutGroup]:
+    """Supervised training: this rank's share of the prompts, each with its gold response."""
+    return [
+        RolloutGroup(
+            prompt=prompt,
+            rollouts=(
+                Rollout(
+                    response_tokens=prompt.gold_tokens,
+                    rollout_logprobs=None,
+                    finish_reason="gold",
+                    policy_version=0,
+                ),
+            ),
+        )
+        for prompt in prompts[groups.rank :: groups.layout.world_size]
+        if prompt.gold_tokens is not None
+    ]

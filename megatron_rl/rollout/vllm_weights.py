@@ -1,0 +1,90 @@
+"""vLLM's side of the weight bridge: live parameters where it keeps them, staging where it does not.
+
+vLLM 0.32 on a CPU packs every dense linear into an opaque oneDNN form and empties the parameter. A
+packed module gets its new weights as the loader would give them: full-shape parameters in place,
+then process_weights_after_loading. On a GPU unquantised dense weights are written in place, which
+keeps the addresses that CUDA graphs hold.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.weights.pieces import Piece, local_shapes
+
+
+class VllmWeights:
+    """EngineWeights over the model of this rank's vLLM worker."""
+
+    def __init__(self, model: torch.nn.Module, llm: Any, pieces: list[Piece]) -> None:
+        self._model, self._llm = model, llm
+        self._shapes = local_shapes(pieces)
+        self._live = dict(model.named_parameters())
+        self._staged: dict[str, Tensor] = {}
+        unknown = sorted(set(self._shapes) - set(self._live))
+        if unknown:
+            raise RuntimeError(
+                f"the engine's model has no parameters {unknown[:4]}: its names are not those of "
+                "this vLLM version's dense decoders"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        live = self._live[name]
+        if not self._is_packed(name):
+            return live.data
+        if name not in self._staged:
+            # An embedding keeps its padded weight beside its packed copy; a linear keeps nothing.
+            shape = self._shapes[name] if live.numel() == 0 else tuple(live.shape)
+            # In the engine's dtype: another one makes vLLM choose another kernel, silently.
+            self._staged[name] = torch.zeros(shape, dtype=live.dtype, device=live.device)
+        return self._staged[name]
+
+    def commit(self, modules: Iterable[str]) -> None:
+        for path in modules:
+            prefix = f"{path}."
+            staged = {
+                name.removeprefix(prefix): self._staged.pop(name)
+                for name in list(self._staged)
+                if name.rpartition(".")[0] == path
+            }
+            if staged:
+                _load_module(self._model.get_submodule(path), staged)
+
+    def finish(self) -> None:
+        assert not self._staged, f"never committed: {sorted(self._staged)}"
+        self._repack_tied_head()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache could not be reset: a request is still running")
+
+    def _is_packed(self, name: str) -> bool:
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        return self._live[name].numel() == 0 or hasattr(module, "cpu_linear")
+
+    def _repack_tied_head(self) -> None:
+        """A tied head shares the embedding's parameter but has a packed copy of its own, which no
+        update path of vLLM 0.32 rebuilds: it would go on with the old head."""
+        model: Any = self._model
+        head, embedding = getattr(model, "lm_head", None), model.model.embed_tokens
+        if head is None or head is embedding or not hasattr(head, "cpu_linear"):
+            return
+        if head.weight.data_ptr() == embedding.weight.data_ptr():
+            head.quant_method.process_weights_after_loading(head)
+
+
+def _load_module(module: Any, staged: dict[str, Tensor]) -> None:
+    """Give a module new full-shape tensors as the loader would, and keep its live storage."""
+    live = {name: param for name, param in module._parameters.items() if param is not None}
+    for name, values in staged.items():
+        fresh = torch.nn.Parameter(values, requires_grad=False)
+        fresh.__class__ = live[name].__class__  # loaders and sharding marks hang on both
+        fresh.__dict__.update(live[name].__dict__)
+        module._parameters[name] = fresh
+    module.quant_method.process_weights_after_loading(module)
+    for name, old in live.items():
+        new = module._parameters[name]
+        if new is not old:
+            assert new.shape == old.shape and new.dtype == old.dtype, (name, new.shape, old.shape)
+            old.data.copy_(new.data)
+            module._parameters[name] = old

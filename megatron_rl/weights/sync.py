@@ -1,0 +1,234 @@
+"""Hand the trained weights to the rollout engine, by plan, and prove that they arrived."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.errors import RunError
+from megatron_rl.parallel.collectives import agree_or_raise
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.checksum import checksum
+from megatron_rl.weights.config import WeightSyncConfig
+from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
+from megatron_rl.weights.pieces import Box, Piece, view
+from megatron_rl.weights.plan import Holders, Move, Plan, PlanStats, build_plan
+from megatron_rl.weights.transfer import execute
+
+RANKS_PER_NODE = 8
+
+
+class EngineWeights(Protocol):
+    """The engine's side of the bridge."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The live parameter, or staging for one that the engine keeps in another form."""
+        ...
+
+    def commit(self, modules: Iterable[str]) -> None:
+        """Everything of these modules has arrived."""
+        ...
+
+    def finish(self) -> None:
+        """The last module was committed: caches that depend on weights are stale."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """What one sync did on this rank."""
+
+    received_bytes: int
+    verified_tensors: int
+    seconds: float
+
+
+def training_holders(arch: ModelArch, layout: Layout) -> list[Holders]:
+    """Who holds what on the training side; data-parallel replicas together."""
+    return [
+        Holders(
+            ranks=ranks,
+            pieces=tuple(megatron_pieces(arch, layout, layout.coordinates(ranks[0]))),
+        )
+        for pp_rank in range(layout.pp)
+        for tp_rank in range(layout.tp)
+        for ranks in [layout.ranks_of_stage(tp_rank, pp_rank)]
+    ]
+
+
+def engine_holders(arch: ModelArch, engines: EngineLayout) -> list[Holders]:
+    """Who holds what in the engines; replicas together."""
+    return [
+        Holders(
+            ranks=engines.ranks_of(tp_rank), pieces=tuple(engine_pieces(arch, engines, tp_rank))
+        )
+        for tp_rank in range(engines.tp)
+    ]
+
+
+def plan_sync(
+    arch: ModelArch, layout: Layout, engines: EngineLayout, *, rank: int, itemsize: int, mib: int
+) -> Plan:
+    """The plan of every sync of a run; needs no process group."""
+    return build_plan(
+        training_holders(arch, layout),
+        engine_holders(arch, engines),
+        rank=rank,
+        itemsize=itemsize,
+        bucket_bytes=mib << 20,
+        node_of=lambda rank: rank // RANKS_PER_NODE,
+    )
+
+
+class WeightSync:
+    """The bridge of one run: plan once, push every iteration."""
+
+    def __init__(
+        self,
+        arch: ModelArch,
+        groups: Groups,
+        config: WeightSyncConfig,
+        engine: EngineWeights,
+        dtype: torch.dtype,
+    ) -> None:
+        self._groups, self._config, self._engine, self._dtype = groups, config, engine, dtype
+        self._plan = plan_sync(
+            arch,
+            groups.layout,
+            groups.engines,
+            rank=groups.rank,
+            itemsize=dtype.itemsize,
+            mib=config.bucket_mib,
+        )
+        self._names = list(hf_shapes(arch))
+        self._sources = _owned(training_holders(arch, groups.layout), groups.rank)
+        self._targets, self._copies = _copies(
+            engine_holders(arch, groups.engines), groups.engines.tp_rank_of(groups.rank)
+        )
+        self._pushes = 0
+
+    @property
+    def stats(self) -> PlanStats:
+        return self._plan.stats
+
+    def push(self, params: Mapping[str, Tensor]) -> SyncReport:
+        """Make the engine's weights equal to params; every rank of the run calls it.
+
+        Raises:
+            RunError: on all ranks, naming the tensors that arrived wrong.
+        """
+        start = time.perf_counter()
+        every = self._config.verify_one_in if self._pushes else 1
+        checked = self._names[self._pushes % every :: every]
+        self._pushes += 1
+        row_of = {name: row for row, name in enumerate(checked)}
+        arrived = torch.zeros(len(checked), self._copies, dtype=torch.int64)
+
+        def commit(moves: tuple[Move, ...]) -> None:
+            modules = sorted({move.unit for move in moves})
+            for module in modules:
+                for piece, copies in self._targets[module]:
+                    if piece.hf in row_of:
+                        value = checksum(
+                            view(self._engine[piece.param], piece.index), piece.box
+                        ).cpu()
+                        arrived[row_of[piece.hf], list(copies)] += value
+            self._engine.commit(modules)
+
+        error: Exception | None = None
+        with torch.no_grad():
+            execute(
+                self._plan,
+                params,
+                self._engine,
+                group=self._groups.bridge,
+                dtype=self._dtype,
+                device=self._groups.platform.current_device(),
+                after_bucket=commit,
+            )
+            self._engine.finish()
+            wrong = self._wrong(checked, params, row_of, arrived)
+        if wrong:
+            error = RunError(
+                f"weight sync: {len(wrong)} of {len(checked)} verified tensors differ between "
+                f"policy and engine {self._groups.engines.engine_of(self._groups.rank)}: "
+                f"{wrong[:4]}. Sampling would go on with other weights than were trained"
+            )
+        agree_or_raise(error, self._groups.host)
+        received = sum(
+            move.numel
+            for bucket in self._plan.buckets
+            for move in bucket
+            if move.receiver == self._groups.rank != move.sender
+        )
+        return SyncReport(
+            received_bytes=received * self._dtype.itemsize,
+            verified_tensors=len(checked),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _wrong(
+        self,
+        checked: Sequence[str],
+        params: Mapping[str, Tensor],
+        row_of: Mapping[str, int],
+        arrived: Tensor,
+    ) -> list[str]:
+        """Names of tensors whose checksum differs in any copy this engine holds."""
+        expected = torch.zeros(len(checked), dtype=torch.int64)
+        for piece in self._sources:
+            if piece.hf in row_of:
+                values = view(params[piece.param], piece.index).to(self._dtype)
+                expected[row_of[piece.hf]] += checksum(values, piece.box).cpu()
+        dist.all_reduce(expected, group=self._groups.host)
+        dist.all_reduce(arrived, group=self._groups.engine)
+        is_wrong = (arrived != expected[:, None]).any(dim=1)
+        return [name for name, bad in zip(checked, is_wrong.tolist(), strict=True) if bad]
+
+
+def _owned(holders: Sequence[Holders], rank: int) -> list[Piece]:
+    """The pieces this rank answers for: each rectangle of the model is counted exactly once."""
+    owner: dict[tuple[str, Box], int] = {}
+    for holder in holders:
+        for piece in holder.pieces:
+            owner.setdefault((piece.hf, piece.box), holder.ranks[0])
+    return [
+        piece
+        for holder in holders
+        if holder.ranks[0] == rank
+        for piece in holder.pieces
+        if owner[piece.hf, piece.box] == rank
+    ]
+
+
+Copies = dict[str, list[tuple[Piece, tuple[int, ...]]]]
+
+
+def _copies(holders: Sequence[Holders], tp_rank: int) -> tuple[Copies, int]:
+    """This engine rank's pieces by module, and which complete copies of the model each counts in.
+
+    A rectangle that n engine ranks hold (replicated key/value heads, norms) appears in full copies
+    0..m-1, m being the largest such n, so that every replica is in at least one checked total.
+    """
+    holding: dict[tuple[str, Box], list[int]] = defaultdict(list)
+    for rank, holder in enumerate(holders):
+        for piece in holder.pieces:
+            holding[piece.hf, piece.box].append(rank)
+    num_copies = max(len(ranks) for ranks in holding.values())
+    by_module: Copies = defaultdict(list)
+    for piece in holders[tp_rank].pieces:
+        ranks = holding[piece.hf, piece.box]
+        counts_in = tuple(
+            copy for copy in range(num_copies) if ranks[copy % len(ranks)] == tp_rank
+        )
+        by_module[piece.param.rpartition(".")[0]].append((piece, counts_in))
+    return by_module, num_copies
+
+
