@@ -13,6 +13,7 @@ from typing import NamedTuple
 from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
 from megatron_rl.reward.normalize import compact, normalize
 from megatron_rl.reward.units import Quantity, same_unit, split_unit
+from megatron_rl.reward.words import same_choice, same_prose, unwrap_text
 
 
 class Pair(NamedTuple):
@@ -25,16 +26,6 @@ class Pair(NamedTuple):
 Outcome = bool | Pair
 """Equal, different, or the pair that a worker has to compare."""
 
-_CHOICE = re.compile(r"\(?([A-J])\)?")
-_LEADING_CHOICE = re.compile(r"(?:\(([A-J])\)|([A-J])(?=$|[\s.:)]))[\s.:)]*(.*)", re.DOTALL)
-_OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])|\b(?:and|or)\b")
-_TEXT = re.compile(r"\\(?:text|textrm|mbox|mathrm|operatorname)\s*\{([^{}]*)\}")
-_WHOLE_TEXT = re.compile(_TEXT.pattern + r"\s*")
-_WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'\-]*")
-_FUNCTIONS = frozenset(("sinh", "cosh", "tanh", "sqrt", "frac", "infty", "theta", "infinity"))
-_MONTH = re.compile(
-    r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b"
-)
 _IN_BASE = re.compile(r"\(?([0-9][0-9A-F]*|[A-F][0-9A-F]*[0-9][0-9A-F]*)\)?_\{?([0-9]{1,2})\}?")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _NAME = re.compile(
@@ -78,16 +69,10 @@ def _normalized_gold(gold: str) -> str:
     return unwrap_text(normalize(gold))
 
 
-def unwrap_text(text: str) -> str:
-    r"""`\text{3 and 4}` as `3 and 4`: a whole answer in \text is prose only without digits."""
-    match = _WHOLE_TEXT.fullmatch(text)
-    return match[1].strip() if match and any(char.isdigit() for char in match[1]) else text
-
-
 def _decide(gold: str, answer: str) -> Outcome:
     if not answer:
         return False
-    for rule in (_same_text, _pattern, _choice, _prose):
+    for rule in (_same_text, _pattern, same_choice, same_prose):
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict
@@ -110,43 +95,6 @@ def _pattern(gold: str, answer: str) -> bool | None:
     if "\\ldots" in gold or "\\ldots" in answer or gold.count(":") > 1 or answer.count(":") > 1:
         return False
     return None
-
-
-def _choice(gold: str, answer: str) -> bool | None:
-    letter = _CHOICE.fullmatch(gold)
-    if letter is None:
-        return None
-    match = _LEADING_CHOICE.match(_TEXT.sub(r" \1 ", answer).strip())
-    if match is None or _OTHER_CHOICE.search(match[3]):
-        return False
-    return (match[1] or match[2]) == letter[1]
-
-
-def _prose(gold: str, answer: str) -> bool | None:
-    """Words are compared without case, articles and punctuation."""
-    if _is_prose(gold):
-        return _words(gold) == _words(answer)
-    if _WHOLE_TEXT.fullmatch(answer):
-        return False
-    return True if _WORDS.fullmatch(gold) and _words(gold) == _words(answer) else None
-
-
-def _is_prose(text: str) -> bool:
-    if _WHOLE_TEXT.fullmatch(text):
-        return True
-    if not re.fullmatch(r"[A-Za-z0-9 ,.'\-]+", text):
-        return False
-    words = re.findall(r"[a-z]+", text.casefold())
-    if text[0].isdigit() and not _MONTH.search(text.casefold()):
-        return False  # a number and its unit
-    return any(len(word) > 3 and word not in _FUNCTIONS for word in words)
-
-
-def _words(text: str) -> list[str]:
-    words = re.sub(r"[.,;:!()\"'{}]", " ", _TEXT.sub(r" \1 ", text)).casefold().split()
-    if words[:1] in (["a"], ["an"], ["the"]):
-        words = words[1:]
-    return sorted(words) if _MONTH.search(" ".join(words)) else words  # June 20, 20 June
 
 
 def _compare_relations(gold: str, answer: str) -> Outcome:
@@ -198,7 +146,8 @@ def _one_name(text: str) -> str | None:
 def _in_base(gold: str, answer: str) -> bool | None:
     wanted, given = _IN_BASE.fullmatch(gold), _IN_BASE.fullmatch(answer)
     if wanted is None:
-        return False if given and given[2] != "10" else None
+        in_ten = given is not None and given[2] == "10"
+        return in_ten and number(given[1]) == number(gold) if given else None
     digits, base = (given[1], given[2]) if given else (answer, wanted[2])
     return digits.lstrip("0") == wanted[1].lstrip("0") and base == wanted[2]
 

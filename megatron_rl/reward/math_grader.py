@@ -29,6 +29,8 @@ def grade(response: str, gold: str) -> Graded:
     answer = last_box(response)
     if answer is None:
         return Graded(None, "no_answer")
+    if not gold.strip():
+        return Graded(answer, "error")  # nothing to compare with; check_gold finds it beforehand
     outcome = decide(gold, answer)
     if isinstance(outcome, Pair):
         return Graded(answer, pair=outcome)

@@ -75,9 +75,8 @@ class RewardScorer:
                 job = self._jobs[graded.pair] = self._new_job(*graded.pair)
             self._claim(job, key, graded.extracted)
             return
-        verdict = Verdict(graded.verdict)
-        seconds = time.perf_counter() - started
-        self._scores[key] = Score(verdict, self._reward(verdict), graded.extracted, seconds)
+        outcome = Outcome(graded.verdict, time.perf_counter() - started, reason="no gold answer")
+        self._scores[key] = self._score(key, graded.extracted, outcome)
 
     def poll(self) -> None:
         """Hand out and take in work without waiting; to be called between engine steps."""
@@ -148,20 +147,14 @@ class RewardScorer:
 
 def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[RolloutGroup]:
     """The groups with reward and verdict filled in."""
-    return [
-        replace(
-            group,
-            rollouts=tuple(
-                replace(rollout, reward=score.reward, verdict=score.verdict)
-                for rollout, score in zip(
-                    group.rollouts,
-                    (scores[group.prompt.group_id, i] for i in range(len(group.rollouts))),
-                    strict=True,
-                )
-            ),
-        )
-        for group in groups
-    ]
+    attached = []
+    for group in groups:
+        rollouts = []
+        for index, rollout in enumerate(group.rollouts):
+            score = scores[group.prompt.group_id, index]
+            rollouts.append(replace(rollout, reward=score.reward, verdict=score.verdict))
+        attached.append(replace(group, rollouts=tuple(rollouts)))
+    return attached
 
 
 def verdict_counts(groups: Sequence[RolloutGroup]) -> dict[Verdict, int]:
