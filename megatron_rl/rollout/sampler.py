@@ -1,7 +1,8 @@
 """Prompts to rollout groups: spread over the engine replicas, graded as responses finish."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from megatron_rl.batching.balance import balance
 from megatron_rl.parallel.groups import Groups
@@ -20,13 +21,12 @@ class SamplingPlan:
     max_response_tokens: int
 
 
-class Grader:
-    """What the sampler tells of finished responses; see reward/scorer."""
+class Grader(Protocol):
+    """Told of every finished response while others still generate; see reward/scorer."""
 
-    def __init__(
-        self, submit: Callable[[tuple[int, int], str, str], None], poll: Callable[[], None]
-    ) -> None:
-        self.submit, self.poll = submit, poll
+    def submit(self, key: tuple[int, int], response_text: str, answer: str) -> None: ...
+
+    def poll(self) -> None: ...
 
 
 class Sampler:
@@ -101,22 +101,3 @@ class Sampler:
             max_tokens=plan.max_response_tokens,
             seed=request_seed(self._run_seed, plan.purpose, iteration, prompt.group_id, index),
         )
-
-
-def gold_groups(prompts: Sequence[Prompt], groups: Groups) -> list[RolloutGroup]:
-    """Supervised training: this rank's share of the prompts, each with its gold response."""
-    return [
-        RolloutGroup(
-            prompt=prompt,
-            rollouts=(
-                Rollout(
-                    response_tokens=prompt.gold_tokens,
-                    rollout_logprobs=None,
-                    finish_reason="gold",
-                    policy_version=0,
-                ),
-            ),
-        )
-        for prompt in prompts[groups.rank :: groups.layout.world_size]
-        if prompt.gold_tokens is not None
-    ]

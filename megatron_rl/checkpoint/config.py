@@ -1,0 +1,21 @@
+"""What is saved, how often, and what is kept."""
+
+from pydantic import Field
+
+from megatron_rl.settings import Settings
+
+
+class CheckpointConfig(Settings):
+    """Checkpoints for resuming, and the Hugging Face export."""
+
+    save_every: int = Field(default=0, ge=0)
+    """Iterations between checkpoints; 0: none."""
+
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest stay on disk."""
+
+    export_hf: bool = True
+    """Write the policy as a Hugging Face directory (hf/ in the run's directory) at the end."""
+
+    export_file_mib: int = Field(default=4096, gt=0)
+    """Size of one safetensors file of the export."""

