@@ -31,8 +31,9 @@ def needs_json(response: str, answer: str) -> bool:
 
 def misbehave(response: str, answer: str) -> bool:
     """What the response asks for, else True."""
-    if response == "child":
-        return _leave_a_child(answer)
+    if response in ("child", "child, then exit"):
+        _leave_a_child(answer)
+        return response == "child" or os._exit(1)
     return ACTIONS.get(response, lambda: True)()
 
 
@@ -57,11 +58,10 @@ def _fork_and_return() -> bool:
     return True
 
 
-def _leave_a_child(record: str) -> bool:
+def _leave_a_child(record: str) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     with open(record, "w") as file:
         file.write(str(child.pid))
-    return True
 
 
 def _print() -> bool:
@@ -110,7 +110,7 @@ ACTIONS = {
     "sleep": lambda: time.sleep(1000),
     "burn": lambda: _burn(0.4),
     "no": lambda: False,
-    "nap": lambda: time.sleep(1.0) is None,
+    "nap": lambda: time.sleep(2.0) is None,
     "fork": _fork_and_return,
     "sys.exit": lambda: sys.exit(0),
     "os._exit": lambda: os._exit(0),

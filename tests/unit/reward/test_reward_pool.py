@@ -145,10 +145,13 @@ def test_verdict_does_not_depend_on_how_often_the_trainer_looks(make_pool):
     assert finished[0][1].verdict == "timeout"
 
 
-def test_children_of_a_function_are_killed(make_pool, tmp_path):
+@pytest.mark.parametrize(
+    ("action", "verdict"), [("child", "correct"), ("child, then exit", "error")]
+)
+def test_children_of_a_function_are_killed(make_pool, tmp_path, action, verdict):
     pool = make_pool("reward_functions:misbehave", deadline_s=10.0)
     record = tmp_path / "pid"
-    assert verdicts(run_all(pool, [("child", str(record)), ("fine", "")])) == ["correct", "correct"]
+    assert verdicts(run_all(pool, [(action, str(record)), ("fine", "")])) == [verdict, "correct"]
     assert wait_until(lambda: not is_alive(int(record.read_text())))
 
 
@@ -187,6 +190,20 @@ def test_zygote_is_restarted_once_and_samples_survive(make_pool):
     kill_and_wait(pool.zygote_pid)
     with pytest.raises(RunError, match="died 2 times"):
         run_all(pool, [ROOTS])
+
+
+def test_zygote_takes_its_working_workers_along_uncharged(make_pool):
+    pool = make_pool("reward_functions:misbehave", deadline_s=10.0)
+    (worker,) = wait_ready(pool)
+    pool.submit(0, "nap", "")
+    pool.poll()
+    kill_and_wait(pool.zygote_pid)
+    assert wait_until(lambda: not is_alive(worker), limit_s=1.5)  # a nap takes 2 s
+    assert wait_until(lambda: pool.poll(0.05) == [] and pool.worker_pids not in ([], [worker]))
+    kill_and_wait(pool.worker_pids[0])
+    while not (finished := pool.poll(0.5)):
+        pass
+    assert finished[0][1].verdict == "correct"  # in its third worker
 
 
 def test_no_process_outlives_a_killed_trainer():
