@@ -1,0 +1,213 @@
+"""What is trained at which layout, and the unsharded answers, on one file for all ranks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import FORMULAS, Answer, Key, Measured, Recipe, Reference, Values
+from tiny_models import MAX_RESPONSE_TOKENS, MODELS, gold_groups, graded_groups, write_model
+
+from megatron_rl.types import RolloutGroup
+
+TEMPERATURE = 0.8
+ONE_ROW, FEW_ROWS, MANY_ROWS = 10_000, 150, 40  # tokens of a packed row; a sequence has up to 33
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to split a model; what is left of the world is data-parallel."""
+
+    name: str
+    world: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    sequence_parallel: bool = False
+    model: str = "qwen2"
+
+
+LAYOUTS = (
+    Layout(name="one rank", world=1),
+    Layout(name="one rank, llama", world=1, model="llama"),
+    Layout(name="one rank, llama3 rope", world=1, model="llama3_rope"),
+    Layout(name="DP2", world=2),
+    Layout(name="TP2", world=2, tp=2),
+    Layout(name="TP2 SP", world=2, tp=2, sequence_parallel=True),
+    Layout(name="PP2", world=2, pp=2),
+    Layout(name="PP2 VPP2", world=2, pp=2, vpp=2),
+    Layout(name="PP2, tied", world=2, pp=2, model="qwen2_tied"),
+    Layout(name="TP2, tied", world=2, tp=2, model="qwen2_tied"),
+    Layout(name="TP2 SP, llama", world=2, tp=2, sequence_parallel=True, model="llama"),
+    Layout(name="TP2 PP2", world=4, tp=2, pp=2),
+    Layout(name="TP2 DP2", world=4, tp=2),
+    Layout(name="PP2 DP2", world=4, pp=2),
+    Layout(name="TP2 SP PP2 VPP2", world=4, tp=2, pp=2, vpp=2, sequence_parallel=True),
+    Layout(name="PP2 VPP2 DP2", world=4, pp=2, vpp=2),
+    Layout(name="PP4", world=4, pp=4),
+    Layout(name="DP4", world=4),
+    Layout(name="TP2 SP PP2, tied", world=4, tp=2, pp=2, sequence_parallel=True, model="qwen2_tied"),
+    Layout(name="PP2 VPP2 DP2, tied", world=4, pp=2, vpp=2, model="qwen2_tied"),
+    Layout(name="TP4 over 2 key heads", world=4, tp=4),
+    Layout(name="TP4 SP over 2 key heads", world=4, tp=4, sequence_parallel=True),
+    Layout(name="TP2 PP2, llama3 rope", world=4, tp=2, pp=2, model="llama3_rope"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What decides a gradient; two cases with the same question must get the same answer."""
+
+    recipe: Recipe
+    groups: str = "graded"
+    has_old: bool = True  # else the ratio is exactly 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A question, and what must not matter to its answer."""
+
+    question: Question
+    row_tokens: int = FEW_ROWS
+    owners: str = "by turns"  # which rank sampled which group
+    train_on_everything: bool = False
+
+    @property
+    def name(self) -> str:
+        recipe = self.question.recipe
+        changed = {k: v for k, v in vars(recipe).items() if v != vars(Recipe(preset=""))[k]}
+        extra = [k for k in ("train_on_everything",) if getattr(self, k)]
+        return ", ".join(
+            [f"{k}={v}" for k, v in changed.items()]
+            + [self.question.groups, "old" if self.question.has_old else "fresh"]
+            + [f"rows of {self.row_tokens}", self.owners, *extra]
+        )
+
+
+EVERY_TERM = Recipe(
+    preset="grpo",
+    eps_low=0.1,
+    eps_high=0.3,
+    dual_clip=1.2,
+    kl_coef=0.1,
+    entropy_coef=0.05,
+    rollout_is_cap=1.1,
+)
+
+
+def question_of(preset: str, **changes: Any) -> Question:
+    return Question(
+        recipe=Recipe(preset=preset, **changes),
+        groups="gold" if preset == "sft" else "graded",
+        has_old=FORMULAS[preset].objective == "clipped_ratio",
+    )
+
+
+def cases_of(layout: Layout) -> Iterator[Case]:
+    """Every preset and everything that must not matter; a few of them on a single rank."""
+    for preset in FORMULAS if layout.world > 1 or layout.model == "qwen2" else ("grpo", "sft"):
+        yield Case(question=question_of(preset))
+    for row_tokens in (ONE_ROW, MANY_ROWS):
+        for preset in ("grpo", "raft_pp"):
+            yield Case(question=question_of(preset), row_tokens=row_tokens)
+    for preset in ("reinforce_rej", "raft", "grpo", "dr_grpo"):
+        yield Case(question=question_of(preset, normalize_over="collected"))
+    for preset in ("raft_pp", "reinforce_rej", "grpo"):  # the same with rejected samples run along
+        yield Case(question=question_of(preset), train_on_everything=True, row_tokens=MANY_ROWS)
+    for owners in ("backwards", "first rank", "last rank"):
+        yield Case(question=question_of("grpo"), owners=owners)
+    yield Case(question=Question(recipe=Recipe(preset="grpo"), has_old=False))
+    yield Case(question=Question(recipe=EVERY_TERM))
+    yield Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One model's groups, log-probs of all kinds, and the answers."""
+
+    model_dir: Path
+    groups: dict[str, list[RolloutGroup]]
+    old: Values
+    ref: Values
+    answers: dict[Question, Answer]
+
+
+def write_problem(model: str, folder: Path) -> Path:
+    """The file with the Problem of a model; its log-probs stand around the current ones."""
+    model_dir = folder / model
+    write_model(model, model_dir)
+    reference = Reference(model_dir, temperature=TEMPERATURE)
+    graded, gold = graded_groups(), gold_groups()
+    logprobs, entropies = reference.logprobs([*graded, *with_other_ids(gold)])
+    generator = torch.Generator().manual_seed(5)
+    old, ref, rollout = ({k: _near(v, generator) for k, v in logprobs.items()} for _ in range(3))
+    rollout = {key: value.float() for key, value in rollout.items()}  # what an engine returns
+    groups = {
+        "graded": [_with_rollout(group, rollout) for group in graded],
+        "gold": with_other_ids(gold),
+        "lonely": [_with_rollout(group, rollout) for group in graded if len(group.rollouts) == 1][
+            :1
+        ],
+    }
+    measured = Measured(
+        logprobs=logprobs,
+        entropies=entropies,
+        ref=ref,
+        rollout={key: value.double() for key, value in rollout.items()},
+        max_response_tokens=MAX_RESPONSE_TOKENS,
+    )
+    asked = {c.question for layout in LAYOUTS if layout.model == model for c in cases_of(layout)}
+    answers = {
+        question: reference.answer(
+            question.recipe,
+            groups[question.groups],
+            replace(measured, old=old if question.has_old else None),
+        )
+        for question in sorted(asked, key=repr)
+    }
+    path = folder / f"{model}.pt"
+    torch.save(
+        Problem(model_dir=model_dir, groups=groups, old=old, ref=ref, answers=answers), path
+    )
+    return path
+
+
+def write_problems(folder: Path) -> dict[str, Path]:
+    return {model: write_problem(model, folder) for model in MODELS}
+
+
+def owned(groups: Sequence[RolloutGroup], owners: str, rank: int, world: int) -> list[RolloutGroup]:
+    """The groups that this rank is to have sampled, in an order of its own."""
+    turn = {
+        "by turns": lambda k: k % world,
+        "backwards": lambda k: (world - 1 - k) % world,
+        "first rank": lambda k: 0,
+        "last rank": lambda k: world - 1,
+    }[owners]
+    mine = [group for number, group in enumerate(groups) if turn(number) == rank]
+    return mine[::-1] if owners == "backwards" else mine
+
+
+def with_other_ids(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups under ids that no graded group has."""
+    return [
+        replace(group, prompt=replace(group.prompt, group_id=1000 + group.prompt.group_id))
+        for group in groups
+    ]
+
+
+def _near(logprobs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Off by up to 0.6 either way, so that a third of the ratios pass each clip bound."""
+    noise = torch.rand(logprobs.shape, generator=generator, dtype=torch.float64)
+    return logprobs.detach() + 1.2 * noise - 0.6
+
+
+def _with_rollout(group: RolloutGroup, rollout: dict[Key, torch.Tensor]) -> RolloutGroup:
+    return replace(
+        group,
+        rollouts=tuple(
+            replace(r, rollout_logprobs=rollout[group.prompt.group_id, index])
+            for index, r in enumerate(group.rollouts)
+        ),
+    )

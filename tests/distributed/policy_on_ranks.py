@@ -1,0 +1,237 @@
+"""What a rank does: build the policy at a layout, train a case, compare with the answer.
+
+Imported on ranks only, after preload_megatron has adapted Megatron-Core.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import preload_megatron  # noqa: F401  # isort: split
+import torch
+import torch.distributed as dist
+from cases import TEMPERATURE, Case, Layout, Problem, owned
+from megatron.core import parallel_state
+from reference import Recipe, Values
+from tiny_models import MAX_RESPONSE_TOKENS
+from torch import Tensor
+
+from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
+from megatron_rl.batching.packer import Packer
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.groups import make_groups
+from megatron_rl.platforms.base import detect
+from megatron_rl.policy.config import ModelConfig, OptimizerConfig
+from megatron_rl.policy.policy import Policy
+from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
+from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.layouts import hf_shapes
+from megatron_rl.weights.pieces import view
+
+Fault = Callable[[Policy], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Errors over all ranks, relative to the largest entry of what is compared."""
+
+    layout: str
+    case: str
+    loss_error: float
+    gradient_error: float
+    worst_tensor: str
+    norm_error: float
+    rows: tuple[int, ...]  # of each data-parallel rank
+    empty_ranks: int  # data-parallel ranks without a sample
+
+
+@contextmanager
+def policy_at(
+    layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
+) -> Iterator[Policy]:
+    """The policy with the problem's weights, and Megatron's groups for as long as it is used."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    groups = make_groups(detect(), parallel, 1)
+    try:
+        policy = Policy(
+            read_model_config(problem.model_dir),
+            ModelConfig(path=str(problem.model_dir), dtype=dtype),
+            parallel,
+            optimizer,
+            groups,
+            temperature=TEMPERATURE,
+            run_updates=10,
+        )
+        policy.load_hf(problem.model_dir)
+        policy.prepare_training()
+        yield policy
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
+    return Algorithm(AlgorithmConfig(**vars(recipe), train_on_everything=train_on_everything))
+
+
+def pack(
+    policy: Policy,
+    algorithm: Algorithm,
+    own_groups: Sequence[RolloutGroup],
+    *,
+    update_of: dict[int, int],
+    row_tokens: int,
+) -> list[MiniBatch]:
+    """From this rank's groups to its packed rows, the way of the loop."""
+
+    def sum_over_ranks(local: Tensor) -> Tensor:
+        dist.all_reduce(local, group=policy.groups.host)
+        return local
+
+    selection = algorithm.select(own_groups, update_of=update_of, seed=(0, 0))
+    selection = replace(
+        selection,
+        samples=algorithm.assign_advantages(selection.samples, sum_over_ranks=sum_over_ranks),
+    )
+    packer = Packer(
+        policy.groups,
+        algorithm,
+        row_tokens=row_tokens,
+        row_multiple=policy.groups.layout.tp if policy.config.sequence_parallel else 1,
+        max_response_tokens=MAX_RESPONSE_TOKENS,
+        dtype=policy.dtype,
+    )
+    return packer.pack(selection, 1 + max(update_of.values()))
+
+
+def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[MicroBatch, ...]:
+    question = case.question
+    algorithm = algorithm_of(question.recipe, train_on_everything=case.train_on_everything)
+    groups = problem.groups[question.groups]
+    (batch,) = pack(
+        policy,
+        algorithm,
+        owned(groups, case.owners, dist.get_rank(), dist.get_world_size()),
+        update_of={group.prompt.group_id: 0 for group in groups},
+        row_tokens=case.row_tokens,
+    )
+    rows = batch.microbatches
+    if question.has_old:
+        rows = tuple(with_old_logprobs(row, _at_rows(problem.old, row)) for row in rows)
+    if algorithm.needs_ref_logprobs:
+        rows = tuple(with_ref_logprobs(row, _at_rows(problem.ref, row)) for row in rows)
+    return rows
+
+
+def _at_rows(values: Values, row: MicroBatch) -> Tensor:
+    parts = [values[sample.group_id, sample.index] for sample in row.samples]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+
+
+def named_main_grads(policy: Policy) -> dict[str, Tensor]:
+    """This rank's gradients under the names of weights/layouts; views of Megatron's buffer."""
+    vpp = policy.groups.layout.vpp
+    return {
+        (f"chunk{chunk}." if vpp > 1 else "") + name: parameter.main_grad
+        for chunk, module in enumerate(policy.chunks)
+        for name, parameter in module.named_parameters()
+    }
+
+
+def measure(
+    policy: Policy,
+    case: Case,
+    problem: Problem,
+    *,
+    layout: Layout,
+    fault: Fault | None = None,
+    change: Callable[[tuple[MicroBatch, ...]], tuple[MicroBatch, ...]] | None = None,
+) -> Measurement:
+    """Train the case for one step, compare, and put the weights back; every rank calls it."""
+    answer = problem.answers[case.question]
+    rows = microbatches_of(policy, case, problem)
+    rows = rows if change is None else change(rows)
+    weights = policy.snapshot()
+    with nullcontext() if fault is None else fault(policy):
+        spec = algorithm_of(case.question.recipe).loss_spec()
+        loss = policy.update(rows, spec, with_entropy=True).metrics["policy/loss"]
+        norm = policy.optimizer.get_grad_norm()
+    for name, parameter in policy.named_parameters().items():
+        parameter.copy_(weights[name])
+    error, worst = largest_error(policy, named_main_grads(policy), answer.gradients)
+    counts = [None] * dist.get_world_size()
+    here = policy.groups.here
+    dist.all_gather_object(
+        counts, (here.dp_rank, len(rows), sum(len(row.samples) for row in rows))
+    )
+    counted = {dp_rank: (num_rows, samples) for dp_rank, num_rows, samples in counts}
+    return Measurement(
+        layout=layout.name,
+        case=case.name,
+        loss_error=abs(loss - answer.loss) / max(abs(answer.loss), 0.1),
+        gradient_error=error,
+        worst_tensor=worst,
+        norm_error=abs(norm - answer.norm) / answer.norm,
+        rows=tuple(counted[dp_rank][0] for dp_rank in sorted(counted)),
+        empty_ranks=sum(samples == 0 for _, samples in counted.values()),
+    )
+
+
+def largest_error(
+    policy: Policy,
+    actual: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    scale: dict[str, Tensor] | None = None,
+) -> tuple[float, str]:
+    """Largest error over all ranks and tensors, and the Hugging Face name of the worst tensor.
+
+    Every copy on every rank is compared. Relative to the largest entry of the expected tensor, or
+    of the one in scale.
+    """
+    names = list(hf_shapes(policy.arch))
+    assert set(names) == set(expected)
+    errors = torch.zeros(len(names), dtype=torch.float64)
+    for piece in policy.pieces:
+        got = view(actual[piece.param], piece.index).double()
+        wanted = view(expected[piece.hf], piece.box)
+        row = names.index(piece.hf)
+        error = (got - wanted).abs().max()
+        errors[row] = errors[row].maximum(error.nan_to_num(nan=torch.inf))
+    dist.all_reduce(errors, op=dist.ReduceOp.MAX)
+    sizes = torch.stack([(scale or expected)[name].abs().max() for name in names])
+    errors = errors / sizes
+    return errors.max().item(), names[int(errors.argmax())]
+
+
+def uncovered_elements(policy: Policy) -> int:
+    """Elements of the model that no rank's pieces hold, so that nothing was compared there."""
+    missing = 0
+    for name, shape in hf_shapes(policy.arch).items():
+        covered = torch.zeros(shape, dtype=torch.uint8)
+        for piece in policy.pieces:
+            if piece.hf == name:
+                view(covered, piece.box).fill_(1)
+        dist.all_reduce(covered, op=dist.ReduceOp.MAX)
+        missing += int((covered == 0).sum())
+    return missing
+
+
+def padding_gradient(policy: Policy, gradients: dict[str, Any]) -> float:
+    """Largest gradient, over all ranks, of rows that stand for no Hugging Face element."""
+    outside = torch.zeros(1, dtype=torch.float64)
+    for name, gradient in gradients.items():
+        is_padding = torch.ones_like(gradient, dtype=torch.bool)
+        for piece in policy.pieces:
+            if piece.param == name:
+                view(is_padding, piece.index).fill_(False)
+        if is_padding.any():
+            outside = outside.maximum(gradient[is_padding].abs().max().double())
+    dist.all_reduce(outside, op=dist.ReduceOp.MAX)
+    return outside.item()

@@ -1,0 +1,7 @@
+"""Imported once by the server that ranks fork from: Megatron-Core, adapted to this machine."""
+
+from megatron_rl.platforms.base import detect
+
+detect().prepare_megatron()  # before the first import of megatron.core
+
+import megatron_rl.policy.trainer  # noqa: E402, F401

@@ -1,0 +1,240 @@
+"""The unsharded answer: Hugging Face's model in float64, one sequence at a time.
+
+The paper's formulas (arXiv:2504.11343 and, for the last three presets, their own papers) are
+written out here once more, in plain PyTorch and by preset name, so that nothing is shared with the
+code under test but the carriers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_rl.types import RolloutGroup
+
+Key = tuple[int, int]  # group_id, position in the group
+Values = Mapping[Key, Tensor]  # [R] float64 each
+STD_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A preset's name and what is changed of it."""
+
+    preset: str
+    normalize_over: str = "kept"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    rollout_is_cap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """selection: rewards of a group -> keep; advantage: rewards of a group -> one each."""
+
+    selection: Callable[[Tensor], Tensor]
+    advantage: Callable[[Tensor], Tensor]
+    objective: str = "clipped_ratio"
+    aggregation: str = "sequence_mean"
+    whitened: bool = False
+
+
+def _everything(r: Tensor) -> Tensor:
+    return torch.ones_like(r, dtype=torch.bool)
+
+
+def _best_if_good(r: Tensor) -> Tensor:
+    return (r == r.max()) & (r > 0)
+
+
+def _not_all_wrong(r: Tensor) -> Tensor:
+    return _everything(r) & bool((r > 0).any())
+
+
+def _not_all_correct(r: Tensor) -> Tensor:
+    return _everything(r) & bool((r <= 0).any())
+
+
+def _mixed(r: Tensor) -> Tensor:
+    return _not_all_wrong(r) & _not_all_correct(r)
+
+
+def _normalized(r: Tensor) -> Tensor:
+    """(r - mean) / (std + eps); a lone response has mean 0 and std 1, as in verl."""
+    mean, std = (r.mean(), r.std()) if len(r) > 1 else (0.0, 1.0)
+    return (r - mean) / (std + STD_EPS)
+
+
+def _less_the_others(r: Tensor) -> Tensor:
+    """r_i - mean over j != i of r_j; there is nothing to subtract from a lone one."""
+    if len(r) == 1:
+        return r
+    return torch.stack([r[i] - torch.cat([r[:i], r[i + 1 :]]).mean() for i in range(len(r))])
+
+
+FORMULAS: dict[str, Formula] = {
+    "sft": Formula(selection=_everything, advantage=torch.ones_like, objective="likelihood"),
+    "raft": Formula(selection=_best_if_good, advantage=torch.ones_like, objective="likelihood"),
+    "raft_pp": Formula(selection=_best_if_good, advantage=torch.ones_like),
+    "reinforce": Formula(selection=_everything, advantage=torch.clone),
+    "reinforce_remove_all_wrong": Formula(selection=_not_all_wrong, advantage=torch.clone),
+    "reinforce_remove_all_correct": Formula(selection=_not_all_correct, advantage=torch.clone),
+    "reinforce_rej": Formula(selection=_mixed, advantage=torch.clone),
+    "reinforce_rej_norm": Formula(
+        selection=_mixed, advantage=lambda r: r / (r.std() + STD_EPS) if len(r) > 1 else r
+    ),
+    "reinforce_mean_zero": Formula(selection=_everything, advantage=lambda r: r - r.mean()),
+    "grpo": Formula(selection=_everything, advantage=_normalized),
+    "rloo": Formula(selection=_everything, advantage=_less_the_others),
+    "reinforce_pp_baseline": Formula(
+        selection=_everything, advantage=lambda r: r - r.mean(), whitened=True
+    ),
+    "dr_grpo": Formula(
+        selection=_everything, advantage=lambda r: r - r.mean(), aggregation="sequence_sum"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Loss and gradients of one optimizer step."""
+
+    loss: float
+    gradients: dict[str, Tensor]  # by Hugging Face name, float64
+    clipped_low: int
+    clipped_high: int
+
+    @property
+    def norm(self) -> float:
+        return float(sum(g.square().sum() for g in self.gradients.values()) ** 0.5)
+
+
+class Reference:
+    """The float64 model and its log-probabilities."""
+
+    def __init__(self, model_dir: Path, *, temperature: float) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float64, attn_implementation="sdpa"
+        )
+        for module in self.model.modules():  # transformers computes RMSNorm in float32
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = _float64_norm(module)
+        self.temperature = temperature
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
+
+    def logprobs(self, groups: Sequence[RolloutGroup]) -> tuple[dict[Key, Tensor], Values]:
+        """Log-probabilities and entropies of all response tokens, with gradient."""
+        logprobs, entropies = {}, {}
+        for group in groups:
+            for index, rollout in enumerate(group.rollouts):
+                prompt, response = group.prompt.tokens, rollout.response_tokens
+                logits = self.model(torch.cat([prompt, response])[None]).logits[0]
+                logits = logits[len(prompt) - 1 : -1] / self.temperature
+                log_p = logits - logits.logsumexp(-1, keepdim=True)
+                key = (group.prompt.group_id, index)
+                logprobs[key] = log_p[torch.arange(len(response)), response]
+                entropies[key] = -(log_p.exp() * log_p).sum(-1)
+        return logprobs, entropies
+
+    def answer(
+        self, recipe: Recipe, groups: Sequence[RolloutGroup], measured: "Measured"
+    ) -> Answer:
+        """Loss and gradients; the graph of the measured log-probs stays for further calls."""
+        loss, low, high = loss_of(recipe, groups, measured)
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        return Answer(
+            loss=loss.item(),
+            gradients=dict(zip(names, gradients, strict=True)),
+            clipped_low=low,
+            clipped_high=high,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Everything a loss may ask of a response; old None: the current ones, detached."""
+
+    logprobs: Values
+    entropies: Values
+    old: Values | None = None
+    ref: Values = field(default_factory=dict)
+    rollout: Values = field(default_factory=dict)
+    max_response_tokens: int = 1
+
+
+def loss_of(
+    recipe: Recipe, groups: Sequence[RolloutGroup], measured: Measured
+) -> tuple[Tensor, int, int]:
+    """The loss over all of these groups, and how many tokens were clipped low and high."""
+    formula = FORMULAS[recipe.preset]
+    kept: dict[Key, Tensor] = {}
+    sampled = [len(rollout.response_tokens) for group in groups for rollout in group.rollouts]
+    for group in groups:
+        rewards = torch.tensor([1.0 if r.reward is None else r.reward for r in group.rollouts])
+        rewards = rewards.double()
+        keep, advantages = formula.selection(rewards), formula.advantage(rewards)
+        for index in keep.nonzero()[:, 0].tolist():
+            kept[group.prompt.group_id, index] = advantages[index]
+    if formula.whitened:
+        per_token = torch.cat([a.expand(len(measured.logprobs[k])) for k, a in kept.items()])
+        kept = {k: (a - per_token.mean()) / (per_token.std() + STD_EPS) for k, a in kept.items()}
+    count = len(kept) if recipe.normalize_over == "kept" else len(sampled)
+    total = torch.zeros((), dtype=torch.float64)
+    low = high = 0
+    for key, advantage in kept.items():
+        terms, was_low, was_high = _terms(recipe, formula, key, advantage, measured)
+        if formula.aggregation == "sequence_mean":
+            total = total + terms.mean() / count
+        else:
+            total = total + terms.sum() / (count * measured.max_response_tokens)
+        low, high = low + was_low, high + was_high
+    return total, low, high
+
+
+def _terms(
+    recipe: Recipe, formula: Formula, key: Key, advantage: Tensor, measured: Measured
+) -> tuple[Tensor, int, int]:
+    """Loss of each token of one response, and how many tokens were clipped low and high."""
+    logprobs = measured.logprobs[key]
+    old = logprobs.detach() if measured.old is None else measured.old[key]
+    low = high = 0
+    if formula.objective == "likelihood":
+        terms = -advantage * logprobs
+    else:
+        ratio = (logprobs - old).exp()
+        clipped = ratio.clamp(1 - recipe.eps_low, 1 + recipe.eps_high)
+        reached = torch.minimum(ratio * advantage, clipped * advantage)
+        if recipe.dual_clip is not None and advantage < 0:
+            reached = torch.maximum(reached, recipe.dual_clip * advantage)
+        terms = -reached
+        low = int(((ratio < 1 - recipe.eps_low) & (advantage < 0)).sum())
+        high = int(((ratio > 1 + recipe.eps_high) & (advantage > 0)).sum())
+    if recipe.rollout_is_cap is not None:
+        correction = (old - measured.rollout[key]).exp()
+        terms = terms * correction.clamp(max=recipe.rollout_is_cap)
+    if recipe.kl_coef:
+        k1 = logprobs - measured.ref[key]
+        kl = {"k1": k1, "k2": k1.square() / 2, "k3": (-k1).exp() - 1 + k1}[recipe.kl_estimator]
+        terms = terms + recipe.kl_coef * kl
+    return terms - recipe.entropy_coef * measured.entropies[key], low, high
+
+
+def _float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
+    def forward(hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
+
+    return forward

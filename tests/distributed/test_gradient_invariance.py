@@ -1,0 +1,83 @@
+"""Product promise: the same loss and gradient at every parallel layout, batch split and order."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+import torch.distributed as dist
+from cases import LAYOUTS, Layout, cases_of, write_problems
+from reference import FORMULAS
+
+from megatron_rl.algorithms.presets import PRESETS
+
+harness.PRELOAD.append("preload_megatron")
+
+OPTIMIZER = {"lr": 1e-3, "clip_grad": 0.0}  # Megatron-Core clips float32 only
+
+# Sums of a few thousand float64 products, in another order; seen: 5e-15 and less.
+BOUND = 1e-12
+# Megatron-Core adds up the squares of the norm in float32, whatever the dtype.
+NORM_BOUND = 1e-6
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    torch.set_num_threads(1)
+    return write_problems(tmp_path_factory.mktemp("problems"))
+
+
+@pytest.fixture(scope="module")
+def measurements(problems, tmp_path_factory):
+    """Of every case at every layout, by the name of the layout; one start of ranks per world."""
+    results: dict[str, list[dict]] = {}
+    for world in (1, 2, 4):
+        out = tmp_path_factory.mktemp("measured") / f"{world}.json"
+        layouts = [layout for layout in LAYOUTS if layout.world == world]
+        harness.run_on_ranks(world, measure_layouts, problems, layouts, out, timeout_s=400.0)
+        for row in json.loads(out.read_text()):
+            results.setdefault(row["layout"], []).append(row)
+    return results
+
+
+def measure_layouts(problems: dict[str, Path], layouts: list[Layout], out: Path) -> None:
+    from policy_on_ranks import (
+        measure,
+        named_main_grads,
+        padding_gradient,
+        policy_at,
+        uncovered_elements,
+    )
+
+    from megatron_rl.policy.config import OptimizerConfig
+
+    loaded = {m: torch.load(problems[m], weights_only=False) for m in {y.model for y in layouts}}
+    rows = []
+    for layout in layouts:
+        problem = loaded[layout.model]
+        with policy_at(layout, problem, OptimizerConfig(**OPTIMIZER)) as policy:
+            assert uncovered_elements(policy) == 0, layout.name
+            for case in cases_of(layout):
+                rows.append(asdict(measure(policy, case, problem, layout=layout)))
+            assert padding_gradient(policy, named_main_grads(policy)) == 0, layout.name
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(rows))
+
+
+def test_the_reference_knows_every_preset():
+    assert set(FORMULAS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_loss_and_gradients_equal_the_unsharded_ones(measurements, layout):
+    rows = measurements[layout.name]
+    wrong = [row for row in rows if not max(row["loss_error"], row["gradient_error"]) < BOUND]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_the_gradient_norm_equals_the_unsharded_one(measurements, layout):
+    wrong = [row for row in measurements[layout.name] if not row["norm_error"] < NORM_BOUND]
+    assert not wrong, "\n".join(map(str, wrong))
