@@ -3,10 +3,12 @@
 import faulthandler
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
-"""What the server imports before it forks; append to it at the head of a test file."""
+"""What the server imports before it forks; append to it in a conftest.py."""
 
 GRACE_S = 5.0
 
@@ -39,11 +41,26 @@ def run_on_ranks(
             )
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
+        with _our_path_for_the_server():
+            for process in ranks:
+                process.start()
         _wait_for_all(ranks, deadline=time.monotonic() + timeout_s + GRACE_S)
         failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
         assert not failed, _report(Path(folder), failed, world_size)
+
+
+@contextmanager
+def _our_path_for_the_server() -> Iterator[None]:
+    """Python 3.11 gives the server no sys.path; what it cannot import it leaves out silently."""
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        yield
+    finally:
+        if inherited is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = inherited
 
 
 def _wait_for_all(ranks: list, deadline: float) -> None:

@@ -168,9 +168,7 @@ def measure(
     error, worst = largest_error(policy, named_main_grads(policy), answer.gradients)
     counts = [None] * dist.get_world_size()
     here = policy.groups.here
-    dist.all_gather_object(
-        counts, (here.dp_rank, len(rows), sum(len(row.samples) for row in rows))
-    )
+    dist.all_gather_object(counts, (here.dp_rank, len(rows), sum(len(row.samples) for row in rows)))
     counted = {dp_rank: (num_rows, samples) for dp_rank, num_rows, samples in counts}
     return Measurement(
         layout=layout.name,

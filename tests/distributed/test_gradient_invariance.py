@@ -8,12 +8,10 @@ import harness
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, Layout, cases_of, write_problems
+from cases import LAYOUTS, Layout, cases_of
 from reference import FORMULAS
 
 from megatron_rl.algorithms.presets import PRESETS
-
-harness.PRELOAD.append("preload_megatron")
 
 OPTIMIZER = {"lr": 1e-3, "clip_grad": 0.0}  # Megatron-Core clips float32 only
 
@@ -21,12 +19,6 @@ OPTIMIZER = {"lr": 1e-3, "clip_grad": 0.0}  # Megatron-Core clips float32 only
 BOUND = 1e-12
 # Megatron-Core adds up the squares of the norm in float32, whatever the dtype.
 NORM_BOUND = 1e-6
-
-
-@pytest.fixture(scope="module")
-def problems(tmp_path_factory):
-    torch.set_num_threads(1)
-    return write_problems(tmp_path_factory.mktemp("problems"))
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +73,15 @@ def test_loss_and_gradients_equal_the_unsharded_ones(measurements, layout):
 def test_the_gradient_norm_equals_the_unsharded_one(measurements, layout):
     wrong = [row for row in measurements[layout.name] if not row["norm_error"] < NORM_BOUND]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_the_cases_are_what_they_are_for(measurements, problems):
+    """Rows from one to many, other counts on other ranks, ranks without a sample, real clipping."""
+    rows = measurements["DP2"]
+    assert {1, 2} <= {len(set(row["rows"])) for row in rows}, "no ragged counts"
+    assert max(max(row["rows"]) for row in rows) > 4 > 1 == min(min(row["rows"]) for row in rows)
+    assert any(row["empty_ranks"] for row in rows)
+    answers = torch.load(problems["qwen2"], weights_only=False).answers
+    clipped = [a for q, a in answers.items() if q.has_old and q.recipe.preset == "grpo"]
+    assert clipped
+    assert all(answer.clipped_low > 20 and answer.clipped_high > 20 for answer in clipped)

@@ -1,0 +1,228 @@
+"""The comparison of test_gradient_invariance notices faults, and only faults."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import LAYOUTS, MANY_ROWS, Case, question_of
+from harness import run_on_ranks
+from tiny_models import VOCAB_SIZE
+
+NOTICED = 1e-3
+BOUND = 1e-12
+
+CASE = Case(question=question_of("grpo"), row_tokens=MANY_ROWS)
+WITH_REJECTED = Case(
+    question=question_of("reinforce_rej"), row_tokens=MANY_ROWS, train_on_everything=True
+)
+
+# fault -> layouts at which it must be noticed, and the error that shows it
+FAULTS = {
+    "one_rank_doubled": (("DP2", "TP2", "TP2 SP", "PP2"), "gradient_error"),
+    "no_data_parallel_reduction": (("DP2",), "gradient_error"),
+    "no_reduction_of_norms": (("TP2 SP",), "gradient_error"),
+    "norms_without_tag": (("TP2 SP",), "gradient_error"),
+    "no_reduction_of_tied_embedding": (("PP2, tied",), "gradient_error"),
+    "no_reduction_behind_the_head": (("TP2",), "gradient_error"),
+    "schedule_divides": (("DP2", "PP2"), "gradient_error"),
+    "one_target_shifted": (("DP2", "TP2", "TP2 SP", "PP2"), "gradient_error"),
+    "no_tensor_parallel_marks": (("TP2", "TP2 SP"), "norm_error"),
+}
+WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied")
+
+
+@pytest.fixture(scope="module")
+def errors(problems, tmp_path_factory):
+    """ "layout: fault" -> Measurement; under fault "none", the largest of several."""
+    out = tmp_path_factory.mktemp("controls") / "errors.json"
+    run_on_ranks(2, measure_faults, problems, out, timeout_s=300.0)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout"),
+    [(fault, layout) for fault, (layouts, _) in FAULTS.items() for layout in layouts],
+)
+def test_a_fault_is_noticed(errors, fault, layout):
+    assert errors[f"{layout}: {fault}"][FAULTS[fault][1]] > NOTICED
+
+
+@pytest.mark.parametrize("layout", WHERE)
+def test_no_fault_is_noticed_where_there_is_none(errors, layout):
+    assert errors[f"{layout}: none"]["gradient_error"] < BOUND
+
+
+@pytest.mark.parametrize("layout", WHERE)
+def test_what_has_no_loss_does_not_change_a_bit(errors, layout):
+    """Targets of prompts, of padding and of rejected samples; and who sampled which group."""
+    assert errors[f"{layout}: changed bits"] == []
+
+
+def measure_faults(problems: dict[str, Path], out: Path) -> None:
+    from policy_on_ranks import measure, policy_at
+
+    from megatron_rl.policy.config import OptimizerConfig
+
+    found: dict[str, Any] = {}
+    for layout in (layout for layout in LAYOUTS if layout.name in WHERE):
+        problem = torch.load(problems[layout.model], weights_only=False)
+        with policy_at(layout, problem, OptimizerConfig(lr=1e-3, clip_grad=0.0)) as policy:
+            clean = []
+            for fault in (f for f, (layouts, _) in FAULTS.items() if layout.name in layouts):
+                change = shift_one_target(policy) if fault == "one_target_shifted" else None
+                inject = globals().get(fault)
+                found[f"{layout.name}: {fault}"] = vars_of(
+                    measure(policy, CASE, problem, layout=layout, fault=inject, change=change)
+                )
+                clean.append(measure(policy, CASE, problem, layout=layout))
+            clean.append(measure(policy, CASE, problem, layout=layout))
+            found[f"{layout.name}: none"] = vars_of(max(clean, key=lambda m: m.gradient_error))
+            found[f"{layout.name}: changed bits"] = changed_bits(policy, problem, layout)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+
+
+def vars_of(measurement: Any) -> dict[str, Any]:
+    return {
+        name: getattr(measurement, name)
+        for name in ("gradient_error", "loss_error", "norm_error", "worst_tensor")
+    }
+
+
+def changed_bits(policy: Any, problem: Any, layout: Any) -> list[str]:
+    """Names of changes without effect on the loss after which some gradient had other bits."""
+    from policy_on_ranks import measure, named_main_grads
+
+    def gradients(case: Case, change: Any = None) -> dict[str, torch.Tensor]:
+        measure(policy, case, problem, layout=layout, change=change)
+        return {name: grad.clone() for name, grad in named_main_grads(policy).items()}
+
+    found = []
+    for name, before, after in (
+        ("nothing", gradients(CASE), gradients(CASE)),
+        ("targets", gradients(WITH_REJECTED), gradients(WITH_REJECTED, other_targets)),
+        ("owners", gradients(CASE), gradients(replace(CASE, owners="backwards"))),
+    ):
+        same = torch.tensor(all(torch.equal(before[key], after[key]) for key in before)).int()
+        dist.all_reduce(same, op=dist.ReduceOp.MIN)
+        if not same:
+            found.append(name)
+    return found
+
+
+def other_targets(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Another target wherever the weight is 0."""
+    assert any((row.weights[row.loss_rows] == 0).any() for row in rows), "no rejected sample here"
+    return tuple(
+        replace(
+            row, targets=torch.where(row.weights == 0, (row.targets + 1) % VOCAB_SIZE, row.targets)
+        )
+        for row in rows
+    )
+
+
+def shift_one_target(policy: Any) -> Any:
+    """The first token of data-parallel rank 0 is taken for its neighbour in the vocabulary."""
+
+    def change(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+        if policy.groups.here.dp_rank:
+            return rows
+        targets = rows[0].targets.clone()
+        entry = rows[0].loss_rows[0]
+        targets[entry] = (targets[entry] + 1) % VOCAB_SIZE
+        return (replace(rows[0], targets=targets), *rows[1:])
+
+    return change
+
+
+@contextmanager
+def one_rank_doubled(policy: Any) -> Iterator[None]:
+    from megatron_rl.policy import policy as module
+
+    stock = module.finalize_model_grads
+
+    def doubled(models: Any, num_tokens: Any, **rest: Any) -> None:
+        if dist.get_rank() == 1:
+            for parameter in (p for model in models for p in model.parameters()):
+                parameter.main_grad.mul_(2)
+        stock(models, num_tokens, **rest)
+
+    with mock.patch.object(module, "finalize_model_grads", doubled):
+        yield
+
+
+@contextmanager
+def no_data_parallel_reduction(policy: Any) -> Iterator[None]:
+    from megatron.core.distributed import DistributedDataParallel
+
+    with mock.patch.object(DistributedDataParallel, "finish_grad_sync", return_value=None):
+        yield
+
+
+@contextmanager
+def no_reduction_of_norms(policy: Any) -> Iterator[None]:
+    with _without_step_of_finalize("_allreduce_non_tensor_model_parallel_grads"):
+        yield
+
+
+@contextmanager
+def no_reduction_of_tied_embedding(policy: Any) -> Iterator[None]:
+    with _without_step_of_finalize("_allreduce_word_embedding_grads"):
+        yield
+
+
+def _without_step_of_finalize(name: str) -> Any:
+    module = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    return mock.patch.object(module, name, return_value=None)
+
+
+@contextmanager
+def norms_without_tag(policy: Any) -> Iterator[None]:
+    norms = [p for chunk in policy.chunks for n, p in chunk.named_parameters() if "layernorm" in n]
+    assert norms
+    assert all(norm.sequence_parallel for norm in norms)
+    for norm in norms:
+        norm.sequence_parallel = False
+    yield
+    for norm in norms:
+        norm.sequence_parallel = True
+
+
+@contextmanager
+def no_reduction_behind_the_head(policy: Any) -> Iterator[None]:
+    from megatron_rl.policy import policy as module
+
+    with mock.patch.object(module, "copy_to_tensor_model_parallel_region", lambda hidden: hidden):
+        yield
+
+
+@contextmanager
+def schedule_divides(policy: Any) -> Iterator[None]:
+    policy.config.calculate_per_token_loss = False
+    yield
+    policy.config.calculate_per_token_loss = True
+
+
+@contextmanager
+def no_tensor_parallel_marks(policy: Any) -> Iterator[None]:
+    """What perform_initialization=false did to us."""
+    marked = [
+        p
+        for chunk in policy.chunks
+        for p in chunk.parameters()
+        if getattr(p, "tensor_model_parallel", False)
+    ]
+    assert marked
+    for parameter in marked:
+        parameter.tensor_model_parallel = False
+    yield
+    for parameter in marked:
+        parameter.tensor_model_parallel = True

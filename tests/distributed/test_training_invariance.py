@@ -1,0 +1,193 @@
+"""Whole iterations through Trainer end at the weights that plain torch AdamW ends at."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import LAYOUTS, MANY_ROWS, TEMPERATURE, owned
+from harness import run_on_ranks
+from reference import Measured, Recipe, Reference, loss_of
+
+BETAS, LR, WEIGHT_DECAY = (0.9, 0.95), 1e-2, 0.1
+RECIPE = Recipe(preset="grpo", kl_coef=0.05)  # to the initial weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One iteration of two mini-batches."""
+
+    name: str
+    dtype: str
+    epochs: int
+    eps: float
+    clip_grad: float
+    bound: float  # on the error of weights, relative to how far a tensor's entries moved at most
+
+
+# float64: gradients are off by 1e-15; where they are smaller than eps, Adam's step is off by
+# 1e-15 / eps = 1e-7 of lr. Seen: 7e-11 and less.
+# float32: two roundings of weights near 1 (1e-7) over a move of 1e-2 are 1e-5, and Adam's step is
+# off by the gradient's relative error, 1e-5 for small entries. Seen: 4e-5 and less.
+RUNS = (
+    Run(name="exact", dtype="float64", epochs=2, eps=1e-8, clip_grad=0.0, bound=1e-9),
+    Run(name="sharded optimizer", dtype="float32", epochs=1, eps=1e-3, clip_grad=1.0, bound=1e-4),
+)
+NAMES = {
+    1: ("one rank",),
+    2: ("DP2", "TP2 SP", "PP2, tied"),
+    4: ("TP2 PP2", "TP2 DP2", "PP2 VPP2 DP2, tied", "TP4 over 2 key heads"),
+}
+NORM_BOUND = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Where the reference ends."""
+
+    start: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
+    norm_mean: float  # before clipping, over the steps
+    clipped: tuple[int, ...]  # tokens of each step
+
+
+def update_of(groups: list[Any]) -> dict[int, int]:
+    """The second mini-batch has two thirds of the groups."""
+    return {group.prompt.group_id: int(k % 3 > 0) for k, group in enumerate(groups)}
+
+
+def train_reference(model_dir: Path, groups: list[Any], run: Run) -> Trained:
+    """Old log-probs come from the initial weights, for every step."""
+    reference = Reference(model_dir, temperature=TEMPERATURE)
+    with torch.no_grad():
+        start = {name: p.clone() for name, p in reference.weights.items()}
+        old, _ = reference.logprobs(groups)
+    parameters = list(reference.weights.values())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=LR,
+        betas=BETAS,
+        eps=run.eps,
+    )
+    norms, clipped = [], []
+    for _ in range(run.epochs):
+        for update in (0, 1):
+            batch = [g for g in groups if update_of(groups)[g.prompt.group_id] == update]
+            logprobs, entropies = reference.logprobs(batch)
+            measured = Measured(logprobs=logprobs, entropies=entropies, old=old, ref=old)
+            loss, low, high = loss_of(RECIPE, batch, measured)
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(
+                torch.nn.utils.clip_grad_norm_(parameters, run.clip_grad or torch.inf).item()
+            )
+            clipped.append(low + high)
+            optimizer.step()
+    weights = {name: p.detach() for name, p in reference.weights.items()}
+    mean = sum(norms) / len(norms)
+    return Trained(start=start, weights=weights, norm_mean=mean, clipped=tuple(clipped))
+
+
+@pytest.fixture(scope="module")
+def answers(problems, tmp_path_factory):
+    """File with (model, name of run) -> Trained."""
+    found = {}
+    for model in ("qwen2", "qwen2_tied"):
+        problem = torch.load(problems[model], weights_only=False)
+        for run in RUNS:
+            found[model, run.name] = train_reference(
+                problem.model_dir, problem.groups["graded"], run
+            )
+    path = tmp_path_factory.mktemp("trained") / "answers.pt"
+    torch.save(found, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def errors(problems, answers, tmp_path_factory):
+    found = {}
+    for world in NAMES:
+        out = tmp_path_factory.mktemp("updates") / f"{world}.json"
+        run_on_ranks(world, train_on_ranks, problems, answers, out, timeout_s=300.0)
+        found |= json.loads(out.read_text())
+    return found
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
+def test_weights_after_an_iteration_equal_those_of_torch(errors, name, run):
+    found = errors[f"{name}: {run.name}"]
+    assert found["weight_error"] < run.bound, found
+    assert found["steps"] == 2 * run.epochs
+    if run.clip_grad:
+        assert found["norm_error"] < NORM_BOUND, found
+
+
+def test_the_ratio_was_clipped_in_every_step_but_the_first(answers):
+    for key, trained in torch.load(answers, weights_only=False).items():
+        assert trained.clipped[0] == 0
+        assert all(trained.clipped[1:]), key
+
+
+def test_clipping_the_norm_had_an_effect(answers):
+    """And the second epoch is not the first one again."""
+    found = torch.load(answers, weights_only=False)
+    assert all(trained.norm_mean > 1.5 for trained in found.values())
+
+
+def train_on_ranks(problems: dict[str, Path], answers: Path, out: Path) -> None:
+    expected = torch.load(answers, weights_only=False)
+    found = {}
+    for layout in (y for y in LAYOUTS if y.name in NAMES[dist.get_world_size()]):
+        problem = torch.load(problems[layout.model], weights_only=False)
+        for run in RUNS:
+            answer = expected[layout.model, run.name]
+            found[f"{layout.name}: {run.name}"] = train(layout, problem, run, answer)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+
+
+def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any]:
+    from policy_on_ranks import algorithm_of, largest_error, pack, policy_at
+
+    from megatron_rl.policy.config import OptimizerConfig
+    from megatron_rl.policy.trainer import Trainer, plan_passes
+
+    optimizer = OptimizerConfig(
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=run.eps,
+        clip_grad=run.clip_grad,
+        use_distributed_optimizer=True,
+    )
+    groups = problem.groups["graded"]
+    algorithm = algorithm_of(RECIPE)
+    with policy_at(layout, problem, optimizer, run.dtype) as policy:
+        batches = pack(
+            policy,
+            algorithm,
+            owned(groups, "by turns", dist.get_rank(), dist.get_world_size()),
+            update_of=update_of(groups),
+            row_tokens=MANY_ROWS,
+        )
+        passes = plan_passes(algorithm, num_updates=2, epochs=run.epochs)
+        assert passes.old
+        assert passes.ref
+        trainer = Trainer(policy, algorithm, passes, epochs=run.epochs, reference=policy.snapshot())
+        metrics = trainer.update(trainer.add_logprobs(batches))
+        moves = {name: answer.weights[name] - answer.start[name] for name in answer.start}
+        error, worst = largest_error(policy, policy.named_parameters(), answer.weights, moves)
+    return {
+        "weight_error": error,
+        "worst": worst,
+        "norm_error": abs(metrics["policy/grad_norm"] / answer.norm_mean - 1),
+        "steps": metrics["policy/updates"],
+    }
