@@ -231,14 +231,15 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigErrors([f"recipe {str(recipe)!r} cannot be read: {error}"]) from error
     try:
-        loaded = OmegaConf.create(text)
+        loaded: Any = OmegaConf.create(text)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigErrors([f"{recipe}: not valid YAML: {error}"]) from error
     if not OmegaConf.is_dict(loaded):
         raise ConfigErrors([f"{recipe}: must hold sections (`run:`, `model:`, ...)"])
-    base = loaded.pop("base", None)
+    base = loaded.get("base")
     if base is None:
         return loaded
+    del loaded["base"]
     return OmegaConf.merge(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
 
 

@@ -19,7 +19,7 @@ class ConfigErrors(ValueError):
 
 
 class InputError(ValueError):
-    """Data, a model directory or an environment that cannot be used: where, value, rule, way out."""
+    """Data, a model or an environment that cannot be used: where, value, rule, way out."""
 
 
 class RunError(RuntimeError):

@@ -22,8 +22,9 @@ from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.platforms.base import Platform
 from megatron_rl.policy.model import DTYPES
+from megatron_rl.policy.passes import plan_passes
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.trainer import Trainer, plan_passes
+from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.reward.scorer import RewardScorer, check_failures
@@ -112,9 +113,7 @@ class Run:
             if len(rollout.response_tokens)
         ]
         step = max(1, len(drawn) // share)
-        return self.trainer.kl_to_reference(
-            self.packer.pack_for_measuring(drawn[::step][:share])
-        )
+        return self.trainer.kl_to_reference(self.packer.pack_for_measuring(drawn[::step][:share]))
 
     def push_weights(self) -> dict[str, float]:
         """Make the engine's weights the policy's, and prove it."""
@@ -146,9 +145,7 @@ class Run:
             ),
             *max_over([self.groups.platform.peak_memory_bytes()], self.groups.host),
         )
-        slowest = dict(
-            zip(times, max_over(list(times.values()), self.groups.host), strict=True)
-        )
+        slowest = dict(zip(times, max_over(list(times.values()), self.groups.host), strict=True))
         complete = {
             **values,
             **slowest,
@@ -285,9 +282,7 @@ def build_run(
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
     groups = make_groups(platform, config.parallel, rollout_tp)
     algorithm = Algorithm(config.algorithm)
-    passes = plan_passes(
-        algorithm, num_updates=config.num_updates, epochs=config.optimizer.epochs
-    )
+    passes = plan_passes(algorithm, num_updates=config.num_updates, epochs=config.optimizer.epochs)
     policy = Policy(
         inputs.arch,
         config.model,
@@ -377,9 +372,7 @@ def _build_sampling(config: RunConfig, inputs: Inputs, groups: Groups) -> Sampli
     )
 
 
-def _rollout_source(
-    config: RunConfig, groups: Groups, sampling: Sampling | None
-) -> RolloutSource:
+def _rollout_source(config: RunConfig, groups: Groups, sampling: Sampling | None) -> RolloutSource:
     if sampling is None:
         return GoldRollouts(groups)
     plan = SamplingPlan(

@@ -250,5 +250,3 @@ def _leave(close: Callable[[], None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-

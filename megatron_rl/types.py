@@ -18,7 +18,7 @@ FinishReason = Literal["stop", "length", "gold"]
 
 
 class Verdict(StrEnum):
-    """What a verifier says of one response; the last two are failures of ours, not of the policy."""
+    """What a verifier says of one response; the last two are failures of ours, not the policy's."""
 
     CORRECT = "correct"
     WRONG = "wrong"

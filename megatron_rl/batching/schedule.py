@@ -36,11 +36,7 @@ def distribute(samples: Sequence[Sample], groups: Groups) -> Distributed:
     replica_of = _replicas(everywhere, groups.layout.dp)
     layout = groups.layout
     ranks_of = [
-        [
-            rank
-            for rank in range(layout.world_size)
-            if layout.coordinates(rank).dp_rank == replica
-        ]
+        [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp_rank == replica]
         for replica in range(layout.dp)
     ]
     rows, to_ranks = [], []
@@ -51,7 +47,8 @@ def distribute(samples: Sequence[Sample], groups: Groups) -> Distributed:
             to_ranks.append(rank)
     arrived = _decode(send_rows(rows, to_ranks, groups.host))
     return Distributed(
-        samples=sorted(arrived, key=_key), num_samples=Counter(update for update, _, _ in everywhere)
+        samples=sorted(arrived, key=_key),
+        num_samples=Counter(update for update, _, _ in everywhere),
     )
 
 

@@ -7,6 +7,7 @@ iteration_000120/
     MANIFEST.json    written last: every file with its size and SHA-256
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -68,7 +69,7 @@ class CheckpointStore:
                 rejected.append(f"{path.name}: {reasons[0]}")
                 continue
             state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            self._together(lambda path=path: self._restore(path, policy, state))  # type: ignore[misc]
+            self._together(functools.partial(self._restore, path, policy, state))
             return {**state, "rejected": rejected}
         if rejected:
             raise RunError(

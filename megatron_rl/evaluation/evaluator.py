@@ -40,7 +40,8 @@ def average_at_k(problems: Sequence[Problem]) -> float:
 
 def pass_at_k(problems: Sequence[Problem], k: int) -> float:
     """Mean chance that one of k responses is right, unbiased from n >= k (Chen et al. 2021,
-    arXiv:2107.03374, eq. 1)."""
+    arXiv:2107.03374, eq. 1).
+    """
     return sum(
         1 - comb(len(p.verdicts) - p.num_correct, k) / comb(len(p.verdicts), k) for p in problems
     ) / len(problems)
@@ -121,9 +122,7 @@ class Evaluator:
                 file.write(json.dumps(row) + "\n")
 
 
-def _load(
-    benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer
-) -> list[Prompt]:
+def _load(benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer) -> list[Prompt]:
     config = prompts.model_copy(
         update={
             "path": benchmark.path,

@@ -57,7 +57,7 @@ class Platform:
         """States of every global generator this process draws from."""
         states: dict[str, object] = {
             "python": random.getstate(),
-            "numpy": np.random.get_state(),  # noqa: NPY002 (saved, never drawn from here)
+            "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
         }
         if self.device_type == "cuda":
@@ -67,7 +67,7 @@ class Platform:
     def set_rng_state(self, states: dict[str, object]) -> None:
         """Restore what rng_state returned."""
         random.setstate(states["python"])  # type: ignore[arg-type]
-        np.random.set_state(states["numpy"])  # type: ignore[arg-type] # noqa: NPY002
+        np.random.set_state(states["numpy"])  # type: ignore[arg-type]
         torch.set_rng_state(states["torch"])  # type: ignore[arg-type]
         if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])  # type: ignore[arg-type]

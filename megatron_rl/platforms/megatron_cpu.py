@@ -134,13 +134,13 @@ def _is_torch_cuda(node: ast.expr) -> bool:
 class _Retarget(ast.NodeTransformer):
     """The four rewrites."""
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802 (ast's name)
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         self.generic_visit(node)
         if _is_torch_cuda(node) and isinstance(node.ctx, ast.Load):
             return ast.copy_location(ast.Name(_FACADE_NAME, ast.Load()), node)
         return node
 
-    def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> ast.expr:
         func = node.func
         method_of_tensor = (
             isinstance(func, ast.Attribute) and func.attr == "cuda" and not _is_torch_cuda(func)
@@ -151,20 +151,20 @@ class _Retarget(ast.NodeTransformer):
             return func.value
         return node
 
-    def visit_Constant(self, node: ast.Constant) -> ast.expr:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if node.value == "cuda":
             return ast.copy_location(ast.Constant("cpu"), node)
         if isinstance(node.value, str) and re.fullmatch(r"torch\.cuda\.\w+Tensor", node.value):
             return ast.copy_location(ast.Constant(node.value.replace(".cuda", "")), node)
         return node
 
-    def visit_MatchValue(self, node: ast.MatchValue) -> ast.MatchValue:  # noqa: N802
+    def visit_MatchValue(self, node: ast.MatchValue) -> ast.MatchValue:
         return node
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:  # noqa: N802
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.JoinedStr:
         return node
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | list[ast.stmt]:  # noqa: N802
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | list[ast.stmt]:
         if node.module != "torch.cuda":
             return node
         return [

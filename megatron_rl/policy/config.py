@@ -38,36 +38,36 @@ class ModelConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW on the policy. Defaults are the paper's."""
 
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
 
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     """Where a decaying schedule ends."""
 
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up."""
 
-    lr_warmup_updates: int = Field(0, ge=0)
+    lr_warmup_updates: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up from 0."""
 
-    lr_decay_updates: int | None = Field(None, gt=0)
+    lr_decay_updates: int | None = Field(default=None, gt=0)
     """Optimizer steps until min_lr; None: the whole run."""
 
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled; not on biases and norms (Megatron's rule)."""
 
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
 
-    clip_grad: float = Field(1.0, ge=0)
+    clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
 
     use_distributed_optimizer: bool = True
     """Megatron's: optimizer state and main weights are sharded over data-parallel ranks."""
 
-    prompts_per_update: int | None = Field(None, gt=0)
+    prompts_per_update: int | None = Field(default=None, gt=0)
     """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration."""
 
-    epochs: int = Field(1, gt=0)
+    epochs: int = Field(default=1, gt=0)
     """Passes over an iteration's samples."""

@@ -1,5 +1,6 @@
 """The two modules our layer spec puts in place of Megatron's: norm and packed attention."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +41,7 @@ def packed_rows(cu_seqlens: Tensor, max_seqlen: int) -> PackedRows:
     """Plan the attention of one row; cu_seqlens [sequences + 1] int32."""
     bounds = cu_seqlens.tolist()
     device = cu_seqlens.device
-    spans = sorted(zip(bounds[:-1], bounds[1:], strict=True), key=lambda s: s[1] - s[0])
+    spans = sorted(itertools.pairwise(bounds), key=lambda s: s[1] - s[0])
     groups: list[list[tuple[int, int]]] = []
     for span in spans:
         if not groups or span[1] - span[0] > MAX_WASTE * (groups[-1][0][1] - groups[-1][0][0]) + 16:
@@ -103,7 +104,8 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
         """query [T, heads/tp, d], key and value [T, groups/tp, d] -> [T, heads/tp * d]."""
-        assert packed_seq_params is not None and attention_bias is None
+        assert packed_seq_params is not None
+        assert attention_bias is None
         repeats = query.size(1) // key.size(1)
         outputs = []
         for block in packed_seq_params.blocks:

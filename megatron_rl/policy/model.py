@@ -154,7 +154,8 @@ def _build_chunk(
         share_embeddings_and_output_weights=arch.tied_embeddings,
         **stage,
     )
-    return model.to(groups.platform.current_device())
+    placed: HiddenStatesModel = model.to(groups.platform.current_device())
+    return placed
 
 
 def in_training_precision(

@@ -123,9 +123,7 @@ class Policy:
         self._trainable = [
             DistributedDataParallel(self.config, ddp_config, module) for module in modules
         ]
-        self.optimizer = build_optimizer(
-            config, self._trainable, self.dtype, is_sharded=is_sharded
-        )
+        self.optimizer = build_optimizer(config, self._trainable, self.dtype, is_sharded=is_sharded)
         self.scheduler = build_scheduler(config, self.optimizer, self._run_updates)
 
     @contextmanager
@@ -155,9 +153,7 @@ class Policy:
         collected: list[Tensor] = []
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            values, _ = linear_logprobs(
-                *self._head_inputs(hidden, batch), **self._head_settings()
-            )
+            values, _ = linear_logprobs(*self._head_inputs(hidden, batch), **self._head_settings())
             collected.append(values)
             return values.sum()
 
@@ -262,7 +258,11 @@ class Policy:
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
         rows = batch.loss_rows
-        return hidden[:, 0].index_select(0, rows), self.chunks[-1].head_weight(), batch.targets[rows]
+        return (
+            hidden[:, 0].index_select(0, rows),
+            self.chunks[-1].head_weight(),
+            batch.targets[rows],
+        )
 
     def _head_settings(self) -> dict[str, Any]:
         tp = self.groups.layout.tp

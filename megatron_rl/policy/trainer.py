@@ -1,7 +1,7 @@
-"""Which passes an iteration needs, and its optimizer steps."""
+"""The forward passes and optimizer steps of an iteration."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,40 +10,9 @@ from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.ops.token_loss import k3
 from megatron_rl.parallel.collectives import sum_over
+from megatron_rl.policy.passes import PassPlan
 from megatron_rl.policy.policy import Policy
 from megatron_rl.types import MicroBatch, MiniBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class PassPlan:
-    """Which forward passes the algorithm needs besides the update's own, and why not the others."""
-
-    old: bool  # before the first update, for mini-batches that come after it
-    ref: bool
-    reasons: tuple[str, ...]
-
-
-def plan_passes(algorithm: Algorithm, *, num_updates: int, epochs: int) -> PassPlan:
-    """Decide once per run; the reasons are printed at start-up and by `plan`."""
-    steps = num_updates * epochs
-    old = algorithm.needs_old_logprobs and num_updates > 1
-    if not algorithm.needs_old_logprobs:
-        why_old = "old-log-prob pass: skipped, the loss has no ratio"
-    elif steps == 1:
-        why_old = "old-log-prob pass: skipped, one update on fresh rollouts has ratio exactly 1"
-    elif num_updates == 1:
-        why_old = "old-log-prob pass: skipped, the first epoch's own forward gives them"
-    else:
-        why_old = (
-            f"old-log-prob pass: for {num_updates - 1} of {num_updates} mini-batches, the first "
-            "has ratio exactly 1"
-        )
-    why_ref = (
-        f"reference pass: every kept response, algorithm.kl_coef={algorithm.config.kl_coef}"
-        if algorithm.needs_ref_logprobs
-        else "reference pass: skipped, no KL term in the loss"
-    )
-    return PassPlan(old=old, ref=algorithm.needs_ref_logprobs, reasons=(why_old, why_ref))
 
 
 class Trainer:

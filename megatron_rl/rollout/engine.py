@@ -34,7 +34,10 @@ class Response:
 class Engine(Protocol):
     """A sampling engine on this rank (its shard of it, with tensor parallelism)."""
 
-    weights: EngineWeights
+    @property
+    def weights(self) -> EngineWeights:
+        """Where the bridge writes."""
+        ...
 
     def generate(
         self,

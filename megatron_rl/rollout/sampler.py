@@ -91,9 +91,7 @@ class Sampler:
         shares = balance([len(prompt.tokens) for prompt in prompts], engines.num_engines)
         return [prompts[index] for index in shares[engines.engine_of(self._groups.rank)]]
 
-    def _request(
-        self, prompt: Prompt, index: int, plan: SamplingPlan, iteration: int
-    ) -> Request:
+    def _request(self, prompt: Prompt, index: int, plan: SamplingPlan, iteration: int) -> Request:
         return Request(
             key=(prompt.group_id, index),
             prompt_tokens=tuple(prompt.tokens.tolist()),

@@ -167,7 +167,8 @@ def _build(settings: dict[str, Any]) -> Any:
 def _name_shared_memory_by_job() -> None:
     """vLLM's CPU all-reduce names its shared memory after the init method, which under
     external_launcher is the same for every job of a host: two jobs would share it, and a killed
-    one would block the next. Put the job's port in front."""
+    one would block the next. Put the job's port in front.
+    """
     from vllm.distributed.device_communicators import cpu_communicator
 
     communicator = getattr(cpu_communicator, "_CPUSHMDistributed", None)

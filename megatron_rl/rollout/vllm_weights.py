@@ -64,7 +64,8 @@ class VllmWeights:
 
     def _repack_tied_head(self) -> None:
         """A tied head shares the embedding's parameter but has a packed copy of its own, which no
-        update path of vLLM 0.32 rebuilds: it would go on with the old head."""
+        update path of vLLM 0.32 rebuilds: it would go on with the old head.
+        """
         model: Any = self._model
         head, embedding = getattr(model, "lm_head", None), model.model.embed_tokens
         if head is None or head is embedding or not hasattr(head, "cpu_linear"):
@@ -85,6 +86,6 @@ def _load_module(module: Any, staged: dict[str, Tensor]) -> None:
     for name, old in live.items():
         new = module._parameters[name]
         if new is not old:
-            assert new.shape == old.shape and new.dtype == old.dtype, (name, new.shape, old.shape)
+            assert (new.shape, new.dtype) == (old.shape, old.dtype), name
             old.data.copy_(new.data)
             module._parameters[name] = old

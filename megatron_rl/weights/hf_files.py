@@ -137,7 +137,9 @@ def _tensor_files(model_dir: Path) -> dict[str, str]:
         with safe_open(model_dir / SINGLE, "pt") as tensors:
             return dict.fromkeys(tensors.keys(), SINGLE)
     except SafetensorError as error:
-        raise InputError(f"{model_dir / SINGLE}: not a readable safetensors file: {error}") from error
+        raise InputError(
+            f"{model_dir / SINGLE}: not a readable safetensors file: {error}"
+        ) from error
 
 
 def plan_files(

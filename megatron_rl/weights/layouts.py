@@ -18,7 +18,7 @@ def megatron_pieces(arch: ModelArch, layout: Layout, at: Coordinates) -> list[Pi
         first = at.pp_rank == 0 and chunk == 0
         last = at.pp_rank == layout.pp - 1 and chunk == layout.vpp - 1
         first_layer = (chunk * layout.pp + at.pp_rank) * layers_each
-        held = [(rule, None) for rule in _ends(arch, first, last)]
+        held: list[tuple[Rule, int | None]] = [(rule, None) for rule in _ends(arch, first, last)]
         held += [
             (rule, number)
             for number in range(layers_each)

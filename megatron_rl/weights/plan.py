@@ -153,7 +153,7 @@ def _choose_senders(
 def _cut_buckets(
     moves: list[Move], units: list[str], itemsize: int, bucket_bytes: int
 ) -> dict[str, int]:
-    """Units in natural order; a new bucket where any rank's bytes in or out would pass the limit."""
+    """Bucket of each unit; a new one where any rank's bytes in or out would pass the limit."""
     traffic: dict[str, dict[tuple[str, int], int]] = {unit: defaultdict(int) for unit in units}
     for move in moves:
         if move.sender != move.receiver:

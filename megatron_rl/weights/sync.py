@@ -225,10 +225,6 @@ def _copies(holders: Sequence[Holders], tp_rank: int) -> tuple[Copies, int]:
     by_module: Copies = defaultdict(list)
     for piece in holders[tp_rank].pieces:
         ranks = holding[piece.hf, piece.box]
-        counts_in = tuple(
-            copy for copy in range(num_copies) if ranks[copy % len(ranks)] == tp_rank
-        )
+        counts_in = tuple(copy for copy in range(num_copies) if ranks[copy % len(ranks)] == tp_rank)
         by_module[piece.param.rpartition(".")[0]].append((piece, counts_in))
     return by_module, num_copies
-
-

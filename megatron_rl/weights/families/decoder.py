@@ -194,9 +194,9 @@ def _refuse_unhonoured(family: Family, config: Mapping[str, object], where: str)
     for name, value in config.items():
         if name in USED or name in IGNORED or name == "layer_types":
             continue
-        if name == "sliding_window" and (value is None or not config.get("use_sliding_window")):
-            if value is None or "use_sliding_window" in config:
-                continue
+        is_off = value is None or config.get("use_sliding_window") is False
+        if name == "sliding_window" and is_off:
+            continue
         if name in neutral and value in neutral[name]:
             continue
         allowed = f"only {neutral[name]} is" if name in neutral else "the field is not known"

@@ -8,9 +8,7 @@ from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families import llama, qwen2
 from megatron_rl.weights.families.decoder import Family, read_arch
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (llama.FAMILY, qwen2.FAMILY)
-}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.FAMILY, qwen2.FAMILY)}
 
 
 def read_model_config(model_dir: Path) -> ModelArch:

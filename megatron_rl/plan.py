@@ -1,0 +1,165 @@
+"""`plan`: what a recipe means, before any rank is started; no GPU and no process group."""
+
+import os
+from collections.abc import Iterator
+
+from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.config import RunConfig, world_problems
+from megatron_rl.errors import ConfigErrors
+from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.policy.refusals import model_problems
+from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.hub import local_model_dir
+from megatron_rl.weights.pieces import size
+from megatron_rl.weights.sync import plan_sync, training_holders
+
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
+GIB = 2**30
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print every derived value.
+
+    Raises:
+        ConfigErrors: the layout does not fit the model or the number of ranks.
+    """
+    started = os.environ.get("WORLD_SIZE")
+    world = config.parallel.world_size or (int(started) if started else config.smallest_world)
+    arch = read_model_config(local_model_dir(config.model.path))
+    problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
+    if problems:
+        raise ConfigErrors([str(problem) for problem in problems])
+    layout = Layout(
+        world_size=world,
+        tp=config.parallel.tensor_model_parallel_size,
+        pp=config.parallel.pipeline_model_parallel_size,
+        vpp=config.parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+    for section, lines in (
+        ("layout", _layout(config, arch, layout)),
+        ("iteration", _iteration(config)),
+        ("passes", _passes(config)),
+        ("memory per rank", _memory(config, arch, layout)),
+        ("weight sync", _sync(config, arch, layout)),
+    ):
+        print(section)
+        for name, value in lines:
+            print(f"  {name:34s} {value}")
+
+
+def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
+    yield "model", f"{arch.model_type}, {arch.num_parameters:,} parameters"
+    yield (
+        "ranks",
+        f"{layout.world_size} = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
+        + (f", {layout.vpp} chunks a rank" if layout.vpp > 1 else ""),
+    )
+    layers = arch.num_layers // (layout.pp * layout.vpp)
+    yield "layers per chunk", f"{layers} of {arch.num_layers}"
+    yield (
+        "vocabulary",
+        f"{arch.vocab_size} padded to {padded_vocab_size(arch.vocab_size, layout.tp)}",
+    )
+    if not config.is_supervised:
+        rollout_tp = config.rollout.tensor_model_parallel_size
+        engines = layout.world_size // rollout_tp
+        yield "rollout engines", f"{engines} of TP {rollout_tp}, {config.engine_dtype}"
+
+
+def _iteration(config: RunConfig) -> Iterator[tuple[str, str]]:
+    prompts = config.prompts.prompts_per_iteration
+    group = 1 if config.is_supervised else config.rollout.group_size
+    each = config.optimizer.prompts_per_update or prompts
+    yield "responses", f"{prompts} prompts x {group} = {prompts * group}"
+    yield "longest sequence", f"{config.longest_sequence} tokens"
+    yield "packed row", f"up to {config.row_tokens} tokens; as many rows as kept samples fill"
+    yield (
+        "optimizer steps",
+        f"{config.num_updates} mini-batches of {each} prompts x {config.optimizer.epochs} epochs",
+    )
+    steps = config.run.num_iterations * config.num_updates * config.optimizer.epochs
+    yield "whole run", f"{config.run.num_iterations} iterations, at most {steps} optimizer steps"
+
+
+def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
+    from megatron_rl.policy.passes import plan_passes
+
+    algorithm = Algorithm(config.algorithm)
+    preset = algorithm.preset
+    yield "algorithm", config.algorithm.preset
+    yield "selection", f"{', '.join(preset.selection)}; what is not kept reaches no forward pass"
+    yield "advantage", preset.advantage
+    yield "objective", f"{preset.objective}, {preset.loss_aggregation}"
+    for reason in plan_passes(
+        algorithm, num_updates=config.num_updates, epochs=config.optimizer.epochs
+    ).reasons:
+        name, _, why = reason.partition(": ")
+        yield name, why
+    if config.metrics.kl_every and not config.is_supervised:
+        yield (
+            "KL measurement",
+            f"{config.metrics.kl_rollouts} rollouts every {config.metrics.kl_every} iterations",
+        )
+
+
+def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Estimates from sizes alone; what allocators and libraries add is not in them."""
+    itemsize = ITEMSIZE[config.model.dtype]
+    params = max(
+        sum(size(piece.box) for piece in holder.pieces) for holder in training_holders(arch, layout)
+    )
+    shards = layout.dp if config.optimizer.use_distributed_optimizer else 1
+    optimizer = params * (12 if itemsize == 2 else 2 * itemsize) / shards
+    rows = config.row_tokens
+    # Korthikanti et al. 2022, arXiv:2205.05198, eq. 4 without the attention scores: 34 bytes per
+    # token and hidden unit in a 16-bit layer.
+    per_layer = 34 * itemsize / 2 * rows * arch.hidden_size / layout.tp
+    layers = arch.num_layers // layout.pp
+    activations = (
+        2 * itemsize / 2 * rows * arch.hidden_size * layers + per_layer
+        if config.model.recompute_granularity == "full"
+        else per_layer * layers
+    )
+    vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
+    parts = {
+        "weights": params * itemsize,
+        "gradients": params * (4 if itemsize == 2 else itemsize),
+        "optimizer": optimizer,
+        "activations of one row (estimate)": activations * min(layout.pp, 4),
+        "logits of one chunk": 1024 * vocab * (itemsize + 4),
+    }
+    if not config.is_supervised:
+        engine_bytes = ITEMSIZE[config.engine_dtype] * arch.num_parameters
+        parts["engine weights"] = engine_bytes / config.rollout.tensor_model_parallel_size
+    for name, nbytes in parts.items():
+        yield name, f"{nbytes / GIB:.3f} GiB"
+    yield "sum", f"{sum(parts.values()) / GIB:.3f} GiB, without the key/value cache"
+    if config.algorithm.kl_coef or config.metrics.kl_every:
+        yield "reference weights", f"{params * itemsize / GIB:.3f} GiB of host memory"
+
+
+def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
+    if config.is_supervised:
+        yield "none", "supervised training has no engine"
+        return
+    engines = EngineLayout(
+        world_size=layout.world_size, tp=config.rollout.tensor_model_parallel_size
+    )
+    stats = plan_sync(
+        arch,
+        layout,
+        engines,
+        rank=0,
+        itemsize=ITEMSIZE[config.engine_dtype],
+        mib=config.weights.bucket_mib,
+    ).stats
+    for name, nbytes in (
+        ("engine shard", stats.need_max),
+        ("received by the busiest rank", stats.received_max),
+        ("sent by the busiest rank", stats.sent_max),
+        ("on the wire, all ranks", stats.wire_total),
+        ("between nodes of 8", stats.between_nodes),
+    ):
+        yield name, f"{nbytes / 2**20:.3f} MiB"
+    yield "buckets", f"{stats.num_buckets} of up to {config.weights.bucket_mib} MiB"
