@@ -11,9 +11,9 @@ from megatron_rl.settings import Settings
 class MetricsConfig(Settings):
     """Progress display, records on disk, experiment trackers."""
 
-    console: Literal["auto", "rich", "plain", "off"] = "auto"
+    console: Literal["auto", "rich", "plain", "silent"] = "auto"
     """What the terminal shows. "rich": a progress bar and one table row per iteration; "plain": one
-    line per iteration; "auto": rich where the output is a terminal, else plain; "off": nothing."""
+    line per iteration; "auto": rich where the output is a terminal, else plain; "silent": nothing."""
 
     jsonl: bool = True
     """Append one JSON object per iteration to metrics.jsonl in the run's directory; what

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from megatron_rl.metrics import names
 
-Style = Literal["auto", "rich", "plain", "off"]
+Style = Literal["auto", "rich", "plain", "silent"]
 
 ROWS_PER_HEADER = 20
 ITERATIONS_PER_ESTIMATE = 10

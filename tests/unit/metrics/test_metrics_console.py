@@ -113,7 +113,7 @@ def test_time_left_uses_its_own_clock_where_no_time_was_reported():
 def test_style_auto_is_plain_where_the_output_is_no_terminal():
     assert isinstance(open_display("auto", 1, stream=io.StringIO()), PlainDisplay)
     assert isinstance(open_display("rich", 1, stream=io.StringIO()), RichDisplay)
-    assert isinstance(open_display("off", 1), SilentDisplay)
+    assert isinstance(open_display("silent", 1), SilentDisplay)
 
 
 def test_style_auto_is_rich_on_a_terminal_that_can_move_its_cursor(monkeypatch):
@@ -128,7 +128,7 @@ def test_style_auto_is_rich_on_a_terminal_that_can_move_its_cursor(monkeypatch):
 
 
 def test_off_shows_nothing(capsys):
-    display = open_display("off", 5)
+    display = open_display("silent", 5)
     display.say("note")
     display.write(1, VALUES)
     display.close()
