@@ -115,7 +115,7 @@ class WandbWriter:
                 resume="allow" if config.wandb_mode == "online" else None,
                 config=dict(run_settings),
                 # our display owns the terminal; code and machine details stay here
-                settings=wandb.Settings(console="silent", silent=True, disable_git=True),
+                settings=wandb.Settings(console="off", silent=True, disable_git=True),
             )
         except wandb.errors.Error as error:
             raise InputError(
