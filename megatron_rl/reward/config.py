@@ -25,8 +25,8 @@ class RewardConfig(Settings):
     """Reward of a correct response."""
 
     wrong: float = -1.0
-    """Reward of a wrong response, of one without an answer, and of one whose verifier failed
-    (timeout, error)."""
+    """Reward of a wrong response and of one without an answer. A response whose verification failed
+    (timeout, error) has no reward and is left out of the update."""
 
     num_workers: int = 2
     """Worker processes per rank."""

@@ -1,7 +1,6 @@
 """Rewards of responses: scoring starts when a response is finished, while others still generate."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -146,33 +145,20 @@ class RewardScorer:
 
 
 def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[RolloutGroup]:
-    """The groups with reward and verdict filled in."""
+    """The groups with reward and verdict filled in.
+
+    A response whose verification failed gets no reward: it is counted, and never trained on.
+    """
     attached = []
     for group in groups:
         rollouts = []
         for index, rollout in enumerate(group.rollouts):
             score = scores[group.prompt.group_id, index]
-            rollouts.append(replace(rollout, reward=score.reward, verdict=score.verdict))
+            failed = score.verdict in (Verdict.TIMEOUT, Verdict.ERROR)
+            reward = None if failed else score.reward
+            rollouts.append(replace(rollout, reward=reward, verdict=score.verdict))
         attached.append(replace(group, rollouts=tuple(rollouts)))
     return attached
-
-
-def verdict_counts(groups: Sequence[RolloutGroup]) -> dict[Verdict, int]:
-    """Responses by verdict, zeros included; what ranks sum for `check_failures`."""
-    counts = Counter(
-        rollout.verdict for group in groups for rollout in group.rollouts if rollout.verdict
-    )
-    return {verdict: counts[verdict] for verdict in Verdict}
-
-
-def verdict_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Shares of the verdicts among the scored responses of these groups."""
-    counts = verdict_counts(groups)
-    total = sum(counts.values())
-    return {
-        f"reward/verdict_{verdict}_frac": count / total if total else 0.0
-        for verdict, count in counts.items()
-    }
 
 
 def check_failures(
@@ -188,7 +174,7 @@ def check_failures(
     raise RunError(
         f"reward: {num_timeouts} timeouts and {num_errors} errors in {total} responses "
         f"({share:.1%}): at most reward.max_failure_frac={config.max_failure_frac} is allowed, "
-        "since these responses get the reward of wrong ones whatever they say. Raise "
+        "since nothing is learned from these responses whatever they say. Raise "
         "reward.deadline_s or reward.memory_mib if the verifier needs more, mend it if it raises, "
         f"or raise reward.max_failure_frac{first}"
     )
