@@ -60,19 +60,21 @@ class HfCheckpoint:
 
     def _check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         tied_head = "lm_head.weight" not in shapes and "lm_head.weight" in self.file_of
-        if tied_head:
-            with self._opened(self.file_of["lm_head.weight"]) as head:
-                embedding_file = self.file_of.get("model.embed_tokens.weight", "")
-                with self._opened(embedding_file) as embedding:
-                    if not torch.equal(
-                        head.get_tensor("lm_head.weight"),
-                        embedding.get_tensor("model.embed_tokens.weight"),
-                    ):
-                        raise InputError(
-                            f"{self.model_dir}: config.json ties the embeddings but lm_head.weight "
-                            "differs from model.embed_tokens.weight. Set tie_word_embeddings=false "
-                            "or remove one of the tensors"
-                        )
+        if tied_head and "model.embed_tokens.weight" in self.file_of:
+            with (
+                self._opened(self.file_of["lm_head.weight"]) as head,
+                self._opened(self.file_of["model.embed_tokens.weight"]) as embedding,
+            ):
+                is_same = torch.equal(
+                    head.get_tensor("lm_head.weight"),
+                    embedding.get_tensor("model.embed_tokens.weight"),
+                )
+            if not is_same:
+                raise InputError(
+                    f"{self.model_dir}: config.json ties the embeddings but lm_head.weight "
+                    "differs from model.embed_tokens.weight. Set tie_word_embeddings=false "
+                    "or remove one of the tensors"
+                )
         missing = sorted(set(shapes) - set(self.file_of))
         extra = sorted(
             name

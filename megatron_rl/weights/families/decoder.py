@@ -227,4 +227,7 @@ def _rope(config: Mapping[str, object], where: str) -> tuple[float, float | None
                 f"{where}: rope scaling has {name}={scaling.get(name)!r}: Megatron-Core's llama3 "
                 f"rope has {constant} built in. Only that value can be trained"
             )
-    return float(theta), float(scaling["factor"])
+    factor = scaling.get("factor")
+    if not isinstance(factor, int | float):
+        raise InputError(f"{where}: rope scaling: factor={factor!r} must be a number")
+    return float(theta), float(factor)

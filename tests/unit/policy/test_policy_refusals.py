@@ -1,0 +1,163 @@
+from dataclasses import replace
+
+import pytest
+
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.platforms.base import detect
+from megatron_rl.policy.config import ModelConfig
+from megatron_rl.policy.refusals import OWNED, config_problems, model_problems
+from megatron_rl.weights.arch import ModelArch
+
+# 28 layers, 12 heads over 2 key/value heads, as Qwen2.5-1.5B
+ARCH = ModelArch(
+    model_type="qwen2",
+    num_layers=28,
+    hidden_size=1536,
+    ffn_hidden_size=8960,
+    num_attention_heads=12,
+    num_query_groups=2,
+    head_dim=128,
+    vocab_size=151936,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling_factor=None,
+    max_position_embeddings=4096,
+    qkv_bias=True,
+    tied_embeddings=True,
+)
+TP, PP, VPP, ETP = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _megatron():
+    """The names of Megatron's settings are read from Megatron-Core."""
+    detect().prepare_megatron()
+
+
+def problems_of(parallel=(), megatron=()):
+    model = ModelConfig(path="m", megatron=dict(megatron))
+    return [str(p) for p in config_problems(model, ParallelConfig(**dict(parallel)))]
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {},
+        {TP: 2, "sequence_parallel": True},
+        {TP: 4, PP: 2, ETP: 4},
+        {PP: 2, VPP: 2},
+        {PP: 4, VPP: 7, TP: 2},
+    ],
+)
+def test_layouts_that_work_are_not_refused(parallel):
+    assert problems_of(parallel) == []
+    assert not list(model_problems(ARCH, ParallelConfig(**{**parallel, TP: 2})))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "field", "reason"),
+    [
+        ({TP: 0}, f"{TP}=0", "at least 1"),
+        ({PP: -2}, f"{PP}=-2", "at least 1"),
+        ({"context_parallel_size": 2}, "context_parallel_size=2", "not available yet"),
+        ({"expert_model_parallel_size": 8}, "expert_model_parallel_size=8", "not available yet"),
+        ({TP: 2, ETP: 1}, f"{ETP}=1", "their gradients are wrong without an error"),
+        ({"sequence_parallel": True}, "sequence_parallel=True", "has no effect"),
+        ({VPP: 2}, f"{VPP}=2", f"has no effect at {PP}=1"),
+        ({PP: 2, VPP: 1}, f"{VPP}=1", "has no effect"),
+    ],
+)
+def test_a_layout_is_refused_with_its_reason(parallel, field, reason):
+    (problem,) = problems_of(parallel)
+    assert problem.startswith(f"parallel.{field}: ")
+    assert reason in problem
+
+
+def test_crossing_sends_of_the_interleaved_schedule_are_refused():
+    """At two stages the next and the previous rank are the same one; at four they are not."""
+    no_overlap = {"overlap_p2p_comm": False}
+    (problem,) = problems_of({PP: 2, VPP: 2}, no_overlap)
+    assert problem.startswith("model.megatron.overlap_p2p_comm=False: ")
+    assert "wrong gradients without an error" in problem
+    assert problems_of({PP: 4, VPP: 2}, no_overlap) == []
+    assert problems_of({PP: 2}, no_overlap) == []
+
+
+@pytest.mark.parametrize("name", sorted(OWNED))
+def test_what_we_decide_cannot_be_overridden(name):
+    (problem,) = problems_of(megatron={name: 1})
+    assert problem.startswith(f"model.megatron.{name}=1: cannot be set here: ")
+
+
+def test_what_makes_a_wrong_gradient_or_another_model_is_ours():
+    assert {
+        "calculate_per_token_loss",
+        "perform_initialization",
+        "variable_seq_lengths",
+        "tensor_model_parallel_size",
+        "sequence_parallel",
+        "num_layers",
+    } <= set(OWNED)
+
+
+def test_every_name_that_we_own_is_one_of_megatrons():
+    """But for sizes that Megatron-Core keeps outside of TransformerConfig."""
+    import dataclasses
+
+    from megatron.core.transformer import TransformerConfig
+
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert set(OWNED) - known == {"world_size"}
+
+
+@pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout"])
+def test_dropout_is_refused_and_its_absence_is_not(name):
+    (problem,) = problems_of(megatron={name: 0.1})
+    assert f"model.megatron.{name}=0.1" in problem
+    assert "the engine samples without dropout" in problem
+    assert problems_of(megatron={name: 0.0}) == []
+
+
+def test_a_misspelt_setting_is_refused_with_the_nearest_name():
+    (problem,) = problems_of(megatron={"moe_router_topkk": 2})
+    assert "TransformerConfig has no such field. Did you mean moe_router_topk?" in problem
+    assert problems_of(megatron={"distribute_saved_activations": False}) == []
+
+
+def test_all_problems_are_told_at_once():
+    problems = problems_of({TP: 0, VPP: 2, "context_parallel_size": 2}, {"bf16": True, "zzz": 1})
+    assert len(problems) == 5
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changes", "field", "reason"),
+    [
+        ({TP: 8}, {}, f"{TP}=8", "divide the model's 12 attention heads"),
+        ({TP: 2}, {"ffn_hidden_size": 8961}, f"{TP}=2", "8961 rows of the feed-forward layer"),
+        (
+            {TP: 4},
+            {"num_query_groups": 6},
+            f"{TP}=4",
+            "divide the model's 6 key/value heads or be a multiple",
+        ),
+        ({PP: 8}, {}, f"{PP}=8", "divide the model's 28 layers"),
+        ({PP: 4, VPP: 2}, {}, f"{PP}=4", "28 layers (with 2 chunks a rank: 8)"),
+    ],
+)
+def test_a_layout_is_refused_for_a_model(parallel, changes, field, reason):
+    arch = replace(ARCH, **changes)
+    (problem,) = [str(p) for p in model_problems(arch, ParallelConfig(**parallel))]
+    assert problem.startswith(f"parallel.{field}: ")
+    assert reason in problem
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 6, 12])
+def test_fewer_key_heads_than_ranks_are_fine(tp):
+    """12 heads over 2 key/value heads; 8960 rows do not divide by 6 and 12."""
+    arch = replace(ARCH, ffn_hidden_size=12 * 64)
+    assert not list(model_problems(arch, ParallelConfig(**{TP: tp})))

@@ -1,0 +1,214 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from weights_models import ARCHS, hf_tensors
+
+from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
+from megatron_rl.weights.pieces import local_shapes, view
+from megatron_rl.weights.plan import Holders, build_plan
+from megatron_rl.weights.sync import engine_holders, training_holders
+
+ITEMSIZE = 4
+# world, tp, pp, vpp, engine's tp
+LAYOUTS = [
+    (1, 1, 1, 1, 1),
+    (2, 1, 1, 1, 1),
+    (2, 1, 1, 1, 2),
+    (2, 2, 1, 1, 1),
+    (2, 2, 1, 1, 2),
+    (2, 1, 2, 1, 1),
+    (2, 1, 2, 2, 2),
+    (4, 2, 2, 1, 2),
+    (4, 2, 2, 2, 1),
+    (4, 4, 1, 1, 4),
+    (4, 4, 1, 1, 2),
+    (4, 2, 1, 1, 4),
+    (4, 1, 4, 1, 4),
+]
+
+
+def plans(arch, case, *, bucket_bytes=1 << 30, ranks_per_node=8):
+    world, tp, pp, vpp, engine_tp = case
+    return [
+        build_plan(
+            training_holders(arch, Layout(world_size=world, tp=tp, pp=pp, vpp=vpp)),
+            engine_holders(arch, EngineLayout(world_size=world, tp=engine_tp)),
+            rank=rank,
+            itemsize=ITEMSIZE,
+            bucket_bytes=bucket_bytes,
+            node_of=lambda rank: rank // ranks_per_node,
+        )
+        for rank in range(world)
+    ]
+
+
+def pieces_of(arch, case, rank):
+    """(training rank's, engine rank's)"""
+    world, tp, pp, vpp, engine_tp = case
+    layout = Layout(world_size=world, tp=tp, pp=pp, vpp=vpp)
+    engines = EngineLayout(world_size=world, tp=engine_tp)
+    return (
+        megatron_pieces(arch, layout, layout.coordinates(rank)),
+        engine_pieces(arch, engines, engines.tp_rank_of(rank)),
+    )
+
+
+def filled(pieces, tensors):
+    params = {name: torch.zeros(shape) for name, shape in local_shapes(pieces).items()}
+    for piece in pieces:
+        view(params[piece.param], piece.index).copy_(view(tensors[piece.hf], piece.box))
+    return params
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.parametrize("name", ARCHS)
+def test_every_engine_element_arrives(name, case):
+    """Every rank's moves, made by hand in one process."""
+    arch, world = ARCHS[name], case[0]
+    tensors = hf_tensors(arch)
+    own = [pieces_of(arch, case, rank) for rank in range(world)]
+    sources = [filled(train, tensors) for train, _ in own]
+    wanted = [filled(engine, tensors) for _, engine in own]
+    arrived = [{k: torch.full_like(v, torch.nan) for k, v in w.items()} for w in wanted]
+    for rank, plan in enumerate(plans(arch, case)):
+        for move in (move for bucket in plan.buckets for move in bucket):
+            assert rank in (move.sender, move.receiver)
+            if move.receiver == rank:
+                place = view(arrived[rank][move.target.param], move.target.index)
+                assert place.isnan().all(), "received twice"
+                values = view(sources[move.sender][move.source.param], move.source.index)
+                assert values.numel() == move.numel
+                place.copy_(values)
+    for got, want in zip(arrived, wanted, strict=True):
+        assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def missing_bytes(arch, case, rank):
+    """What this rank's engine shard needs that its training shard does not hold."""
+    train, engine = pieces_of(arch, case, rank)
+    missing = 0
+    for name, shape in hf_shapes(arch).items():
+        held = torch.zeros(shape, dtype=torch.bool)
+        for piece in (p for p in train if p.hf == name):
+            view(held, piece.box).fill_(True)
+        for piece in (p for p in engine if p.hf == name):
+            missing += int((~view(held, piece.box)).sum())
+    return missing * ITEMSIZE
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_no_byte_travels_that_need_not(case):
+    arch = ARCHS["qwen2"]
+    needed = [missing_bytes(arch, case, rank) for rank in range(case[0])]
+    stats = plans(arch, case)[0].stats
+    assert stats.wire_total == sum(needed)
+    assert stats.received_max == max(needed)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 1, 1, 1, 1),
+        (4, 1, 1, 1, 1),  # every rank has everything
+        (4, 1, 1, 1, 4),
+        (2, 2, 1, 1, 2),  # the same heads, in another order
+        (4, 2, 1, 1, 2),
+    ],
+)
+@pytest.mark.parametrize("name", ARCHS)
+def test_nothing_travels_where_layouts_coincide(name, case):
+    stats = plans(ARCHS[name], case)[0].stats
+    assert (stats.wire_total, stats.sent_max, stats.received_max) == (0, 0, 0)
+
+
+def test_replicas_share_the_sending():
+    """TP2 DP2 to whole engines: a half is there twice and wanted twice, so each sends it once."""
+    stats = plans(ARCHS["qwen2"], (4, 2, 1, 1, 1))[0].stats
+    assert 0 < stats.sent_max <= stats.received_max
+
+
+def test_a_neighbour_on_the_node_is_preferred():
+    """Four ranks on two nodes, TP2 DP2: either half is there twice, once on each node."""
+    stats = plans(ARCHS["qwen2"], (4, 2, 1, 1, 1), ranks_per_node=2)[0].stats
+    assert stats.wire_total > 0
+    assert stats.between_nodes == 0
+
+
+def test_buckets_are_alike_on_all_ranks_and_keep_the_limit():
+    arch, case, limit = ARCHS["qwen2"], (2, 2, 1, 1, 1), 1500
+    per_rank = plans(arch, case, bucket_bytes=limit)
+    (count,) = {len(plan.buckets) for plan in per_rank}
+    assert count > 4
+    for number in range(count):
+        for rank, plan in enumerate(per_rank):
+            moves = [m for m in plan.buckets[number] if m.sender != m.receiver]
+            units = {m.unit for m in moves}
+            for which in ("sender", "receiver"):
+                size = sum(m.numel * ITEMSIZE for m in moves if getattr(m, which) == rank)
+                assert size <= limit or len(units) == 1, "a module alone may be more"
+    whole = plans(arch, case)
+    for cut, uncut in zip(per_rank, whole, strict=True):
+        assert [m for b in cut.buckets for m in b] != []
+        assert {m for b in cut.buckets for m in b} == {m for b in uncut.buckets for m in b}
+
+
+def test_a_module_is_in_one_bucket():
+    """A module is committed as a whole when its bucket has arrived."""
+    for plan in plans(ARCHS["llama"], (2, 1, 2, 1, 1), bucket_bytes=1500):
+        buckets_of = {}
+        for number, bucket in enumerate(plan.buckets):
+            for move in bucket:
+                buckets_of.setdefault(move.unit, set()).add(number)
+        assert all(len(numbers) == 1 for numbers in buckets_of.values())
+
+
+def build(sources, targets):
+    return build_plan(
+        sources, targets, rank=0, itemsize=4, bucket_bytes=1 << 20, node_of=lambda rank: 0
+    )
+
+
+def broken(change):
+    arch = ARCHS["qwen2"]
+    layout, engines = Layout(world_size=2, tp=2, pp=1), EngineLayout(world_size=2, tp=1)
+    first, second = training_holders(arch, layout)
+    pieces = change(list(first.pieces))
+    return build(
+        [Holders(ranks=first.ranks, pieces=tuple(pieces)), second], engine_holders(arch, engines)
+    )
+
+
+def test_a_hole_is_an_error_at_plan_time():
+    def without_gate(pieces):
+        return [p for p in pieces if "layers.2.mlp.gate" not in p.hf]
+
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.gate_proj.*cover 48 of 96 elements"):
+        broken(without_gate)
+
+
+def test_an_overlap_is_an_error_at_plan_time():
+    def one_row_too_many(pieces):
+        return [
+            replace(p, index=((0, 7), p.index[1]), box=((0, 7), p.box[1]))
+            if "layers.2.mlp.gate" in p.hf
+            else p
+            for p in pieces
+        ]
+
+    with pytest.raises(ValueError, match=r"layers\.2\.mlp\.gate_proj\.weight: sources overlap"):
+        broken(one_row_too_many)
+
+
+def test_a_tensor_that_nobody_holds_is_an_error():
+    def without_norm(pieces):
+        return [p for p in pieces if p.hf != "model.norm.weight"]
+
+    arch = ARCHS["qwen2"]
+    sources = [
+        replace(holder, pieces=tuple(without_norm(list(holder.pieces))))
+        for holder in training_holders(arch, Layout(world_size=2, tp=2, pp=1))
+    ]
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*cover 0 of 8"):
+        build(sources, engine_holders(arch, EngineLayout(world_size=2, tp=1)))

@@ -1,0 +1,133 @@
+import pytest
+from weights_models import QWEN2
+
+from megatron_rl.weights.arch import padded_vocab_size
+from megatron_rl.weights.families.decoder import EMBEDDING, LAYER, QKV_BIAS
+from megatron_rl.weights.rules import Copy, GateUp, Qkv
+
+QKV = next(rule for rule in LAYER if isinstance(rule, Qkv))
+GATE_UP = next(rule for rule in LAYER if isinstance(rule, GateUp))
+ROW_PARALLEL = [rule for rule in LAYER if isinstance(rule, Copy) and rule.axis == 1]
+
+
+def rows_of(pieces):
+    """(row of the parameter, last part of the Hugging Face name, its first row, its end)."""
+    return [
+        (
+            piece.index[0][0],
+            piece.hf.split(".")[-2].removesuffix("_proj"),
+            *piece.box[0],
+        )
+        for piece in pieces
+    ]
+
+
+# Megatron's rows of one group: 2 query heads (4 rows), one key head (2), one value head (2).
+@pytest.mark.parametrize(
+    ("tp", "tp_rank", "expected"),
+    [
+        (
+            1,
+            0,
+            [
+                (0, "q", 0, 4),
+                (4, "k", 0, 2),
+                (6, "v", 0, 2),
+                (8, "q", 4, 8),
+                (12, "k", 2, 4),
+                (14, "v", 2, 4),
+            ],
+        ),
+        (2, 0, [(0, "q", 0, 4), (4, "k", 0, 2), (6, "v", 0, 2)]),
+        (2, 1, [(0, "q", 4, 8), (4, "k", 2, 4), (6, "v", 2, 4)]),
+        # Four ranks over two groups: the run of rows is cut wherever it falls.
+        (4, 0, [(0, "q", 0, 4)]),
+        (4, 1, [(0, "k", 0, 2), (2, "v", 0, 2)]),
+        (4, 2, [(0, "q", 4, 8)]),
+        (4, 3, [(0, "k", 2, 4), (2, "v", 2, 4)]),
+        # Eight: inside a head.
+        (8, 1, [(0, "q", 2, 4)]),
+        (8, 2, [(0, "k", 0, 2)]),
+    ],
+)
+@pytest.mark.parametrize("rule", [QKV, QKV_BIAS], ids=["weight", "bias"])
+def test_megatrons_qkv_goes_group_by_group(rule, tp, tp_rank, expected):
+    assert rows_of(rule.megatron_pieces(QWEN2, tp, tp_rank)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tp", "tp_rank", "expected"),
+    [
+        (1, 0, [(0, "q", 0, 8), (8, "k", 0, 4), (12, "v", 0, 4)]),
+        (2, 1, [(0, "q", 4, 8), (4, "k", 2, 4), (6, "v", 2, 4)]),
+        # One query head each; ranks 0 and 1 share key head 0, ranks 2 and 3 share key head 1.
+        (4, 0, [(0, "q", 0, 2), (2, "k", 0, 2), (4, "v", 0, 2)]),
+        (4, 1, [(0, "q", 2, 4), (2, "k", 0, 2), (4, "v", 0, 2)]),
+        (4, 3, [(0, "q", 6, 8), (2, "k", 2, 4), (4, "v", 2, 4)]),
+    ],
+)
+def test_the_engines_qkv_goes_by_kind_and_repeats_key_heads(tp, tp_rank, expected):
+    assert rows_of(QKV.engine_pieces(QWEN2, tp, tp_rank)) == expected
+
+
+@pytest.mark.parametrize("side", ["megatron_pieces", "engine_pieces"])
+@pytest.mark.parametrize(
+    ("tp", "tp_rank", "expected"),
+    [
+        (1, 0, [(0, "gate", 0, 12), (12, "up", 0, 12)]),
+        (2, 1, [(0, "gate", 6, 12), (6, "up", 6, 12)]),
+        (4, 2, [(0, "gate", 6, 9), (3, "up", 6, 9)]),
+    ],
+)
+def test_gate_and_up_are_cut_each_by_itself(side, tp, tp_rank, expected):
+    assert rows_of(getattr(GATE_UP, side)(QWEN2, tp, tp_rank)) == expected
+
+
+@pytest.mark.parametrize("side", ["megatron_pieces", "engine_pieces"])
+@pytest.mark.parametrize(
+    ("tp", "tp_rank", "expected"),
+    [
+        (1, 0, [(0, "embed_tokens", 0, 90)]),
+        (2, 0, [(0, "embed_tokens", 0, 64)]),
+        (2, 1, [(0, "embed_tokens", 64, 90)]),  # 38 rows of padding
+        (4, 2, [(0, "embed_tokens", 64, 90)]),  # 6
+        (4, 3, []),  # nothing but padding
+    ],
+)
+def test_padding_of_the_vocabulary_has_no_piece(side, tp, tp_rank, expected):
+    assert rows_of(getattr(EMBEDDING, side)(QWEN2, tp, tp_rank)) == expected
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "expected"),
+    [
+        (90, 1, 128),
+        (90, 4, 128),
+        (128, 2, 128),
+        (129, 2, 192),
+        (90, 128, 128),
+        (90, 3, 192),  # 64 and 128 do not divide by 3
+        (151936, 8, 151936),
+        (32000, 8, 32000),
+        (128256, 8, 128256),
+    ],
+)
+def test_the_vocabulary_is_padded_as_in_vllm(vocab_size, tp, expected):
+    assert padded_vocab_size(vocab_size, tp) == expected
+
+
+@pytest.mark.parametrize("rule", ROW_PARALLEL, ids=lambda rule: rule.hf.split(".")[-2])
+def test_output_projections_are_cut_by_columns(rule):
+    (piece,) = rule.megatron_pieces(QWEN2, 2, 1)
+    columns = rule.shape(QWEN2)[1]
+    assert piece.box == ((0, 8), (columns // 2, columns))
+    assert piece.index == ((0, 8), (0, columns // 2))
+
+
+def test_norms_are_whole_on_every_rank():
+    norms = [rule for rule in LAYER if isinstance(rule, Copy) and rule.axis is None]
+    assert len(norms) == 2
+    for rule in norms:
+        for rank in range(4):
+            (piece,) = rule.megatron_pieces(QWEN2, 4, rank)
+            assert piece.box == piece.index == ((0, 8),)

@@ -1,0 +1,50 @@
+"""Architectures small enough to count rows by hand, and their tensors, all entries different."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.layouts import hf_shapes
+
+# 4 query heads of 2 rows in 2 groups: q has 8 rows, k and v have 4 each.
+QWEN2 = ModelArch(
+    model_type="qwen2",
+    num_layers=4,
+    hidden_size=8,
+    ffn_hidden_size=12,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=2,
+    vocab_size=90,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling_factor=None,
+    max_position_embeddings=64,
+    qkv_bias=True,
+    tied_embeddings=False,
+)
+LLAMA = replace(QWEN2, model_type="llama", qkv_bias=False)
+ARCHS = {
+    "qwen2": QWEN2,
+    "qwen2_tied": replace(QWEN2, tied_embeddings=True),
+    "llama": LLAMA,
+    "llama_tied": replace(LLAMA, tied_embeddings=True),
+}
+
+
+def hf_tensors(arch: ModelArch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for name, shape in hf_shapes(arch).items()
+    }
+
+
+def write_checkpoint(directory: Path, tensors: dict[str, Tensor]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
