@@ -105,6 +105,24 @@ def test_what_makes_a_wrong_gradient_or_another_model_is_ours():
     } <= set(OWNED)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rotary_interleaved",
+        "no_rope_freq",
+        "softmax_scale",
+        "glu_linear_offset",
+        "activation_func_clamp_value",
+        "attention_output_gate",
+        "multi_latent_attention",
+    ],
+)
+def test_what_would_train_another_network_without_an_error_is_ours(name):
+    """Seen for each: gradients off by more than their size, and no complaint of Megatron-Core."""
+    (problem,) = problems_of(megatron={name: 2})
+    assert "the model's config.json decides it" in problem
+
+
 def test_every_name_that_we_own_is_one_of_megatrons():
     """But for sizes that Megatron-Core keeps outside of TransformerConfig."""
     import dataclasses
