@@ -26,6 +26,8 @@ class Layout:
     vpp: int | None = None
     sequence_parallel: bool = False
     model: str = "qwen2"
+    recompute: str | None = None
+    chunk_rows: int = 1024  # rows of logits alive at a time
     has_every_preset: bool = False  # else a few, since each adds a second or two
 
 
@@ -41,6 +43,15 @@ LAYOUTS = (
     Layout(name="PP2, tied", world=2, pp=2, model="qwen2_tied"),
     Layout(name="TP2, tied", world=2, tp=2, model="qwen2_tied"),
     Layout(name="TP2 SP, llama", world=2, tp=2, sequence_parallel=True, model="llama"),
+    Layout(
+        name="TP2 SP, all recomputed, logits by 7 rows",
+        world=2,
+        tp=2,
+        sequence_parallel=True,
+        recompute="full",
+        chunk_rows=7,
+    ),
+    Layout(name="PP2, attention recomputed", world=2, pp=2, recompute="selective"),
     Layout(name="TP2 PP2", world=4, tp=2, pp=2, has_every_preset=True),
     Layout(name="TP2 DP2", world=4, tp=2, has_every_preset=True),
     Layout(name="PP2 DP2", world=4, pp=2, has_every_preset=True),

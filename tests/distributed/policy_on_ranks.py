@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import preload_megatron  # noqa: F401  # isort: split
 import torch
@@ -31,6 +32,15 @@ from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import hf_shapes
 from megatron_rl.weights.pieces import view
 
+RECOMPUTE: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
+}
 Fault = Callable[[Policy], AbstractContextManager[None]]
 
 
@@ -59,11 +69,14 @@ def policy_at(
         virtual_pipeline_model_parallel_size=layout.vpp,
         sequence_parallel=layout.sequence_parallel,
     )
+    model = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
     groups = make_groups(detect(), parallel, 1)
+    chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
+    chunks.start()
     try:
         policy = Policy(
             read_model_config(problem.model_dir),
-            ModelConfig(path=str(problem.model_dir), dtype=dtype),
+            model,
             parallel,
             optimizer,
             groups,
@@ -74,6 +87,7 @@ def policy_at(
         policy.prepare_training()
         yield policy
     finally:
+        chunks.stop()
         parallel_state.destroy_model_parallel()
 
 

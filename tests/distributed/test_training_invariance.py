@@ -1,6 +1,7 @@
 """Whole iterations through Trainer end at the weights that plain torch AdamW ends at."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,22 @@ from cases import LAYOUTS, MANY_ROWS, TEMPERATURE, owned
 from harness import run_on_ranks
 from reference import Measured, Recipe, Reference, loss_of
 
+from megatron_rl.types import RolloutGroup
+
 BETAS, LR, WEIGHT_DECAY = (0.9, 0.95), 1e-2, 0.1
-RECIPE = Recipe(preset="grpo", kl_coef=0.05)  # to the initial weights
+
+
+def any_good(group: RolloutGroup) -> bool:
+    return any(rollout.reward > 0 for rollout in group.rollouts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One iteration of two mini-batches."""
+    """One iteration of two mini-batches with samples."""
 
     name: str
+    recipe: Recipe
+    updates: Callable[[int, RolloutGroup], int]  # number of a group in the list, group -> update
     dtype: str
     epochs: int
     eps: float
@@ -33,8 +41,36 @@ class Run:
 # float32: two roundings of weights near 1 (1e-7) over a move of 1e-2 are 1e-5, and Adam's step is
 # off by the gradient's relative error, 1e-5 for small entries. Seen: 4e-5 and less.
 RUNS = (
-    Run(name="exact", dtype="float64", epochs=2, eps=1e-8, clip_grad=0.0, bound=1e-9),
-    Run(name="sharded optimizer", dtype="float32", epochs=1, eps=1e-3, clip_grad=1.0, bound=1e-4),
+    Run(
+        name="two epochs",
+        recipe=Recipe(preset="grpo", kl_coef=0.05),  # to the initial weights
+        updates=lambda number, group: int(number % 3 > 0),
+        dtype="float64",
+        epochs=2,
+        eps=1e-8,
+        clip_grad=0.0,
+        bound=1e-9,
+    ),
+    Run(
+        name="first update empty",  # so the second one is the one on fresh weights
+        recipe=Recipe(preset="raft_pp"),
+        updates=lambda number, group: 1 + number % 2 if any_good(group) else 0,
+        dtype="float64",
+        epochs=1,
+        eps=1e-8,
+        clip_grad=0.0,
+        bound=1e-9,
+    ),
+    Run(
+        name="sharded optimizer",
+        recipe=Recipe(preset="grpo", kl_coef=0.05),
+        updates=lambda number, group: int(number % 3 > 0),
+        dtype="float32",
+        epochs=1,
+        eps=1e-3,
+        clip_grad=1.0,
+        bound=1e-4,
+    ),
 )
 NAMES = {
     1: ("one rank",),
@@ -54,12 +90,11 @@ class Trained:
     clipped: tuple[int, ...]  # tokens of each step
 
 
-def update_of(groups: list[Any]) -> dict[int, int]:
-    """The second mini-batch has two thirds of the groups."""
-    return {group.prompt.group_id: int(k % 3 > 0) for k, group in enumerate(groups)}
+def update_of(groups: list[RolloutGroup], run: Run) -> dict[int, int]:
+    return {group.prompt.group_id: run.updates(k, group) for k, group in enumerate(groups)}
 
 
-def train_reference(model_dir: Path, groups: list[Any], run: Run) -> Trained:
+def train_reference(model_dir: Path, groups: list[RolloutGroup], run: Run) -> Trained:
     """Old log-probs come from the initial weights, for every step."""
     reference = Reference(model_dir, temperature=TEMPERATURE)
     with torch.no_grad():
@@ -77,11 +112,13 @@ def train_reference(model_dir: Path, groups: list[Any], run: Run) -> Trained:
     )
     norms, clipped = [], []
     for _ in range(run.epochs):
-        for update in (0, 1):
-            batch = [g for g in groups if update_of(groups)[g.prompt.group_id] == update]
+        for update in (0, 1, 2):
+            batch = [g for g in groups if update_of(groups, run)[g.prompt.group_id] == update]
+            if not batch or (run.recipe.preset == "raft_pp" and not any(map(any_good, batch))):
+                continue  # nothing to learn from: no step of Adam either
             logprobs, entropies = reference.logprobs(batch)
             measured = Measured(logprobs=logprobs, entropies=entropies, old=old, ref=old)
-            loss, low, high = loss_of(RECIPE, batch, measured)
+            loss, low, high = loss_of(run.recipe, batch, measured)
             optimizer.zero_grad()
             loss.backward()
             norms.append(
@@ -157,7 +194,8 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
     from policy_on_ranks import algorithm_of, largest_error, pack, policy_at
 
     from megatron_rl.policy.config import OptimizerConfig
-    from megatron_rl.policy.trainer import Trainer, plan_passes
+    from megatron_rl.policy.passes import plan_passes
+    from megatron_rl.policy.trainer import Trainer
 
     optimizer = OptimizerConfig(
         lr=LR,
@@ -169,18 +207,18 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
         use_distributed_optimizer=True,
     )
     groups = problem.groups["graded"]
-    algorithm = algorithm_of(RECIPE)
+    algorithm = algorithm_of(run.recipe)
     with policy_at(layout, problem, optimizer, run.dtype) as policy:
         batches = pack(
             policy,
             algorithm,
             owned(groups, "by turns", dist.get_rank(), dist.get_world_size()),
-            update_of=update_of(groups),
+            update_of=update_of(groups, run),
             row_tokens=MANY_ROWS,
         )
-        passes = plan_passes(algorithm, num_updates=2, epochs=run.epochs)
+        passes = plan_passes(algorithm, num_updates=len(batches), epochs=run.epochs)
         assert passes.old
-        assert passes.ref
+        assert passes.ref == bool(run.recipe.kl_coef)
         trainer = Trainer(policy, algorithm, passes, epochs=run.epochs, reference=policy.snapshot())
         metrics = trainer.update(trainer.add_logprobs(batches))
         moves = {name: answer.weights[name] - answer.start[name] for name in answer.start}
