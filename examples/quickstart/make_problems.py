@@ -6,14 +6,22 @@ One row of train.jsonl or heldout.jsonl, at level 2 (two operations):
 
     {"prompt":"7+5-3?","response":"7+5=12,12-3=9\\boxed{9}","answer":"9","level":2}
 
-Every partial result lies in 0..59. The same seed gives the same bytes on every machine. No held-out
-prompt is in the training file; training prompts may repeat, since level 1 has only about 300.
+Answers are right everywhere, and so are the worked solutions of heldout.jsonl. Those of train.jsonl
+were written by somebody careless: each step slips by 1 or 2 with probability 0.3, and the chain goes
+on from there. A model that imitates them to perfection gets 0.7^level of the problems right, so it
+leaves supervised fine-tuning with groups of every kind, and with something that only the verifiable
+reward can teach it: which of the habits it has seen is the right one.
+
+Every partial result lies in 0..59 (0..99 after slips). The same seed gives the same bytes on every
+machine. No held-out prompt is in the training file; training prompts may repeat, since level 1 has
+only about 300.
 """
 
 import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +31,9 @@ MAX_LEVEL = 5
 MAX_FIRST = 19
 MAX_OPERAND = 9
 MAX_RESULT = 59
+MAX_NUMBER = 99  # the largest that is one token
+SLIP_PROBABILITY = 0.3
+SLIPS = (-2, -1, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -41,19 +52,36 @@ def _draw(rng: random.Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
-def draw_problem(rng: random.Random, level: int) -> Problem:
+def draw_problem(rng: random.Random, level: int, slip_probability: float = 0.0) -> Problem:
     """A chain of `level` operations; an operation that would leave 0..59 is drawn again."""
-    value = _draw(rng, 1, MAX_FIRST)
-    prompt, steps = str(value), []
-    while len(steps) < level:
-        sign, operand = "+-"[_draw(rng, 0, 1)], _draw(rng, 1, MAX_OPERAND)
-        result = value + operand if sign == "+" else value - operand
-        if 0 <= result <= MAX_RESULT:
-            prompt += f"{sign}{operand}"
-            steps.append(f"{value}{sign}{operand}={result}")
-            value = result
-    response = ",".join(steps) + f"\\boxed{{{value}}}"
-    return Problem(prompt=f"{prompt}?", response=response, answer=str(value), level=level)
+    first = value = _draw(rng, 1, MAX_FIRST)
+    terms: list[int] = []
+    while len(terms) < level:
+        term = _draw(rng, 1, MAX_OPERAND) * (1, -1)[_draw(rng, 0, 1)]
+        if 0 <= value + term <= MAX_RESULT:
+            terms.append(term)
+            value += term
+    prompt = f"{first}" + "".join(f"{term:+d}" for term in terms) + "?"
+    response = None
+    while response is None:
+        response = _work(rng, first, terms, slip_probability)
+    return Problem(prompt=prompt, response=response, answer=str(value), level=level)
+
+
+def _work(
+    rng: random.Random, value: int, terms: Sequence[int], slip_probability: float
+) -> str | None:
+    """A worked solution, perhaps with slips; None where they lead out of 0..99."""
+    steps = []
+    for term in terms:
+        result = value + term
+        if rng.random() < slip_probability:
+            result += SLIPS[_draw(rng, 0, len(SLIPS) - 1)]
+        if not 0 <= result <= MAX_NUMBER:
+            return None
+        steps.append(f"{value}{term:+d}={result}")
+        value = result
+    return ",".join(steps) + f"\\boxed{{{value}}}"
 
 
 def draw_problems(num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], ...]:
@@ -65,7 +93,7 @@ def draw_problems(num_train: int, num_heldout: int, seed: int) -> tuple[list[Pro
         heldout.setdefault(problem.prompt, problem)
     train: list[Problem] = []
     while len(train) < num_train:
-        problem = draw_problem(rng, level=1 + len(train) % MAX_LEVEL)
+        problem = draw_problem(rng, 1 + len(train) % MAX_LEVEL, SLIP_PROBABILITY)
         if problem.prompt not in heldout:
             train.append(problem)
     return train, list(heldout.values())

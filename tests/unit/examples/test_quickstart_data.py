@@ -57,16 +57,34 @@ def test_another_seed_gives_other_problems():
 
 
 @pytest.mark.parametrize("name", ["train", "heldout"])
-def test_every_answer_and_every_step_is_right(name):
+def test_every_answer_is_right(name):
     for row in _rows(name):
         totals = _partial_results(row["prompt"])
         assert len(totals) == row["level"] + 1
         assert min(totals) >= 0
         assert max(totals) <= 59
         assert row["answer"] == str(totals[-1])
-        terms = re.findall(r"[+-]\d", row["prompt"])
-        steps = [f"{totals[n]}{term}={totals[n + 1]}" for n, term in enumerate(terms)]
-        assert row["response"] == ",".join(steps) + "\\boxed{" + row["answer"] + "}"
+
+
+def test_heldout_solutions_are_right_and_training_solutions_slip():
+    slips = {"train": 0, "heldout": 0}
+    steps = {"train": 0, "heldout": 0}
+    for name in slips:
+        for row in _rows(name):
+            value = int(re.match(r"\d+", row["prompt"])[0])
+            terms = re.findall(r"[+-]\d", row["prompt"])
+            written = row["response"].removesuffix("}").split("\\boxed{")
+            for term, step in zip(terms, written[0].split(","), strict=True):
+                left, result = step.split("=")
+                assert left == f"{value}{term}"  # a slip is never mended, the chain goes on from it
+                assert abs(int(result) - value - int(term)) <= 2
+                slips[name] += int(result) != value + int(term)
+                steps[name] += 1
+                value = int(result)
+            assert written[1] == str(value)
+    assert slips["heldout"] == 0
+    # 36,000 steps at 0.3, a little less where slips led out of 0..99: three standard errors are .007
+    assert slips["train"] / steps["train"] == pytest.approx(0.3, abs=0.015)
 
 
 def test_no_heldout_prompt_is_in_train():
@@ -116,10 +134,10 @@ def test_the_model_is_the_seeds_and_small(model_dir, make_model, tmp_path):
     assert json.loads((model_dir / "generation_config.json").read_text())["eos_token_id"] == 1
     weights = load_file(model_dir / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    # embedding and head 2 * 112 * 64; a layer: q 64 * 64 + 64, k and v 2 * (64 * 32 + 32),
-    # o 64 * 64, mlp 3 * 64 * 256, norms 2 * 64; final norm 64
-    assert sum(tensor.numel() for tensor in weights.values()) == 14_336 + 2 * 61_696 + 64
-    assert make_model.write_model(tmp_path / "same", seed=0) == 137_792
+    # embedding and head 2 * 112 * 64; a layer: q, k and v 3 * (64 * 64 + 64), o 64 * 64,
+    # mlp 3 * 64 * 256, norms 2 * 64; final norm 64
+    assert sum(tensor.numel() for tensor in weights.values()) == 14_336 + 2 * 65_856 + 64
+    assert make_model.write_model(tmp_path / "same", seed=0) == 146_112
     same = load_file(tmp_path / "same" / "model.safetensors")
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     make_model.write_model(tmp_path / "other", seed=1)
