@@ -210,7 +210,13 @@ class Run:
         values = self.policy.logprobs(batches) or []
         gap = max(
             (
-                float((batch.rollout_logprobs[batch.loss_rows] - own).abs().max())
+                # Comparisons with nan are false: max() and the collective would drop it.
+                float(
+                    (batch.rollout_logprobs[batch.loss_rows] - own)
+                    .abs()
+                    .nan_to_num(nan=torch.inf)
+                    .max()
+                )
                 for batch, own in zip(batches, values, strict=False)
                 if batch.rollout_logprobs is not None and len(own)
             ),
