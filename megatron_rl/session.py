@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -247,6 +248,11 @@ def _leave(close: Callable[[], None]) -> None:
     """
     dist.barrier()
     close()
+    # Megatron's checkpoint writer keeps a manager process; only destructors would have ended it,
+    # and it would hold the terminal's pipe open.
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
