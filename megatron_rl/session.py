@@ -3,7 +3,6 @@
 import json
 import logging
 import multiprocessing
-import multiprocessing
 import os
 import subprocess
 import sys

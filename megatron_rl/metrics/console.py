@@ -96,7 +96,7 @@ SECONDS_BETWEEN_LINES = 1.0
 
 
 class PlainDisplay:
-    """One line per iteration, for logs; at most one a second, except first, last and evaluations."""
+    """One line per iteration, for logs; at most one a second but for first, last, evaluations."""
 
     def __init__(
         self,
