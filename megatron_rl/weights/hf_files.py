@@ -194,7 +194,8 @@ def write_companions(
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
-    _name_dtype(output / "config.json", str(dtype).removeprefix("torch."))
+    if (output / "config.json").is_file():
+        _name_dtype(output / "config.json", str(dtype).removeprefix("torch."))
 
 
 def _name_dtype(config: Path, dtype: str) -> None:

@@ -4,7 +4,6 @@ Real Megatron policy and real vLLM engine in the same gloo ranks. One job per ca
 holds one engine; whatever needs an engine is tested in one of them.
 """
 
-import importlib.util
 import json
 import random
 from dataclasses import dataclass
@@ -13,20 +12,13 @@ from typing import Any
 
 import harness
 import pytest
-import torch
+from engine_models import MODELS, write_model
 from harness import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 GAP_BOUND = 1e-5  # fp32 log-probs near -5 have a rounding of 5e-7, a few of them add up
 MOVED_BOUND = 1e-3  # a hundred times that: stale weights cannot pass for new ones
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen2": {"hidden_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": False},
-    "qwen2_tied": {"hidden_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    # One key head over two ranks: the engine replicates it, Megatron cuts it.
-    "llama": {"hidden_size": 64, "num_key_value_heads": 1, "tie_word_embeddings": False},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,38 +62,6 @@ COINCIDING = {
     for case in CASES
     if case.pp == 1 and case.tp == case.rollout_tp and case.model != "llama"
 }
-
-
-def write_model(name: str, model_dir: Path) -> None:
-    """Random weights of spread-out sizes, with the quickstart's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    spec = importlib.util.spec_from_file_location("make_model", QUICKSTART / "make_model.py")
-    make_model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_model)
-    make_model.make_model(model_dir, QUICKSTART / "data" / "train.jsonl")
-    torch.manual_seed(len(name))
-    settings = {
-        "vocab_size": make_model.VOCAB_SIZE,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.07,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-        "eos_token_id": 1,
-        "dtype": "float32",
-        **MODELS[name],
-    }
-    if name == "llama":  # vLLM's CPU attention knows 32, 64, ... but not 64 / 4
-        model: Any = LlamaForCausalLM(LlamaConfig(**settings, head_dim=32, rms_norm_eps=1e-5))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**settings, rms_norm_eps=1e-6))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(model_dir)
 
 
 @pytest.fixture(scope="module")
