@@ -20,6 +20,7 @@ from megatron_rl.metrics import tally
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups, make_groups
+from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import Platform
 from megatron_rl.policy.model import DTYPES
 from megatron_rl.policy.passes import plan_passes
@@ -67,6 +68,7 @@ class Run:
     evaluator: Evaluator | None
     store: CheckpointStore
     timer: PhaseTimer
+    stop: StopRequest
     say: Callable[[str], None]
     done_iterations: int = 0
 
@@ -329,6 +331,7 @@ def build_run(
             output_dir / "checkpoints", groups, keep_last=config.checkpoint.keep_last
         ),
         timer=PhaseTimer(synchronize=platform.synchronize),
+        stop=StopRequest(),
         say=say,
     )
 

@@ -58,8 +58,8 @@ def train_session(config: RunConfig) -> None:
         early.say(line)
     recorder = _Recorder(config, early, is_main=is_main)
     run.say = recorder.say
-    train(run, recorder.record)
-    exported = run.export()
+    run.stop.listen()
+    exported = run.export() if train(run, recorder.record) else None
     recorder.close(run.policy.version, exported)
     _leave(run.close)
 
