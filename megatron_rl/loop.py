@@ -34,7 +34,7 @@ def run_iteration(run: Run, iteration: int) -> IterationMetrics:
 def train(run: Run, record: Record) -> bool:
     """A whole run, from the newest checkpoint or from the start; every rank calls it.
 
-    False: it was told to stop (SIGTERM) and saved a checkpoint, from which the same command goes on.
+    False: told to stop (SIGTERM), it saved a checkpoint, from which the same command goes on.
     """
     config = run.config
     run.resume()
