@@ -360,8 +360,7 @@ def build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evalua
         return None
     return Evaluator(
         config.evaluation,
-        config.prompts,
-        inputs.tokenizer,
+        inputs.benchmarks,
         max_response_tokens=config.rollout.max_response_tokens,
         output_dir=Path(config.run.output_dir),
         groups=groups,
