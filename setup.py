@@ -31,7 +31,14 @@ MODE = os.environ.get("MEGATRON_RL_CSRC") or "auto"
 DEFAULT_CUDA_ARCHS = "80;90;100"
 
 # Nothing is fused that does not say so: results must not depend on what a compiler thinks of.
-HOST_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+HOST_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The oldest torch that the binary runs on.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -179,7 +186,8 @@ def _max_jobs() -> int:
 
 
 def _warn(message: str) -> None:
-    print(f"\nmegatron_rl: WARNING: {message}\n", file=sys.stderr, flush=True)
+    sys.stderr.write(f"\nmegatron_rl: WARNING: {message}\n\n")
+    sys.stderr.flush()
 
 
 def extensions() -> list[Extension]:
