@@ -11,6 +11,7 @@ the last one also as PTX, which newer devices translate. MAX_JOBS is the number 
 time, default 2.
 """
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -54,6 +55,12 @@ def find_torch() -> Path | None:
     found = spec.submodule_search_locations if spec else None
     folders = [*(found or []), str(Path(sysconfig.get_paths()["purelib"], "torch"))]
     return next((Path(f) for f in folders if Path(f, "include/torch/csrc/stable").is_dir()), None)
+
+
+def find_pybind11() -> str:
+    """Its headers; pyproject.toml names it for the build."""
+    pybind11 = importlib.import_module("pybind11")
+    return str(pybind11.get_include())
 
 
 def find_nvcc() -> str | None:
@@ -103,6 +110,7 @@ class BuildNative(build_ext):
             if ext.name == "megatron_rl._C":
                 self._build_ops(ext)
             else:
+                ext.include_dirs.append(find_pybind11())
                 super().build_extension(ext)
         except Exception as error:
             if MODE != "auto":
@@ -201,6 +209,12 @@ def extensions() -> list[Extension]:
             host_sources(),
             depends=[*sources("*.h"), *sources("*.cuh"), *sources("*.cu")],
             py_limited_api=True,
+            language="c++",
+        ),
+        Extension(
+            "megatron_rl._scheduling",
+            ["csrc/scheduling/scheduling.cpp"],
+            extra_compile_args=HOST_FLAGS,
             language="c++",
         ),
     ]

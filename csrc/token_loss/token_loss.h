@@ -45,18 +45,23 @@ struct TokenLossArgs {
   double* extrema;             // [kNumExtrema]
 };
 
-// Everything of one token; the metrics are what is added up over tokens.
+// Everything of one token; the metrics are what is added up over tokens. A token of weight 0 has
+// log-probability and entropy 0.
 template <typename acc_t>
 MRL_HOST_DEVICE TokenTerms<acc_t> finish_token(const TokenLossArgs<acc_t>& args, int64_t t) {
+  if (args.inputs.weights[t] == 0) {  // and so its record may say anything
+    args.logprobs[t] = 0;
+    args.entropy[t] = 0;
+    args.params[t] = {};
+    return {};
+  }
   const MergedRow<acc_t> row = merge_shards(args.records + t, args.num_tokens, args.num_shards);
   const TokenTerms<acc_t> terms =
       token_terms(args.inputs.token(t, row.logprob, row.entropy), args.spec);
   args.logprobs[t] = row.logprob;
   args.entropy[t] = row.entropy;
-  args.params[t] = args.inputs.weights[t] == 0
-                       ? GradientRow<acc_t>{}
-                       : gradient_row(row.log_sum_exp, row.entropy, terms.logprob_grad,
-                                      terms.entropy_grad, args.inv_temp);
+  args.params[t] = gradient_row(row.log_sum_exp, row.entropy, terms.logprob_grad,
+                                terms.entropy_grad, args.inv_temp);
   return terms;
 }
 

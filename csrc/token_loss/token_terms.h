@@ -132,11 +132,11 @@ MRL_HOST_DEVICE ValueAndGradient<acc_t> kl_term(acc_t log_ratio, int estimator) 
   return {k3(-log_ratio), is_within_bound(log_ratio) ? -std::expm1(-log_ratio) : acc_t(0)};
 }
 
+// Of a token whose weight is not 0.
 template <typename acc_t>
 MRL_HOST_DEVICE TokenTerms<acc_t> token_terms(const Token<acc_t>& token,
                                               const LossSpec<acc_t>& spec) {
   TokenTerms<acc_t> terms = {};
-  if (token.weight == 0) return terms;  // whatever its other entries
   const acc_t old = spec.has_old ? token.old_logprob : token.logprob;
   const acc_t log_ratio = token.logprob - old;
   const acc_t ratio = bounded_exp(log_ratio);
