@@ -106,6 +106,7 @@ class BuildNative(build_ext):
     """Host files with the C++ compiler, kernels with nvcc, one library of both."""
 
     def build_extension(self, ext: Extension) -> None:
+        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
         try:
             if ext.name == "megatron_rl._C":
                 self._build_ops(ext)
