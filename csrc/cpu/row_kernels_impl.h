@@ -45,7 +45,7 @@ struct BlockSum {
   Vec16 weighted = Vec16::all(0.f);
 
   MRL_INLINE void add(Vec16 x, Vec16 max, Vec16 scale) {
-    // The same clamp as in exp2_or_zero: 0 times it is 0, not NaN.
+    // Where e is 0 the product is 0, not NaN.
     const Vec16 exponent = megatron_rl::max(Vec16::all(kExp2Floor), (x - max) * scale);
     const Vec16 e = exp2(exponent);
     sum = sum + e;
@@ -112,11 +112,18 @@ struct GradientLanes {
   }
 };
 
+// To the second-level cache, which holds several rows of any vocabulary of today.
+template <typename logit_t>
+MRL_INLINE void prefetch(const logit_t* p) {
+  __builtin_prefetch(p, /*for writing=*/0, /*locality=*/2);
+}
+
 template <bool kEntropy, typename logit_t>
 MRL_INLINE void write_gradient(const GradientLanes& lanes, const logit_t* row, logit_t* out,
-                               int count) {
+                               int count, const logit_t* next) {
   const int whole = count - count % kLanes;
   for (int i = 0; i < whole; i += kLanes) {
+    if (next != nullptr) prefetch(next + i);
     lanes.at<kEntropy>(Vec16::load(row + i)).store(out + i);
   }
   if (whole == count) return;
@@ -127,7 +134,7 @@ MRL_INLINE void write_gradient(const GradientLanes& lanes, const logit_t* row, l
 
 template <typename logit_t>
 void gradient_of_row(const logit_t* row, logit_t* out, int num_valid, int num_columns, int target,
-                     const GradientRow<float>& params, float inv_temp) {
+                     const GradientRow<float>& params, float inv_temp, const logit_t* next) {
   if (params.is_zero()) {
     std::memset(out, 0, sizeof(logit_t) * num_columns);
     return;
@@ -141,9 +148,9 @@ void gradient_of_row(const logit_t* row, logit_t* out, int num_valid, int num_co
     at_target += value[0];
   }
   if (lanes.has_entropy) {
-    write_gradient<true>(lanes, row, out, num_valid);
+    write_gradient<true>(lanes, row, out, num_valid, next);
   } else {
-    write_gradient<false>(lanes, row, out, num_valid);
+    write_gradient<false>(lanes, row, out, num_valid, next);
   }
   if (target >= 0) out[target] = Narrow<logit_t>::from(at_target);
   std::memset(out + num_valid, 0, sizeof(logit_t) * (num_columns - num_valid));

@@ -23,18 +23,19 @@
 #define MRL_INLINE inline __attribute__((always_inline))
 
 // Minimax polynomial of 2^f for |f| <= 1/2, relative error 1.9e-9; exactly 1 at 0.
-#define MRL_EXP2_COEFFICIENTS(APPLY)                                                   \
-  APPLY(0.00015345799329224974f) APPLY(0.0013399930903688073f)                         \
-  APPLY(0.009618489071726799f) APPLY(0.05550328642129898f) APPLY(0.24022646248340607f) \
-  APPLY(0.6931471824645996f) APPLY(1.0f)
+#define MRL_EXP2_FIRST 0.00015345799329224974f
+#define MRL_EXP2_REST(APPLY)                                                                    \
+  APPLY(0.0013399930903688073f) APPLY(0.009618489071726799f) APPLY(0.05550328642129898f)        \
+  APPLY(0.24022646248340607f) APPLY(0.6931471824645996f) APPLY(1.0f)
 
 namespace megatron_rl {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr float kExp2Floor = -127.f;  // 2^x is 0 here and below
 
 #if defined(MRL_VEC_AVX512)
+
+constexpr float kExp2Floor = -150.f;  // exp2 is 0 here
 
 struct Vec16 {
   __m512 v;
@@ -74,15 +75,16 @@ MRL_INLINE Vec16 exp2(Vec16 x) {
   const __m512 whole =
       _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x.v, whole);
-  __m512 y = _mm512_setzero_ps();
+  __m512 y = _mm512_set1_ps(MRL_EXP2_FIRST);
 #define MRL_HORNER(C) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(C));
-  MRL_EXP2_COEFFICIENTS(MRL_HORNER)
+  MRL_EXP2_REST(MRL_HORNER)
 #undef MRL_HORNER
-  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127));
-  return {_mm512_mul_ps(y, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)))};
+  return {_mm512_scalef_ps(y, whole)};
 }
 
 #elif defined(MRL_VEC_AVX2)
+
+constexpr float kExp2Floor = -127.f;  // exp2 is 0 here
 
 struct Vec16 {
   __m256 lo, hi;
@@ -143,9 +145,9 @@ MRL_INLINE Vec16 max(Vec16 a, Vec16 b) {
 MRL_INLINE __m256 exp2_of_8(__m256 x) {
   const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 f = _mm256_sub_ps(x, whole);
-  __m256 y = _mm256_setzero_ps();
+  __m256 y = _mm256_set1_ps(MRL_EXP2_FIRST);
 #define MRL_HORNER(C) y = _mm256_fmadd_ps(y, f, _mm256_set1_ps(C));
-  MRL_EXP2_COEFFICIENTS(MRL_HORNER)
+  MRL_EXP2_REST(MRL_HORNER)
 #undef MRL_HORNER
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
   return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
@@ -153,6 +155,8 @@ MRL_INLINE __m256 exp2_of_8(__m256 x) {
 MRL_INLINE Vec16 exp2(Vec16 x) { return {exp2_of_8(x.lo), exp2_of_8(x.hi)}; }
 
 #else
+
+constexpr float kExp2Floor = -127.f;  // exp2 is 0 here
 
 // Plain loops over lanes, which compilers vectorise for what they target.
 struct Vec16 {
@@ -199,9 +203,9 @@ MRL_INLINE Vec16 exp2(const Vec16& x) {
     constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it leaves no fraction
     const float shifted = x.v[i] + kRounder;
     const float f = x.v[i] - (shifted - kRounder);
-    float y = 0.f;
+    float y = MRL_EXP2_FIRST;
 #define MRL_HORNER(C) y = y * f + C;
-    MRL_EXP2_COEFFICIENTS(MRL_HORNER)
+    MRL_EXP2_REST(MRL_HORNER)
 #undef MRL_HORNER
     const uint32_t exponent = bits::as_word(shifted) - bits::as_word(kRounder) + 127u;
     return y * bits::as_float(exponent << 23);
@@ -209,9 +213,6 @@ MRL_INLINE Vec16 exp2(const Vec16& x) {
 }
 
 #endif
-
-// 2^x, exactly 0 from kExp2Floor down; NaN stays NaN.
-MRL_INLINE Vec16 exp2_or_zero(Vec16 x) { return exp2(max(Vec16::all(kExp2Floor), x)); }
 
 // In a fixed tree.
 template <typename Fn>

@@ -184,7 +184,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         dtype = compute_dtype(hidden.dtype)
         inputs = inputs.to(dtype)
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
+        weight_grad = torch.zeros_like(weight) if wants_weight and not len(hidden) else None
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         # Also of zero rows, which have their sums too.
         parts = []
@@ -197,8 +197,10 @@ class LinearPolicyLossFunction(torch.autograd.Function):
             parts.append((sums, extrema))
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[rows])
-            if weight_grad is not None:
-                _accumulate(weight_grad, logits, hidden[rows])
+            if wants_weight and len(hidden) <= chunk_rows:
+                weight_grad = logits.T @ hidden  # rounded once, like a sum over chunks
+            elif wants_weight:
+                weight_grad = _accumulated(weight_grad, logits, hidden[rows], dtype)
         sums = torch.stack([part[0] for part in parts]).sum(0)
         extrema = torch.stack([part[1] for part in parts]).amax(0)
         ctx.gradients = [hidden_grad, weight_grad]
@@ -282,13 +284,15 @@ def _turn_into_gradient(
     return logprobs, sums, extrema
 
 
-def _accumulate(weight_grad: Tensor, logits_grad: Tensor, hidden: Tensor) -> None:
-    """weight_grad += logits_grad.T @ hidden; on a GPU the product is not rounded in between."""
-    if weight_grad.dtype == hidden.dtype:
-        weight_grad.addmm_(logits_grad.T, hidden)
-    elif weight_grad.is_cuda:
-        torch.addmm(
-            weight_grad, logits_grad.T, hidden, out_dtype=weight_grad.dtype, out=weight_grad
-        )
-    else:
-        weight_grad += logits_grad.T @ hidden
+def _accumulated(
+    total: Tensor | None, logits_grad: Tensor, hidden: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """total + logits_grad.T @ hidden, in place; on a GPU the product is not rounded in between."""
+    if dtype == hidden.dtype:
+        return logits_grad.T @ hidden if total is None else total.addmm_(logits_grad.T, hidden)
+    if not hidden.is_cuda:
+        product = logits_grad.T @ hidden
+        return product.to(dtype) if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(logits_grad.T, hidden, out_dtype=dtype)
+    return torch.addmm(total, logits_grad.T, hidden, out_dtype=dtype, out=total)
