@@ -3,13 +3,13 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
-from yaml import YAMLError
 
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.batching.config import BatchingConfig
@@ -213,7 +213,7 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigErrors([f"{recipe}: {_first_line(error)}"]) from error
     try:
         config = RunConfig.model_validate(values)
@@ -233,10 +233,12 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigErrors([f"recipe {str(recipe)!r} cannot be read: {error}"]) from error
     try:
-        loaded: Any = OmegaConf.create(text)
-    except (YAMLError, OmegaConfBaseException) as error:
+        root = yaml.compose(text)
+        is_mapping = root is None or isinstance(root, yaml.MappingNode)
+        loaded: Any = OmegaConf.create(text if is_mapping else "{}")
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigErrors([f"{recipe}: not valid YAML: {error}"]) from error
-    if not OmegaConf.is_dict(loaded):
+    if not is_mapping:
         raise ConfigErrors([f"{recipe}: must hold sections (`run:`, `model:`, ...)"])
     base = loaded.get("base")
     if base is None:
@@ -249,6 +251,10 @@ def _override_problem(text: str) -> str | None:
     key, equals, _ = text.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")) or "." not in key:
         return f"override {text!r}: must read section.key=value, for example run.seed=1"
+    try:
+        OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        return f"override {text!r}: its value is not valid YAML: {_first_line(error)}"
     return None
 
 
@@ -267,7 +273,7 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
         elif found["type"] == "missing":
             lines.append(f"{'.'.join(path)}: is missing. Set it in the recipe or as an override")
         else:
-            lines.append(f"{'.'.join(path)}={found['input']!r}: {found['msg']}")
+            lines.append(f"{'.'.join(_known_part(path))}={found['input']!r}: {found['msg']}")
     return lines
 
 
@@ -286,11 +292,30 @@ def _unknown_key(path: list[str]) -> str:
 def _keys_at(path: Sequence[str]) -> list[str]:
     model: Any = RunConfig
     for part in path:
-        field = model.model_fields.get(part)
-        model = field.annotation if field is not None else None
-        if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
-            return []
-    return list(model.model_fields)
+        model = _inside(model, part)
+    return list(model.model_fields) if _is_section(model) else []
+
+
+def _known_part(path: list[str]) -> list[str]:
+    """The path without what pydantic adds for the kinds a value may have."""
+    model: Any = RunConfig
+    for depth, part in enumerate(path):
+        model = _inside(model, part)
+        if not _is_section(model) and get_origin(model) is not dict:
+            return path[: depth + 1]
+    return path
+
+
+def _inside(model: Any, part: str) -> Any:
+    """The type of a section's field, or of a mapping's entry."""
+    if get_origin(model) is dict:
+        return get_args(model)[1]
+    field = model.model_fields.get(part) if _is_section(model) else None
+    return None if field is None else field.annotation
+
+
+def _is_section(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, pydantic.BaseModel)
 
 
 def _first_line(error: Exception) -> str:

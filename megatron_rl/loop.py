@@ -31,8 +31,11 @@ def run_iteration(run: Run, iteration: int) -> IterationMetrics:
     return IterationMetrics(iteration=iteration, values=values)
 
 
-def train(run: Run, record: Record) -> None:
-    """A whole run, from the newest checkpoint or from the start; every rank calls it."""
+def train(run: Run, record: Record) -> bool:
+    """A whole run, from the newest checkpoint or from the start; every rank calls it.
+
+    False: told to stop (SIGTERM), it saved a checkpoint, from which the same command goes on.
+    """
     config = run.config
     run.resume()
     run.push_weights()
@@ -46,8 +49,13 @@ def train(run: Run, record: Record) -> None:
         if _is_due(iteration, config.evaluation.every) or (is_last and config.evaluation.at_end):
             metrics.values.update(run.evaluate(iteration))
         record(metrics)
-        if _is_due(iteration, config.checkpoint.save_every):
+        is_stopped = not is_last and run.stop.agreed(run.groups.host)
+        if is_stopped or _is_due(iteration, config.checkpoint.save_every):
             run.save(iteration)
+        if is_stopped:
+            run.say(f"told to stop: checkpoint saved after iteration {iteration}")
+            return False
+    return True
 
 
 def _is_due(iteration: int, every: int) -> bool:

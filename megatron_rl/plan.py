@@ -7,7 +7,7 @@ from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.parallel.layout import EngineLayout, Layout
-from megatron_rl.policy.refusals import model_problems
+from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.hub import local_model_dir
@@ -28,6 +28,8 @@ def print_plan(config: RunConfig) -> None:
     world = config.parallel.world_size or (int(started) if started else config.smallest_world)
     arch = read_model_config(local_model_dir(config.model.path))
     problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
+    if not config.is_supervised:
+        problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
     if problems:
         raise ConfigErrors([str(problem) for problem in problems])
     layout = Layout(

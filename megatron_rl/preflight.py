@@ -1,15 +1,17 @@
 """Everything a run reads, checked before any model is built; all problems at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors, InputError
-from megatron_rl.policy.refusals import model_problems
+from megatron_rl.evaluation.evaluator import load_problems
+from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.rollout.vllm_engine import require_vllm
+from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.hf_files import HfCheckpoint
@@ -25,6 +27,7 @@ class Inputs:
     arch: ModelArch
     tokenizer: Tokenizer
     prompts: PromptStream
+    benchmarks: dict[str, list[Prompt]]
 
 
 def read_inputs(config: RunConfig, world_size: int) -> Inputs:
@@ -47,12 +50,10 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         model_dir = local_model_dir(config.model.path)
         arch = read_model_config(model_dir)
         problems.extend(str(problem) for problem in model_problems(arch, config.parallel))
-        if config.longest_sequence > arch.max_position_embeddings:
-            problems.append(
-                f"prompts.max_prompt_tokens + rollout.max_response_tokens = "
-                f"{config.longest_sequence}: the model has {arch.max_position_embeddings} "
-                "positions. Lower one of them"
-            )
+        if not config.is_supervised:
+            tp = config.rollout.tensor_model_parallel_size
+            problems.extend(str(problem) for problem in engine_problems(arch, tp))
+        problems.extend(_length_problems(config, arch))
         HfCheckpoint(model_dir, hf_shapes(arch))
         found.update(model_dir=model_dir, arch=arch)
 
@@ -65,6 +66,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
 
     attempt(read_model)
     attempt(read_prompts)
+    if "tokenizer" in found:
+        found["benchmarks"] = _read_benchmarks(config, found["tokenizer"], problems)  # type: ignore[arg-type]
     if not config.is_supervised:
         attempt(require_vllm)
     if "arch" in found and "prompts" in found:
@@ -72,6 +75,32 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     if problems:
         raise ConfigErrors(problems)
     return Inputs(**found)  # type: ignore[arg-type]
+
+
+def _read_benchmarks(
+    config: RunConfig, tokenizer: Tokenizer, problems: list[str]
+) -> dict[str, list[Prompt]]:
+    """Every benchmark's problems; what is wrong with the others is added to problems."""
+    read = {}
+    for name, benchmark in config.evaluation.benchmarks.items():
+        try:
+            read[name] = load_problems(benchmark, config.prompts, tokenizer)
+        except InputError as error:
+            problems.append(f"evaluation.benchmarks.{name}: {error}")
+    return read
+
+
+def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:
+    lengths = {"rollout": config.rollout.max_response_tokens}
+    if config.evaluation.benchmarks and config.evaluation.max_response_tokens:
+        lengths["evaluation"] = config.evaluation.max_response_tokens
+    for section, response in lengths.items():
+        longest = config.prompts.max_prompt_tokens + response
+        if longest > arch.max_position_embeddings:
+            yield (
+                f"prompts.max_prompt_tokens + {section}.max_response_tokens = {longest}: the model "
+                f"has {arch.max_position_embeddings} positions. Lower one of them"
+            )
 
 
 def _fit_problems(

@@ -21,6 +21,7 @@ from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.ops import backend
 from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups, make_groups
+from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import Platform
 from megatron_rl.policy.model import DTYPES
 from megatron_rl.policy.passes import plan_passes
@@ -68,6 +69,7 @@ class Run:
     evaluator: Evaluator | None
     store: CheckpointStore
     timer: PhaseTimer
+    stop: StopRequest
     say: Callable[[str], None]
     done_iterations: int = 0
 
@@ -211,7 +213,13 @@ class Run:
         values = self.policy.logprobs(batches) or []
         gap = max(
             (
-                float((batch.rollout_logprobs[batch.loss_rows] - own).abs().max())
+                # Comparisons with nan are false: max() and the collective would drop it.
+                float(
+                    (batch.rollout_logprobs[batch.loss_rows] - own)
+                    .abs()
+                    .nan_to_num(nan=torch.inf)
+                    .max()
+                )
                 for batch, own in zip(batches, values, strict=False)
                 if batch.rollout_logprobs is not None and len(own)
             ),
@@ -325,6 +333,7 @@ def build_run(
             output_dir / "checkpoints", groups, keep_last=config.checkpoint.keep_last
         ),
         timer=PhaseTimer(synchronize=platform.synchronize),
+        stop=StopRequest(),
         say=say,
     )
 
@@ -353,8 +362,7 @@ def build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evalua
         return None
     return Evaluator(
         config.evaluation,
-        config.prompts,
-        inputs.tokenizer,
+        inputs.benchmarks,
         max_response_tokens=config.rollout.max_response_tokens,
         output_dir=Path(config.run.output_dir),
         groups=groups,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -57,8 +58,8 @@ def train_session(config: RunConfig) -> None:
         early.say(line)
     recorder = _Recorder(config, early, is_main=is_main)
     run.say = recorder.say
-    train(run, recorder.record)
-    exported = run.export()
+    run.stop.listen()
+    exported = run.export() if train(run, recorder.record) else None
     recorder.close(run.policy.version, exported)
     _leave(run.close)
 
@@ -243,10 +244,18 @@ def _commit() -> str | None:
 def _leave(close: Callable[[], None]) -> None:
     """End the process without destructors: an engine's and a group's may wait for other ranks.
 
-    close comes last, since vLLM's shutdown takes the process groups with it.
+    close comes late, since vLLM's shutdown takes the process groups with it. Megatron-Core's
+    checkpoint writer leaves a manager process, which would outlive us and hold our output open.
     """
     dist.barrier()
     close()
+    for child in multiprocessing.active_children():
+        child.kill()
+    # Megatron's checkpoint writer keeps a manager process; only destructors would have ended it,
+    # and it would hold the terminal's pipe open.
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -77,7 +77,9 @@ def write_model(directory: Path, seed: int) -> int:
     """config.json, generation_config.json and model.safetensors; returns the parameter count."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=64,

@@ -6,11 +6,11 @@ One row of train.jsonl or heldout.jsonl, at level 2 (two operations):
 
     {"prompt":"7+5-3?","response":"7+5=12,12-3=9\\boxed{9}","answer":"9","level":2}
 
-Answers are right everywhere, and so are the worked solutions of heldout.jsonl. Those of train.jsonl
-were written by somebody careless: each step slips by 1 or 2 with probability 0.3, and the chain goes
-on from there. A model that imitates them to perfection gets 0.7^level of the problems right, so it
-leaves supervised fine-tuning with groups of every kind, and with something that only the verifiable
-reward can teach it: which of the habits it has seen is the right one.
+Answers are right everywhere, and so are the worked solutions of heldout.jsonl. The solutions of
+train.jsonl come from somebody who is often in a hurry: the longer the problem, the more often there
+is no working but only a guess, right one time in seven. Worked ones slip now and then. A model that
+imitates this to perfection leaves supervised fine-tuning with groups of every kind, and with
+something that only the verifiable reward can teach it: that working the steps pays.
 
 Every partial result lies in 0..59 (0..99 after slips). The same seed gives the same bytes on every
 machine. No held-out prompt is in the training file; training prompts may repeat, since level 1 has
@@ -32,8 +32,10 @@ MAX_FIRST = 19
 MAX_OPERAND = 9
 MAX_RESULT = 59
 MAX_NUMBER = 99  # the largest that is one token
-SLIP_PROBABILITY = 0.3
-SLIPS = (-2, -1, 1, 2)
+HASTE = (0.2, 0.4, 0.6, 0.75, 0.85)  # share of guesses among training solutions, by level
+LUCK = 0.15  # a guess is right
+CARELESSNESS = 0.03  # a worked step is wrong
+SLIPS = (-3, -2, -1, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def _draw(rng: random.Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
-def draw_problem(rng: random.Random, level: int, slip_probability: float = 0.0) -> Problem:
+def draw_problem(rng: random.Random, level: int, *, is_exemplary: bool) -> Problem:
     """A chain of `level` operations; an operation that would leave 0..59 is drawn again."""
     first = value = _draw(rng, 1, MAX_FIRST)
     terms: list[int] = []
@@ -62,26 +64,38 @@ def draw_problem(rng: random.Random, level: int, slip_probability: float = 0.0) 
             terms.append(term)
             value += term
     prompt = f"{first}" + "".join(f"{term:+d}" for term in terms) + "?"
-    response = None
-    while response is None:
-        response = _work(rng, first, terms, slip_probability)
+    if is_exemplary:
+        response = _work(rng, first, terms, carelessness=0.0)
+    elif rng.random() < HASTE[level - 1]:
+        response = _boxed(value if rng.random() < LUCK else _slip(rng, value))
+    else:
+        response = _work(rng, first, terms, CARELESSNESS)
     return Problem(prompt=prompt, response=response, answer=str(value), level=level)
 
 
-def _work(
-    rng: random.Random, value: int, terms: Sequence[int], slip_probability: float
-) -> str | None:
-    """A worked solution, perhaps with slips; None where they lead out of 0..99."""
+def _work(rng: random.Random, value: int, terms: Sequence[int], carelessness: float) -> str:
+    """A worked solution; after a slip the chain goes on from the wrong number."""
     steps = []
     for term in terms:
         result = value + term
-        if rng.random() < slip_probability:
-            result += SLIPS[_draw(rng, 0, len(SLIPS) - 1)]
-        if not 0 <= result <= MAX_NUMBER:
-            return None
+        if result < 0 or rng.random() < carelessness:
+            result = _slip(rng, result)
         steps.append(f"{value}{term:+d}={result}")
         value = result
-    return ",".join(steps) + f"\\boxed{{{value}}}"
+    return ",".join(steps) + _boxed(value)
+
+
+def _slip(rng: random.Random, number: int) -> int:
+    """Another number nearby that is one token."""
+    while True:
+        slipped = number + SLIPS[_draw(rng, 0, len(SLIPS) - 1)]
+        if 0 <= slipped <= MAX_NUMBER:
+            return slipped
+        number = max(0, min(MAX_NUMBER, number))
+
+
+def _boxed(number: int) -> str:
+    return f"\\boxed{{{number}}}"
 
 
 def draw_problems(num_train: int, num_heldout: int, seed: int) -> tuple[list[Problem], ...]:
@@ -89,11 +103,11 @@ def draw_problems(num_train: int, num_heldout: int, seed: int) -> tuple[list[Pro
     rng = random.Random(seed)
     heldout: dict[str, Problem] = {}
     while len(heldout) < num_heldout:
-        problem = draw_problem(rng, level=1 + len(heldout) % MAX_LEVEL)
+        problem = draw_problem(rng, 1 + len(heldout) % MAX_LEVEL, is_exemplary=True)
         heldout.setdefault(problem.prompt, problem)
     train: list[Problem] = []
     while len(train) < num_train:
-        problem = draw_problem(rng, 1 + len(train) % MAX_LEVEL, SLIP_PROBABILITY)
+        problem = draw_problem(rng, 1 + len(train) % MAX_LEVEL, is_exemplary=False)
         if problem.prompt not in heldout:
             train.append(problem)
     return train, list(heldout.values())

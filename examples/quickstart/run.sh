@@ -23,11 +23,11 @@ mkdir -p "$output"
 step "1/3 a tiny Qwen2 model and its SentencePiece tokenizer, from the shipped problems"
 "$python" "$here/make_model.py" --output "$output/model"
 
-step "2/3 warm-up: supervised fine-tuning through the trainer (preset sft)"
+step "2/3 warm-up: supervised fine-tuning through the trainer (preset sft), data-parallel"
 launch "$ranks" -m megatron_rl train "$here/sft.yaml" \
-  model.path="$output/model" run.output_dir="$output/sft" "parallel.tensor_model_parallel_size=$ranks"
+  model.path="$output/model" run.output_dir="$output/sft"
 
-step "3/3 reinforcement learning: Reinforce-Rej, evaluated before and after"
+step "3/3 reinforcement learning: Reinforce-Rej, tensor-parallel, evaluated before and after"
 launch "$ranks" -m megatron_rl train "$here/reinforce_rej.yaml" \
   model.path="$output/sft/hf" run.output_dir="$output/rl" "parallel.tensor_model_parallel_size=$ranks"
 

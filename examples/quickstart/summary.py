@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megatron_rl.metrics.writers import read_jsonl
 
-ACCURACY = "evaluation/heldout/average_at_4"
+ACCURACY = "evaluation/arithmetic/average_at_4"
 PHASES = ("rollout", "reward", "logprob", "update", "weight_sync", "iteration")
 
 

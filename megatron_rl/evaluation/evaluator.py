@@ -1,7 +1,7 @@
 """Average@k on held-out problems, through the same engine and verifier as training."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -53,8 +53,7 @@ class Evaluator:
     def __init__(
         self,
         config: EvaluationConfig,
-        prompts: PromptsConfig,
-        tokenizer: Tokenizer,
+        problems: Mapping[str, Sequence[Prompt]],
         *,
         max_response_tokens: int,
         output_dir: Path,
@@ -62,10 +61,7 @@ class Evaluator:
     ) -> None:
         self._config, self._output_dir, self._groups = config, output_dir, groups
         self._max_response_tokens = config.max_response_tokens or max_response_tokens
-        self._problems = {
-            name: _load(benchmark, prompts, tokenizer)
-            for name, benchmark in config.benchmarks.items()
-        }
+        self._problems = problems
 
     def run(
         self, sampler: Sampler, scorer: RewardScorer, *, iteration: int, policy_version: int
@@ -122,7 +118,10 @@ class Evaluator:
                 file.write(json.dumps(row) + "\n")
 
 
-def _load(benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer) -> list[Prompt]:
+def load_problems(
+    benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer
+) -> list[Prompt]:
+    """The problems of one benchmark, through the template of the training prompts."""
     config = prompts.model_copy(
         update={
             "path": benchmark.path,

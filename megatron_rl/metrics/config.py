@@ -13,7 +13,7 @@ class MetricsConfig(Settings):
 
     console: Literal["auto", "rich", "plain", "silent"] = "auto"
     """What the terminal shows. "rich": a progress bar and one table row per iteration; "plain": one
-    line per iteration; "auto": rich where the output is a terminal, else plain; "silent": nothing."""
+    line per iteration; "auto": rich on a terminal, else plain; "silent": nothing."""
 
     jsonl: bool = True
     """Append one JSON object per iteration to metrics.jsonl in the run's directory; what

@@ -55,9 +55,10 @@ COLUMNS = (
     Column("reward", ("reward/mean",), ".3f", 7),
     Column("accuracy", ("reward/accuracy",), ".1%", 8),
     Column("kept", ("algorithms/kept_responses_frac",), ".1%", 6),
-    Column("kl", ("policy/kl_initial_k3", "policy/kl_initial_k1"), ".4f", 8),
+    Column("kl", ("policy/kl_initial_k1", "policy/kl_initial_k3"), ".4f", 8),
     Column("entropy", ("policy/entropy_mean", "rollout/entropy_estimate"), ".3f", 7),
     Column("length", ("rollout/response_tokens_mean",), ".1f", 8),
+    Column("loss", ("policy/loss",), ".4f", 8),
     Column("grad norm", ("policy/grad_norm",), ".3g", 9),
     Column("s/iter", ("time/iteration_s",), ".1f", 7),
 )
@@ -91,8 +92,11 @@ class SilentDisplay:
         pass
 
 
+SECONDS_BETWEEN_LINES = 1.0
+
+
 class PlainDisplay:
-    """One line per iteration, for logs."""
+    """One line per iteration, for logs; at most one a second but for first, last, evaluations."""
 
     def __init__(
         self,
@@ -102,6 +106,8 @@ class PlainDisplay:
     ) -> None:
         self._stream = stream
         self._total = total_iterations
+        self._clock = clock
+        self._shown_at: float | None = None
         self._eta = TimeLeft(total_iterations, clock)
 
     def say(self, message: str) -> None:
@@ -112,8 +118,13 @@ class PlainDisplay:
             f"{column.header} {text}" for column in COLUMNS if (text := column.text(values)) != "-"
         ]
         eta = self._eta.after(iteration, values)
+        evaluated, now = evaluation_lines(values), self._clock()
+        is_soon = self._shown_at is not None and now - self._shown_at < SECONDS_BETWEEN_LINES
+        if is_soon and not evaluated and iteration != self._total:
+            return
+        self._shown_at = now
         self.say("  ".join([f"iteration {iteration}/{self._total}", *shown, f"eta {eta}"]))
-        for line in evaluation_lines(values):
+        for line in evaluated:
             self.say(f"iteration {iteration}/{self._total}  {line}")
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ GREY = "#555555"
 PANELS = (
     ("Reward", "mean reward", ("reward/mean",)),
     ("Accuracy", "share correct", ("reward/accuracy",)),
-    ("KL to the initial policy", "nats per token", ("policy/kl_initial_k3",)),
+    ("KL to the initial policy", "nats per token", ("policy/kl_initial_k1",)),
     ("Entropy", "nats per token", ("policy/entropy_mean", "rollout/entropy_estimate")),
     ("Response length", "tokens", ("rollout/response_tokens_mean",)),
     ("Kept responses", "share of those drawn", ("algorithms/kept_responses_frac",)),

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.errors import RunError
+
 Item = TypeVar("Item")
 
 
@@ -14,6 +16,9 @@ def agree_or_raise(error: Exception | None, group: dist.ProcessGroup) -> None:
     """Raise on all ranks when any rank has an error; every rank of group must call it.
 
     A check that fails on one rank only would leave the others waiting in the next collective.
+
+    Raises:
+        RunError: on ranks without an error of their own, with the first other's.
     """
     failed = torch.tensor(int(error is not None))
     dist.all_reduce(failed, group=group)
@@ -25,7 +30,7 @@ def agree_or_raise(error: Exception | None, group: dist.ProcessGroup) -> None:
     if error is not None:
         raise error
     rank, first = next((rank, text) for rank, text in enumerate(told) if text is not None)
-    raise RuntimeError(f"rank {rank} failed: {first}")
+    raise RunError(f"rank {rank} failed: {first}")
 
 
 def sum_over(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:

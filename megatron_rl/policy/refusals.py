@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.policy.config import ModelConfig
-from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 
 # What network the checkpoint is; Megatron-Core would train another one without an error.
 NETWORK = (
@@ -154,6 +154,29 @@ def _override_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {near[0]}?" if near else "See Megatron-Core's TransformerConfig"
             yield ConfigError(field, value, "TransformerConfig has no such field", hint)
+
+
+def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
+    """Whether the rollout engine can split this model; vLLM would say so after minutes."""
+    field = "rollout.tensor_model_parallel_size"
+    padded_vocab = padded_vocab_size(arch.vocab_size, 1)
+    for what, count in (
+        ("attention heads", arch.num_attention_heads),
+        ("rows of the feed-forward layer", arch.ffn_hidden_size),
+        ("rows of the padded vocabulary", padded_vocab),
+    ):
+        if count % rollout_tp:
+            yield ConfigError(
+                field, rollout_tp, f"must divide the model's {count} {what}", "Choose a divisor"
+            )
+    groups = arch.num_query_groups
+    if groups % rollout_tp and rollout_tp % groups:
+        yield ConfigError(
+            field,
+            rollout_tp,
+            f"must divide the model's {groups} key/value heads or be a multiple of them",
+            "Choose such a size",
+        )
 
 
 def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:

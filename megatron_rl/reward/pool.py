@@ -79,10 +79,6 @@ class WorkerPool:
         self._start_zygote()
 
     @property
-    def num_pending(self) -> int:
-        return len(self._waiting) + sum(worker.job is not None for worker in self._workers)
-
-    @property
     def worker_pids(self) -> list[int]:
         """Pids of the workers that are ready."""
         return [worker.pid for worker in self._workers if worker.is_ready and worker.pid]

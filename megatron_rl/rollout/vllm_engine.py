@@ -89,7 +89,7 @@ class VllmEngine:
             self._llm = _build(settings)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         pieces = engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank))
-        self.weights = VllmWeights(worker.model_runner.get_model(), self._llm, pieces)
+        self.weights = VllmWeights(worker.model_runner.get_model(), self._llm, pieces, dtype)
 
     def generate(
         self,

@@ -18,8 +18,10 @@ from megatron_rl.weights.pieces import Piece, local_shapes
 class VllmWeights:
     """EngineWeights over the model of this rank's vLLM worker."""
 
-    def __init__(self, model: torch.nn.Module, llm: Any, pieces: list[Piece]) -> None:
-        self._model, self._llm = model, llm
+    def __init__(
+        self, model: torch.nn.Module, llm: Any, pieces: list[Piece], dtype: torch.dtype
+    ) -> None:
+        self._model, self._llm, self._dtype = model, llm, dtype
         self._shapes = local_shapes(pieces)
         self._live = dict(model.named_parameters())
         self._staged: dict[str, Tensor] = {}
@@ -37,8 +39,9 @@ class VllmWeights:
         if name not in self._staged:
             # An embedding keeps its padded weight beside its packed copy; a linear keeps nothing.
             shape = self._shapes[name] if live.numel() == 0 else tuple(live.shape)
-            # In the engine's dtype: another one makes vLLM choose another kernel, silently.
-            self._staged[name] = torch.zeros(shape, dtype=live.dtype, device=live.device)
+            # In the engine's dtype, as the loader has it: a packed layer keeps its bias in float32,
+            # and a weight of another dtype makes vLLM choose another kernel, silently.
+            self._staged[name] = torch.zeros(shape, dtype=self._dtype, device=live.device)
         return self._staged[name]
 
     def commit(self, modules: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ def export_hf(
     if groups.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_companions(source, temporary, files)
+        write_companions(source, temporary, files, dtype)
     dist.barrier(group=groups.host)
     world = groups.layout.world_size
     for first in range(0, len(files), world):

@@ -175,8 +175,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     os.replace(temporary, path)
 
 
-def write_companions(source: Path, output: Path, files: Sequence[Sequence[str]]) -> None:
-    """The index where there are several files, and copies of config and tokenizer."""
+def write_companions(
+    source: Path, output: Path, files: Sequence[Sequence[str]], dtype: torch.dtype
+) -> None:
+    """The index where there are several files, and copies of config and tokenizer.
+
+    The copies are byte for byte, but for the dtype that config.json names: it says what is written.
+    """
     if len(files) > 1:
         weight_map = {
             name: file_name(number, len(files))
@@ -189,3 +194,12 @@ def write_companions(source: Path, output: Path, files: Sequence[Sequence[str]])
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
+    if (output / "config.json").is_file():
+        _name_dtype(output / "config.json", str(dtype).removeprefix("torch."))
+
+
+def _name_dtype(config: Path, dtype: str) -> None:
+    values = json.loads(config.read_text(encoding="utf-8"))
+    field = "torch_dtype" if "torch_dtype" in values else "dtype"  # transformers 4, 5
+    if values.get(field) != dtype:
+        config.write_text(json.dumps({**values, field: dtype}, indent=2) + "\n", encoding="utf-8")

@@ -34,6 +34,20 @@ def test_plain_line_says_it_all():
     )
 
 
+def test_plain_lines_come_at_most_once_a_second():
+    stream, now = (
+        io.StringIO(),
+        iter([0.0, *[t for t in (10.0, 10.4, 10.9, 11.2, 11.3) for _ in "ab"]]),
+    )
+    display = PlainDisplay(5, stream, clock=lambda: next(now))
+    for iteration in range(1, 6):
+        measured = {"evaluation/aime24/average_at_8": 0.5} if iteration == 3 else {}
+        display.write(iteration, {"reward/mean": 0.0, "time/iteration_s": 0.4, **measured})
+    lines = [line.split()[1] for line in stream.getvalue().splitlines()]
+    # first; too soon; evaluated (two lines); too soon after it; last
+    assert lines == ["1/5", "3/5", "3/5", "5/5"]
+
+
 def test_plain_line_leaves_out_what_was_not_measured():
     stream = io.StringIO()
     PlainDisplay(1, stream).write(1, {"rollout/entropy_estimate": 1.5, "time/iteration_s": 1.0})
@@ -83,8 +97,8 @@ def test_rich_table_has_a_header_then_a_row_per_iteration():
     lines = [clean(line).rstrip() for line in stream.getvalue().splitlines()]
     header = next(line for line in lines if line.startswith("iteration"))
     first = next(line for line in lines if line.strip().startswith("1 "))
-    headers = "iteration reward accuracy kept kl entropy length grad norm s/iter eta"
-    cells = "1 0.500 43.8% 62.5% 0.0013 0.750 312.5 0.812 6.0 0:00:12"
+    headers = "iteration reward accuracy kept kl entropy length loss grad norm s/iter eta"
+    cells = "1 0.500 43.8% 62.5% 0.0013 0.750 312.5 - 0.812 6.0 0:00:12"
     assert " ".join(header.split()) == headers
     assert " ".join(first.split()) == cells
     assert len(header) == len(first)  # right-aligned, so the last columns end together

@@ -33,9 +33,9 @@ def grpo(tmp_path):
         tmp_path / "grpo",
         [
             {"iteration": 0, "evaluation/aime24/average_at_8": 0.05},
-            {"iteration": 1, "reward/mean": 0.1, "reward/accuracy": 0.2, "policy/kl_initial_k3": 0},
-            {"iteration": 2, "reward/mean": 0.9, "policy/kl_initial_k3": None},
-            {"iteration": 2, "reward/mean": 0.3, "policy/kl_initial_k3": None},
+            {"iteration": 1, "reward/mean": 0.1, "reward/accuracy": 0.2, "policy/kl_initial_k1": 0},
+            {"iteration": 2, "reward/mean": 0.9, "policy/kl_initial_k1": None},
+            {"iteration": 2, "reward/mean": 0.3, "policy/kl_initial_k1": None},
             {"iteration": 4, "reward/mean": 0.5, "evaluation/aime24/average_at_8": 0.25},
         ],
     )
@@ -44,7 +44,7 @@ def grpo(tmp_path):
 def test_history_skips_gaps_and_takes_the_last_record_of_an_iteration(grpo):
     curves = history(grpo)
     assert curves["reward/mean"] == ([1, 2, 4], [0.1, 0.3, 0.5])
-    assert curves["policy/kl_initial_k3"] == ([1], [0])
+    assert curves["policy/kl_initial_k1"] == ([1], [0])
     assert "iteration" not in curves
 
 
@@ -54,7 +54,7 @@ def test_axes_hold_the_numbers(grpo):
     accuracy = panel(figure, "Accuracy")
     assert points(accuracy, "reward/accuracy") == [[[1], [0.2]]]
     assert points(accuracy, "evaluation/aime24/average_at_8") == [[[0, 4], [0.05, 0.25]]]
-    assert points(panel(figure, "KL to the initial policy"), "policy/kl_initial_k3") == [[[1], [0]]]
+    assert points(panel(figure, "KL to the initial policy"), "policy/kl_initial_k1") == [[[1], [0]]]
 
 
 def test_a_panel_without_numbers_says_so(grpo):

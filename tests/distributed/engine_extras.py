@@ -1,0 +1,191 @@
+"""What else is asked of an engine once it stands; each returns what rank 0 writes down.
+
+Imported on ranks only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engine_on_ranks import (
+    answers,
+    error_of,
+    everywhere,
+    gap,
+    patched,
+    push,
+    requests_of,
+    rows_of,
+    sample,
+    train_once,
+)
+
+import megatron_rl.weights.sync as sync_module
+from megatron_rl.errors import RunError
+from megatron_rl.run import Run
+from megatron_rl.weights.plan import Plan
+
+
+def stale_tied_head(run: Run) -> float:
+    """The gap when an update leaves out the packed copy that a tied head has of its own."""
+    prompts = run.prompts.next_batch()
+    groups = sample(run, prompts, 10)
+    train_once(run, groups, prompts)
+    with patched(run.sampling.engine.weights, "_repack_tied_head", lambda: None):
+        push(run)
+    stale, _ = gap(run, rows_of(run, sample(run, prompts, 11)))
+    push(run)
+    healed, _ = gap(run, rows_of(run, sample(run, prompts, 11)))
+    assert healed < 1e-5
+    return stale
+
+
+def corruption(run: Run) -> list[str]:
+    """One element of one shard of the last engine changes just before it is committed."""
+    name = "model.layers.2.mlp.gate_up_proj.weight"
+    weights = run.sampling.engine.weights
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+
+    def corrupting_execute(plan: Any, *rest: Any, after_bucket: Any, **named: Any) -> None:
+        def corrupt_then(moves: Any) -> None:
+            if is_last and any(move.unit == name.rpartition(".")[0] for move in moves):
+                weights[name][-1, 3] += 1e-6  # in the last row of "up"
+            after_bucket(moves)
+
+        stock_execute(plan, *rest, after_bucket=corrupt_then, **named)
+
+    stock_execute = sync_module.execute
+    with patched(sync_module, "execute", corrupting_execute):
+        error = error_of(lambda: push(run), RunError)
+    push(run)  # a whole push heals it
+    return everywhere(error)
+
+
+def skipped_commit(run: Run) -> list[str]:
+    """All ranks leave one module out: nobody may sample from half an update."""
+    weights = run.sampling.engine.weights
+    stock = weights.commit
+
+    def all_but_one(modules: Any) -> None:
+        stock([module for module in modules if module != "model.layers.1.self_attn.o_proj"])
+
+    with patched(weights, "commit", all_but_one):
+        error = error_of(lambda: push(run), AssertionError, RunError)
+    push(run)
+    return everywhere(error)
+
+
+def skipped_moves(run: Run) -> list[str]:
+    """A plan without the moves of one module, on all ranks."""
+    sync = run.sampling.sync
+    less = Plan(
+        buckets=tuple(
+            tuple(m for m in bucket if m.unit != "model.layers.3.self_attn.qkv_proj")
+            for bucket in sync._plan.buckets
+        ),
+        stats=sync._plan.stats,
+    )
+    with patched(sync, "_plan", less):
+        error = error_of(lambda: push(run), RunError)
+    push(run)
+    return everywhere(error)
+
+
+def probe(run: Run) -> dict[str, Any]:
+    """The start-up check, on equal weights, on other ones, and on broken ones."""
+    run.probe_engine()
+    other, broken = [], []
+    params = run.policy.named_parameters()
+    for kind, into in ((1.5, other), (torch.nan, broken)):
+        with torch.no_grad():
+            if run.groups.is_last_stage:
+                norm = params["decoder.final_layernorm.weight"]
+                kept = norm.clone()
+                norm.mul_(kind)
+            into += everywhere(error_of(run.probe_engine, RunError))
+            if run.groups.is_last_stage:
+                norm.copy_(kept)
+    run.probe_engine()
+    return {"agreed": True, "other": other, "nan": broken}
+
+
+def seeds(run: Run) -> dict[str, bool]:
+    """The same requests in other company."""
+    prompts = [[4 + (7 * k + j) % 100 for j in range(1 + k)] for k in range(12)]
+    requests = requests_of(prompts)
+    first = answers(run, requests)
+    again = answers(run, requests)
+    run.sampling.engine._llm.reset_prefix_cache()
+    after_reset = answers(run, requests)
+    halves = answers(run, requests[::2]) | answers(run, requests[1::2])
+    single: dict[Any, Any] = {}
+    for request in requests[:5]:
+        single |= answers(run, [request])
+    others = answers(run, requests_of(prompts[:1] * 12))
+    return {
+        "again": again == first,
+        "after a reset": after_reset == first,
+        "reversed": answers(run, requests[::-1]) == first,
+        "in halves": halves == first,
+        "one by one": single == {key: first[key] for key in single} and len(single) == 5,
+        "other seeds differ": len({tuple(tokens) for tokens, _, _ in others.values()}) > 6,
+    }
+
+
+def many_prompt_tokens(run: Run) -> int:
+    """12,000 prompt tokens wait where a step takes 8,192."""
+    prompts = [[4 + (k * j) % 100 for j in range(60)] for k in range(200)]
+    return len(answers(run, requests_of(prompts, max_tokens=3)))
+
+
+def equal_ranks(run: Run) -> bool:
+    found = answers(run, requests_of([[5, 9, 40 + k] for k in range(8)]))
+    told = everywhere(sorted(found.items()))
+    return len(told) == 2 and told[0] == told[1] and len(found) == 8
+
+
+def spread(run: Run) -> dict[str, Any]:
+    """Which prompts the engines are asked for, and on which rank groups end up."""
+    prompts = run.prompts.next_batch()
+    asked: list[int] = []
+    engine = run.sampling.engine
+    stock = engine.generate
+
+    def generate(requests: Any, *rest: Any) -> None:
+        asked.extend(request.key[0] for request in requests if request.key[1] == 0)
+        stock(requests, *rest)
+
+    with patched(engine, "generate", generate):
+        groups = sample(run, prompts, 30)
+    tp = run.groups.engines.tp
+    asked_everywhere = everywhere(asked)
+    return {
+        "num_engines": run.groups.engines.num_engines,
+        "asked_by_engine_ranks_are_equal": all(
+            keys == asked_everywhere[rank - rank % tp] for rank, keys in enumerate(asked_everywhere)
+        ),
+        "asked": asked_everywhere[::tp],
+        "prompts": [prompt.group_id for prompt in prompts],
+        "owned": [
+            group_id
+            for owned in everywhere([group.prompt.group_id for group in groups])
+            for group_id in owned
+        ],
+    }
+
+
+EXTRAS: dict[str, Callable[[Run], Any]] = {
+    function.__name__: function
+    for function in (
+        stale_tied_head,
+        corruption,
+        skipped_commit,
+        skipped_moves,
+        probe,
+        seeds,
+        many_prompt_tokens,
+        equal_ranks,
+        spread,
+    )
+}

@@ -1,0 +1,15 @@
+"""Imported once by the server that ranks fork from: vLLM, which takes longest of all."""
+
+import os
+
+from megatron_rl.rollout.vllm_engine import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)  # vLLM reads it when it is imported
+
+import preload_megatron  # noqa: F401  # isort: split
+import vllm.model_executor.models.llama
+import vllm.model_executor.models.qwen2
+import vllm.v1.engine.llm_engine
+import vllm.v1.worker.cpu_worker  # noqa: F401
+
+import megatron_rl.run  # noqa: F401

@@ -1,0 +1,221 @@
+"""The engine's log-probs of what it samples are the policy's, before and after weights moved.
+
+Real Megatron policy and real vLLM engine in the same gloo ranks. One job per case, since a process
+holds one engine; whatever needs an engine is tested in one of them.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from engine_models import MODELS, write_model
+from harness import run_on_ranks
+
+pytestmark = pytest.mark.slow
+
+GAP_BOUND = 1e-5  # fp32 log-probs near -5 have a rounding of 5e-7, a few of them add up
+MOVED_BOUND = 1e-3  # a hundred times that: stale weights cannot pass for new ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    model: str
+    tp: int
+    pp: int
+    rollout_tp: int
+    extras: tuple[str, ...] = ()
+
+    @property
+    def world(self) -> int:
+        return max(self.tp * self.pp, self.rollout_tp)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-tp{self.tp}-pp{self.pp}-to-tp{self.rollout_tp}"
+
+
+CASES = (
+    Case(model="qwen2", tp=1, pp=1, rollout_tp=1, extras=("seeds", "many_prompt_tokens")),
+    Case(model="qwen2_tied", tp=1, pp=1, rollout_tp=1, extras=("stale_tied_head",)),
+    Case(model="qwen2", tp=2, pp=1, rollout_tp=1, extras=("spread",)),
+    Case(model="qwen2_tied", tp=2, pp=1, rollout_tp=1),
+    Case(
+        model="qwen2",
+        tp=2,
+        pp=1,
+        rollout_tp=2,
+        extras=("seeds", "equal_ranks", "corruption", "skipped_commit", "skipped_moves"),
+    ),
+    Case(model="qwen2_tied", tp=2, pp=1, rollout_tp=2, extras=("stale_tied_head",)),
+    Case(model="qwen2", tp=1, pp=2, rollout_tp=1, extras=("probe",)),
+    Case(model="qwen2_tied", tp=1, pp=2, rollout_tp=1, extras=("corruption",)),
+    Case(model="qwen2", tp=2, pp=2, rollout_tp=2, extras=("spread", "corruption", "probe")),
+    Case(model="qwen2_tied", tp=2, pp=2, rollout_tp=2),
+    Case(model="llama", tp=2, pp=1, rollout_tp=2),
+)
+COINCIDING = {
+    case.name
+    for case in CASES
+    if case.pp == 1 and case.tp == case.rollout_tp and case.model != "llama"
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """<model>/ for each model, and prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("parity")
+    for name in MODELS:
+        write_model(name, folder / name)
+    draw = random.Random(3)
+    rows = [
+        {"prompt": "+".join(str(draw.randrange(100)) for _ in range(2 + k % 9)), "answer": "1"}
+        for k in range(40)
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if "preload_vllm" not in harness.PRELOAD:
+        harness.PRELOAD.append("preload_vllm")  # of use only if no rank has started yet
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(directory):
+    """Case -> what its job found; each job runs once, whether it fails or not."""
+    found: dict[str, dict[str, Any] | str] = {}
+
+    def run(case: Case) -> dict[str, Any]:
+        if case.name not in found:
+            out = directory / f"{case.name}.json"
+            try:
+                run_on_ranks(case.world, on_ranks, case, directory, out, timeout_s=240.0)
+                found[case.name] = json.loads(out.read_text())
+            except AssertionError as error:
+                found[case.name] = str(error)
+        result = found[case.name]
+        if isinstance(result, str):
+            pytest.fail(result, pytrace=False)
+        return result
+
+    return run
+
+
+def having(extra: str) -> Any:
+    cases = [case for case in CASES if extra in case.extras]
+    assert cases
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_engine_and_policy_agree_before_and_after_two_updates(case, measured):
+    found = measured(case)
+    assert len(found["gaps"]) == 3
+    assert all(gap < GAP_BOUND for gap in found["gaps"]), found
+    assert all(moved > MOVED_BOUND for moved in found["moved"]), found
+    assert all(count > 200 for count in found["tokens"]), found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_only_missing_bytes_are_on_the_wire(case, measured):
+    """Every rank gets what its engine shard has and its policy shard has not, once."""
+    for rank in measured(case)["bytes"]:
+        assert rank["on_the_wire"] == rank["reported"] == [rank["missing"]] * 3
+        assert (rank["missing"] == 0) == (case.name in COINCIDING)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_engine_leaves_the_global_generators_alone(case, measured):
+    found = measured(case)
+    assert found["build_left_rng"]
+    assert found["generate_left_rng"]
+
+
+@having("stale_tied_head")
+def test_without_the_repair_of_a_tied_head_the_gap_shows_it(case, measured):
+    assert measured(case)["stale_tied_head"] > MOVED_BOUND
+
+
+@having("corruption")
+def test_one_wrong_element_in_one_engine_stops_all_ranks_and_is_named(case, measured):
+    errors = measured(case)["corruption"]
+    assert len(errors) == case.world
+    for error in errors:
+        assert error.startswith("RunError: ")
+        assert "model.layers.2.mlp.up_proj.weight" in error
+
+
+@having("skipped_commit")
+def test_a_module_that_is_never_committed_is_an_error(case, measured):
+    for error in measured(case)["skipped_commit"]:
+        assert "model.layers.1.self_attn.o_proj.weight" in error
+
+
+@having("skipped_moves")
+def test_a_module_that_never_arrives_is_named(case, measured):
+    for error in measured(case)["skipped_moves"]:
+        assert error.startswith("RunError: ")
+        assert "model.layers.3.self_attn.k_proj.weight" in error
+
+
+@having("probe")
+def test_the_start_up_probe_sees_other_weights_on_all_ranks(case, measured):
+    found = measured(case)["probe"]
+    assert found["agreed"]
+    for error in found["other"] + found["nan"]:
+        assert error.startswith("RunError: engine probe: policy and engine differ by")
+
+
+@having("seeds")
+@pytest.mark.parametrize("how", ["reversed", "in halves", "one by one", "after a reset", "again"])
+def test_a_seed_alone_decides_tokens_and_logprobs(case, measured, how):
+    """Bit-equal: on a CPU no kernel depends on the other requests of a batch."""
+    assert measured(case)["seeds"][how]
+
+
+@having("seeds")
+def test_other_seeds_give_other_tokens(case, measured):
+    assert measured(case)["seeds"]["other seeds differ"]
+
+
+@having("many_prompt_tokens")
+def test_more_seeded_prompt_tokens_than_one_step_takes(case, measured):
+    """Chunked prefill would rewind a CPU generator, which vLLM 0.32 dies of."""
+    assert measured(case)["many_prompt_tokens"] == 200
+
+
+@having("equal_ranks")
+def test_ranks_of_one_engine_sample_the_same(case, measured):
+    assert measured(case)["equal_ranks"]
+
+
+@having("spread")
+def test_each_prompt_is_sampled_by_one_engine_and_ends_on_one_rank(case, measured):
+    found = measured(case)["spread"]
+    assert found["num_engines"] == 2
+    assert found["asked_by_engine_ranks_are_equal"]
+    first, second = found["asked"]
+    assert not set(first) & set(second)
+    assert sorted(first + second) == sorted(found["prompts"])
+    assert sorted(found["owned"]) == sorted(found["prompts"])
+
+
+# -- on the ranks --------------------------------------------------------------------------------
+
+
+def on_ranks(case: Case, directory: Path, out: Path) -> None:
+    import torch.distributed as dist
+    from engine_extras import EXTRAS
+    from engine_on_ranks import build, config_of, leave, measure
+
+    config = config_of(
+        directory / case.model, directory / "prompts.jsonl", case.tp, case.pp, case.rollout_tp
+    )
+    run, build_left_rng = build(config)
+    found = {"build_left_rng": build_left_rng, **measure(run)}
+    for extra in case.extras:
+        found[extra] = EXTRAS[extra](run)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+    leave()

