@@ -233,7 +233,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="default: 128 on a CPU, 32768 on a GPU")
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--hidden", type=int, help="default: 256 on a CPU, 3584 on a GPU")
-    parser.add_argument("--chunk-rows", type=int, help="default: 32 on a CPU, 4096 on a GPU")
+    parser.add_argument("--chunk-rows", type=int, help="default: 64 on a CPU, 4096 on a GPU")
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
@@ -242,7 +242,7 @@ def parse() -> argparse.Namespace:
     on_gpu = args.device == "cuda"
     args.rows = args.rows or (32768 if on_gpu else 128)
     args.hidden = args.hidden or (3584 if on_gpu else 256)
-    args.chunk_rows = args.chunk_rows or (4096 if on_gpu else 32)
+    args.chunk_rows = args.chunk_rows or (4096 if on_gpu else 64)
     return args
 
 

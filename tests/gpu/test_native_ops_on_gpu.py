@@ -1,4 +1,4 @@
-"""The CUDA ops against the CPU ops and float64. Skipped without a GPU; `pytest -m gpu` runs them."""
+"""The CUDA ops against the CPU ops and float64; `pytest -m gpu` runs them where there is a GPU."""
 
 import pytest
 import torch
