@@ -17,6 +17,7 @@ from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.metrics.config import MetricsConfig
+from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.refusals import config_problems
@@ -61,6 +62,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    ops: OpsConfig = OpsConfig()
 
     @property
     def is_supervised(self) -> bool:

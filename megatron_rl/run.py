@@ -18,6 +18,7 @@ from megatron_rl.errors import InputError, RunError
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.metrics import tally
 from megatron_rl.metrics.timers import PhaseTimer
+from megatron_rl.ops import backend
 from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.parallel.stop import StopRequest
@@ -288,6 +289,7 @@ def build_run(
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
+    say(backend.choose(config.ops.backend, platform.current_device()))
     groups = make_groups(platform, config.parallel, rollout_tp)
     algorithm = Algorithm(config.algorithm)
     passes = plan_passes(algorithm, num_updates=config.num_updates, epochs=config.optimizer.epochs)

@@ -1,7 +1,8 @@
 """LM head and loss in row chunks, so that only one chunk's logits are ever alive.
 
-The backward computes a chunk's logits again. Since the log-sum-exps are kept ([N] numbers), it
-needs no collective, and the weight's gradient is summed over chunks before it is rounded.
+The definition's backward computes a chunk's logits again. Since the log-sum-exps are kept ([N]
+numbers), it needs no collective, and the weight's gradient is summed over chunks before it is
+rounded. The native loss writes the gradient in the forward instead (ops/native_loss.py).
 """
 
 from typing import Any
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.ops.token_loss import LossSpec, TokenLoss, token_loss
+from megatron_rl.ops import backend
+from megatron_rl.ops.native_loss import LinearPolicyLossFunction, LossInputs, Shard
+from megatron_rl.ops.token_loss import LossSpec, TokenLoss, check_inputs, token_loss
 from megatron_rl.ops.vocab_parallel import (
     compute_dtype,
     gather_stats,
@@ -40,7 +43,7 @@ def linear_policy_loss(
     with_entropy: bool,
     chunk_rows: int,
 ) -> tuple[TokenLoss, Tensor]:
-    """Loss of N rows that carry loss, and their log-probabilities, detached.
+    """Loss of N rows that carry loss, and their log-probabilities, detached; 0 at weight 0.
 
     The loss is equal on all tp ranks. The gradient of hidden is this rank's partial sum over its
     columns, which the caller's mapping adds up over tp_group. Zero rows give a loss of 0 that
@@ -55,6 +58,23 @@ def linear_policy_loss(
         with_entropy: measure the entropy even if spec.entropy_coef is 0.
         chunk_rows: rows of logits alive at a time; changes results by rounding only.
     """
+    if backend.is_native("policy_loss_onepass_", hidden) and hidden.dtype == weight.dtype:
+        _check_shapes(hidden, weight, targets, chunk_rows)
+        entropy_if_any = hidden if with_entropy or spec.entropy_coef != 0 else None
+        check_inputs(spec, entropy=entropy_if_any, ref=ref_logprobs, rollout=rollout_logprobs)
+        loss, logprobs, sums, extrema = LinearPolicyLossFunction.apply(
+            hidden,
+            weight,
+            targets.contiguous(),
+            LossInputs(
+                old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec,
+                with_entropy,
+            ),
+            Shard(tp_group, vocab_start, valid_vocab, 1.0 / temperature),
+            chunk_rows,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        return TokenLoss(loss=loss, sums=sums, extrema=extrema), logprobs
     logprobs, entropy = differentiable_linear_logprobs(
         hidden,
         weight,
@@ -75,7 +95,7 @@ def linear_policy_loss(
         weights=weights,
         spec=spec,
     )
-    return result, logprobs.detach()
+    return result, logprobs.detach().where(weights != 0, 0.0)
 
 
 def differentiable_linear_logprobs(

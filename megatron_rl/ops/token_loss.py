@@ -9,11 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_rl.ops import backend
+from megatron_rl.ops.native_loss import LossInputs, TokenLossFunction
+
 LossKind = Literal["likelihood", "clipped_ratio"]
 KlEstimator = Literal["k1", "k2", "k3"]
 
 MAX_LOG_RATIO = 20.0
 """Differences of log-probabilities are clamped to this before exp(); no gradient outside."""
+
+NATIVE_DTYPES = (torch.float32, torch.float64)
+"""Of log-probabilities that the native loss takes."""
 
 SUMS = (
     "tokens",  # with weight != 0; the only ones that any entry below speaks about
@@ -89,7 +95,38 @@ def token_loss(
         weights: shares of the global loss; nothing divides after this.
         spec: kind of loss and its numbers.
     """
-    _check_inputs(spec, entropy=entropy, ref=ref_logprobs, rollout=rollout_logprobs)
+    check_inputs(spec, entropy=entropy, ref=ref_logprobs, rollout=rollout_logprobs)
+    if logprobs.dtype in NATIVE_DTYPES and backend.is_native("token_loss", logprobs):
+        inputs = LossInputs(
+            old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec,
+            with_entropy=entropy is not None,
+        )  # fmt: skip
+        loss, _, sums, extrema = TokenLossFunction.apply(logprobs, entropy, inputs)
+        return TokenLoss(loss=loss, sums=sums, extrema=extrema)
+    return token_loss_definition(
+        logprobs,
+        entropy,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages,
+        weights=weights,
+        spec=spec,
+    )
+
+
+def token_loss_definition(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    *,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    spec: LossSpec,
+) -> TokenLoss:
+    """What the native op must equal, and what runs where there is none."""
     active = weights != 0
     has_ratio = spec.kind == "clipped_ratio" or old_logprobs is not None
     logprobs = logprobs.where(active, 0.0)
@@ -262,9 +299,10 @@ def _constant(values: Tensor, like: Tensor, active: Tensor) -> Tensor:
     return values.detach().to(like.dtype).where(active, 0.0)
 
 
-def _check_inputs(
+def check_inputs(
     spec: LossSpec, *, entropy: Tensor | None, ref: Tensor | None, rollout: Tensor | None
 ) -> None:
+    """Raise ValueError where the loss needs something that is None."""
     for name, setting, needed, given in (
         ("entropy", "entropy_coef", spec.entropy_coef != 0, entropy),
         ("ref_logprobs", "kl_coef", spec.kl_coef != 0, ref),

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of a softmax whose vocabulary is split over tp ranks.
 
-Three pure steps, which native kernels fill later: local statistics of a shard, the merge of all
-shards' statistics, and the gradient of a shard. This file is their definition.
+Three pure steps: local statistics of a shard, the merge of all shards' statistics, and the gradient
+of a shard. Each has a native op, and beside it the definition that the op must equal.
 """
 
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from megatron_rl.ops import backend
 
 # exp() of this is 0 in float64, and 0 times it is 0: stands for -inf where a product follows.
 _LOG_ZERO = -1e4
@@ -24,6 +26,7 @@ def vocab_parallel_logprobs(
     valid_vocab: int,
     temperature: float,
     with_entropy: bool,
+    overwrite_logits: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target and entropy of each row, in nats, equal on all tp ranks.
 
@@ -40,6 +43,8 @@ def vocab_parallel_logprobs(
         valid_vocab: columns from this global id on are padding: they count for nothing.
         temperature: logits are divided by it, in the compute dtype.
         with_entropy: whether the second result is [N] or None.
+        overwrite_logits: let the backward of native ops put the gradient where the logits are; then
+            a later backward that needs these logits raises.
     """
     _check_rows(logits, targets)
     logprobs, entropy = _VocabParallelLogprobs.apply(
@@ -49,6 +54,8 @@ def vocab_parallel_logprobs(
         shard_columns(logits.size(1), vocab_start, valid_vocab),
         vocab_start,
         temperature,
+        with_entropy,
+        overwrite_logits,
     )
     return logprobs, entropy if with_entropy else None
 
@@ -64,13 +71,45 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def shard_stats(
-    logits: Tensor, targets: Tensor, *, num_valid: int, vocab_start: int, temperature: float
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    num_valid: int,
+    vocab_start: int,
+    temperature: float,
+    with_entropy: bool = True,
 ) -> Tensor:
     """[N, 4] of one shard, z being scaled logits: max z, sum e, sum e * (z - max), z[target].
 
     e = exp(z - max). The target's z is -inf in the shards that do not own it, and a shard of
-    nothing but padding is (-inf, 0, 0, -inf).
+    nothing but padding is (-inf, 0, 0, -inf). Native ops leave the third one 0 if nobody asks for
+    the entropy.
     """
+    if backend.is_native("row_stats", logits):
+        stats: Tensor = torch.ops.megatron_rl.row_stats(
+            with_dense_rows(logits),
+            targets.contiguous(),
+            None,
+            vocab_start,
+            vocab_start + num_valid,
+            1.0 / temperature,
+            with_entropy,
+        )
+        return stats
+    return shard_stats_definition(
+        logits, targets, num_valid=num_valid, vocab_start=vocab_start, temperature=temperature
+    )
+
+
+def with_dense_rows(logits: Tensor) -> Tensor:
+    """The same logits, copied if the columns of a row are not next to each other."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def shard_stats_definition(
+    logits: Tensor, targets: Tensor, *, num_valid: int, vocab_start: int, temperature: float
+) -> Tensor:
+    """What the native op must equal, and what runs where there is none."""
     dtype = compute_dtype(logits.dtype)
     if num_valid == 0:
         return torch.tensor(
@@ -107,6 +146,14 @@ def gather_stats(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
 
 def merge_stats(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[tp, N, 4] -> logprobs, entropy and log-sum-exp, each [N]: the same bits on every rank."""
+    if backend.is_native("merge_stats", gathered):
+        logprobs, entropy, log_sum_exp = torch.ops.megatron_rl.merge_stats(gathered.contiguous())
+        return logprobs, entropy, log_sum_exp
+    return merge_stats_definition(gathered)
+
+
+def merge_stats_definition(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the native op must equal, and what runs where there is none."""
     maxima, target_logits = gathered[:, :, 0], gathered[:, :, 3]
     row_max = maxima.amax(dim=0)
     total = torch.zeros_like(row_max)
@@ -132,11 +179,53 @@ def shard_gradient(
     num_valid: int,
     vocab_start: int,
     temperature: float,
+    overwrite: bool = False,
 ) -> Tensor:
     """[N, V/tp] gradient of a shard's logits, rounded once; exactly 0 in the padding.
 
     d logprob / dz_i = [i = target] - p_i and d entropy / dz_i = -p_i * (log p_i + entropy).
+    Native ops put it where the logits are if told to overwrite them.
     """
+    if not backend.is_native("dlogits_", logits):
+        return shard_gradient_definition(
+            logits, targets, log_sum_exp, entropy, logprobs_grad, entropy_grad,
+            num_valid=num_valid, vocab_start=vocab_start, temperature=temperature,
+        )  # fmt: skip
+    zeros = torch.zeros_like(log_sum_exp)
+    of_target = zeros if logprobs_grad is None else logprobs_grad / temperature
+    of_entropy = zeros if entropy_grad is None else entropy_grad / temperature
+    # As csrc/dlogits/gradient_row.h takes them. An entropy that has no gradient may be anything.
+    of_all = -of_target if entropy_grad is None else -(of_target + entropy * of_entropy)
+    params = torch.stack([log_sum_exp, of_target, of_entropy, of_all], dim=1)
+    settings = (
+        targets.contiguous(),
+        params,
+        None,
+        vocab_start,
+        vocab_start + num_valid,
+        1.0 / temperature,
+    )
+    if overwrite and logits.stride(1) == 1:
+        torch.ops.megatron_rl.dlogits_(logits, *settings)
+        torch.autograd.graph.increment_version(logits)
+        return logits
+    gradient: Tensor = torch.ops.megatron_rl.dlogits(with_dense_rows(logits), *settings)
+    return gradient
+
+
+def shard_gradient_definition(
+    logits: Tensor,
+    targets: Tensor,
+    log_sum_exp: Tensor,
+    entropy: Tensor,
+    logprobs_grad: Tensor | None,
+    entropy_grad: Tensor | None,
+    *,
+    num_valid: int,
+    vocab_start: int,
+    temperature: float,
+) -> Tensor:
+    """What the native op must equal, and what runs where there is none."""
     gradient = torch.zeros_like(logits)
     if num_valid == 0:
         return gradient
@@ -167,14 +256,17 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         num_valid: int,
         vocab_start: int,
         temperature: float,
+        with_entropy: bool,
+        overwrite_logits: bool,
     ) -> tuple[Tensor, Tensor]:
+        ctx.overwrite_logits = overwrite_logits
         ctx.shard = {
             "num_valid": num_valid,
             "vocab_start": vocab_start,
             "temperature": temperature,
         }
         ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
-        stats = shard_stats(logits, targets, **ctx.shard)
+        stats = shard_stats(logits, targets, with_entropy=with_entropy, **ctx.shard)
         logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, tp_group))
         ctx.save_for_backward(logits, targets, log_sum_exp, entropy)
         return logprobs, entropy
@@ -183,12 +275,19 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
-    ) -> tuple[Tensor, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, ...]:
         logits, targets, log_sum_exp, entropy = ctx.saved_tensors
         gradient = shard_gradient(
-            logits, targets, log_sum_exp, entropy, logprobs_grad, entropy_grad, **ctx.shard
+            logits,
+            targets,
+            log_sum_exp,
+            entropy,
+            logprobs_grad,
+            entropy_grad,
+            overwrite=ctx.overwrite_logits,
+            **ctx.shard,
         )
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None, None, None, None
 
 
 def _check_rows(logits: Tensor, targets: Tensor) -> None:

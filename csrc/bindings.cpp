@@ -1,0 +1,39 @@
+// The schemas of every native op. Importing megatron_rl._C loads this library, which registers them.
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#define MRL_LOSS_INPUTS                                                                   \
+  "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "               \
+  "Tensor advantages, Tensor weights, int kind, float eps_low, float eps_high, "         \
+  "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, "              \
+  "float? rollout_is_cap, bool with_entropy, "
+
+STABLE_TORCH_LIBRARY(megatron_rl, m) {
+  m.def(
+      "row_stats(Tensor logits, Tensor targets, Tensor? weights, int vocab_start, "
+      "int valid_vocab, float inv_temp, bool with_entropy) -> Tensor");
+  m.def("merge_stats(Tensor stats) -> (Tensor logprobs, Tensor entropy, Tensor log_sum_exp)");
+  m.def("token_loss(Tensor stats, " MRL_LOSS_INPUTS
+        "float inv_temp) -> (Tensor logprobs, Tensor entropy, Tensor params, Tensor loss, "
+        "Tensor sums, Tensor extrema)");
+  m.def(
+      "dlogits_(Tensor(a!) logits, Tensor targets, Tensor params, Tensor? grad_scale, "
+      "int vocab_start, int valid_vocab, float inv_temp) -> ()");
+  m.def(
+      "dlogits(Tensor logits, Tensor targets, Tensor params, Tensor? grad_scale, "
+      "int vocab_start, int valid_vocab, float inv_temp) -> Tensor");
+  m.def("policy_loss_onepass_(Tensor(a!) logits, Tensor targets, " MRL_LOSS_INPUTS
+        "int valid_vocab, float inv_temp, float grad_scale) -> (Tensor logprobs, Tensor entropy, "
+        "Tensor loss, Tensor sums, Tensor extrema)");
+  m.def("rescale_if_(Tensor(a!) x, Tensor grad, float expected) -> ()");
+  m.def(
+      "group_stats(Tensor rewards, Tensor offsets, int std_ddof) -> (Tensor mean, Tensor std, "
+      "Tensor max, Tensor min, Tensor counts, Tensor flags)");
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                               nullptr,               nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,97 @@
+"""The compiled extension of csrc/: whether it is there, decided once at import, and for what.
+
+Its ops are torch.ops.megatron_rl.*; what each must equal is the definition beside its wrapper.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+FAULT = "" if importlib.util.find_spec("megatron_rl._C") else "it was not compiled"
+"""Why there are no native ops; empty where there are."""
+
+if not FAULT:
+    try:
+        import megatron_rl._C  # noqa: F401  (registers torch.ops.megatron_rl)
+    except ImportError as error:  # compiled for a torch that is no longer here
+        FAULT = f"it cannot be loaded: {error}"
+
+BUILT = not FAULT
+
+CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+DEVICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of logits, on a CPU and elsewhere."""
+
+
+def has(op: str, device: torch.device) -> bool:
+    """Whether op was compiled for this kind of device."""
+    if not BUILT or device.type not in ("cpu", "cuda"):
+        return False
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_rl::{op}", key))
+
+
+def takes(op: str, tensor: Tensor) -> bool:
+    """Whether op was compiled for the device and dtype of this tensor."""
+    dtypes = CPU_DTYPES if tensor.device.type == "cpu" else DEVICE_DTYPES
+    return tensor.dtype in dtypes and has(op, tensor.device)
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+if BUILT:
+    # What torch.compile and export are told about results, without any being computed.
+
+    @torch.library.register_fake("megatron_rl::row_stats")
+    def _row_stats(logits: Tensor, targets: Tensor, *rest: object) -> Tensor:
+        return logits.new_empty((logits.shape[0], 4), dtype=_compute_dtype(logits))
+
+    @torch.library.register_fake("megatron_rl::merge_stats")
+    def _merge_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = stats.shape[1]
+        return stats.new_empty(rows), stats.new_empty(rows), stats.new_empty(rows)
+
+    @torch.library.register_fake("megatron_rl::token_loss")
+    def _token_loss(stats: Tensor, *rest: object) -> tuple[Tensor, ...]:
+        rows = stats.shape[1]
+        logprobs, loss, totals = _loss_results(stats, rows, stats.dtype)
+        return logprobs, torch.empty_like(logprobs), stats.new_empty(rows, 4), loss, *totals
+
+    @torch.library.register_fake("megatron_rl::policy_loss_onepass_")
+    def _policy_loss_onepass_(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
+        logprobs, loss, totals = _loss_results(logits, logits.shape[0], _compute_dtype(logits))
+        return logprobs, torch.empty_like(logprobs), loss, *totals
+
+    @torch.library.register_fake("megatron_rl::dlogits_")
+    def _dlogits_(logits: Tensor, *rest: object) -> None:
+        return None
+
+    @torch.library.register_fake("megatron_rl::dlogits")
+    def _dlogits(logits: Tensor, *rest: object) -> Tensor:
+        return logits.new_empty(logits.shape)
+
+    @torch.library.register_fake("megatron_rl::rescale_if_")
+    def _rescale_if_(x: Tensor, grad: Tensor, expected: float) -> None:
+        return None
+
+    @torch.library.register_fake("megatron_rl::group_stats")
+    def _group_stats(rewards: Tensor, offsets: Tensor, std_ddof: int) -> tuple[Tensor, ...]:
+        groups = offsets.shape[0] - 1
+        return (
+            *(rewards.new_empty(groups) for _ in range(4)),
+            offsets.new_empty(groups),
+            rewards.new_empty((5, groups), dtype=torch.bool),
+        )
+
+
+def _loss_results(
+    like: Tensor, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    totals = (
+        like.new_empty(18, dtype=torch.float64),
+        like.new_empty(2, dtype=torch.float64),
+    )
+    return like.new_empty(rows, dtype=dtype), like.new_empty((), dtype=dtype), totals

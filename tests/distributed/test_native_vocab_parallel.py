@@ -1,0 +1,144 @@
+"""The compiled ops with the vocabulary split over real ranks, against float64 unsplit."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_on_ranks
+
+from megatron_rl.ops import backend, native
+from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
+from megatron_rl.ops.policy_loss import policy_loss
+from megatron_rl.ops.token_loss import LossSpec
+
+pytestmark = pytest.mark.skipif(not native.BUILT, reason=f"no native ops: {native.FAULT}")
+
+ROWS, HIDDEN, VOCAB = 19, 24, 8 * 256
+VALID_VOCABS = (VOCAB, 1301, 200)  # at 8 ranks: no padding, one rank cut, ranks of padding only
+SPEC = LossSpec(kind="clipped_ratio", eps_high=0.28, kl_coef=0.1, entropy_coef=0.05)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_policy_loss_of_shards_equals_float64(tp):
+    run_on_ranks(tp, check_policy_loss, tp)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_chunked_head_of_shards_equals_float64(tp):
+    run_on_ranks(tp, check_chunked_head, tp)
+
+
+def check_policy_loss(tp: int) -> None:
+    for valid_vocab in VALID_VOCABS:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            logits, targets, inputs = problem(valid_vocab, dtype)
+            exact = losses_and_gradient("reference", logits.double(), targets, inputs, valid_vocab)
+            shard = logits.chunk(tp, dim=1)[dist.get_rank()].clone()
+            for overwrite in (False, True):
+                loss, sums, logprobs, gradient = losses_and_gradient(
+                    "native", shard, targets, inputs, valid_vocab, tp=tp, overwrite=overwrite
+                )
+                # 1e-5: the goal for log-probabilities of any vocabulary and layout
+                torch.testing.assert_close(logprobs.double(), exact[2], atol=1e-5, rtol=0)
+                torch.testing.assert_close(loss.double(), exact[0], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(sums, exact[1], atol=1e-4, rtol=1e-5)
+                mine = exact[3].chunk(tp, dim=1)[dist.get_rank()]
+                best = (mine.to(dtype).double() - mine).norm()
+                error = (gradient.double() - mine).norm()
+                assert error <= 1.05 * best + 1e-5 * exact[3].norm()
+                start = dist.get_rank() * VOCAB // tp
+                assert (gradient[:, max(valid_vocab - start, 0) :] == 0).all()
+                assert (gradient[2] == 0).all()  # no weight
+                assert_equal_on_all_ranks(loss, sums, logprobs)
+
+
+def losses_and_gradient(ops, logits, targets, inputs, valid_vocab, *, tp=None, overwrite=False):
+    backend.choose(ops, CPU)
+    leaf = logits.clone().requires_grad_()
+    result, logprobs = policy_loss(
+        leaf * 1,
+        targets,
+        spec=SPEC,
+        with_entropy=True,
+        overwrite_logits=overwrite,
+        **inputs,
+        **(shard_of(tp, valid_vocab) if tp else shard_of(1, valid_vocab) | {"vocab_start": 0}),
+    )
+    result.loss.backward()
+    backend.choose("auto", CPU)
+    return result.loss.detach(), result.sums, logprobs, leaf.grad
+
+
+def check_chunked_head(tp: int) -> None:
+    for valid_vocab in VALID_VOCABS:
+        torch.manual_seed(valid_vocab)
+        hidden = torch.randn(ROWS, HIDDEN).double()
+        weight = torch.randn(VOCAB, HIDDEN).double() / 5
+        _, targets, inputs = problem(valid_vocab, torch.float64)
+        exact = head("reference", hidden, weight, targets, inputs, valid_vocab, chunk_rows=100)
+        mine = weight.chunk(tp)[dist.get_rank()].clone()
+        for chunk_rows in (4, 100):
+            loss, logprobs, hidden_grad, weight_grad = head(
+                "native", hidden, mine, targets, inputs, valid_vocab, chunk_rows=chunk_rows, tp=tp
+            )
+            dist.all_reduce(hidden_grad)  # as the mapping behind the LM head does
+            torch.testing.assert_close(loss, exact[0])
+            torch.testing.assert_close(logprobs, exact[1])
+            torch.testing.assert_close(hidden_grad, exact[2])
+            torch.testing.assert_close(weight_grad, exact[3].chunk(tp)[dist.get_rank()])
+            again, _ = linear_logprobs(
+                hidden, mine, targets, chunk_rows=chunk_rows, **shard_of(tp, valid_vocab)
+            )
+            has_weight = inputs["weights"] != 0
+            assert torch.equal(again[has_weight], logprobs[has_weight])
+
+
+def head(ops, hidden, weight, targets, inputs, valid_vocab, *, chunk_rows, tp=None):
+    backend.choose(ops, CPU)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    result, logprobs = linear_policy_loss(
+        *leaves,
+        targets,
+        spec=SPEC,
+        with_entropy=True,
+        chunk_rows=chunk_rows,
+        **inputs,
+        **(shard_of(tp, valid_vocab) if tp else shard_of(1, valid_vocab) | {"vocab_start": 0}),
+    )
+    result.loss.backward()
+    backend.choose("auto", CPU)
+    return result.loss.detach(), logprobs, leaves[0].grad, leaves[1].grad
+
+
+def problem(valid_vocab, dtype):
+    torch.manual_seed(valid_vocab)  # every rank builds the whole problem, then takes its part
+    logits = (torch.randn(ROWS, VOCAB) * 4).to(dtype)
+    logits[:, valid_vocab:] = 1e3  # padding that counted would swamp everything
+    targets = torch.randint(0, valid_vocab, (ROWS,))
+    log_p = (logits[:, :valid_vocab].double() / 0.7).log_softmax(-1)
+    logprobs = log_p.gather(-1, targets[:, None])[:, 0]
+    inputs = {
+        "old_logprobs": logprobs + 0.3 * torch.randn(ROWS),
+        "ref_logprobs": logprobs + 0.3 * torch.randn(ROWS),
+        "rollout_logprobs": None,
+        "advantages": torch.randn(ROWS).double(),
+        "weights": torch.full((ROWS,), 1 / ROWS).double(),
+    }
+    inputs["weights"][2] = 0.0
+    return logits, targets, inputs
+
+
+def shard_of(tp, valid_vocab):
+    return {
+        "tp_group": dist.group.WORLD if tp > 1 else None,
+        "vocab_start": dist.get_rank() * VOCAB // tp,
+        "valid_vocab": valid_vocab,
+        "temperature": 0.7,
+    }
+
+
+def assert_equal_on_all_ranks(*results):
+    for result in results:
+        everyones = [torch.empty_like(result) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyones, result)
+        assert all(torch.equal(other, result) for other in everyones)

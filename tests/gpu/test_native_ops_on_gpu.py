@@ -1,0 +1,187 @@
+"""The CUDA ops against the CPU ops and float64; `pytest -m gpu` runs them where there is a GPU."""
+
+import pytest
+import torch
+
+from megatron_rl.ops import native
+from megatron_rl.ops.group_stats import group_stats, group_stats_definition
+from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
+from megatron_rl.ops.native_loss import LossInputs
+from megatron_rl.ops.policy_loss import policy_loss
+from megatron_rl.ops.token_loss import LossSpec
+
+GPU = torch.device("cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.skipif(not native.has("row_stats", GPU), reason="built without CUDA ops"),
+]
+ops = torch.ops.megatron_rl
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# One block, clusters of 1, 2, 4 and 8, beyond the largest cluster, and rows that no pack fits.
+VOCABS = [1, 17, 32, 1024, 20480, 20488, 50257, 81920, 128256, 151936, 163840, 163848, 200064]
+SPEC = LossSpec(kind="clipped_ratio", eps_high=0.28, kl_coef=0.1, entropy_coef=0.05)
+PLAIN = LossSpec(kind="clipped_ratio")
+
+
+def problem(rows, vocab, dtype):
+    torch.manual_seed(vocab)
+    logits = (torch.randn(rows, vocab) * 4).to(dtype)
+    targets = torch.randint(0, vocab, (rows,))
+    logprobs = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    inputs = {
+        "old_logprobs": logprobs + 0.3 * torch.randn(rows),
+        "ref_logprobs": logprobs + 0.3 * torch.randn(rows),
+        "rollout_logprobs": logprobs + 0.3 * torch.randn(rows),
+        "advantages": torch.randn(rows).double(),
+        "weights": torch.rand(rows).double(),
+    }
+    inputs["weights"][1] = 0.0
+    return logits, targets, inputs
+
+
+def run(logits, targets, inputs, spec, *, overwrite):
+    leaf = logits.clone().requires_grad_()
+    result, logprobs = policy_loss(
+        leaf * 1,
+        targets,
+        tp_group=None,
+        vocab_start=0,
+        valid_vocab=max(1, logits.size(1) - 3),
+        temperature=0.8,
+        spec=spec,
+        with_entropy=spec is SPEC,
+        overwrite_logits=overwrite,
+        **{name: value.to(logits.device) for name, value in inputs.items()},
+    )
+    result.loss.backward()
+    return result.sums.cpu(), logprobs.cpu(), leaf.grad.cpu()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", [SPEC, PLAIN], ids=["entropy", "plain"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_loss_and_gradient_equal_float64(vocab, dtype, spec, overwrite):
+    logits, targets, inputs = problem(5, vocab, dtype)
+    targets.clamp_(max=max(0, vocab - 4))
+    exact = run(logits.double(), targets, inputs, spec, overwrite=False)
+    actual = run(logits.to(GPU), targets.to(GPU), inputs, spec, overwrite=overwrite)
+    torch.testing.assert_close(actual[0], exact[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual[1].double(), exact[1], atol=1e-5, rtol=0)
+    best = (exact[2].to(dtype).double() - exact[2]).norm()
+    assert (actual[2].double() - exact[2]).norm() <= 1.05 * best + 1e-5 * exact[2].norm()
+    assert (actual[2][1] == 0).all()
+    assert (actual[2][:, max(1, vocab - 3) :] == 0).all()
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_passes_agree_bit_for_bit(vocab):
+    logits, targets, inputs = problem(7, vocab, torch.bfloat16)
+    logits, targets = logits.to(GPU), targets.to(GPU)
+    stats = ops.row_stats(logits, targets, None, 0, vocab, 1.0, False)
+    parts = [
+        ops.row_stats(logits[i : i + 1], targets[i : i + 1], None, 0, vocab, 1.0, False)
+        for i in range(7)
+    ]
+    if vocab % 8 == 0:  # else rows start elsewhere in their 16 bytes
+        assert torch.equal(torch.cat(parts), stats)
+    old, _, _ = ops.merge_stats(stats[None])
+    values = {name: value.to(GPU) for name, value in inputs.items()} | {"old_logprobs": old}
+    values["weights"] = values["weights"] + 0.1
+    arguments = LossInputs(**values, spec=PLAIN, with_entropy=False).to(torch.float32).arguments()
+    logprobs, *_ = ops.policy_loss_onepass_(logits, targets, *arguments, vocab, 1.0, 1.0)
+    assert torch.equal(logprobs, old)  # the ratio of the first update is exactly 1
+
+
+def test_offsets_beyond_31_bits_and_70_001_rows():
+    rows, vocab = 70_001, 33_000
+    logits = torch.randn(rows, vocab, dtype=torch.bfloat16, device=GPU)
+    targets = torch.randint(0, vocab, (rows,), device=GPU)
+    stats = ops.row_stats(logits, targets, None, 0, vocab, 1.0, True)
+    logprobs, _, lse = ops.merge_stats(stats[None])
+    last = logits[-3:].double().log_softmax(-1)
+    torch.testing.assert_close(
+        logprobs[-3:].double(), last.gather(1, targets[-3:, None])[:, 0], atol=1e-5, rtol=0
+    )
+    one = torch.ones_like(lse)
+    params = torch.stack([lse, one, 0 * one, -one], dim=1)
+    ops.dlogits_(logits, targets, params, None, 0, vocab, 1.0)
+    expected = -last.exp()
+    expected.scatter_add_(1, targets[-3:, None], torch.ones_like(expected[:, :1]))
+    torch.testing.assert_close(logits[-3:].double(), expected, atol=1e-8, rtol=2.0**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_chunked_head_agrees_with_the_cpu_and_with_the_pass_without_gradient(dtype):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 64), torch.randn(1024, 64) / 8
+    _, targets, inputs = problem(50, 1000, torch.float32)
+    shard = {"tp_group": None, "vocab_start": 0, "valid_vocab": 1000, "temperature": 1.0}
+    grads = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
+        result, logprobs = linear_policy_loss(
+            *leaves, targets.to(device), spec=PLAIN, with_entropy=False, chunk_rows=16, **shard,
+            **{name: value.to(device) for name, value in inputs.items()},
+        )  # fmt: skip
+        result.loss.backward()
+        grads.append([leaf.grad.float().cpu() for leaf in leaves])
+    again, _ = linear_logprobs(
+        hidden.to(GPU, dtype), weight.to(GPU, dtype), targets.to(GPU), chunk_rows=16, **shard
+    )
+    has_weight = inputs["weights"].to(GPU) != 0
+    assert torch.equal(again[has_weight], logprobs[has_weight])
+    # products of bfloat16 differ by its rounding (2^-8) and by that of the logits (0.02 at 3)
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    for on_cpu, on_gpu in zip(*grads, strict=True):
+        assert (on_cpu - on_gpu).norm() <= tolerance * on_cpu.norm()
+
+
+def test_group_stats_equal_the_definition():
+    torch.manual_seed(0)
+    sizes = torch.randint(0, 90, (10_000,))
+    offsets = torch.cat([torch.zeros(1).long(), sizes.cumsum(0)])
+    rewards = torch.randint(0, 3, (int(offsets[-1]),)).double() * 0.1
+    rewards[::1001] = torch.nan
+    expected = group_stats_definition(rewards, offsets)
+    actual = group_stats(rewards.to(GPU), offsets.to(GPU))
+    for name in expected.__slots__:
+        torch.testing.assert_close(
+            getattr(actual, name).cpu(), getattr(expected, name), atol=1e-12, rtol=1e-12,
+            equal_nan=True,
+        )  # fmt: skip
+
+
+def test_no_op_waits_for_the_device_and_all_can_be_captured():
+    logits, targets, inputs = problem(5, 1024, torch.bfloat16)
+    logits, targets = logits.to(GPU), targets.to(GPU)
+    values = {name: value.to(GPU) for name, value in inputs.items()}
+    arguments = LossInputs(**values, spec=SPEC, with_entropy=True).to(torch.float32).arguments()
+    work, scale = logits.clone(), torch.ones((), device=GPU)
+    rewards, offsets = torch.randn(8, device=GPU).double(), torch.tensor([0, 3, 8], device=GPU)
+
+    def everything():
+        work.copy_(logits)
+        stats = ops.row_stats(work, targets, None, 0, 1024, 1.0, True)
+        ops.merge_stats(stats[None])
+        params = ops.token_loss(stats[None], *arguments, 1.0)[2]
+        gradient = ops.dlogits(work, targets, params, scale, 0, 1024, 1.0)
+        ops.policy_loss_onepass_(work, targets, *arguments, 1024, 1.0, 1.0)
+        ops.rescale_if_(work, scale, 1.0)
+        ops.group_stats(rewards, offsets, 1)
+        return gradient
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = everything()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, expected)
+    assert torch.equal(work, expected)
