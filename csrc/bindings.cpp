@@ -1,4 +1,5 @@
-// The schemas of every native op. Importing megatron_rl._C loads this library, which registers them.
+// The schemas of every native op. Importing megatron_rl._C loads this library, which registers
+// them.
 #define Py_LIMITED_API 0x030b0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

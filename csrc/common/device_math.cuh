@@ -1,6 +1,6 @@
-// What the kernels share: 16-byte loads, one-instruction exp2, sums over a block. Everything that is
-// to be fused is written as __fmaf_rn; the compiler fuses nothing (-fmad=false), so that two kernels
-// that do the same arithmetic have the same bits.
+// What the kernels share: 16-byte loads, one-instruction exp2, sums over a block. Everything that
+// is to be fused is written as __fmaf_rn; the compiler fuses nothing (-fmad=false), so that two
+// kernels that do the same arithmetic have the same bits.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -14,8 +14,8 @@ struct RowKernels {
   // All but the target of a row's record, from its first num_valid columns.
   RowRecord<acc_t> (*stats)(const logit_t* row, int num_valid, acc_t inv_temp, bool with_entropy);
 
-  // The gradient of a row; out may be row. target is a column or -1. next, if not null, is a row that
-  // is read soon: it is brought from memory while this one is computed.
+  // The gradient of a row; out may be row. target is a column or -1. next, if not null, is a row
+  // that is read soon: it is brought from memory while this one is computed.
   void (*gradient)(const logit_t* row, logit_t* out, int num_valid, int num_columns, int target,
                    const GradientRow<acc_t>& params, acc_t inv_temp, const logit_t* next);
 };

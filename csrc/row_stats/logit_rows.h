@@ -23,7 +23,8 @@ void check_targets(const Checks& checks, const Tensor& targets, const Tensor& we
   const acc_t* weight = input<acc_t>(weights);
   for (int64_t t = 0; t < targets.numel(); ++t) {
     if (weight[t] == 0 || (target[t] >= 0 && target[t] < valid_vocab)) continue;
-    checks.fail("targets", "ids in [0, " + std::to_string(valid_vocab) + ") where weights are not 0",
+    checks.fail("targets",
+                "ids in [0, " + std::to_string(valid_vocab) + ") where weights are not 0",
                 std::to_string(target[t]) + " in row " + std::to_string(t));
   }
 }

@@ -1,4 +1,5 @@
-// What is known of a row of logits after one read of it, and how shards of the row are put together.
+// What is known of a row of logits after one read of it, and how shards of the row are put
+// together.
 #pragma once
 
 #include "../common/host_device.h"

@@ -1,5 +1,5 @@
-// Sharing sequences out over ranks and rows, for batches where Python is too slow. Results are those
-// of megatron_rl/batching/balance.py, index for index.
+// Sharing sequences out over ranks and rows, for batches where Python is too slow. Results are
+// those of megatron_rl/batching/balance.py, index for index.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
