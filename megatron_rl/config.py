@@ -161,7 +161,7 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             "evaluation.benchmarks",
             sorted(config.evaluation.benchmarks),
             "supervised training builds no rollout engine",
-            "Leave it out and use `python -m megatron_rl evaluate` afterwards",
+            "Leave it out, and evaluate the exported model with a recipe that samples",
         )
     if config.algorithm.kl_coef and config.is_supervised:
         yield ConfigError(
