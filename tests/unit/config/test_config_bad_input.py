@@ -186,7 +186,7 @@ def test_supervised_runs_have_no_engine_to_evaluate_with(case):
     )
     problem = only(case.config_problems())
     assert problem.startswith("evaluation.benchmarks=['aime']: ")
-    assert "megatron_rl evaluate" in problem
+    assert "evaluate the exported model" in problem
 
 
 def test_rules_of_several_sections_are_told_together(case):
