@@ -90,7 +90,10 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
     algorithm = Algorithm(config.algorithm)
     preset = algorithm.preset
     yield "algorithm", config.algorithm.preset
-    yield "selection", f"{', '.join(preset.selection)}; what is not kept reaches no forward pass"
+    yield (
+        "selection",
+        f"{', '.join(preset.selection)}; what is not kept reaches no pass of the update",
+    )
     yield "advantage", preset.advantage
     yield "objective", f"{preset.objective}, {preset.loss_aggregation}"
     for reason in plan_passes(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ from megatron_rl.parallel.groups import init_distributed
 from megatron_rl.platforms.base import Platform, detect
 from megatron_rl.preflight import read_inputs
 from megatron_rl.types import IterationMetrics
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
+    from megatron_rl.run import Run
 
 PACKAGES = (
     "megatron-rl",
@@ -105,11 +109,7 @@ def evaluate_session(config: RunConfig) -> None:
 class _Early:
     """Lines said before the display exists, on the main rank."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
     def say(self, message: str) -> None:
-        self.lines.append(message)
         if os.environ.get("RANK", "0") == "0":
             print(message, flush=True)
 
@@ -180,10 +180,7 @@ def _start(config: RunConfig) -> Platform:
     return detect()
 
 
-def _start_lines(run: "object") -> list[str]:
-    from megatron_rl.run import Run
-
-    assert isinstance(run, Run)
+def _start_lines(run: "Run") -> list[str]:
     layout, prompts = run.groups.layout, run.prompts.report
     lines = [
         f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
