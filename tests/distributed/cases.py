@@ -24,6 +24,8 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    ep: int = 1
+    expert_tp: int | None = None
     sequence_parallel: bool = False
     model: str = "qwen2"
     recompute: str | None = None

@@ -23,7 +23,7 @@ from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.batching.packer import Packer
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.groups import make_groups
+from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.platforms.base import detect
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.policy import Policy
@@ -59,21 +59,30 @@ class Measurement:
 
 
 @contextmanager
-def policy_at(
-    layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
-) -> Iterator[Policy]:
-    """The policy with the problem's weights, and Megatron's groups for as long as it is used."""
+def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
+    """The configuration of a layout, and Megatron's groups for as long as they are used."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         sequence_parallel=layout.sequence_parallel,
     )
-    model = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
-    groups = make_groups(detect(), parallel, 1)
-    chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
-    chunks.start()
     try:
+        yield parallel, make_groups(detect(), parallel, 1)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def policy_at(
+    layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
+) -> Iterator[Policy]:
+    """The policy with the problem's weights, ready to be trained."""
+    model = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
+    chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
+    with groups_at(layout) as (parallel, groups), chunks:
         policy = Policy(
             read_model_config(problem.model_dir),
             model,
@@ -86,9 +95,6 @@ def policy_at(
         policy.load_hf(problem.model_dir)
         policy.prepare_training()
         yield policy
-    finally:
-        chunks.stop()
-        parallel_state.destroy_model_parallel()
 
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
