@@ -209,10 +209,11 @@ def _allow_uneven_runs(mappings: Any) -> None:
         if sizes is None or group.size() == 1:
             even: Tensor = scatter(values, group, None, use_global_buffer)
             return even
-        runs = [run.clone() for run in values.split(sizes)]
+        runs = [run.clone() for run in torch.split(values, sizes)]
         for owner, run in enumerate(runs):
             dist.reduce(run, group=group, group_dst=owner)
-        return runs[group.rank()]
+        own: Tensor = runs[group.rank()]
+        return own
 
     mappings._gather_along_first_dim = gather_along_first_dim
     mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim

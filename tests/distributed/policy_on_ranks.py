@@ -12,6 +12,7 @@ from unittest import mock
 import preload_megatron  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from cases import TEMPERATURE, Case, Layout, Problem, owned
 from megatron.core import parallel_state
 from reference import Recipe, Values
@@ -82,7 +83,8 @@ def policy_at(
     """The policy with the problem's weights, ready to be trained."""
     model = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
     chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
-    with groups_at(layout) as (parallel, groups), chunks:
+    softmax = mock.patch("torch.softmax", _softmax_in_own_dtype)
+    with groups_at(layout) as (parallel, groups), chunks, softmax:
         policy = Policy(
             read_model_config(problem.model_dir),
             model,
@@ -95,6 +97,11 @@ def policy_at(
         policy.load_hf(problem.model_dir)
         policy.prepare_training()
         yield policy
+
+
+def _softmax_in_own_dtype(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Megatron-Core's router asks for float32, which would limit a comparison to 1e-7."""
+    return F.softmax(values, dim=dim, dtype=None if values.dtype == torch.float64 else dtype)
 
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
@@ -224,7 +231,7 @@ def largest_error(
         errors[row] = errors[row].maximum(error.nan_to_num(nan=torch.inf))
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     sizes = torch.stack([(scale or expected)[name].abs().max() for name in names])
-    errors = errors / sizes
+    errors = errors / sizes.clamp(min=torch.finfo(torch.float64).tiny)  # an expert without tokens
     return errors.max().item(), names[int(errors.argmax())]
 
 
