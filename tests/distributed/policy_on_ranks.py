@@ -27,6 +27,8 @@ from megatron_rl.parallel.groups import make_groups
 from megatron_rl.platforms.base import detect
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.token_advantages import estimate
+from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import hf_shapes
@@ -141,7 +143,24 @@ def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[Micro
         rows = tuple(with_old_logprobs(row, _at_rows(problem.old, row)) for row in rows)
     if algorithm.needs_ref_logprobs:
         rows = tuple(with_ref_logprobs(row, _at_rows(problem.ref, row)) for row in rows)
+    if algorithm.preset.needs_critic:
+        rows = with_values(policy, replace(batch, microbatches=rows), algorithm, problem)
     return rows
+
+
+def with_values(
+    model: TrainedModel, batch: MiniBatch, algorithm: Algorithm, problem: Problem
+) -> tuple[MicroBatch, ...]:
+    """The rows with advantages and returns that follow from the problem's values."""
+    values = [_at_rows(problem.values, row) for row in batch.microbatches]
+    estimated = estimate(
+        [batch],
+        [values if model.groups.is_last_stage else None],
+        algorithm.config,
+        kl_coef=algorithm.config.kl_reward_coef,
+        sum_over_ranks=model.summed,
+    )
+    return estimated.batches[0].microbatches
 
 
 def _at_rows(values: Values, row: MicroBatch) -> Tensor:
@@ -175,7 +194,7 @@ def measure(
     weights = policy.snapshot()
     with nullcontext() if fault is None else fault(policy):
         spec = algorithm_of(case.question.recipe).loss_spec()
-        loss = policy.update(rows, spec, with_entropy=True).metrics["policy/loss"]
+        loss = policy.update(rows, spec).metrics["policy/loss"]
         norm = policy.optimizer.get_grad_norm()
     for name, parameter in policy.named_parameters().items():
         parameter.copy_(weights[name])
