@@ -282,7 +282,7 @@ def test_a_model_directory_that_lacks_a_file_is_named(case, model_copy, without,
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported: known are llama, qwen2"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported: known are llama, mist"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported for qwen2"),
         ({"logit_scale": 3.0}, "logit_scale=3.0 is not supported for qwen2: the field is not"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive whole number"),
