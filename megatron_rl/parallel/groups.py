@@ -66,17 +66,13 @@ def make_groups(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -
     from megatron.core import parallel_state
 
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    layout = Layout(
-        world_size=world_size,
-        tp=parallel.tensor_model_parallel_size,
-        pp=parallel.pipeline_model_parallel_size,
-        vpp=parallel.virtual_pipeline_model_parallel_size or 1,
-    )
+    layout = parallel.layout(world_size)
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or layout.tp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
     engines = EngineLayout(world_size=world_size, tp=rollout_tp)

@@ -10,32 +10,60 @@ class Coordinates:
     tp_rank: int
     dp_rank: int
     pp_rank: int
+    etp_rank: int  # in the ranks that share one expert's matrices
+    ep_rank: int  # in the ranks that share a layer's experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The training layout; ranks run tensor-parallel first, then data, then pipeline (Megatron)."""
+    """The training layout; ranks run tensor-parallel first, then data, then pipeline (Megatron).
+
+    Experts cut the ranks of a pipeline stage once more, their own way: expert-tensor-parallel
+    first, then expert-parallel, then replicas.
+    """
 
     world_size: int
     tp: int
     pp: int
     vpp: int = 1  # model chunks per pipeline rank
+    ep: int = 1
+    expert_tp: int | None = None  # None: as tp
 
     @property
     def dp(self) -> int:
         return self.world_size // (self.tp * self.pp)
 
+    @property
+    def etp(self) -> int:
+        return self.expert_tp or self.tp
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of an expert."""
+        return self.tp * self.dp // (self.etp * self.ep)
+
     def coordinates(self, global_rank: int) -> Coordinates:
+        in_stage = global_rank % (self.tp * self.dp)
         return Coordinates(
             tp_rank=global_rank % self.tp,
             dp_rank=global_rank // self.tp % self.dp,
             pp_rank=global_rank // (self.tp * self.dp),
+            etp_rank=in_stage % self.etp,
+            ep_rank=in_stage // self.etp % self.ep,
         )
 
     def ranks_of_stage(self, tp_rank: int, pp_rank: int) -> tuple[int, ...]:
         """The data-parallel replicas that hold the same weights."""
         return tuple(
             tp_rank + self.tp * (dp_rank + self.dp * pp_rank) for dp_rank in range(self.dp)
+        )
+
+    def ranks_of_experts(self, etp_rank: int, ep_rank: int, pp_rank: int) -> tuple[int, ...]:
+        """The replicas that hold the same experts."""
+        stage = self.tp * self.dp
+        return tuple(
+            pp_rank * stage + etp_rank + self.etp * (ep_rank + self.ep * replica)
+            for replica in range(self.expert_dp)
         )
 
 

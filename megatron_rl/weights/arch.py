@@ -1,6 +1,17 @@
-"""What a dense decoder is made of, in numbers; read from a config.json by a family."""
+"""What a decoder is made of, in numbers; read from a config.json by a family."""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureArch:
+    """The mixture-of-experts layers of a model."""
+
+    num_experts: int
+    ffn_hidden_size: int  # of one expert
+    top_k: int  # experts per token
+    renormalized: bool  # the chosen experts' probabilities are scaled to sum to 1
+    dense_layers: frozenset[int] = frozenset()  # layers with one ordinary feed-forward network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +32,8 @@ class ModelArch:
     max_position_embeddings: int
     qkv_bias: bool
     tied_embeddings: bool
+    qk_norm: bool = False  # norms over head_dim on queries and keys, before rope
+    mixture: MixtureArch | None = None
 
     @property
     def query_rows(self) -> int:
@@ -30,14 +43,27 @@ class ModelArch:
     def key_rows(self) -> int:
         return self.num_query_groups * self.head_dim
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer (counted over the whole model) is a mixture of experts."""
+        return self.mixture is not None and layer not in self.mixture.dense_layers
+
     @property
     def num_parameters(self) -> int:
         attention = self.hidden_size * (2 * self.query_rows + 2 * self.key_rows)
         bias = (self.query_rows + 2 * self.key_rows) if self.qkv_bias else 0
-        mlp = 3 * self.hidden_size * self.ffn_hidden_size
-        layer = attention + bias + mlp + 2 * self.hidden_size
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        layers = sum(
+            attention + bias + norms + self._feed_forward_parameters(layer)
+            for layer in range(self.num_layers)
+        )
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * layer + embeddings + self.hidden_size
+        return layers + embeddings + self.hidden_size
+
+    def _feed_forward_parameters(self, layer: int) -> int:
+        if self.mixture is None or not self.has_experts(layer):
+            return 3 * self.hidden_size * self.ffn_hidden_size
+        expert = 3 * self.hidden_size * self.mixture.ffn_hidden_size
+        return self.mixture.num_experts * (expert + self.hidden_size)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.errors import InputError
-from megatron_rl.weights.pieces import Piece, view
+from megatron_rl.weights.pieces import Piece
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -56,7 +56,7 @@ class HfCheckpoint:
                     rectangle = tensors.get_slice(piece.hf)[
                         tuple(slice(lo, hi) for lo, hi in piece.box)
                     ]
-                    view(params[piece.param], piece.index).copy_(rectangle)
+                    piece.of(params).copy_(rectangle)
 
     def _check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         tied_head = "lm_head.weight" not in shapes and "lm_head.weight" in self.file_of

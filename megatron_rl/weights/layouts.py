@@ -1,64 +1,109 @@
 """The pieces of one rank, on the training side, in the engine, and in Hugging Face files."""
 
-from dataclasses import replace
+import functools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.families.decoder import EMBEDDING, FINAL_NORM, HEAD, TIED_HEAD_COPY
-from megatron_rl.weights.families.registry import FAMILIES
-from megatron_rl.weights.pieces import Piece, whole
+from megatron_rl.weights.families.rows import EMBEDDING, FINAL_NORM, HEAD, TIED_HEAD_COPY
+from megatron_rl.weights.families.tables import FAMILIES
+from megatron_rl.weights.pieces import Piece, local_shapes, size, whole
 from megatron_rl.weights.rules import Rule
 
-
-def megatron_pieces(arch: ModelArch, layout: Layout, at: Coordinates) -> list[Piece]:
-    """What a training rank holds; with several model chunks names begin with `chunk{v}.`."""
-    pieces: list[Piece] = []
-    layers_each = arch.num_layers // (layout.pp * layout.vpp)
-    for chunk in range(layout.vpp):
-        first = at.pp_rank == 0 and chunk == 0
-        last = at.pp_rank == layout.pp - 1 and chunk == layout.vpp - 1
-        first_layer = (chunk * layout.pp + at.pp_rank) * layers_each
-        held: list[tuple[Rule, int | None]] = [(rule, None) for rule in _ends(arch, first, last)]
-        held += [
-            (rule, number)
-            for number in range(layers_each)
-            for rule in FAMILIES[arch.model_type].layer_rules
-        ]
-        prefix = f"chunk{chunk}." if layout.vpp > 1 else ""
-        for rule, number in held:
-            for piece in rule.megatron_pieces(arch, layout.tp, at.tp_rank):
-                pieces.append(_numbered(piece, prefix, number, (number or 0) + first_layer))
-    return pieces
+# Parameters with rows of padding, which stand for no token; with chunks something is before them.
+VOCABULARY = (EMBEDDING.megatron, HEAD.megatron)
 
 
-def engine_pieces(arch: ModelArch, layout: EngineLayout, tp_rank: int) -> list[Piece]:
-    """What a rollout engine rank holds, under vLLM's parameter names."""
-    held: list[tuple[Rule, int | None]] = [(rule, None) for rule in (EMBEDDING, FINAL_NORM)]
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One row of the table, at one layer and one expert of the model (None: it has none)."""
+
+    rule: Rule
+    layer: int | None = None
+    expert: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronParam:
+    """One parameter of the whole model, as a single rank would hold it.
+
+    The pieces tell the transform in both directions: param[piece.index] = hf[piece.box]. Together
+    they are all of the parameter and all of their Hugging Face tensors.
+    """
+
+    template: str  # name with {i} for the layer and {e} for the expert
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    is_vocabulary: bool  # whether rows of padding may follow; `shape` and `pieces` are without
+
+    @property
+    def name(self) -> str:
+        """Under Megatron-Core's local layers; layer and expert counted over the whole model."""
+        return _numbered(self.template, self.layer, self.expert)
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(piece.hf for piece in self.pieces))
+
+
+@functools.cache
+def places(arch: ModelArch) -> tuple[Place, ...]:
+    """The model's table in full, in the order of the network."""
+    return tuple(_places(arch))
+
+
+def _places(arch: ModelArch) -> Iterator[Place]:
+    family = FAMILIES[arch.model_type]
+    yield Place(rule=EMBEDDING)
+    for layer in range(arch.num_layers):
+        has_experts = arch.has_experts(layer)
+        for rule in (*family.attention, *(family.router if has_experts else family.dense)):
+            yield Place(rule=rule, layer=layer)
+        for expert in range(arch.mixture.num_experts if arch.mixture and has_experts else 0):
+            for rule in family.experts:
+                yield Place(rule=rule, layer=layer, expert=expert)
+    yield Place(rule=FINAL_NORM)
     if not arch.tied_embeddings:
-        held.append((HEAD, None))
-    held += [
-        (rule, number)
-        for number in range(arch.num_layers)
-        for rule in FAMILIES[arch.model_type].layer_rules
-    ]
-    return [
-        _numbered(piece, "", number, number or 0)
-        for rule, number in held
-        for piece in rule.engine_pieces(arch, layout.tp, tp_rank)
-    ]
+        yield Place(rule=HEAD)
+
+
+def megatron_params(arch: ModelArch) -> list[MegatronParam]:
+    """Every parameter of the model with the Hugging Face tensors it is made of; needs no ranks.
+
+    A tied head is not among them: it is the embedding.
+    """
+    params: list[MegatronParam] = []
+    for place in places(arch):
+        pieces = [
+            _placed(piece, place, _numbered(piece.param, place.layer, place.expert))
+            for piece in place.rule.megatron_pieces(arch, 1, 0)
+        ]
+        (shape,) = local_shapes(pieces).values()
+        params.append(
+            MegatronParam(
+                template=place.rule.megatron,
+                layer=place.layer,
+                expert=place.expert,
+                shape=shape,
+                pieces=tuple(pieces),
+                is_vocabulary=place.rule.megatron in VOCABULARY,
+            )
+        )
+    return params
 
 
 def hf_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model's Hugging Face checkpoint, in the order of the network."""
-    shapes = dict(EMBEDDING.hf_shapes(arch))
-    for number in range(arch.num_layers):
-        for rule in FAMILIES[arch.model_type].layer_rules:
-            for name, shape in rule.hf_shapes(arch).items():
-                shapes[name.replace("{i}", str(number))] = shape
-    shapes |= FINAL_NORM.hf_shapes(arch)
-    if not arch.tied_embeddings:
-        shapes |= HEAD.hf_shapes(arch)
-    return shapes
+    return {
+        _numbered(name, place.layer, place.expert): shape
+        for place in places(arch)
+        for name, shape in place.rule.hf_shapes(arch).items()
+    }
 
 
 def hf_pieces(shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
@@ -66,22 +111,110 @@ def hf_pieces(shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
     return [Piece(name, whole(shape), name, whole(shape)) for name, shape in shapes.items()]
 
 
-def _ends(arch: ModelArch, first: bool, last: bool) -> list[Rule]:
-    rules: list[Rule] = []
-    if first:
-        rules.append(EMBEDDING)
-    if last:
-        rules.append(FINAL_NORM)
-        if not arch.tied_embeddings:
-            rules.append(HEAD)
-        elif not first:
-            rules.append(TIED_HEAD_COPY)
-    return rules
-
-
-def _numbered(piece: Piece, prefix: str, local: int | None, layer: int) -> Piece:
-    return replace(
-        piece,
-        param=prefix + piece.param.replace("{i}", str(local)),
-        hf=piece.hf.replace("{i}", str(layer)),
+def megatron_pieces(arch: ModelArch, layout: Layout, at: Coordinates) -> list[Piece]:
+    """What a training rank holds; with several model chunks names begin with `chunk{v}.`."""
+    shared = shared_pieces(arch, layout, tp_rank=at.tp_rank, pp_rank=at.pp_rank)
+    return shared + expert_pieces(
+        arch, layout, etp_rank=at.etp_rank, ep_rank=at.ep_rank, pp_rank=at.pp_rank
     )
+
+
+def shared_pieces(arch: ModelArch, layout: Layout, *, tp_rank: int, pp_rank: int) -> list[Piece]:
+    """Everything but experts."""
+    pieces: list[Piece] = []
+    for chunk, place in _held(arch, layout, pp_rank):
+        if place.expert is None:
+            for piece in place.rule.megatron_pieces(arch, layout.tp, tp_rank):
+                name = _local_name(arch, layout, chunk, piece.param, place)
+                pieces.append(_placed(piece, place, name))
+    return pieces
+
+
+def expert_pieces(
+    arch: ModelArch, layout: Layout, *, etp_rank: int, ep_rank: int, pp_rank: int
+) -> list[Piece]:
+    """The experts of one expert-parallel rank: an equal run of each layer's."""
+    pieces: list[Piece] = []
+    for chunk, place in _held(arch, layout, pp_rank):
+        if place.expert is not None and place.expert // _experts_each(arch, layout) == ep_rank:
+            for piece in place.rule.megatron_pieces(arch, layout.etp, etp_rank):
+                name = _local_name(arch, layout, chunk, piece.param, place)
+                pieces.append(_placed(piece, place, name))
+    return pieces
+
+
+def engine_pieces(arch: ModelArch, layout: EngineLayout, tp_rank: int) -> list[Piece]:
+    """What a rollout engine rank holds, under vLLM's parameter names."""
+    return [
+        _placed(
+            piece,
+            place,
+            _numbered(piece.param, place.layer, None),
+            stack=() if place.expert is None else (place.expert,),
+        )
+        for place in places(arch)
+        for piece in place.rule.engine_pieces(arch, layout.tp, tp_rank)
+    ]
+
+
+def check_filled(shapes: Mapping[str, tuple[int, ...]], pieces: Sequence[Piece]) -> None:
+    """That pieces write all of these parameters but rows of padding, and nothing twice.
+
+    Raises:
+        ValueError: naming a parameter of the model that is not as the table says.
+    """
+    written: dict[str, int] = Counter()
+    for piece in pieces:
+        written[piece.param] += size(piece.index)
+    for name in shapes.keys() | written.keys():
+        numel, given = prod(shapes.get(name, (0,))), written[name]
+        is_padded = name.endswith(VOCABULARY) and given < numel
+        if given != numel and not is_padded:
+            raise ValueError(
+                f"{name}: the model has {numel} elements of it, the table of its family {given}. "
+                "Megatron-Core built another model than megatron_rl/weights/families describes"
+            )
+
+
+def _held(arch: ModelArch, layout: Layout, pp_rank: int) -> Iterator[tuple[int, Place]]:
+    """(model chunk, row) of everything that a pipeline rank holds."""
+    last = layout.vpp - 1, layout.pp - 1
+    for place in places(arch):
+        if place.layer is not None:
+            stage = place.layer // _layers_each(arch, layout)
+            chunk, owner = divmod(stage, layout.pp)
+        else:
+            chunk, owner = (0, 0) if place.rule is EMBEDDING else last
+        if owner == pp_rank:
+            yield chunk, place
+    if arch.tied_embeddings and pp_rank == last[1] and last != (0, 0):
+        yield last[0], Place(rule=TIED_HEAD_COPY)
+
+
+def _layers_each(arch: ModelArch, layout: Layout) -> int:
+    return arch.num_layers // (layout.pp * layout.vpp)
+
+
+def _experts_each(arch: ModelArch, layout: Layout) -> int:
+    assert arch.mixture is not None
+    return arch.mixture.num_experts // layout.ep
+
+
+def _local_name(arch: ModelArch, layout: Layout, chunk: int, name: str, place: Place) -> str:
+    """A parameter's name on its rank: layers and experts are counted from the first it holds."""
+    layer, expert = place.layer, place.expert
+    if layer is not None:
+        layer %= _layers_each(arch, layout)
+    if expert is not None:
+        expert %= _experts_each(arch, layout)
+    return (f"chunk{chunk}." if layout.vpp > 1 else "") + _numbered(name, layer, expert)
+
+
+def _placed(piece: Piece, place: Place, param: str, stack: tuple[int, ...] = ()) -> Piece:
+    """A rule's piece under the numbers of its place."""
+    hf = _numbered(piece.hf, place.layer, place.expert)
+    return replace(piece, param=param, hf=hf, stack=stack)
+
+
+def _numbered(name: str, layer: int | None, expert: int | None) -> str:
+    return name.replace("{i}", str(layer)).replace("{e}", str(expert))

@@ -8,6 +8,7 @@ pieces are made; whoever moves weights sees rectangles.
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Protocol
 
 from torch import Tensor
 
@@ -15,14 +16,28 @@ Span = tuple[int, int]  # [start, end)
 Box = tuple[Span, ...]
 
 
+class Tensors(Protocol):
+    """Tensors by name, perhaps made on demand; a dictionary is one."""
+
+    def __getitem__(self, name: str, /) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """param[index] holds hf[box]; index and box have the same shape."""
+    """param[index] holds hf[box]; index and box have the same shape.
+
+    An engine stacks the matrices of all experts in one parameter: there param[stack][index] does.
+    """
 
     param: str
     index: Box
     hf: str
     box: Box
+    stack: tuple[int, ...] = ()
+
+    def of(self, params: Tensors) -> Tensor:
+        """This rectangle of its parameter, sharing the parameter's storage."""
+        return view(params[self.param][self.stack], self.index)
 
     def within(self, box: Box) -> "Piece":
         """The part of this piece that holds the given sub-box of its Hugging Face tensor."""
@@ -56,7 +71,7 @@ def local_shapes(pieces: list[Piece]) -> dict[str, tuple[int, ...]]:
     """Smallest shape of each local parameter that holds its pieces."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
-        ends = tuple(hi for _, hi in piece.index)
+        ends = (*(at + 1 for at in piece.stack), *(hi for _, hi in piece.index))
         known = shapes.get(piece.param, ends)
         shapes[piece.param] = tuple(max(a, b) for a, b in zip(known, ends, strict=True))
     return shapes

@@ -2,9 +2,10 @@
 
 A rule answers three questions, and is the only place that knows the answer: which Hugging Face
 tensors there are and their shapes, which rectangles of them a Megatron rank holds, and which an
-engine rank holds. In names `{i}` is the layer number (global in Hugging Face and engine names;
-local to the pipeline chunk in Megatron's). Both directions follow from the rectangles: loading
-copies hf[box] to param[index], exporting copies it back.
+engine rank holds. In names `{i}` is the layer and `{e}` the expert (both global in Hugging Face
+and engine names; local to the pipeline chunk and the expert-parallel rank in Megatron's). Both
+directions follow from the rectangles: loading copies hf[box] to param[index], exporting copies it
+back.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +15,18 @@ from typing import Protocol
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.pieces import Piece, Span, whole
 
+Size = Callable[[ModelArch], int]
 Shape = Callable[[ModelArch], tuple[int, ...]]
 ENGINE_VOCAB_MULTIPLE = 64  # vLLM's padding
 
 
 class Rule(Protocol):
     """One row of a family's table."""
+
+    @property
+    def megatron(self) -> str:
+        """Name of the parameter in a model of Megatron-Core's local layers."""
+        ...
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]: ...
 
@@ -162,9 +169,10 @@ class GateUp:
     hf_gate: str
     hf_up: str
     engine: str
+    rows: Size
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
-        shape = (arch.ffn_hidden_size, arch.hidden_size)
+        shape = (self.rows(arch), arch.hidden_size)
         return {self.hf_gate: shape, self.hf_up: shape}
 
     def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
@@ -174,7 +182,7 @@ class GateUp:
         return self._pieces(self.engine, arch, tp, tp_rank)
 
     def _pieces(self, param: str, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
-        rows = _share(arch.ffn_hidden_size, tp, tp_rank)
-        shape = (arch.ffn_hidden_size, arch.hidden_size)
+        rows = _share(self.rows(arch), tp, tp_rank)
+        shape = (self.rows(arch), arch.hidden_size)
         yield _rows(param, 0, self.hf_gate, rows, shape)
         yield _rows(param, rows[1] - rows[0], self.hf_up, rows, shape)

@@ -17,8 +17,13 @@ from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.checksum import checksum
 from megatron_rl.weights.config import WeightSyncConfig
-from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
-from megatron_rl.weights.pieces import Box, Piece, view
+from megatron_rl.weights.layouts import (
+    engine_pieces,
+    expert_pieces,
+    hf_shapes,
+    shared_pieces,
+)
+from megatron_rl.weights.pieces import Box, Piece
 from megatron_rl.weights.plan import Holders, Move, Plan, PlanStats, build_plan
 from megatron_rl.weights.transfer import execute
 
@@ -51,15 +56,30 @@ class SyncReport:
 
 
 def training_holders(arch: ModelArch, layout: Layout) -> list[Holders]:
-    """Who holds what on the training side; data-parallel replicas together."""
-    return [
+    """Who holds what on the training side; data-parallel replicas together.
+
+    Experts have replicas of their own: their groups cut the ranks of a stage another way.
+    """
+    holders = [
         Holders(
-            ranks=ranks,
-            pieces=tuple(megatron_pieces(arch, layout, layout.coordinates(ranks[0]))),
+            ranks=layout.ranks_of_stage(tp_rank, pp_rank),
+            pieces=tuple(shared_pieces(arch, layout, tp_rank=tp_rank, pp_rank=pp_rank)),
         )
         for pp_rank in range(layout.pp)
         for tp_rank in range(layout.tp)
-        for ranks in [layout.ranks_of_stage(tp_rank, pp_rank)]
+    ]
+    if arch.mixture is None:
+        return holders
+    return holders + [
+        Holders(
+            ranks=layout.ranks_of_experts(etp_rank, ep_rank, pp_rank),
+            pieces=tuple(
+                expert_pieces(arch, layout, etp_rank=etp_rank, ep_rank=ep_rank, pp_rank=pp_rank)
+            ),
+        )
+        for pp_rank in range(layout.pp)
+        for ep_rank in range(layout.ep)
+        for etp_rank in range(layout.etp)
     ]
 
 
@@ -136,9 +156,7 @@ class WeightSync:
             for module in modules:
                 for piece, copies in self._targets[module]:
                     if piece.hf in row_of:
-                        value = checksum(
-                            view(self._engine[piece.param], piece.index), piece.box
-                        ).cpu()
+                        value = checksum(piece.of(self._engine), piece.box).cpu()
                         arrived[row_of[piece.hf], list(copies)] += value
             self._engine.commit(modules)
 
@@ -185,7 +203,7 @@ class WeightSync:
         expected = torch.zeros(len(checked), dtype=torch.int64)
         for piece in self._sources:
             if piece.hf in row_of:
-                values = view(params[piece.param], piece.index).to(self._dtype)
+                values = piece.of(params).to(self._dtype)
                 expected[row_of[piece.hf]] += checksum(values, piece.box).cpu()
         dist.all_reduce(expected, group=self._groups.host)
         dist.all_reduce(arrived, group=self._groups.engine)

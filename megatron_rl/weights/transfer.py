@@ -1,26 +1,18 @@
 """Execute a reshard plan: pack, exchange, unpack, bucket by bucket."""
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from megatron_rl.weights.pieces import view
+from megatron_rl.weights.pieces import Tensors
 from megatron_rl.weights.plan import Move, Plan
-
-
-class Target(Protocol):
-    """Where received rectangles are written: name -> tensor, made on demand."""
-
-    def __getitem__(self, name: str) -> Tensor: ...
 
 
 def execute(
     plan: Plan,
-    sources: Mapping[str, Tensor],
-    target: Target,
+    sources: Tensors,
+    target: Tensors,
     *,
     group: dist.ProcessGroup,
     dtype: torch.dtype,
@@ -50,18 +42,16 @@ def execute(
         packed = torch.empty(sum(out_sizes), dtype=dtype, device=device)
         at = 0
         for move in outgoing:
-            values = view(sources[move.source.param], move.source.index)
+            values = move.source.of(sources)
             packed[at : at + move.numel].view(values.shape).copy_(values)
             at += move.numel
         arrived = torch.empty(sum(in_sizes), dtype=dtype, device=device)
         dist.all_to_all_single(arrived, packed, in_sizes, out_sizes, group=group)
         at = 0
         for move in incoming:
-            place = view(target[move.target.param], move.target.index)
+            place = move.target.of(target)
             place.copy_(arrived[at : at + move.numel].view(place.shape))
             at += move.numel
         for move in local:
-            view(target[move.target.param], move.target.index).copy_(
-                view(sources[move.source.param], move.source.index)
-            )
+            move.target.of(target).copy_(move.source.of(sources))
         after_bucket((*incoming, *local))

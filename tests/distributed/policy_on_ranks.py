@@ -14,6 +14,7 @@ from unittest import mock
 import preload_megatron  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from cases import TEMPERATURE, Case, Layout, Problem, owned
 from megatron.core import parallel_state
 from reference import Recipe, Values
@@ -25,7 +26,7 @@ from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.batching.packer import Packer
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.groups import make_groups
+from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.platforms.base import detect
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.critic import Critic
@@ -64,10 +65,27 @@ class Measurement:
 
 
 @contextmanager
+def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
+    """The configuration of a layout, and Megatron's groups for as long as they are used."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    try:
+        yield parallel, make_groups(detect(), parallel, 1)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@contextmanager
 def policy_at(
     layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
 ) -> Iterator[Policy]:
-    """The policy with the problem's weights, and Megatron's groups for as long as it is used."""
+    """The policy with the problem's weights, ready to be trained."""
     build = partial(Policy, temperature=TEMPERATURE)
     chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
     with chunks, _model_at(build, layout, problem, problem.model_dir, optimizer, dtype) as policy:
@@ -92,22 +110,19 @@ def _model_at(
     optimizer: OptimizerConfig,
     dtype: str,
 ) -> Iterator[Any]:
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        sequence_parallel=layout.sequence_parallel,
-    )
     settings = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
-    groups = make_groups(detect(), parallel, 1)
-    try:
+    softmax = mock.patch("torch.softmax", _softmax_in_own_dtype)
+    with groups_at(layout) as (parallel, groups), softmax:
         arch = read_model_config(problem.model_dir)
         model = build(arch, settings, parallel, optimizer, groups, run_updates=10)
         model.load_hf(model_dir)
         model.prepare_training()
         yield model
-    finally:
-        parallel_state.destroy_model_parallel()
+
+
+def _softmax_in_own_dtype(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Megatron-Core's router asks for float32, which would limit a comparison to 1e-7."""
+    return F.softmax(values, dim=dim, dtype=None if values.dtype == torch.float64 else dtype)
 
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
@@ -255,7 +270,7 @@ def largest_error(
         errors[row] = errors[row].maximum(error.nan_to_num(nan=torch.inf))
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     sizes = torch.stack([(scale or expected)[name].abs().max() for name in names])
-    errors = errors / sizes
+    errors = errors / sizes.clamp(min=torch.finfo(torch.float64).tiny)  # an expert without tokens
     return errors.max().item(), names[int(errors.argmax())]
 
 

@@ -1,14 +1,12 @@
-"""Every model family we train, by the model_type of its config.json."""
+"""The architecture of a Hugging Face directory."""
 
 import json
 from pathlib import Path
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.families import llama, qwen2
-from megatron_rl.weights.families.decoder import Family, read_arch
-
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llama.FAMILY, qwen2.FAMILY)}
+from megatron_rl.weights.families.hf_config import read_arch
+from megatron_rl.weights.families.tables import FAMILIES
 
 
 def read_model_config(model_dir: Path) -> ModelArch:
@@ -30,6 +28,6 @@ def read_model_config(model_dir: Path) -> ModelArch:
         raise InputError(
             f"{path}: model_type={model_type!r} is not supported: known are "
             f"{', '.join(sorted(FAMILIES))}. A new family is a table in "
-            "megatron_rl/weights/families/"
+            "megatron_rl/weights/families/tables.py"
         )
     return read_arch(FAMILIES[model_type], config, str(path))

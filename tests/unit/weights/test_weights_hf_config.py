@@ -131,11 +131,11 @@ def test_defaults_of_absent_fields(read):
         (QWEN2, {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA, {"attention_bias": True}, "attention_bias=True"),
         (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
-        (LLAMA, {"model_type": "mistral"}, "model_type='mistral' is not supported: known are"),
+        (LLAMA, {"model_type": "gemma"}, "model_type='gemma' is not supported: known are"),
         (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive whole"),
         (LLAMA, {"hidden_size": 3072.5}, "hidden_size=3072.5 must be a positive whole"),
-        (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps=None must be a number"),
-        (LLAMA, {"rope_theta": "high"}, "rope_theta='high' must be a number"),
+        (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps=None must be a positive number"),
+        (LLAMA, {"rope_theta": "high"}, "rope_theta='high' must be a positive number"),
     ],
 )
 def test_what_would_be_another_model_is_refused(read, config, changes, message):
@@ -162,7 +162,7 @@ def test_other_ropes_are_refused(read, kind):
 @pytest.mark.parametrize("factor", [None, "32"])
 def test_a_llama3_rope_needs_a_factor(read, factor):
     scaling = {k: v for k, v in {**LLAMA3_SCALING, "factor": factor}.items() if v is not None}
-    with pytest.raises(InputError, match=f"factor={factor!r} must be a number"):
+    with pytest.raises(InputError, match=f"factor={factor!r} must be a positive number"):
         read(LLAMA, rope_scaling=scaling)
 
 

@@ -2,9 +2,10 @@ import pytest
 from weights_models import QWEN2
 
 from megatron_rl.weights.arch import padded_vocab_size
-from megatron_rl.weights.families.decoder import EMBEDDING, LAYER, QKV_BIAS
+from megatron_rl.weights.families.rows import ATTENTION, DENSE, EMBEDDING, QKV_BIAS
 from megatron_rl.weights.rules import Copy, GateUp, Qkv
 
+LAYER = (*ATTENTION, *DENSE)
 QKV = next(rule for rule in LAYER if isinstance(rule, Qkv))
 GATE_UP = next(rule for rule in LAYER if isinstance(rule, GateUp))
 ROW_PARALLEL = [rule for rule in LAYER if isinstance(rule, Copy) and rule.axis == 1]

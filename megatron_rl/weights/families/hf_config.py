@@ -1,0 +1,283 @@
+"""From a config.json to the sizes of a model; whatever we would ignore at a cost is refused.
+
+A field is used, or neutral (not implemented, and harmless at the values listed), or ignored (it
+does not change the network). Any other one is an error that names it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_rl.errors import InputError
+from megatron_rl.weights.arch import MixtureArch, ModelArch
+from megatron_rl.weights.families.family import Family, MixtureFields
+
+USED = {
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+}
+USED_BY_MIXTURES = {
+    "num_experts",
+    "num_local_experts",  # the same, as transformers 5 writes it
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+}
+# Fields of training, generation and bookkeeping that do not change the network.
+IGNORED = {
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "sep_token_id",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "initializer_range",
+    "use_cache",
+    "max_window_layers",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "is_encoder_decoder",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "tokenizer_class",
+    "name_or_path",
+    "_name_or_path",
+    "_attn_implementation",
+}
+IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),  # elsewhere it also puts one on the output projection
+    "mlp_bias": (False,),
+    "pretraining_tp": (1, None),
+    "attention_dropout": (0, 0.0),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+    "partial_rotary_factor": (1, 1.0, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+}
+# What transformers takes where config.json says nothing, in most families.
+DEFAULTS: dict[str, object] = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "head_dim": None,  # hidden_size / num_attention_heads
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of one config.json, with defaults, and where they stand."""
+
+    values: Mapping[str, object]
+    where: str
+
+    def number(self, name: str, absent: int | None = None) -> int:
+        """A positive whole number; absent: its value where the field is null or missing."""
+        value = self.values.get(name)
+        if value is None:
+            value = absent
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{self.where}: {name}={value!r} must be a positive whole number")
+        return value
+
+    def real(self, name: str) -> float:
+        value = self.values.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise InputError(f"{self.where}: {name}={value!r} must be a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.values.get(name)
+        if not isinstance(value, bool):
+            raise InputError(f"{self.where}: {name}={value!r} must be true or false")
+        return value
+
+
+def read_arch(family: Family, config: Mapping[str, object], where: str) -> ModelArch:
+    """The sizes of a model; a field we would have to ignore although it matters is an error."""
+    _refuse_unhonoured(family, config, where)
+    fields = _Fields({**DEFAULTS, **family.defaults, **config}, where)
+    heads, hidden = fields.number("num_attention_heads"), fields.number("hidden_size")
+    groups = fields.number("num_key_value_heads", heads)
+    if heads % groups:
+        raise InputError(
+            f"{where}: num_key_value_heads={groups} must divide num_attention_heads={heads}"
+        )
+    layers = fields.number("num_hidden_layers")
+    theta, factor = _rope(fields)
+    return ModelArch(
+        model_type=family.model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=fields.number("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=fields.number("head_dim", hidden // heads),
+        vocab_size=fields.number("vocab_size"),
+        rms_norm_eps=fields.real("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling_factor=factor,
+        max_position_embeddings=fields.number("max_position_embeddings"),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=fields.flag("tie_word_embeddings"),
+        mixture=None if family.mixture is None else _mixture(family.mixture, fields, layers),
+    )
+
+
+def _refuse_unhonoured(family: Family, config: Mapping[str, object], where: str) -> None:
+    neutral = {**NEUTRAL, **family.neutral}
+    harmless = USED | IGNORED
+    if family.mixture is not None:
+        harmless |= USED_BY_MIXTURES | IGNORED_OF_MIXTURES
+    settings = {**family.defaults, **config}
+    if settings.get("use_sliding_window") is False:
+        harmless |= {"sliding_window"}
+    for name, value in settings.items():
+        if name in harmless or (name in neutral and value in neutral[name]):
+            continue
+        if name == "layer_types":
+            _refuse_windows(value, where)
+            continue
+        allowed = f"only {neutral[name]} is" if name in neutral else "the field is not known"
+        absent = "" if name in config else " (so transformers takes an absent field)"
+        raise InputError(
+            f"{where}: {name}={value!r}{absent} is not supported for {family.model_type}: "
+            f"{allowed}. A setting that is ignored would train another model than the one you named"
+        )
+
+
+def _refuse_windows(layer_types: object, where: str) -> None:
+    if layer_types is None:
+        return
+    if not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}:
+        raise InputError(
+            f"{where}: layer_types={layer_types!r} is not supported: only full_attention is. Use a "
+            "model without sliding-window layers"
+        )
+
+
+def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
+    values = fields.values
+    counts = [values[name] for name in ("num_experts", "num_local_experts") if name in values]
+    if len(counts) == 2 and counts[0] != counts[1]:
+        raise InputError(
+            f"{fields.where}: num_experts={counts[0]!r} and num_local_experts={counts[1]!r} are "
+            "two spellings of one thing and differ. Remove the wrong one"
+        )
+    spelling = "num_experts" if "num_experts" in values else "num_local_experts"
+    num_experts, top_k = fields.number(spelling), fields.number("num_experts_per_tok")
+    if top_k > num_experts:
+        raise InputError(
+            f"{fields.where}: num_experts_per_tok={top_k} is more than {spelling}={num_experts}"
+        )
+    dense_layers = _dense_layers(fields, layers) if names.has_dense_layers else frozenset()
+    if len(dense_layers) == layers:
+        raise InputError(
+            f"{fields.where}: decoder_sparse_step and mlp_only_layers leave no layer with experts. "
+            "Name it by the dense model_type that it is"
+        )
+    return MixtureArch(
+        num_experts=num_experts,
+        ffn_hidden_size=fields.number(names.ffn_hidden_size),
+        top_k=top_k,
+        renormalized=(
+            fields.flag("norm_topk_prob") if names.renormalized is None else names.renormalized
+        ),
+        dense_layers=dense_layers,
+    )
+
+
+def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
+    """Layers in mlp_only_layers, and layers i where decoder_sparse_step does not divide i + 1."""
+    listed = fields.values["mlp_only_layers"] or []
+    if not isinstance(listed, list) or set(listed) - set(range(layers)):
+        raise InputError(
+            f"{fields.where}: mlp_only_layers={listed!r} must be a list of layers, 0 to "
+            f"{layers - 1}"
+        )
+    step = fields.number("decoder_sparse_step")
+    return frozenset(i for i in range(layers) if i in listed or (i + 1) % step)
+
+
+def _rope(fields: _Fields) -> tuple[float, float | None]:
+    """Base and llama3 factor, from the fields of transformers 4 or 5."""
+    rope = _rope_settings(fields)
+    theta = _Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
+    kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
+    rope.pop("type", None)
+    if rope.pop("partial_rotary_factor", None) not in NEUTRAL["partial_rotary_factor"]:
+        raise InputError(
+            f"{fields.where}: a partial_rotary_factor other than 1 is not supported. Use a model "
+            "that rotates whole heads"
+        )
+    if kind not in ("default", "llama3"):
+        raise InputError(
+            f"{fields.where}: rope type {kind!r} is not supported: default and llama3 are. Use a "
+            "model with one of them"
+        )
+    honoured = {"factor", *LLAMA3_ROPE} if kind == "llama3" else set()
+    unknown = sorted(set(rope) - honoured)
+    if unknown:
+        raise InputError(
+            f"{fields.where}: rope of type {kind!r} has {unknown[0]}={rope[unknown[0]]!r}, which "
+            "is not known. A setting that is ignored would train another model"
+        )
+    return theta, _llama3_factor(rope, fields.where) if kind == "llama3" else None
+
+
+def _rope_settings(fields: _Fields) -> dict[str, object]:
+    """rope_parameters of transformers 5, or rope_theta and rope_scaling of 4."""
+    theta: dict[str, object] = {"rope_theta": fields.values["rope_theta"]}
+    found: list[dict[str, object]] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        value = fields.values.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise InputError(f"{fields.where}: {name}={value!r} must be an object")
+        if value is not None:
+            found.append({**theta, **value})
+    if len(found) == 2 and found[0] != found[1]:
+        raise InputError(
+            f"{fields.where}: rope_parameters and rope_scaling are two spellings of one thing and "
+            f"differ: {found[0]} and {found[1]}. Remove the wrong one"
+        )
+    return found[0] if found else theta
+
+
+def _llama3_factor(rope: Mapping[str, object], where: str) -> float:
+    for name, constant in LLAMA3_ROPE.items():
+        if rope.get(name) != constant:
+            raise InputError(
+                f"{where}: rope scaling has {name}={rope.get(name)!r}: Megatron-Core's llama3 "
+                f"rope has {constant} built in. Only that value can be trained"
+            )
+    return _Fields(rope, where).real("factor")

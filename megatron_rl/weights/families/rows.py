@@ -1,0 +1,132 @@
+"""Rows of the tables: the parameters that decoder families share, as pure data.
+
+Names of one parameter in Megatron-Core's local layers, in Hugging Face files and in vLLM.
+"""
+
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.rules import Copy, GateUp, Qkv, Rule, Vocab
+
+MEGATRON_LAYER = "decoder.layers.{i}."
+HF_LAYER = "model.layers.{i}."
+
+EMBEDDING = Vocab(
+    megatron="embedding.word_embeddings.weight",
+    hf="model.embed_tokens.weight",
+    engine="model.embed_tokens.weight",
+)
+HEAD = Vocab(megatron="output_layer.weight", hf="lm_head.weight", engine="lm_head.weight")
+# The last pipeline stage's own copy of a tied embedding: another holder of the same tensor.
+TIED_HEAD_COPY = Vocab(megatron="output_layer.weight", hf=EMBEDDING.hf, engine=EMBEDDING.engine)
+FINAL_NORM = Copy(
+    megatron="decoder.final_layernorm.weight",
+    hf="model.norm.weight",
+    engine="model.norm.weight",
+    shape=lambda arch: (arch.hidden_size,),
+)
+
+
+def _ffn_rows(arch: ModelArch) -> int:
+    return arch.ffn_hidden_size
+
+
+def _expert_rows(arch: ModelArch) -> int:
+    assert arch.mixture is not None
+    return arch.mixture.ffn_hidden_size
+
+
+def _num_experts(arch: ModelArch) -> int:
+    assert arch.mixture is not None
+    return arch.mixture.num_experts
+
+
+def _norm(megatron: str, hf: str) -> Copy:
+    return Copy(
+        megatron=MEGATRON_LAYER + megatron,
+        hf=HF_LAYER + hf,
+        engine=HF_LAYER + hf,
+        shape=lambda arch: (arch.hidden_size,),
+    )
+
+
+def _head_norm(proj: str) -> Copy:
+    return Copy(
+        megatron=MEGATRON_LAYER + f"self_attention.{proj}_layernorm.weight",
+        hf=HF_LAYER + f"self_attn.{proj}_norm.weight",
+        engine=HF_LAYER + f"self_attn.{proj}_norm.weight",
+        shape=lambda arch: (arch.head_dim,),
+    )
+
+
+ATTENTION: tuple[Rule, ...] = (
+    _norm("input_layernorm.weight", "input_layernorm.weight"),
+    Qkv(
+        megatron=MEGATRON_LAYER + "self_attention.linear_qkv.weight",
+        hf=HF_LAYER + "self_attn.{proj}_proj.weight",
+        engine=HF_LAYER + "self_attn.qkv_proj.weight",
+    ),
+    Copy(
+        megatron=MEGATRON_LAYER + "self_attention.linear_proj.weight",
+        hf=HF_LAYER + "self_attn.o_proj.weight",
+        engine=HF_LAYER + "self_attn.o_proj.weight",
+        shape=lambda arch: (arch.hidden_size, arch.query_rows),
+        axis=1,
+    ),
+    _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+)
+QKV_BIAS = Qkv(
+    megatron=MEGATRON_LAYER + "self_attention.linear_qkv.bias",
+    hf=HF_LAYER + "self_attn.{proj}_proj.bias",
+    engine=HF_LAYER + "self_attn.qkv_proj.bias",
+    is_bias=True,
+)
+QK_NORM: tuple[Rule, ...] = (_head_norm("q"), _head_norm("k"))
+
+DENSE: tuple[Rule, ...] = (
+    GateUp(
+        megatron=MEGATRON_LAYER + "mlp.linear_fc1.weight",
+        hf_gate=HF_LAYER + "mlp.gate_proj.weight",
+        hf_up=HF_LAYER + "mlp.up_proj.weight",
+        engine=HF_LAYER + "mlp.gate_up_proj.weight",
+        rows=_ffn_rows,
+    ),
+    Copy(
+        megatron=MEGATRON_LAYER + "mlp.linear_fc2.weight",
+        hf=HF_LAYER + "mlp.down_proj.weight",
+        engine=HF_LAYER + "mlp.down_proj.weight",
+        shape=lambda arch: (arch.hidden_size, _ffn_rows(arch)),
+        axis=1,
+    ),
+)
+
+
+def router(block: str) -> tuple[Rule, ...]:
+    """The router of a mixture that Hugging Face keeps under `block` in each layer."""
+    return (
+        Copy(
+            megatron=MEGATRON_LAYER + "mlp.router.weight",
+            hf=HF_LAYER + f"{block}.gate.weight",
+            engine=HF_LAYER + f"{block}.gate.weight",
+            shape=lambda arch: (_num_experts(arch), arch.hidden_size),
+        ),
+    )
+
+
+def experts(block: str, *, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """One expert. The engine stacks those of a layer: its parameters begin with the expert."""
+    megatron, hf = MEGATRON_LAYER + "mlp.experts.local_experts.{e}.", HF_LAYER + f"{block}.experts."
+    return (
+        GateUp(
+            megatron=megatron + "linear_fc1.weight",
+            hf_gate=hf + f"{{e}}.{gate}.weight",
+            hf_up=hf + f"{{e}}.{up}.weight",
+            engine=hf + "routed_experts.w13_weight",
+            rows=_expert_rows,
+        ),
+        Copy(
+            megatron=megatron + "linear_fc2.weight",
+            hf=hf + f"{{e}}.{down}.weight",
+            engine=hf + "routed_experts.w2_weight",
+            shape=lambda arch: (arch.hidden_size, _expert_rows(arch)),
+            axis=1,
+        ),
+    )
