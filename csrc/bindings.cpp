@@ -4,10 +4,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#define MRL_LOSS_INPUTS                                                                   \
-  "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "               \
-  "Tensor advantages, Tensor weights, int kind, float eps_low, float eps_high, "         \
-  "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, "              \
+#define MRL_LOSS_INPUTS                                                          \
+  "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "       \
+  "Tensor advantages, Tensor weights, int kind, float eps_low, float eps_high, " \
+  "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, "      \
   "float? rollout_is_cap, bool with_entropy, "
 
 STABLE_TORCH_LIBRARY(megatron_rl, m) {
@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

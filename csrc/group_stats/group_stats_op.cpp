@@ -51,11 +51,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_stats(const Ten
   const Tensor min = column(ScalarType::Double);
   const Tensor counts = column(ScalarType::Long);
   const Tensor flags = new_tensor(rewards, {kNumGroupFlags, num_groups}, ScalarType::Bool);
-  const GroupStatsArgs args = {input<double>(rewards), input<int64_t>(offsets),
-                               rewards.numel(),        num_groups,
-                               std_ddof,               output<double>(mean),
-                               output<double>(std),    output<double>(max),
-                               output<double>(min),    output<int64_t>(counts),
+  const GroupStatsArgs args = {input<double>(rewards),
+                               input<int64_t>(offsets),
+                               rewards.numel(),
+                               num_groups,
+                               std_ddof,
+                               output<double>(mean),
+                               output<double>(std),
+                               output<double>(max),
+                               output<double>(min),
+                               output<int64_t>(counts),
                                output<bool>(flags)};
   if (rewards.is_cpu()) {
     for_rows(num_groups, 16, [&](int64_t begin, int64_t end) {
