@@ -29,8 +29,9 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
         "Tensor loss, Tensor sums, Tensor extrema)");
   m.def("rescale_if_(Tensor(a!) x, Tensor grad, float expected) -> ()");
   m.def(
-      "group_stats(Tensor rewards, Tensor offsets, int std_ddof) -> (Tensor mean, Tensor std, "
-      "Tensor max, Tensor min, Tensor counts, Tensor flags)");
+      "group_stats(Tensor rewards, Tensor offsets, int std_ddof, int keep_rules, "
+      "int advantage_mode, float std_eps) -> (Tensor mean, Tensor std, Tensor max, Tensor min, "
+      "Tensor counts, Tensor flags, Tensor keep, Tensor advantages)");
 }
 
 PyMODINIT_FUNC PyInit__C() {

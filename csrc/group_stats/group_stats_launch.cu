@@ -35,7 +35,9 @@ __global__ void __launch_bounds__(kGroupThreads) group_stats_kernel(GroupStatsAr
   }
 
   // Store.
-  if (lane == 0) finish_group(args, group, end > begin ? end - begin : 0, totals, squares);
+  const Group found(args.std_ddof, end > begin ? end - begin : 0, totals, squares);
+  if (lane == 0) found.store(args, group);
+  for (int64_t i = begin + lane; i < end; i += 32) found.store_response(args, i);
 }
 
 }  // namespace

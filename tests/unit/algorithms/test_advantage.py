@@ -3,15 +3,16 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.advantage import group_advantages, whiten
+from megatron_rl.algorithms.advantage import OF_GROUP, whiten
 from megatron_rl.algorithms.presets import ADVANTAGE_NAMES
+from megatron_rl.ops.group_stats import group_stats
 
 
-def advantages(name, *groups, std_ddof=1, std_eps=0.0):
+def advantages(name, *groups, **settings):
     rewards = torch.tensor([reward for group in groups for reward in group], dtype=torch.float64)
     offsets = torch.tensor([0, *[len(group) for group in groups]]).cumsum(0)
-    result = group_advantages(name, rewards, offsets, std_ddof=std_ddof, std_eps=std_eps)
-    return [part.tolist() for part in result.split([len(group) for group in groups])]
+    stats = group_stats(rewards, offsets, advantage=OF_GROUP[name], **settings)
+    return [part.tolist() for part in stats.advantages.split([len(group) for group in groups])]
 
 
 # Mean -0.5, deviations 1.5 and thrice -0.5: squares sum to 3, sample variance 1.
