@@ -98,8 +98,10 @@ struct Group {
         return reward > 0 ? 1 : -1;
       case kRewardMinusMean:
         return reward - mean;
-      case kGroupNorm:  // a response without others has mean 0 and std 1
-        return (reward - (count > 1 ? mean : 0)) / (std + std_eps);
+      case kGroupNorm: {
+        const double centered = reward - (count > 1 ? mean : 0);  // mean 0 and std 1 without others
+        return centered == 0 ? 0 : centered / (std + std_eps);    // 0 whatever the divisor
+      }
       case kRewardOverStd:
         return reward / (std + std_eps);
       case kLeaveOneOut:

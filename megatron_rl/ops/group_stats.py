@@ -64,11 +64,12 @@ def group_stats(
     """Statistics of groups that lie one after another: group g is offsets[g] up to offsets[g + 1].
 
     Accumulated in float64, in two passes: a variance from squares would cancel. A reward is correct
-    if it is > 0. Nothing waits for the device.
+    if it is > 0. Native ops never wait for the device.
 
     Args:
         rewards: [n] of any float dtype.
-        offsets: [G + 1] int64, from 0 to n, ascending.
+        offsets: [G + 1] int64, from 0 to n, ascending; an error where not, but native ops on a GPU
+            do not ask, since that would wait for it.
         std_ddof: what the divisor of the variance lacks to the count: 1 is the sample's, 0 the
             population's. A group too small for it counts as std 1.
         keep: a response is kept if all of these agree; none keeps everything.
@@ -79,8 +80,6 @@ def group_stats(
             sign is 1 for a correct response and -1 for another.
         std_eps: added to the standard deviation, in reward units.
     """
-    if rewards.device.type == "cpu":  # elsewhere it would wait for the device
-        _check_offsets(rewards, offsets)
     rewards = rewards.double()
     if not backend.is_native("group_stats", rewards, any_dtype=True):
         return group_stats_definition(
@@ -125,6 +124,7 @@ def group_stats_definition(
     std_eps: float = 0.0,
 ) -> GroupStats:
     """What the native op must equal, and what runs where there is none."""
+    _check_offsets(rewards, offsets)
     rewards = rewards.double()
     counts = offsets.diff()
     group_of = torch.arange(len(counts), device=offsets.device).repeat_interleave(counts)
@@ -173,8 +173,9 @@ class _OwnGroup:
 
 
 def _group_norm(rewards: Tensor, own: _OwnGroup) -> Tensor:
-    """A response without others has mean 0 and std 1."""
-    return (rewards - own.mean.where(own.count > 1, 0.0)) / own.divisor
+    """A response without others has mean 0 and std 1. What is 0 stays so whatever the divisor."""
+    centered = rewards - own.mean.where(own.count > 1, 0.0)
+    return (centered / own.divisor).where(centered != 0, 0.0)
 
 
 def _leave_one_out(rewards: Tensor, own: _OwnGroup) -> Tensor:

@@ -59,7 +59,7 @@ def test_advantages_are_the_definitions(ragged, advantage):
 )
 def test_groups_of_equal_rewards_have_exactly_no_advantage(ragged, advantage):
     rewards, offsets = ragged
-    stats = group_stats(rewards, offsets, advantage=advantage, std_eps=1e-6)
+    stats = group_stats(rewards, offsets, advantage=advantage, std_eps=0.0)
     is_uniform = (stats.all_equal & (stats.counts > 1) & stats.mean.isfinite()).repeat_interleave(
         stats.counts
     )
