@@ -45,9 +45,6 @@ from megatron_rl.weights.hf_files import HfCheckpoint
 from megatron_rl.weights.layouts import hf_shapes, megatron_pieces
 from megatron_rl.weights.pieces import Piece
 
-CHUNK_ROWS = 1024
-"""Rows of logits alive at a time in head and loss."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
@@ -180,6 +177,7 @@ class Policy:
                 weights=batch.weights[batch.loss_rows],
                 spec=spec,
                 with_entropy=with_entropy,
+                into_main_grad=True,
             )
             sums.add_(result.sums.cpu())
             torch.maximum(extrema, result.extrema.cpu(), out=extrema)
@@ -272,7 +270,6 @@ class Policy:
             "vocab_start": self.groups.here.tp_rank * shard,
             "valid_vocab": self.arch.vocab_size,
             "temperature": self.temperature,
-            "chunk_rows": CHUNK_ROWS,
         }
 
     def _reduced_metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:

@@ -6,6 +6,7 @@ Imported on ranks only, after preload_megatron has adapted Megatron-Core.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -15,19 +16,22 @@ import torch.distributed as dist
 from cases import TEMPERATURE, Case, Layout, Problem, owned
 from megatron.core import parallel_state
 from reference import Recipe, Values
-from tiny_models import MAX_RESPONSE_TOKENS
+from tiny_models import MAX_RESPONSE_TOKENS, VOCAB_SIZE
 from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.batching.packer import Packer
+from megatron_rl.ops import backend, linear_loss
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import make_groups
 from megatron_rl.platforms.base import detect
+from megatron_rl.policy import policy as policy_module
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.policy import Policy
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
+from megatron_rl.weights.arch import padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import hf_shapes
 from megatron_rl.weights.pieces import view
@@ -70,9 +74,9 @@ def policy_at(
         sequence_parallel=layout.sequence_parallel,
     )
     model = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
-    groups = make_groups(detect(), parallel, 1)
-    chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
-    chunks.start()
+    platform = detect()
+    groups = make_groups(platform, parallel, 1)
+    backend.choose(layout.ops, platform.current_device())
     try:
         policy = Policy(
             read_model_config(problem.model_dir),
@@ -84,11 +88,32 @@ def policy_at(
             run_updates=10,
         )
         policy.load_hf(problem.model_dir)
-        policy.prepare_training()
-        yield policy
+        with _overlapped_reduction(policy) if layout.overlaps_reduction else nullcontext():
+            policy.prepare_training()
+        with _small_chunks(layout) if layout.chunk_rows else nullcontext():
+            yield policy
     finally:
-        chunks.stop()
+        backend.choose("auto", platform.current_device())
         parallel_state.destroy_model_parallel()
+
+
+def _small_chunks(layout: Layout) -> AbstractContextManager[Any]:
+    row_bytes = 8 * padded_vocab_size(VOCAB_SIZE, layout.tp) // layout.tp
+    return mock.patch.object(linear_loss, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
+
+
+@contextmanager
+def _overlapped_reduction(policy: Policy) -> Iterator[None]:
+    """Megatron's overlap_grad_reduce: a bucket is reduced when the last of its gradients is there.
+
+    Buckets are small, so that those of the head do not wait for any other gradient.
+    """
+    stock = policy_module.DistributedDataParallelConfig
+    overlapped = partial(stock, overlap_grad_reduce=True, bucket_size=1000)
+    with mock.patch.object(policy_module, "DistributedDataParallelConfig", overlapped):
+        yield
+    no_sync = [module.no_sync for module in policy._trainable]
+    policy.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
@@ -157,6 +182,11 @@ def named_main_grads(policy: Policy) -> dict[str, Tensor]:
         for chunk, module in enumerate(policy.chunks)
         for name, parameter in module.named_parameters()
     }
+
+
+def head_is_in_main_grad(policy: Policy) -> bool:
+    """Whether the head's gradient came there without one of autograd's; last stage only."""
+    return policy.chunks[-1].head_weight().grad_added_to_main_grad
 
 
 def measure(
