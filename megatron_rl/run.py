@@ -14,12 +14,13 @@ from megatron_rl.algorithms.algorithm import Algorithm, Selection
 from megatron_rl.batching.packer import Packer
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
-from megatron_rl.errors import InputError, RunError
+from megatron_rl.errors import ConfigErrors, InputError, RunError
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.metrics import tally
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.ops import backend
-from megatron_rl.parallel.collectives import max_over, sum_over
+from megatron_rl.ops.config import Backend
+from megatron_rl.parallel.collectives import agree_or_raise, max_over, same_or_raise, sum_over
 from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import Platform
@@ -309,8 +310,8 @@ def build_run(
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
-    say(backend.choose(config.ops.backend, platform.current_device()))
     groups = make_groups(platform, config.parallel, rollout_tp)
+    say(choose_ops(config.ops.backend, groups))
     algorithm = Algorithm(config.algorithm)
     passes = plan_passes(
         algorithm,
@@ -387,6 +388,29 @@ def _build_critic(
     critic.load_hf(inputs.critic_dir)
     critic.prepare_training()
     return critic
+
+
+def choose_ops(choice: Backend, groups: Groups) -> str:
+    """Decide which ops run, the same on every rank; returns one line about it. Every rank calls it.
+
+    Raises:
+        ConfigErrors: this rank lacks the native ops that were asked for.
+        RunError: another rank does, or ranks would run different ones.
+    """
+    told, error = "", None
+    try:
+        told = backend.choose(choice, groups.platform.current_device())
+    except ConfigErrors as problem:
+        error = problem
+    agree_or_raise(error, groups.host)
+    same_or_raise(
+        f"ops.backend={choice}",
+        told,
+        "ranks that split a vocabulary would wait in different collectives. Install the package "
+        "alike on all machines, or set ops.backend=reference",
+        groups.host,
+    )
+    return told
 
 
 def build_engine(

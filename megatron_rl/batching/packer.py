@@ -69,11 +69,13 @@ class Packer:
                 return 1.0
             return self._algorithm.token_weight(sample, totals, self._max_response_tokens)
 
-        rows = rows_of(
-            samples,
-            self._row_tokens,
-            count_multiple=self._count_multiple,
-            keep_groups_whole=self._keep_groups_whole and totals is not None,
+        rows = self._evened(
+            rows_of(
+                samples,
+                self._row_tokens,
+                count_multiple=self._count_multiple,
+                keep_groups_whole=self._keep_groups_whole and totals is not None,
+            )
         )
         return tuple(
             pack(
@@ -83,7 +85,7 @@ class Packer:
                 dtype=self._dtype,
                 device=self._groups.platform.current_device(),
             )
-            for row in self._evened(rows)
+            for row in rows
         )
 
     def _evened(self, rows: list[list[Sample]]) -> list[list[Sample]]:

@@ -12,7 +12,6 @@ from megatron_rl.policy.model import ValueModel
 from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.critic_files import critic_pieces, critic_shapes, read_value_head
-from megatron_rl.weights.hf_files import HfCheckpoint
 from megatron_rl.weights.pieces import Piece
 
 
@@ -33,13 +32,13 @@ class Critic(TrainedModel):
         weight: Tensor = self.chunks[-1].output_layer.weight
         return weight
 
+    def _files_hold(self, model_dir: Path) -> dict[str, tuple[int, ...]]:
+        return critic_shapes(self.arch, model_dir)
+
     @torch.no_grad()
     def load_hf(self, model_dir: Path) -> None:
         """Read a language model (value head 0) or an exported critic."""
-        params = self.named_parameters()
-        for param in params.values():
-            param.zero_()
-        HfCheckpoint(model_dir, critic_shapes(self.arch, model_dir)).fill(params, self.pieces)
+        super().load_hf(model_dir)
         saved = read_value_head(model_dir, self.arch)
         if self.value_head is not None and saved is not None:
             self.value_head.copy_(saved)

@@ -103,7 +103,11 @@ class TrainedModel:
         for name, param in params.items():
             if name.endswith(VOCABULARY):
                 param.zero_()
-        HfCheckpoint(model_dir, hf_shapes(self.arch)).fill(params, self.pieces)
+        HfCheckpoint(model_dir, self._files_hold(model_dir)).fill(params, self.pieces)
+
+    def _files_hold(self, model_dir: Path) -> dict[str, tuple[int, ...]]:
+        """Every tensor that a model directory must hold."""
+        return hf_shapes(self.arch)
 
     def prepare_training(self) -> None:
         """Wrap the loaded model in DDP and build the optimizer (whose main weights copy it)."""

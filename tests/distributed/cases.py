@@ -36,7 +36,9 @@ class Layout:
     sequence_parallel: bool = False
     model: str = "qwen2"
     recompute: str | None = None
-    chunk_rows: int = 1024  # rows of logits alive at a time
+    chunk_rows: int | None = None  # most rows of logits alive at a time
+    ops: str = "auto"
+    overlaps_reduction: bool = False  # of gradients with the backward
     has_every_preset: bool = False  # else a few, since each adds a second or two
     has_least: bool = False  # only what a way to split a model could get wrong
 
@@ -61,6 +63,10 @@ LAYOUTS = (
         recompute="full",
         chunk_rows=7,
     ),
+    Layout(name="TP2, definitions, logits by 7 rows", world=2, tp=2, ops="reference", chunk_rows=7),
+    Layout(name="PP2, tied, definitions", world=2, pp=2, model="qwen2_tied", ops="reference"),
+    Layout(name="DP2, overlapped", world=2, overlaps_reduction=True),
+    Layout(name="DP2, tied, overlapped", world=2, model="qwen2_tied", overlaps_reduction=True),
     Layout(name="PP2, attention recomputed", world=2, pp=2, recompute="selective"),
     Layout(name="TP2 PP2", world=4, tp=2, pp=2, has_every_preset=True),
     Layout(name="TP2 DP2", world=4, tp=2, has_every_preset=True),
@@ -73,6 +79,14 @@ LAYOUTS = (
         name="TP2 SP PP2, tied", world=4, tp=2, pp=2, sequence_parallel=True, model="qwen2_tied"
     ),
     Layout(name="PP2 VPP2 DP2, tied", world=4, pp=2, vpp=2, model="qwen2_tied"),
+    Layout(
+        name="PP2 DP2, tied, overlapped, definitions",
+        world=4,
+        pp=2,
+        model="qwen2_tied",
+        ops="reference",
+        overlaps_reduction=True,
+    ),
     Layout(name="TP4 over 2 key heads", world=4, tp=4),
     Layout(name="TP4 SP over 2 key heads", world=4, tp=4, sequence_parallel=True),
     Layout(name="TP2 PP2, llama3 rope", world=4, tp=2, pp=2, model="llama3_rope"),

@@ -74,7 +74,7 @@ RUNS = (
 )
 NAMES = {
     1: ("one rank",),
-    2: ("DP2", "TP2 SP", "PP2, tied"),
+    2: ("DP2", "DP2, overlapped", "TP2 SP", "PP2, tied"),
     4: (
         "TP2 PP2",
         "TP2 DP2",
