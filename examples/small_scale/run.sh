@@ -12,8 +12,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 output=${OUTPUT:-runs/small_scale}
 methods=${METHODS:-raft raft_pp iterative_dpo reinforce grpo ppo reinforce_remove_all_wrong \
-  reinforce_remove_all_correct reinforce_rej reinforce_rej_norm reinforce_mean_zero rloo \
-  reinforce_pp_baseline dr_grpo}
+  reinforce_remove_all_correct reinforce_rej reinforce_rej_norm reinforce_mean_zero}
 seeds=${SEEDS:-0 1 2}
 jobs=${JOBS:-$(nproc)}
 here=examples/small_scale
