@@ -56,7 +56,7 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
     if arch.mixture is not None:
         yield (
             "experts",
-            f"{arch.mixture.num_experts} over EP {layout.ep}, each over {layout.etp} ranks",
+            f"{arch.mixture.num_experts} a layer, over EP {layout.ep}; expert TP {layout.etp}",
         )
     layers = arch.num_layers // (layout.pp * layout.vpp)
     yield "layers per chunk", f"{layers} of {arch.num_layers}"

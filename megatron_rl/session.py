@@ -184,7 +184,8 @@ def _start_lines(run: "Run") -> list[str]:
     layout, prompts = run.groups.layout, run.prompts.report
     lines = [
         f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
-        f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
+        + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
+        + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
         f"from {run.inputs.model_dir}",
         f"prompts: {prompts.num_used} of {prompts.num_read} rows"
