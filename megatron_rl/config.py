@@ -145,7 +145,7 @@ def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
             "parallel.expert_model_parallel_size * expert_tensor_parallel_size",
             one.ep * one.etp,
             f"must divide the {world_size // pp} ranks of a pipeline stage",
-            f"Start a multiple of {math.lcm(tp, one.etp * one.ep) * pp} ranks, or change the layout",
+            f"Start a multiple of {pp * math.lcm(tp, one.etp * one.ep)} ranks, or another layout",
         )
     if world_size % config.rollout.tensor_model_parallel_size:
         yield ConfigError(

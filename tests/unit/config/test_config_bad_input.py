@@ -224,6 +224,27 @@ def test_the_number_of_ranks_must_fit(case, parallel, rollout_tp, world_size, fi
     assert str(world_size) in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("tp", "pp", "ep", "expert_tp", "rollout_tp", "smallest"),
+    [(2, 2, 1, None, 1, 4), (1, 2, 4, None, 1, 8), (4, 1, 2, 1, 1, 4), (2, 1, 3, 2, 4, 12)],
+)
+def test_experts_must_fit_the_ranks_of_a_stage(case, tp, pp, ep, expert_tp, rollout_tp, smallest):
+    parallel = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": expert_tp,
+        "sequence_parallel": tp > 1,
+    }
+    case.change(parallel=parallel, rollout={"tensor_model_parallel_size": rollout_tp})
+    config = load_config(case.write(), [])
+    assert config.smallest_world == smallest
+    assert not list(world_problems(config, smallest))
+    if ep > 1 and ep * (expert_tp or tp) > tp:
+        (problem,) = world_problems(config, math.lcm(tp * pp, rollout_tp))
+        assert f"must divide the {math.lcm(tp * pp, rollout_tp) // pp} ranks" in str(problem)
+
+
 def test_tensor_parallelism_must_divide_the_heads(case):
     case.change(parallel={"tensor_model_parallel_size": 4})
     problems = case.input_problems(world_size=4)
