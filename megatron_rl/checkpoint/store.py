@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint.optimizer_state import fitted
 from megatron_rl.errors import RunError
 from megatron_rl.parallel.collectives import agree_or_raise, all_gather_objects
 from megatron_rl.parallel.groups import Groups
@@ -30,7 +31,11 @@ from megatron_rl.policy.trained_model import TrainedModel
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
 NAME = re.compile(r"iteration_(\d{6,})")
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Names without the number of Megatron's optimizer, which depends on expert parallelism.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 class CheckpointStore:
@@ -200,7 +205,7 @@ def _restore_model(model: TrainedModel, directory: Path, state: dict[str, Any]) 
     loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(directory))
     for number, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    model.optimizer.load_state_dict(fitted(model.optimizer, loaded["optimizer"]))
     model.scheduler.load_state_dict(state["scheduler"])
     model.version = state["version"]
 
