@@ -19,7 +19,7 @@ from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
+from megatron_rl.policy.config import CriticConfig, ModelConfig, OptimizerConfig
 from megatron_rl.policy.refusals import config_problems
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.reward.config import RewardConfig
@@ -57,6 +57,7 @@ class RunConfig(Settings):
     algorithm: AlgorithmConfig
     batching: BatchingConfig = BatchingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
     parallel: ParallelConfig = ParallelConfig()
     weights: WeightSyncConfig = WeightSyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -78,7 +79,18 @@ class RunConfig(Settings):
     def row_tokens(self) -> int:
         """Token budget of a packed row."""
         budget = self.batching.max_tokens_per_microbatch
-        return budget or max(DEFAULT_ROW_TOKENS, self.longest_sequence)
+        return budget or max(DEFAULT_ROW_TOKENS, self.longest_unit)
+
+    @property
+    def longest_unit(self) -> int:
+        """Tokens of the longest thing that no row may split: a sequence, or dpo's pair of them."""
+        return self.longest_sequence * (2 if self.algorithm.resolved.trains_pairs else 1)
+
+    @property
+    def critic_optimizer(self) -> OptimizerConfig:
+        """The policy's, with what the critic section changes."""
+        changed = {"lr": self.critic.lr, "clip_grad": self.critic.clip_grad}
+        return self.optimizer.model_copy(update=changed)
 
     @property
     def num_updates(self) -> int:
@@ -174,26 +186,44 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
 
 def _training_problems(config: RunConfig) -> Iterator[ConfigError]:
     budget = config.batching.max_tokens_per_microbatch
-    if budget is not None and budget < config.longest_sequence:
+    if budget is not None and budget < config.longest_unit:
+        pair = " of both responses of a pair" if config.algorithm.resolved.trains_pairs else ""
         yield ConfigError(
             "batching.max_tokens_per_microbatch",
             budget,
             "a row must hold the longest sequence, prompts.max_prompt_tokens + "
-            f"rollout.max_response_tokens = {config.longest_sequence}",
+            f"rollout.max_response_tokens{pair} = {config.longest_unit}",
             "Raise it, or lower those",
         )
-    if config.model.dtype == "float64" and config.optimizer.clip_grad:
+    trained = {"optimizer": config.optimizer}
+    if config.algorithm.resolved.needs_critic:
+        trained["critic"] = config.critic_optimizer
+    elif config.critic != CriticConfig():
         yield ConfigError(
-            "optimizer.clip_grad",
-            config.optimizer.clip_grad,
+            "critic",
+            config.critic.model_dump(exclude_defaults=True),
+            f"algorithm.preset={config.algorithm.preset} has no critic",
+            "Set algorithm.preset=ppo or leave the section out",
+        )
+    for section, optimizer in trained.items():
+        yield from _optimizer_problems(config.model.dtype, section, optimizer)
+
+
+def _optimizer_problems(
+    dtype: str, section: str, optimizer: OptimizerConfig
+) -> Iterator[ConfigError]:
+    if dtype == "float64" and optimizer.clip_grad:
+        yield ConfigError(
+            f"{section}.clip_grad",
+            optimizer.clip_grad,
             "Megatron-Core clips float32 gradients only, and model.dtype is float64",
             "Set 0 (float64 is for verification)",
         )
-    if config.optimizer.min_lr > config.optimizer.lr:
+    if optimizer.min_lr > optimizer.lr:
         yield ConfigError(
             "optimizer.min_lr",
-            config.optimizer.min_lr,
-            f"must not exceed optimizer.lr={config.optimizer.lr}",
+            optimizer.min_lr,
+            f"must not exceed {section}.lr={optimizer.lr}",
             "Lower it",
         )
 

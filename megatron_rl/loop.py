@@ -22,7 +22,8 @@ def run_iteration(run: Run, iteration: int) -> IterationMetrics:
     batches = run.packer.pack(selection, run.num_updates)  # batching/: rows, shares of the loss
     with run.timer.phase("logprob"):  # policy/: old_logprobs, ref_logprobs, where needed
         weighed = run.trainer.add_logprobs(batches)
-        measured |= run.measure_kl(graded, iteration)
+        weighed, estimated = run.trainer.add_advantages(weighed)  # of tokens, by the critic
+        measured |= estimated | run.measure_kl(graded, iteration)
     with run.timer.phase("update"):  # policy/: optimizer steps
         measured |= run.trainer.update(weighed)
     with run.timer.phase("weight_sync"):  # weights/: the engine samples from the new weights

@@ -97,7 +97,10 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield "advantage", preset.advantage
     yield "objective", f"{preset.objective}, {preset.loss_aggregation}"
     for reason in plan_passes(
-        algorithm, num_updates=config.num_updates, epochs=config.optimizer.epochs
+        algorithm,
+        num_updates=config.num_updates,
+        epochs=config.optimizer.epochs,
+        critic_warmup=config.critic.warmup_updates,
     ).reasons:
         name, _, why = reason.partition(": ")
         yield name, why
@@ -134,13 +137,19 @@ def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
         "activations of one row (estimate)": activations * min(layout.pp, 4),
         "logits of one chunk": 1024 * vocab * (itemsize + 4),
     }
+    if config.algorithm.resolved.needs_critic:
+        # Without the LM head; what is alive of one row at a time is counted above.
+        head = vocab * arch.hidden_size
+        parts["critic, with its optimizer"] = (params - head) * sum(
+            parts[name] / params for name in ("weights", "gradients", "optimizer")
+        )
     if not config.is_supervised:
         engine_bytes = ITEMSIZE[config.engine_dtype] * arch.num_parameters
         parts["engine weights"] = engine_bytes / config.rollout.tensor_model_parallel_size
     for name, nbytes in parts.items():
         yield name, f"{nbytes / GIB:.3f} GiB"
     yield "sum", f"{sum(parts.values()) / GIB:.3f} GiB, without the key/value cache"
-    if config.algorithm.kl_coef or config.metrics.kl_every:
+    if Algorithm(config.algorithm).needs_ref_logprobs or config.metrics.kl_every:
         yield "reference weights", f"{params * itemsize / GIB:.3f} GiB of host memory"
 
 

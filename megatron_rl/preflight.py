@@ -1,7 +1,7 @@
 """Everything a run reads, checked before any model is built; all problems at once."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rl.config import RunConfig, world_problems
@@ -13,6 +13,7 @@ from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.critic_files import critic_shapes
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.hf_files import HfCheckpoint
 from megatron_rl.weights.hub import local_model_dir
@@ -28,6 +29,7 @@ class Inputs:
     tokenizer: Tokenizer
     prompts: PromptStream
     benchmarks: dict[str, list[Prompt]]
+    critic_dir: Path | None = None  # where the critic's first weights are
 
 
 def read_inputs(config: RunConfig, world_size: int) -> Inputs:
@@ -56,6 +58,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         problems.extend(_length_problems(config, arch))
         HfCheckpoint(model_dir, hf_shapes(arch))
         found.update(model_dir=model_dir, arch=arch)
+        if config.algorithm.resolved.needs_critic:
+            found["critic_dir"] = _critic_dir(config, arch, model_dir)
 
     def read_prompts() -> None:
         tokenizer = load_tokenizer(local_model_dir(config.model.path))
@@ -88,6 +92,21 @@ def _read_benchmarks(
         except InputError as error:
             problems.append(f"evaluation.benchmarks.{name}: {error}")
     return read
+
+
+def _critic_dir(config: RunConfig, arch: ModelArch, model_dir: Path) -> Path:
+    """The critic's directory, which must hold a network like the policy's."""
+    if config.critic.path is None:
+        return model_dir
+    critic_dir = local_model_dir(config.critic.path)
+    critic_arch = read_model_config(critic_dir)
+    if replace(critic_arch, tied_embeddings=arch.tied_embeddings) != arch:
+        raise InputError(
+            f"critic.path={config.critic.path!r}: its config.json describes another network than "
+            "model.path. The critic has the policy's shape; name a model of the same kind and size"
+        )
+    HfCheckpoint(critic_dir, critic_shapes(critic_arch, critic_dir))
+    return critic_dir
 
 
 def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:

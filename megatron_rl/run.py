@@ -23,9 +23,11 @@ from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import Platform
+from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.model import DTYPES
 from megatron_rl.policy.passes import plan_passes
 from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.prompts.dataset import PromptStream
@@ -77,6 +79,12 @@ class Run:
     def num_updates(self) -> int:
         return self.config.num_updates
 
+    @property
+    def models(self) -> list[TrainedModel]:
+        """What a checkpoint holds."""
+        critic = self.trainer.critic
+        return [self.policy] if critic is None else [self.policy, critic]
+
     # -- the loop's steps that join several rooms -------------------------------------------------
 
     def observe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -106,7 +114,8 @@ class Run:
     def measure_kl(self, groups: Sequence[RolloutGroup], iteration: int) -> dict[str, float]:
         """KL to the initial policy on rollouts drawn before selection, in iterations that ask."""
         every = self.config.metrics.kl_every
-        if not every or iteration % every or self.sampling is None or self.trainer.passes.ref:
+        is_measured_anyway = self.trainer.passes.ref and self.algorithm.preset.selection == ("all",)
+        if not every or iteration % every or self.sampling is None or is_measured_anyway:
             return {}
         share = -(-self.config.metrics.kl_rollouts // self.groups.layout.world_size)
         drawn = [
@@ -179,12 +188,13 @@ class Run:
                     "run.resume is never. Choose another directory, or set run.resume=auto"
                 )
             return
-        state = self.store.load(self.policy)
+        state = self.store.load(self.models)
         if state is None:
             return
         for reason in state["rejected"]:
             self.say(f"checkpoint rejected: {reason}")
         self.prompts.load_state_dict(state["prompts"])
+        self.trainer.load_state_dict(state["trainer"])
         self.done_iterations = state["iteration"]
         self.say(f"resumed after iteration {self.done_iterations}")
 
@@ -252,8 +262,12 @@ class Run:
         with self.timer.phase("checkpoint"):
             self.store.save(
                 iteration,
-                self.policy,
-                {"iteration": iteration, "prompts": self.prompts.state_dict()},
+                self.models,
+                {
+                    "iteration": iteration,
+                    "prompts": self.prompts.state_dict(),
+                    "trainer": self.trainer.state_dict(),
+                },
             )
 
     def export(self) -> Path | None:
@@ -261,16 +275,22 @@ class Run:
         if not self.config.checkpoint.export_hf:
             return None
         output = Path(self.config.run.output_dir) / "hf"
+        for model in self.models:
+            self._export(model, output if model is self.policy else output / model.name)
+        return output
+
+    def _export(self, model: TrainedModel, output: Path) -> None:
         export_hf(
-            self.policy.named_parameters(),
-            self.policy.arch,
+            model.named_parameters(),
+            model.arch,
             self.groups,
             source=self.inputs.model_dir,
             output=output,
-            dtype=self.policy.dtype,
+            dtype=model.dtype,
             file_mib=self.config.checkpoint.export_file_mib,
+            value_head=model.value_head if isinstance(model, Critic) else None,
+            is_critic=isinstance(model, Critic),
         )
-        return output
 
     def close(self) -> None:
         """End worker processes and the engine."""
@@ -292,7 +312,13 @@ def build_run(
     say(backend.choose(config.ops.backend, platform.current_device()))
     groups = make_groups(platform, config.parallel, rollout_tp)
     algorithm = Algorithm(config.algorithm)
-    passes = plan_passes(algorithm, num_updates=config.num_updates, epochs=config.optimizer.epochs)
+    passes = plan_passes(
+        algorithm,
+        num_updates=config.num_updates,
+        epochs=config.optimizer.epochs,
+        critic_warmup=config.critic.warmup_updates,
+    )
+    run_updates = config.run.num_iterations * config.num_updates * config.optimizer.epochs
     policy = Policy(
         inputs.arch,
         config.model,
@@ -300,12 +326,13 @@ def build_run(
         config.optimizer,
         groups,
         temperature=config.rollout.temperature,
-        run_updates=config.run.num_iterations * config.num_updates * config.optimizer.epochs,
+        run_updates=run_updates,
     )
     policy.load_hf(inputs.model_dir)
     keeps_reference = passes.ref or (config.metrics.kl_every and not config.is_supervised)
     reference = policy.snapshot() if keeps_reference else None
     policy.prepare_training()
+    critic = _build_critic(config, inputs, groups, run_updates)
     sampling = None if config.is_supervised else _build_sampling(config, inputs, groups)
     output_dir = Path(config.run.output_dir)
     return Run(
@@ -324,7 +351,13 @@ def build_run(
             dtype=torch.float64 if policy.dtype == torch.float64 else torch.float32,
         ),
         trainer=Trainer(
-            policy, algorithm, passes, epochs=config.optimizer.epochs, reference=reference
+            policy,
+            algorithm,
+            passes,
+            epochs=config.optimizer.epochs,
+            reference=reference,
+            critic=critic,
+            critic_config=config.critic,
         ),
         rollouts=_rollout_source(config, groups, sampling),
         sampling=sampling,
@@ -336,6 +369,24 @@ def build_run(
         stop=StopRequest(),
         say=say,
     )
+
+
+def _build_critic(
+    config: RunConfig, inputs: Inputs, groups: Groups, run_updates: int
+) -> Critic | None:
+    if inputs.critic_dir is None:
+        return None
+    critic = Critic(
+        inputs.arch,
+        config.model,
+        config.parallel,
+        config.critic_optimizer,
+        groups,
+        run_updates=run_updates,
+    )
+    critic.load_hf(inputs.critic_dir)
+    critic.prepare_training()
+    return critic
 
 
 def build_engine(

@@ -81,7 +81,7 @@ class Sample:
     update: int  # which optimizer step of this iteration it belongs to, from 0
     prompt_tokens: Tensor  # [P] int64
     response_tokens: Tensor  # [R] int64
-    advantage: float
+    advantage: float  # under gae the reward, until the critic is asked
     rollout_logprobs: Tensor | None = None  # [R] float32
     old_logprobs: Tensor | None = None  # [R] float32 or float64, added by policy/
     ref_logprobs: Tensor | None = None  # [R] likewise
@@ -122,6 +122,8 @@ class MicroBatch:
     ref_logprobs: Tensor | None  # [T]
     samples: tuple[Sample, ...]  # in row order
     first_loss_rows: tuple[int, ...]  # index in loss_rows of each sample's first response token
+    old_values: Tensor | None = None  # [T] of the critic before this iteration's first update
+    returns: Tensor | None = None  # [T] what the critic is to predict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -19,7 +19,7 @@ def group_advantages(
     """[n] rewards of groups one after another -> [n] float64 advantages.
 
     Exactly 0 where at least two rewards of a group are all equal, for every advantage that
-    subtracts the mean. batch_norm still lacks its whitening.
+    subtracts the mean. batch_norm still lacks its whitening, and gae its critic.
 
     Args:
         name: which advantage.
@@ -91,6 +91,11 @@ def _leave_one_out(rewards: Tensor, group: _Group, std_eps: float) -> Tensor:
     return ((rewards - group.mean) * group.count / others).where(group.count > 1, rewards)
 
 
+def _preference(rewards: Tensor, group: _Group, std_eps: float) -> Tensor:
+    """+1 for the right response of a pair and -1 for the wrong one."""
+    return torch.where(rewards > 0, 1.0, -1.0).to(rewards.dtype)
+
+
 _ADVANTAGES: dict[AdvantageName, Callable[[Tensor, _Group, float], Tensor]] = {
     "one": _one,
     "reward": _reward,
@@ -99,4 +104,6 @@ _ADVANTAGES: dict[AdvantageName, Callable[[Tensor, _Group, float], Tensor]] = {
     "reward_over_std": _reward_over_std,
     "leave_one_out": _leave_one_out,
     "batch_norm": _reward_minus_mean,
+    "gae": _reward,
+    "preference": _preference,
 }

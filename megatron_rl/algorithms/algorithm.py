@@ -14,6 +14,7 @@ from megatron_rl.algorithms.advantage import SumOverRanks, group_advantages, whi
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import Preset
 from megatron_rl.algorithms.selection import Candidates, KeepMask, keep_mask
+from megatron_rl.ops.pair_loss import PairSpec
 from megatron_rl.ops.token_loss import LossSpec
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, UpdateTotals
 
@@ -71,12 +72,24 @@ class Algorithm:
     @property
     def needs_old_logprobs(self) -> bool:
         """Whether the loss uses them; the first update on fresh rollouts may leave them None."""
-        has_ratio = self.preset.objective == "clipped_ratio"
-        return has_ratio or self.config.rollout_is_cap is not None
+        return (
+            self.preset.objective == "clipped_ratio"
+            or self.config.rollout_is_cap is not None
+            or (self.preset.trains_pairs and self.config.dpo_reference == "previous_iteration")
+        )
 
     @property
     def needs_ref_logprobs(self) -> bool:
-        return self.config.kl_coef != 0
+        return (
+            self.config.kl_coef != 0
+            or self.has_kl_in_reward
+            or (self.preset.trains_pairs and self.config.dpo_reference == "initial")
+        )
+
+    @property
+    def has_kl_in_reward(self) -> bool:
+        """Whether rewards need old and reference log-probs of every token, before any update."""
+        return self.preset.needs_critic and self.config.kl_reward_coef != 0
 
     @property
     def needs_entropy(self) -> bool:
@@ -166,7 +179,10 @@ class Algorithm:
             normalize_over=self.config.normalize_over,
         )
 
-    def loss_spec(self) -> LossSpec:
+    def loss_spec(self) -> LossSpec | PairSpec:
+        """The loss of one optimizer step."""
+        if self.preset.objective == "dpo":
+            return PairSpec(beta=self.config.dpo_beta)
         return LossSpec(
             kind=self.preset.objective,
             eps_low=self.config.eps_low,
@@ -207,7 +223,7 @@ class Algorithm:
         has_gradient = (
             advantage != 0
             or self.config.has_loss_on_every_token
-            or self.preset.advantage == "batch_norm"  # whitening comes later
+            or self.preset.advantage in ("batch_norm", "gae")  # whitening and values come later
         )
         return is_kept and (has_gradient or not self.config.drop_zero_advantage)
 

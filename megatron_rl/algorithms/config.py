@@ -1,6 +1,7 @@
 """The algorithm section of a recipe: a preset's name, and what to change of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal, cast
 
 from pydantic import Field, field_validator, model_validator
@@ -8,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from megatron_rl.algorithms.presets import (
     ADVANTAGE_NAMES,
     AGGREGATION_NAMES,
-    NOT_YET_AVAILABLE,
     OBJECTIVE_NAMES,
     PRESETS,
     SELECTION_NAMES,
@@ -36,7 +36,7 @@ class AlgorithmConfig(Settings):
     """Instead of the preset's."""
 
     objective: str | None = None
-    """Instead of the preset's: likelihood or clipped_ratio."""
+    """Instead of the preset's: likelihood, clipped_ratio or dpo."""
 
     loss_aggregation: str | None = None
     """Instead of the preset's: sequence_mean (each response counts the same), token_mean (each
@@ -78,6 +78,27 @@ class AlgorithmConfig(Settings):
     rollout_is_cap: float | None = Field(default=None, gt=0)
     """Weigh tokens by exp(old_logprobs - rollout_logprobs), at most this; null: do not."""
 
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token of gae."""
+
+    gae_lambda: float = Field(default=1.0, ge=0, le=1)
+    """0: one-step differences of values; 1: the whole return less the value."""
+
+    kl_reward_coef: float = Field(default=0.0, ge=0)
+    """Under gae: each token's reward loses this times log pi_old - log ref."""
+
+    kl_reward_target: float | None = Field(default=None, gt=0)
+    """Adapt that coefficient towards this KL, in nats per response; null: keep it fixed."""
+
+    kl_reward_horizon: int = Field(default=10_000, ge=1)
+    """Responses over which an adaptive coefficient reacts."""
+
+    dpo_beta: float = Field(default=0.1, gt=0)
+    """How strongly dpo ties the policy to its reference."""
+
+    dpo_reference: Literal["initial", "previous_iteration"] = "initial"
+    """The reference of dpo: the initial policy, or the one that sampled this iteration."""
+
     drop_zero_advantage: bool = True
     """Drop kept responses whose advantage is exactly 0 and that no KL or entropy term acts on:
     the gradient stays the same and they cost nothing."""
@@ -94,10 +115,6 @@ class AlgorithmConfig(Settings):
     @field_validator("preset")
     @classmethod
     def _preset_is_known(cls, name: str) -> str:
-        if name in NOT_YET_AVAILABLE:
-            raise ConfigError(
-                "algorithm.preset", name, "not available yet", f"Known: {', '.join(PRESETS)}"
-            )
         return _known("preset", name, tuple(PRESETS))
 
     @field_validator("selection")
@@ -155,31 +172,71 @@ def _known(field: str, name: str, known: tuple[str, ...]) -> str:
     return name
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reach:
+    """Settings that act only under a condition."""
+
+    fields: tuple[str, ...]
+    acts: Callable[[AlgorithmConfig], bool]
+    condition: str
+    way_out: str
+
+
+_REACHES = (
+    _Reach(
+        fields=("eps_low", "eps_high", "dual_clip"),
+        acts=lambda c: c.resolved.objective == "clipped_ratio",
+        condition="an objective other than clipped_ratio, which has no ratio",
+        way_out="Set algorithm.objective=clipped_ratio or leave it out",
+    ),
+    _Reach(
+        fields=("kl_estimator",),
+        acts=lambda c: c.kl_coef != 0,
+        condition="algorithm.kl_coef=0, so without a KL term",
+        way_out="Set algorithm.kl_coef > 0 or leave it out",
+    ),
+    _Reach(
+        fields=("overlong_tokens",),
+        acts=lambda c: "drop_overlong" in c.resolved.selection,
+        condition="a selection without drop_overlong",
+        way_out="Add drop_overlong to algorithm.selection or leave it out",
+    ),
+    _Reach(
+        fields=("gamma", "gae_lambda", "kl_reward_coef", "kl_reward_target", "kl_reward_horizon"),
+        acts=lambda c: c.resolved.needs_critic,
+        condition="an advantage other than gae",
+        way_out="Set algorithm.advantage=gae, use algorithm.kl_coef, or leave it out",
+    ),
+    _Reach(
+        fields=("kl_reward_target", "kl_reward_horizon"),
+        acts=lambda c: c.kl_reward_coef != 0 or not c.resolved.needs_critic,
+        condition="algorithm.kl_reward_coef=0, so without anything to adapt",
+        way_out="Set algorithm.kl_reward_coef > 0 or leave it out",
+    ),
+    _Reach(
+        fields=("dpo_beta", "dpo_reference"),
+        acts=lambda c: c.resolved.trains_pairs,
+        condition="an objective other than dpo",
+        way_out="Set algorithm.objective=dpo or leave it out",
+    ),
+    _Reach(
+        fields=("kl_coef", "entropy_coef", "rollout_is_cap", "normalize_over", "std_ddof"),
+        acts=lambda c: not c.resolved.trains_pairs,
+        condition="objective=dpo, whose loss is about pairs",
+        way_out="Leave it out",
+    ),
+)
+
+
 def _without_effect(config: AlgorithmConfig) -> Iterator[ConfigError]:
-    row = config.resolved
-    if row.objective == "likelihood":
-        for field, default in (("eps_low", 0.2), ("eps_high", 0.2), ("dual_clip", None)):
-            if getattr(config, field) != default:
+    for reach in _REACHES:
+        for name in reach.fields:
+            value = getattr(config, name)
+            if value != AlgorithmConfig.model_fields[name].default and not reach.acts(config):
                 yield ConfigError(
-                    f"algorithm.{field}",
-                    getattr(config, field),
-                    "has no effect under objective=likelihood, which has no ratio",
-                    "Set algorithm.objective=clipped_ratio or leave it out",
-                )
-    if config.kl_estimator != "k3" and config.kl_coef == 0:
-        yield ConfigError(
-            "algorithm.kl_estimator",
-            config.kl_estimator,
-            "has no effect without a KL term",
-            "Set algorithm.kl_coef > 0 or leave it out",
-        )
-    if config.overlong_tokens is not None and "drop_overlong" not in row.selection:
-        yield ConfigError(
-            "algorithm.overlong_tokens",
-            config.overlong_tokens,
-            "has no effect without the selection drop_overlong",
-            "Add drop_overlong to algorithm.selection or leave it out",
-        )
+                    f"algorithm.{name}", value, f"has no effect under {reach.condition}",
+                    reach.way_out,
+                )  # fmt: skip
 
 
 def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
@@ -198,6 +255,7 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "gold responses have neither a reward nor rollout_logprobs",
             "Set algorithm.advantage=one and algorithm.rollout_is_cap=null",
         )
+    yield from _pair_contradictions(config)
     mixed_only = "drop_uniform" in row.selection or (
         {"drop_all_wrong", "drop_all_correct"} <= set(row.selection)
     )
@@ -215,10 +273,49 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "a KL or entropy term would act on kept responses only, so nothing is compared",
             "Set algorithm.kl_coef=0 and algorithm.entropy_coef=0",
         )
-    if config.train_on_everything and row.advantage == "batch_norm":
+    if config.train_on_everything and row.advantage in ("batch_norm", "gae"):
         yield ConfigError(
             "algorithm.train_on_everything",
             True,
             "whitening over the batch would give rejected responses an advantage",
             "Set another algorithm.advantage",
+        )
+    if row.needs_critic and row.objective != "clipped_ratio":
+        yield ConfigError(
+            "algorithm.advantage",
+            "gae",
+            f"advantages per token need a loss that uses them, objective is {row.objective}",
+            "Set algorithm.objective=clipped_ratio",
+        )
+
+
+def _pair_contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
+    """The four settings that make pairs come together or not at all."""
+    row = config.resolved
+    ways = {
+        "objective": row.objective == "dpo",
+        "selection": "best_and_worst" in row.selection,
+        "advantage": row.advantage == "preference",
+        "loss_aggregation": row.loss_aggregation == "pair_mean",
+    }
+    if any(ways.values()) and not all(ways.values()):
+        name = next(name for name, is_pair in ways.items() if not is_pair)
+        yield ConfigError(
+            f"algorithm.{name}",
+            getattr(row, name),
+            "objective=dpo, selection best_and_worst, advantage=preference and "
+            "loss_aggregation=pair_mean only work together",
+            "Set algorithm.preset=iterative_dpo",
+        )
+    if row.trains_pairs and (
+        row.selection[-1] != "best_and_worst"
+        or config.max_per_group is not None
+        or config.train_on_everything
+    ):
+        yield ConfigError(
+            "algorithm.selection",
+            list(row.selection),
+            "nothing may take a pair apart: best_and_worst must come last, without max_per_group "
+            "and train_on_everything",
+            "Reorder it, or leave those out",
         )

@@ -15,6 +15,7 @@ SelectionName = Literal[
     "best_of_n",
     "drop_truncated",
     "drop_overlong",
+    "best_and_worst",
 ]
 AdvantageName = Literal[
     "one",
@@ -24,9 +25,11 @@ AdvantageName = Literal[
     "reward_over_std",
     "leave_one_out",
     "batch_norm",
+    "gae",
+    "preference",
 ]
-ObjectiveName = Literal["likelihood", "clipped_ratio"]
-AggregationName = Literal["sequence_mean", "token_mean", "sequence_sum"]
+ObjectiveName = Literal["likelihood", "clipped_ratio", "dpo"]
+AggregationName = Literal["sequence_mean", "token_mean", "sequence_sum", "pair_mean"]
 
 SELECTION_NAMES: tuple[SelectionName, ...] = get_args(SelectionName)
 ADVANTAGE_NAMES: tuple[AdvantageName, ...] = get_args(AdvantageName)
@@ -34,7 +37,14 @@ OBJECTIVE_NAMES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 AGGREGATION_NAMES: tuple[AggregationName, ...] = get_args(AggregationName)
 
 GROUP_RELATIVE: frozenset[AdvantageName] = frozenset(
-    {"reward_minus_mean", "group_norm", "reward_over_std", "leave_one_out", "batch_norm"}
+    {
+        "reward_minus_mean",
+        "group_norm",
+        "reward_over_std",
+        "leave_one_out",
+        "batch_norm",
+        "preference",
+    }
 )
 """Advantages that compare a response with the others of its group."""
 
@@ -50,6 +60,16 @@ class Preset:
     def needs_group(self) -> bool:
         """Whether groups of one response would train on nothing or on an undefined baseline."""
         return self.advantage in GROUP_RELATIVE or "drop_uniform" in self.selection
+
+    @property
+    def trains_pairs(self) -> bool:
+        """Whether the loss joins two responses of a group."""
+        return self.objective == "dpo"
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages come from a value model."""
+        return self.advantage == "gae"
 
 
 def _row(
@@ -81,9 +101,9 @@ PRESETS: dict[str, Preset] = {
     "rloo": _row("all", "leave_one_out", "clipped_ratio"),  # arXiv:2402.14740
     "reinforce_pp_baseline": _row("all", "batch_norm", "clipped_ratio"),  # arXiv:2501.03262
     "dr_grpo": _row("all", "reward_minus_mean", "clipped_ratio", "sequence_sum"),  # 2503.20783
+    "ppo": _row("all", "gae", "clipped_ratio"),  # arXiv:1707.06347, 1909.08593
+    "iterative_dpo": _row("best_and_worst", "preference", "dpo", "pair_mean"),  # arXiv:2305.18290
 }
-
-NOT_YET_AVAILABLE = ("ppo", "iterative_dpo")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -38,12 +38,14 @@ def keep_mask(
     """Whether each response is kept, after all named selections in order and the group's cap.
 
     Conditions on the group (all wrong, the maximum reward) are about the group as sampled;
-    best_of_n and max_per_group choose among what is still kept.
+    best_of_n, best_and_worst and max_per_group choose among what is still kept.
     """
     keep = [True] * len(candidates.rewards)
     for name in names:
         if name == "best_of_n":
             keep = _best_of_n(candidates, keep, tie_break)
+        elif name == "best_and_worst":
+            keep = _best_and_worst(candidates, keep, tie_break)
         elif name == "drop_overlong":
             assert overlong_tokens is not None, "the config check lets no other through"
             fits = [length <= overlong_tokens for length in candidates.lengths]
@@ -95,16 +97,27 @@ MASKS: dict[SelectionName, Callable[[Candidates], KeepMask]] = {
 
 
 def _best_of_n(candidates: Candidates, keep: KeepMask, tie_break: random.Random) -> KeepMask:
-    kept = [reward for reward, is_kept in zip(candidates.rewards, keep, strict=True) if is_kept]
-    if not kept:
+    if not any(keep):
         return keep
-    best = [
-        index
-        for index, reward in enumerate(candidates.rewards)
-        if keep[index] and reward == max(kept)
-    ]
-    chosen = tie_break.choice(best)
+    chosen = tie_break.choice(_with_reward(max, candidates, keep))
     return [index == chosen for index in range(len(keep))]
+
+
+def _best_and_worst(candidates: Candidates, keep: KeepMask, tie_break: random.Random) -> KeepMask:
+    """The pair of a group with mixed outcomes; nothing of any other group."""
+    kept = [reward for reward, is_kept in zip(candidates.rewards, keep, strict=True) if is_kept]
+    if not kept or max(kept) <= 0 or min(kept) > 0:
+        return [False] * len(keep)
+    pair = [tie_break.choice(_with_reward(end, candidates, keep)) for end in (max, min)]
+    return [index in pair for index in range(len(keep))]
+
+
+def _with_reward(
+    end: Callable[[list[float]], float], candidates: Candidates, keep: KeepMask
+) -> list[int]:
+    """Positions of the kept responses whose reward is the largest or smallest of them."""
+    rewards = {index: r for index, r in enumerate(candidates.rewards) if keep[index]}
+    return [index for index, r in rewards.items() if r == end(list(rewards.values()))]
 
 
 def _first(keep: KeepMask, limit: int) -> KeepMask:

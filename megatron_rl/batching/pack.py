@@ -84,7 +84,19 @@ def with_ref_logprobs(batch: MicroBatch, values: Tensor) -> MicroBatch:
     return replace(batch, ref_logprobs=_spread(values, batch))
 
 
+def with_token_advantages(
+    batch: MicroBatch, advantages: Tensor, *, old_values: Tensor, returns: Tensor
+) -> MicroBatch:
+    """The batch with what gae gives; all [N] at its loss rows."""
+    return replace(
+        batch,
+        advantages=_spread(advantages, batch),
+        old_values=_spread(old_values, batch),
+        returns=_spread(returns, batch),
+    )
+
+
 def _spread(values: Tensor, batch: MicroBatch) -> Tensor:
     spread = torch.zeros_like(batch.weights)
-    spread[batch.loss_rows] = values.to(spread.dtype)
+    spread[batch.loss_rows] = values.to(spread)
     return spread

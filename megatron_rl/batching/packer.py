@@ -29,6 +29,7 @@ class Packer:
         self._groups, self._algorithm = groups, algorithm
         self._row_tokens, self._row_multiple = row_tokens, row_multiple
         self._max_response_tokens, self._dtype = max_response_tokens, dtype
+        self._keep_groups_whole = algorithm.preset.trains_pairs
         # The interleaved schedule wants a multiple of the pipeline size.
         self._count_multiple = groups.layout.pp if groups.layout.vpp > 1 else 1
 
@@ -39,7 +40,9 @@ class Packer:
         optimizer steps' sizes, and nothing divides after this.
         """
         totals = self._global_totals(selection, num_updates)
-        distributed = distribute(selection.samples, self._groups)
+        distributed = distribute(
+            selection.samples, self._groups, keep_groups_whole=self._keep_groups_whole
+        )
         return [
             MiniBatch(
                 update=update,
@@ -66,7 +69,12 @@ class Packer:
                 return 1.0
             return self._algorithm.token_weight(sample, totals, self._max_response_tokens)
 
-        rows = rows_of(samples, self._row_tokens, count_multiple=self._count_multiple)
+        rows = rows_of(
+            samples,
+            self._row_tokens,
+            count_multiple=self._count_multiple,
+            keep_groups_whole=self._keep_groups_whole and totals is not None,
+        )
         return tuple(
             pack(
                 row,

@@ -1,6 +1,6 @@
 """Kept samples from the ranks that sampled them to the ranks that train them."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +23,9 @@ class Distributed:
     num_samples: Counter[int]  # update -> samples over all ranks
 
 
-def distribute(samples: Sequence[Sample], groups: Groups) -> Distributed:
+def distribute(
+    samples: Sequence[Sample], groups: Groups, *, keep_groups_whole: bool = False
+) -> Distributed:
     """This data-parallel rank's samples of the iteration, balanced by tokens within each update.
 
     Each kept sample lies on one rank before (its group's owner) and on all ranks of one
@@ -33,7 +35,7 @@ def distribute(samples: Sequence[Sample], groups: Groups) -> Distributed:
     everywhere: dict[Key, int] = {}
     for part in all_gather_objects(lengths, groups.host):
         everywhere |= part
-    replica_of = _replicas(everywhere, groups.layout.dp)
+    replica_of = _replicas(everywhere, groups.layout.dp, keep_groups_whole=keep_groups_whole)
     layout = groups.layout
     ranks_of = [
         [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp_rank == replica]
@@ -52,28 +54,43 @@ def distribute(samples: Sequence[Sample], groups: Groups) -> Distributed:
     )
 
 
-def rows_of(samples: Sequence[Sample], budget: int, *, count_multiple: int) -> list[list[Sample]]:
+def rows_of(
+    samples: Sequence[Sample], budget: int, *, count_multiple: int, keep_groups_whole: bool = False
+) -> list[list[Sample]]:
     """The samples of one update in packed rows; at least one row, and a multiple of them.
 
     Rows may be empty: a rank without samples still takes part in the reduction of gradients, and
     the interleaved pipeline schedule wants a multiple of the pipeline size.
     """
+    units: dict[Key, list[Sample]] = {}
+    for sample in samples:
+        units.setdefault(_unit(_key(sample), keep_groups_whole), []).append(sample)
+    members = list(units.values())
+    lengths = [sum(sample.num_tokens for sample in unit) for unit in members]
     rows = [
-        [samples[index] for index in row]
-        for row in fill_rows([sample.num_tokens for sample in samples], budget)
+        [sample for index in row for sample in members[index]] for row in fill_rows(lengths, budget)
     ]
     missing = -len(rows) % count_multiple or (count_multiple if not rows else 0)
     return rows + [[] for _ in range(missing)]
 
 
-def _replicas(lengths: dict[Key, int], dp: int) -> dict[Key, int]:
+def _replicas(lengths: dict[Key, int], dp: int, *, keep_groups_whole: bool) -> dict[Key, int]:
     """Data-parallel rank of every sample."""
+    units: defaultdict[Key, int] = defaultdict(int)
+    for key, length in lengths.items():
+        units[_unit(key, keep_groups_whole)] += length
     replica_of: dict[Key, int] = {}
-    for update in sorted({key[0] for key in lengths}):
-        keys = sorted(key for key in lengths if key[0] == update)
-        for replica, share in enumerate(balance([lengths[key] for key in keys], dp)):
+    for update in sorted({unit[0] for unit in units}):
+        keys = sorted(unit for unit in units if unit[0] == update)
+        for replica, share in enumerate(balance([units[key] for key in keys], dp)):
             replica_of |= {keys[index]: replica for index in share}
-    return replica_of
+    return {key: replica_of[_unit(key, keep_groups_whole)] for key in lengths}
+
+
+def _unit(key: Key, keep_groups_whole: bool) -> Key:
+    """What travels and is packed together: a sample, or all of its group."""
+    update, group_id, index = key
+    return (update, group_id, 0 if keep_groups_whole else index)
 
 
 def _key(sample: Sample) -> Key:

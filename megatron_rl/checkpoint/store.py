@@ -2,6 +2,7 @@
 
 iteration_000120/
     policy/          Megatron-Core distributed checkpoint: weights, optimizer (any layout)
+    critic/          the same of the critic, where there is one
     rank_<n>.pt      random states of one rank
     state.json       iteration, cursor, scheduler, versions
     MANIFEST.json    written last: every file with its size and SHA-256
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ import torch.distributed as dist
 from megatron_rl.errors import RunError
 from megatron_rl.parallel.collectives import agree_or_raise, all_gather_objects
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.trained_model import TrainedModel
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"iteration_(\d{6,})")
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -38,7 +39,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, groups: Groups, *, keep_last: int) -> None:
         self._directory, self._groups, self._keep_last = directory, groups, keep_last
 
-    def save(self, iteration: int, policy: Policy, state: dict[str, Any]) -> None:
+    def save(self, iteration: int, models: Sequence[TrainedModel], state: dict[str, Any]) -> None:
         """Write everything a resume needs; every rank calls it, and all fail or none.
 
         The files stand in a temporary directory until the manifest is complete, then one rename
@@ -47,12 +48,12 @@ class CheckpointStore:
         attempt = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(attempt, src=0, group=self._groups.host)
         temporary = self._directory / f".{_name(iteration)}.{attempt[0]}"
-        self._together(lambda: self._prepare(temporary), only_main=True)
-        self._together(lambda: self._write(temporary, policy, state))
+        self._together(lambda: self._prepare(temporary, models), only_main=True)
+        self._together(lambda: self._write(temporary, models, state))
         files = all_gather_objects(self._own_files(temporary), self._groups.host)
         self._together(lambda: self._finish(temporary, iteration, files), only_main=True)
 
-    def load(self, policy: Policy) -> dict[str, Any] | None:
+    def load(self, models: Sequence[TrainedModel]) -> dict[str, Any] | None:
         """Restore the newest good checkpoint; its state, or None where there is no checkpoint.
 
         Raises:
@@ -69,7 +70,7 @@ class CheckpointStore:
                 rejected.append(f"{path.name}: {reasons[0]}")
                 continue
             state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            self._together(functools.partial(self._restore, path, policy, state))
+            self._together(functools.partial(self._restore, path, models, state))
             return {**state, "rejected": rejected}
         if rejected:
             raise RunError(
@@ -83,23 +84,34 @@ class CheckpointStore:
 
     # -- saving ----------------------------------------------------------------------------------
 
-    def _prepare(self, temporary: Path) -> None:
+    def _prepare(self, temporary: Path, models: Sequence[TrainedModel]) -> None:
         for leftover in self._directory.glob(".iteration_*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        (temporary / "policy").mkdir(parents=True)
+        for model in models:
+            (temporary / model.name).mkdir(parents=True)
 
-    def _write(self, temporary: Path, policy: Policy, state: dict[str, Any]) -> None:
+    def _write(
+        self, temporary: Path, models: Sequence[TrainedModel], state: dict[str, Any]
+    ) -> None:
         from megatron.core import dist_checkpointing
 
-        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(temporary / "policy"))
+        for model in models:
+            dist_checkpointing.save(
+                _sharded_state(model, is_loading=False), str(temporary / model.name)
+            )
         states = self._groups.platform.rng_state()
         torch.save(_plain(states), temporary / f"rank_{self._groups.rank}.pt")
         if self._groups.is_main:
             layout = self._groups.layout
             saved = {
                 **state,
-                "policy_version": policy.version,
-                "scheduler": policy.scheduler.state_dict(),
+                "models": {
+                    model.name: {
+                        "version": model.version,
+                        "scheduler": model.scheduler.state_dict(),
+                    }
+                    for model in models
+                },
                 "layout": [layout.world_size, layout.tp, layout.pp, layout.vpp],
             }
             (temporary / "state.json").write_text(json.dumps(saved, indent=2) + "\n")
@@ -156,19 +168,17 @@ class CheckpointStore:
                 return f"{name} was changed after it was written"
         return None
 
-    def _restore(self, path: Path, policy: Policy, state: dict[str, Any]) -> None:
-        from megatron.core import dist_checkpointing
-
+    def _restore(self, path: Path, models: Sequence[TrainedModel], state: dict[str, Any]) -> None:
+        names = [model.name for model in models]
+        if sorted(state["models"]) != sorted(names):
+            raise RunError(
+                f"{path}: it holds {', '.join(state['models'])}, this recipe trains "
+                f"{', '.join(names)}. Use another run.output_dir, or the recipe it was made with"
+            )
         # Byte entries of a checkpoint are pickles; this keeps torch from running them.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-        loaded = dist_checkpointing.load(
-            _sharded_state(policy, is_loading=True), str(path / "policy")
-        )
-        for number, chunk in enumerate(policy.chunks):
-            chunk.load_state_dict(loaded[f"model{number}"])
-        policy.optimizer.load_state_dict(loaded["optimizer"])
-        policy.scheduler.load_state_dict(state["scheduler"])
-        policy.version = state["policy_version"]
+        for model in models:
+            _restore_model(model, path / model.name, state["models"][model.name])
         layout = self._groups.layout
         if state["layout"] == [layout.world_size, layout.tp, layout.pp, layout.vpp]:
             states = torch.load(path / f"rank_{self._groups.rank}.pt", weights_only=True)
@@ -184,15 +194,26 @@ class CheckpointStore:
         agree_or_raise(error, self._groups.host)
 
 
-def _sharded_state(policy: Policy, *, is_loading: bool) -> dict[str, Any]:
-    models = {
-        f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(policy.chunks)
+def _restore_model(model: TrainedModel, directory: Path, state: dict[str, Any]) -> None:
+    from megatron.core import dist_checkpointing
+
+    loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(directory))
+    for number, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
+    model.optimizer.load_state_dict(loaded["optimizer"])
+    model.scheduler.load_state_dict(state["scheduler"])
+    model.version = state["version"]
+
+
+def _sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
+    chunks = {
+        f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(model.chunks)
     }
-    every = {key: value for model in models.values() for key, value in model.items()}
-    if len(policy.chunks) > 1:
-        every = models
-    optimizer = policy.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING)
-    return {**models, "optimizer": optimizer}
+    every = {key: value for chunk in chunks.values() for key, value in chunk.items()}
+    if len(model.chunks) > 1:
+        every = chunks
+    optimizer = model.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING)
+    return {**chunks, "optimizer": optimizer}
 
 
 def _plain(states: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,29 @@ class ModelConfig(Settings):
     """Any other field of Megatron's TransformerConfig, under its own name."""
 
 
+class CriticConfig(Settings):
+    """The value model of algorithm.advantage=gae: the policy's layout, dtype and optimizer.
+
+    Its own settings stand here; everything else is taken from model and optimizer.
+    """
+
+    path: str | None = None
+    """Hugging Face directory or hub name; null: model.path. An exported critic brings its value
+    head, any other model starts with a value head of 0."""
+
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate; schedule and decay as in optimizer."""
+
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    warmup_updates: int = Field(default=0, ge=0)
+    """First optimizer steps of the run, in which the critic learns and the policy waits."""
+
+    value_clip: float | None = Field(default=0.5, gt=0)
+    """A value may improve its loss by at most this distance from the old value; null: no bound."""
+
+
 class OptimizerConfig(Settings):
     """AdamW on the policy. Defaults are the paper's."""
 

@@ -45,6 +45,22 @@ class HiddenStatesModel(GPTModel):
         return head
 
 
+class ValueModel(HiddenStatesModel):
+    """A model with a value head instead of the LM head: V = hidden . weight, on the last stage.
+
+    The head is whole on every tensor-parallel rank and starts at 0, so the first values are 0.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **settings: Any) -> None:
+        settings["share_embeddings_and_output_weights"] = False
+        super().__init__(config, *args, **settings)
+        if self.post_process:
+            self.output_layer = torch.nn.Linear(
+                config.hidden_size, 1, bias=False, dtype=config.params_dtype
+            )
+            torch.nn.init.zeros_(self.output_layer.weight)
+
+
 def _leave(weight: Tensor) -> Tensor:
     return weight
 
@@ -116,19 +132,29 @@ def transformer_config(
 
 
 def build_chunks(
-    arch: ModelArch, config: TransformerConfig, groups: Groups, *, use_te: bool
+    arch: ModelArch,
+    config: TransformerConfig,
+    groups: Groups,
+    *,
+    use_te: bool,
+    chunk_class: type[HiddenStatesModel] = HiddenStatesModel,
 ) -> list[HiddenStatesModel]:
     """This rank's model chunks (one without interleaving), weights not yet loaded."""
     tensor_parallel.model_parallel_cuda_manual_seed(1)  # weights are loaded, dropout is 0
     vpp = groups.layout.vpp
     return [
-        _build_chunk(arch, config, groups, chunk if vpp > 1 else None, use_te=use_te)
+        _build_chunk(arch, config, groups, chunk if vpp > 1 else None, use_te, chunk_class)
         for chunk in range(vpp)
     ]
 
 
 def _build_chunk(
-    arch: ModelArch, config: TransformerConfig, groups: Groups, chunk: int | None, *, use_te: bool
+    arch: ModelArch,
+    config: TransformerConfig,
+    groups: Groups,
+    chunk: int | None,
+    use_te: bool,
+    chunk_class: type[HiddenStatesModel],
 ) -> HiddenStatesModel:
     stage: dict[str, Any] = {} if chunk is None else {"vp_stage": chunk}
     where: dict[str, Any] = {} if chunk is None else {"ignore_virtual": False, **stage}
@@ -140,7 +166,7 @@ def _build_chunk(
         layer.submodules.self_attention.submodules.core_attention = PackedAttention
         num_layers = arch.num_layers // (groups.layout.pp * groups.layout.vpp)
         spec = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
-    model = HiddenStatesModel(
+    model = chunk_class(
         config,
         spec,
         vocab_size=padded_vocab_size(arch.vocab_size, groups.layout.tp),

@@ -9,29 +9,56 @@ from megatron_rl.algorithms.algorithm import Algorithm
 class PassPlan:
     """Which forward passes the algorithm needs besides the update's own, and why not the others."""
 
-    old: bool  # before the first update, for mini-batches that come after it
+    old: bool  # before the first update
+    old_first: bool  # for the mini-batch that is trained first, too
     ref: bool
+    values: bool
     reasons: tuple[str, ...]
 
 
-def plan_passes(algorithm: Algorithm, *, num_updates: int, epochs: int) -> PassPlan:
+def plan_passes(
+    algorithm: Algorithm, *, num_updates: int, epochs: int, critic_warmup: int = 0
+) -> PassPlan:
     """Decide once per run; the reasons are printed at start-up and by `plan`."""
-    steps = num_updates * epochs
-    old = algorithm.needs_old_logprobs and num_updates > 1
-    if not algorithm.needs_old_logprobs:
-        why_old = "old-log-prob pass: skipped, the loss has no ratio"
-    elif steps == 1:
-        why_old = "old-log-prob pass: skipped, one update on fresh rollouts has ratio exactly 1"
-    elif num_updates == 1:
-        why_old = "old-log-prob pass: skipped, the first epoch's own forward gives them"
-    else:
-        why_old = (
-            f"old-log-prob pass: for {num_updates - 1} of {num_updates} mini-batches, the first "
-            "has ratio exactly 1"
-        )
-    why_ref = (
-        f"reference pass: every kept response, algorithm.kl_coef={algorithm.config.kl_coef}"
-        if algorithm.needs_ref_logprobs
-        else "reference pass: skipped, no KL term in the loss"
+    old_first = algorithm.has_kl_in_reward or critic_warmup > 0
+    values = algorithm.preset.needs_critic
+    reasons = [
+        _why_old(algorithm, num_updates, epochs, old_first=old_first),
+        _why_ref(algorithm),
+    ]
+    if values:
+        reasons.append("value pass: every kept response, algorithm.advantage=gae")
+    return PassPlan(
+        old=algorithm.needs_old_logprobs and (num_updates > 1 or old_first),
+        old_first=old_first,
+        ref=algorithm.needs_ref_logprobs,
+        values=values,
+        reasons=tuple(reasons),
     )
-    return PassPlan(old=old, ref=algorithm.needs_ref_logprobs, reasons=(why_old, why_ref))
+
+
+def _why_old(algorithm: Algorithm, num_updates: int, epochs: int, *, old_first: bool) -> str:
+    if not algorithm.needs_old_logprobs:
+        return "old-log-prob pass: skipped, the loss does not use them"
+    if algorithm.has_kl_in_reward:
+        return "old-log-prob pass: every kept response, algorithm.kl_reward_coef is in its reward"
+    if old_first:
+        return "old-log-prob pass: every kept response, while the policy waits for the critic"
+    if num_updates * epochs == 1:
+        return "old-log-prob pass: skipped, one update on fresh rollouts has ratio exactly 1"
+    if num_updates == 1:
+        return "old-log-prob pass: skipped, the first epoch's own forward gives them"
+    return (
+        f"old-log-prob pass: for {num_updates - 1} of {num_updates} mini-batches, the first "
+        "has ratio exactly 1"
+    )
+
+
+def _why_ref(algorithm: Algorithm) -> str:
+    if not algorithm.needs_ref_logprobs:
+        return "reference pass: skipped, neither loss nor reward asks for the initial policy"
+    config = algorithm.config
+    if algorithm.preset.trains_pairs:
+        return "reference pass: both responses of every pair, algorithm.dpo_reference=initial"
+    name = "kl_reward_coef" if algorithm.has_kl_in_reward else "kl_coef"
+    return f"reference pass: every kept response, algorithm.{name}={getattr(config, name)}"

@@ -1,17 +1,21 @@
 """The forward passes and optimizer steps of an iteration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.algorithms.gae import adapted_kl_coef
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.ops.token_loss import k3
 from megatron_rl.parallel.collectives import sum_over
+from megatron_rl.policy.config import CriticConfig
+from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.passes import PassPlan
 from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.token_advantages import Estimated, estimate
 from megatron_rl.types import MicroBatch, MiniBatch
 
 
@@ -26,9 +30,13 @@ class Trainer:
         *,
         epochs: int,
         reference: dict[str, Tensor] | None,
+        critic: Critic | None = None,
+        critic_config: CriticConfig | None = None,
     ) -> None:
         """reference: this rank's weights of the reference policy, in host memory."""
         self.policy, self.algorithm, self.passes = policy, algorithm, passes
+        self.critic, self._critic_config = critic, critic_config or CriticConfig()
+        self.kl_reward_coef = algorithm.config.kl_reward_coef
         self._epochs, self._reference = epochs, reference
 
     def add_logprobs(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
@@ -39,8 +47,8 @@ class Trainer:
         """
         result = list(batches)
         if self.passes.old:
-            later = [batch.update for batch in _trained(batches)][1:]
-            for update in later:
+            trained = [batch.update for batch in _trained(batches)]
+            for update in trained if self.passes.old_first else trained[1:]:
                 result[update] = _with_old(
                     result[update], self.policy.logprobs(result[update].microbatches)
                 )
@@ -52,28 +60,98 @@ class Trainer:
                     result[batch.update] = _with_ref(result[batch.update], values)
         return result
 
+    def add_advantages(
+        self, batches: Sequence[MiniBatch]
+    ) -> tuple[list[MiniBatch], dict[str, float]]:
+        """Advantages per token from the critic, where there is one; with what was measured."""
+        if self.critic is None or not list(_trained(batches)):
+            return list(batches), {}
+        values = [
+            self.critic.values(batch.microbatches) if batch.num_samples else None
+            for batch in batches
+        ]
+        estimated = estimate(
+            batches,
+            values,
+            self.algorithm.config,
+            kl_coef=self.kl_reward_coef,
+            sum_over_ranks=self.policy.summed,
+        )
+        return estimated.batches, self._adapt_kl_coef(estimated)
+
     def update(self, batches: Sequence[MiniBatch]) -> dict[str, float]:
         """All optimizer steps of the iteration; means over them, largest values as such."""
         trained = list(_trained(batches))
         history: list[dict[str, float]] = []
-        spec = self.algorithm.loss_spec()
+        updates = 0
         for epoch in range(self._epochs):
             for step, batch in enumerate(trained):
+                waits = self._update_critic(batch, history)
+                if waits:
+                    continue
                 is_first = epoch == 0 and step == 0
                 result = self.policy.update(
                     [_measurable(mb, is_first=is_first) for mb in batch.microbatches],
-                    spec,
-                    with_entropy=True,
+                    self.algorithm.loss_spec(),
                 )
                 history.append(result.metrics)
-                if is_first and self._epochs > 1 and self.algorithm.needs_old_logprobs:
+                updates += 1
+                if self._keeps_own_as_old(is_first=is_first):
                     trained[0] = _with_old(batch, result.logprobs)
         skipped = (len(batches) - len(trained)) * self._epochs
         return {
             **_over_steps(history),
-            "policy/updates": float(len(history)),
+            "policy/updates": float(updates),
             "policy/skipped_updates": float(skipped),
         }
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run must know besides weights and optimizers."""
+        return {"kl_reward_coef": self.kl_reward_coef}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.kl_reward_coef = state["kl_reward_coef"]
+
+    def _update_critic(self, batch: MiniBatch, history: list[dict[str, float]]) -> bool:
+        """Train the critic, where there is one; whether the policy still waits for it."""
+        if self.critic is None:
+            return False
+        waits = self.critic.version < self._critic_config.warmup_updates
+        history.append(
+            self.critic.update(
+                batch.microbatches,
+                num_tokens=batch.totals.kept_tokens,
+                clip=self._critic_config.value_clip,
+            )
+        )
+        return waits
+
+    def _keeps_own_as_old(self, *, is_first: bool) -> bool:
+        """Whether the next epoch's old log-probs are what this update has just computed."""
+        return (
+            is_first
+            and self._epochs > 1
+            and self.algorithm.needs_old_logprobs
+            and not self.passes.old_first
+        )
+
+    def _adapt_kl_coef(self, estimated: Estimated) -> dict[str, float]:
+        config = self.algorithm.config
+        if not config.kl_reward_coef:
+            return {}
+        measured = {
+            "critic/kl_per_response": estimated.kl_mean,
+            "critic/kl_reward_coef": self.kl_reward_coef,
+        }
+        if config.kl_reward_target is not None:
+            self.kl_reward_coef = adapted_kl_coef(
+                self.kl_reward_coef,
+                kl=estimated.kl_mean,
+                target=config.kl_reward_target,
+                responses=estimated.responses,
+                horizon=config.kl_reward_horizon,
+            )
+        return measured
 
     def kl_to_reference(self, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
         """KL of the sampling policy to the reference, over rollouts drawn before selection."""
@@ -136,7 +214,7 @@ def _over_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
             merged[name] = max(values)
         elif name == "policy/trained_tokens":
             merged[name] = sum(values)
-        elif name == "policy/lr":
+        elif name.endswith("/lr"):
             merged[name] = values[-1]
         else:
             merged[name] = sum(values) / len(values)

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.critic_files import (
+    critic_holders,
+    without_lm_head,
+    write_value_head,
+)
 from megatron_rl.weights.hf_files import file_name, plan_files, write_companions, write_tensors
 from megatron_rl.weights.layouts import hf_pieces, hf_shapes
 from megatron_rl.weights.pieces import whole
@@ -27,13 +32,20 @@ def export_hf(
     output: Path,
     dtype: torch.dtype,
     file_mib: int,
+    value_head: Tensor | None = None,
+    is_critic: bool = False,
 ) -> None:
     """Write the weights with config and tokenizer of `source`; every rank calls it.
+
+    A critic's directory has no LM head and, in a file of its own, value_head [1, H], which the
+    ranks of the last pipeline stage bring along.
 
     Files are dealt out to the ranks and written one at a time, so a rank holds at most one file's
     tensors. `output` appears under its name only when it is complete.
     """
-    shapes = hf_shapes(arch)
+    sources, shapes = training_holders(arch, groups.layout), hf_shapes(arch)
+    if is_critic:
+        sources, shapes = critic_holders(sources), without_lm_head(shapes)
     files = plan_files(shapes, dtype.itemsize, file_mib << 20)
     temporary = output.with_name(f".{output.name}.part")
     if groups.is_main:
@@ -49,7 +61,7 @@ def export_hf(
             for rank, names in batch.items()
         ]
         plan = build_plan(
-            training_holders(arch, groups.layout),
+            sources,
             holders,
             rank=groups.rank,
             itemsize=dtype.itemsize,
@@ -71,6 +83,8 @@ def export_hf(
         )
         if names:
             write_tensors(temporary / file_name(first + groups.rank, len(files)), tensors)
+    if value_head is not None and groups.is_first_copy and groups.here.dp_rank == 0:
+        write_value_head(temporary, value_head)
     dist.barrier(group=groups.host)
     if groups.is_main:
         shutil.rmtree(output, ignore_errors=True)

@@ -7,12 +7,19 @@ from typing import Any
 
 import torch
 from reference import FORMULAS, Answer, Key, Measured, Recipe, Reference, Values
-from tiny_models import MAX_RESPONSE_TOKENS, gold_groups, graded_groups, write_model
+from tiny_models import (
+    MAX_RESPONSE_TOKENS,
+    RANKED_REWARDS,
+    gold_groups,
+    graded_groups,
+    write_model,
+)
 
 from megatron_rl.types import RolloutGroup
 
 TEMPERATURE = 0.8
 ONE_ROW, FEW_ROWS, MANY_ROWS = 10_000, 150, 36  # tokens of a packed row; a sequence has up to 33
+PAIR_ROWS = 66
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +106,10 @@ class Case:
         )
 
 
-FEW_PRESETS = ("sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo")
+FEW_PRESETS = (
+    "sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo", "ppo", "iterative_dpo",
+)  # fmt: skip
+GROUPS_OF = {"sft": "gold", "iterative_dpo": "ranked"}  # else graded
 EVERY_TERM = Recipe(
     preset="grpo",
     eps_low=0.1,
@@ -114,7 +124,7 @@ EVERY_TERM = Recipe(
 def question_of(preset: str, **changes: Any) -> Question:
     return Question(
         recipe=Recipe(preset=preset, **changes),
-        groups="gold" if preset == "sft" else "graded",
+        groups=GROUPS_OF.get(preset, "graded"),
         has_old=FORMULAS[preset].objective == "clipped_ratio",
     )
 
@@ -128,6 +138,12 @@ def cases_of(layout: Layout) -> Iterator[Case]:
     yield Case(question=question_of("grpo"), train_on_everything=True, row_tokens=MANY_ROWS)
     yield Case(question=question_of("reinforce_rej", normalize_over="collected"))
     yield Case(question=Question(recipe=EVERY_TERM))
+    yield Case(
+        question=question_of("ppo", gamma=0.9, gae_lambda=0.8, kl_reward_coef=0.3),
+        row_tokens=MANY_ROWS,
+        owners="backwards",
+    )
+    yield Case(question=question_of("iterative_dpo", dpo_beta=0.7), row_tokens=PAIR_ROWS)
     yield Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
     if not layout.has_every_preset:
         return
@@ -140,6 +156,11 @@ def cases_of(layout: Layout) -> Iterator[Case]:
     for owners in ("first rank", "last rank"):
         yield Case(question=question_of("grpo"), owners=owners)
     yield Case(question=Question(recipe=Recipe(preset="grpo"), has_old=False))
+    for has_old in (True, False):
+        recipe = Recipe(preset="iterative_dpo", dpo_reference="previous_iteration")
+        yield Case(
+            question=Question(recipe=recipe, groups="ranked", has_old=has_old), owners="first rank"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +171,7 @@ class Problem:
     groups: dict[str, list[RolloutGroup]]
     old: Values
     ref: Values
+    values: Values  # of a critic
     answers: dict[Question, Answer]
 
 
@@ -158,14 +180,20 @@ def write_problem(model: str, folder: Path) -> Path:
     model_dir = folder / model
     write_model(model, model_dir)
     reference = Reference(model_dir, temperature=TEMPERATURE)
-    graded, gold = graded_groups(), gold_groups()
-    logprobs, entropies = reference.logprobs([*graded, *with_other_ids(gold)])
+    graded, gold = graded_groups(), with_other_ids(gold_groups(), 1000)
+    ranked = with_other_ids(graded_groups(RANKED_REWARDS, seed=3), 2000)
+    logprobs, entropies = reference.logprobs([*graded, *gold, *ranked])
     generator = torch.Generator().manual_seed(5)
     old, ref, rollout = ({k: _near(v, generator) for k, v in logprobs.items()} for _ in range(3))
     rollout = {key: value.float() for key, value in rollout.items()}  # what an engine returns
+    values = {
+        k: torch.randn(len(v), generator=generator, dtype=torch.float64)
+        for k, v in logprobs.items()
+    }
     groups = {
         "graded": [_with_rollout(group, rollout) for group in graded],
-        "gold": with_other_ids(gold),
+        "gold": gold,
+        "ranked": [_with_rollout(group, rollout) for group in ranked],
         "lonely": [_with_rollout(group, rollout) for group in graded if len(group.rollouts) == 1][
             :1
         ],
@@ -175,6 +203,7 @@ def write_problem(model: str, folder: Path) -> Path:
         entropies=entropies,
         ref=ref,
         rollout={key: value.double() for key, value in rollout.items()},
+        values=values,
         max_response_tokens=MAX_RESPONSE_TOKENS,
     )
     asked = {c.question for layout in LAYOUTS if layout.model == model for c in cases_of(layout)}
@@ -187,7 +216,10 @@ def write_problem(model: str, folder: Path) -> Path:
         for question in sorted(asked, key=repr)
     }
     path = folder / f"{model}.pt"
-    torch.save(Problem(model_dir=model_dir, groups=groups, old=old, ref=ref, answers=answers), path)
+    problem = Problem(
+        model_dir=model_dir, groups=groups, old=old, ref=ref, values=values, answers=answers
+    )
+    torch.save(problem, path)
     return path
 
 
@@ -203,10 +235,10 @@ def owned(groups: Sequence[RolloutGroup], owners: str, rank: int, world: int) ->
     return mine[::-1] if owners == "backwards" else mine
 
 
-def with_other_ids(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-    """The groups under ids that no graded group has."""
+def with_other_ids(groups: Sequence[RolloutGroup], offset: int) -> list[RolloutGroup]:
+    """The groups under ids that no other group has."""
     return [
-        replace(group, prompt=replace(group.prompt, group_id=1000 + group.prompt.group_id))
+        replace(group, prompt=replace(group.prompt, group_id=offset + group.prompt.group_id))
         for group in groups
     ]
 

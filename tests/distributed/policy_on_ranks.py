@@ -6,6 +6,8 @@ Imported on ranks only, after preload_megatron has adapted Megatron-Core.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,7 +28,10 @@ from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import make_groups
 from megatron_rl.platforms.base import detect
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
+from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.token_advantages import estimate
+from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import hf_shapes
@@ -63,31 +68,45 @@ def policy_at(
     layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
 ) -> Iterator[Policy]:
     """The policy with the problem's weights, and Megatron's groups for as long as it is used."""
+    build = partial(Policy, temperature=TEMPERATURE)
+    chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
+    with chunks, _model_at(build, layout, problem, problem.model_dir, optimizer, dtype) as policy:
+        yield policy
+
+
+@contextmanager
+def critic_at(
+    layout: Layout, problem: Problem, model_dir: Path, optimizer: OptimizerConfig
+) -> Iterator[Critic]:
+    """A critic with the weights of model_dir, likewise."""
+    with _model_at(Critic, layout, problem, model_dir, optimizer, "float64") as critic:
+        yield critic
+
+
+@contextmanager
+def _model_at(
+    build: Callable[..., Any],
+    layout: Layout,
+    problem: Problem,
+    model_dir: Path,
+    optimizer: OptimizerConfig,
+    dtype: str,
+) -> Iterator[Any]:
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         sequence_parallel=layout.sequence_parallel,
     )
-    model = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
+    settings = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
     groups = make_groups(detect(), parallel, 1)
-    chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
-    chunks.start()
     try:
-        policy = Policy(
-            read_model_config(problem.model_dir),
-            model,
-            parallel,
-            optimizer,
-            groups,
-            temperature=TEMPERATURE,
-            run_updates=10,
-        )
-        policy.load_hf(problem.model_dir)
-        policy.prepare_training()
-        yield policy
+        arch = read_model_config(problem.model_dir)
+        model = build(arch, settings, parallel, optimizer, groups, run_updates=10)
+        model.load_hf(model_dir)
+        model.prepare_training()
+        yield model
     finally:
-        chunks.stop()
         parallel_state.destroy_model_parallel()
 
 
@@ -96,7 +115,7 @@ def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algori
 
 
 def pack(
-    policy: Policy,
+    policy: TrainedModel,
     algorithm: Algorithm,
     own_groups: Sequence[RolloutGroup],
     *,
@@ -141,7 +160,24 @@ def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[Micro
         rows = tuple(with_old_logprobs(row, _at_rows(problem.old, row)) for row in rows)
     if algorithm.needs_ref_logprobs:
         rows = tuple(with_ref_logprobs(row, _at_rows(problem.ref, row)) for row in rows)
+    if algorithm.preset.needs_critic:
+        rows = with_values(policy, replace(batch, microbatches=rows), algorithm, problem)
     return rows
+
+
+def with_values(
+    model: TrainedModel, batch: MiniBatch, algorithm: Algorithm, problem: Problem
+) -> tuple[MicroBatch, ...]:
+    """The rows with advantages and returns that follow from the problem's values."""
+    values = [_at_rows(problem.values, row) for row in batch.microbatches]
+    estimated = estimate(
+        [batch],
+        [values if model.groups.is_last_stage else None],
+        algorithm.config,
+        kl_coef=algorithm.config.kl_reward_coef,
+        sum_over_ranks=model.summed,
+    )
+    return estimated.batches[0].microbatches
 
 
 def _at_rows(values: Values, row: MicroBatch) -> Tensor:
@@ -149,7 +185,7 @@ def _at_rows(values: Values, row: MicroBatch) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
-def named_main_grads(policy: Policy) -> dict[str, Tensor]:
+def named_main_grads(policy: TrainedModel) -> dict[str, Tensor]:
     """This rank's gradients under the names of weights/layouts; views of Megatron's buffer."""
     vpp = policy.groups.layout.vpp
     return {
@@ -175,7 +211,7 @@ def measure(
     weights = policy.snapshot()
     with nullcontext() if fault is None else fault(policy):
         spec = algorithm_of(case.question.recipe).loss_spec()
-        loss = policy.update(rows, spec, with_entropy=True).metrics["policy/loss"]
+        loss = policy.update(rows, spec).metrics["policy/loss"]
         norm = policy.optimizer.get_grad_norm()
     for name, parameter in policy.named_parameters().items():
         parameter.copy_(weights[name])
@@ -197,7 +233,7 @@ def measure(
 
 
 def largest_error(
-    policy: Policy,
+    policy: TrainedModel,
     actual: dict[str, Tensor],
     expected: dict[str, Tensor],
     scale: dict[str, Tensor] | None = None,
@@ -207,8 +243,9 @@ def largest_error(
     Every copy on every rank is compared. Relative to the largest entry of the expected tensor, or
     of the one in scale.
     """
-    names = list(hf_shapes(policy.arch))
+    names = [name for name in hf_shapes(policy.arch) if name in expected]
     assert set(names) == set(expected)
+    assert {piece.hf for piece in policy.pieces} <= set(names)
     errors = torch.zeros(len(names), dtype=torch.float64)
     for piece in policy.pieces:
         got = view(actual[piece.param], piece.index).double()

@@ -34,17 +34,27 @@ class Recipe:
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     rollout_is_cap: float | None = None
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    kl_reward_coef: float = 0.0
+    dpo_beta: float = 0.1
+    dpo_reference: str = "initial"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """selection: rewards of a group -> keep; advantage: rewards of a group -> one each."""
+    """selection: rewards of a group -> keep; advantage: rewards of a group -> one each.
+
+    Under gae the advantage is the reward, from which that of each token follows; under dpo it is
+    the side of the pair.
+    """
 
     selection: Callable[[Tensor], Tensor]
     advantage: Callable[[Tensor], Tensor]
     objective: str = "clipped_ratio"
     aggregation: str = "sequence_mean"
     whitened: bool = False
+    from_values: bool = False
 
 
 def _everything(r: Tensor) -> Tensor:
@@ -65,6 +75,11 @@ def _not_all_correct(r: Tensor) -> Tensor:
 
 def _mixed(r: Tensor) -> Tensor:
     return _not_all_wrong(r) & _not_all_correct(r)
+
+
+def _ends(r: Tensor) -> Tensor:
+    """The best and the worst of a mixed group; which ones is plain without ties."""
+    return _mixed(r) & ((r == r.max()) | (r == r.min()))
 
 
 def _normalized(r: Tensor) -> Tensor:
@@ -100,6 +115,8 @@ FORMULAS: dict[str, Formula] = {
     "dr_grpo": Formula(
         selection=_everything, advantage=lambda r: r - r.mean(), aggregation="sequence_sum"
     ),
+    "ppo": Formula(selection=_everything, advantage=torch.clone, whitened=True, from_values=True),
+    "iterative_dpo": Formula(selection=_ends, advantage=torch.sign, objective="dpo"),
 }
 
 
@@ -173,6 +190,7 @@ class Measured:
     old: Values | None = None
     ref: Values = field(default_factory=dict)
     rollout: Values = field(default_factory=dict)
+    values: Values = field(default_factory=dict)  # of the critic
     max_response_tokens: int = 1
 
 
@@ -189,6 +207,10 @@ def loss_of(
         keep, advantages = formula.selection(rewards), formula.advantage(rewards)
         for index in keep.nonzero()[:, 0].tolist():
             kept[group.prompt.group_id, index] = advantages[index]
+    if formula.objective == "dpo":
+        return _pairs_loss(recipe, kept, measured), 0, 0
+    if formula.from_values:
+        kept = {k: token_advantages(recipe, k, reward, measured)[0] for k, reward in kept.items()}
     if formula.whitened:
         per_token = torch.cat([a.expand(len(measured.logprobs[k])) for k, a in kept.items()])
         kept = {k: (a - per_token.mean()) / (per_token.std() + STD_EPS) for k, a in kept.items()}
@@ -205,6 +227,45 @@ def loss_of(
     return total, low, high
 
 
+def token_advantages(
+    recipe: Recipe, key: Key, reward: Tensor, measured: Measured
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns) of one response's tokens: the sums of the definition, written out."""
+    values = measured.values[key]
+    count = len(values)
+    rewards = torch.zeros(count, dtype=torch.float64)
+    if recipe.kl_reward_coef:
+        old = measured.logprobs[key].detach() if measured.old is None else measured.old[key]
+        rewards -= recipe.kl_reward_coef * (old - measured.ref[key])
+    rewards[-1] += reward
+    after = torch.cat([values[1:], torch.zeros(1, dtype=torch.float64)])
+    errors = rewards + recipe.gamma * after - values
+    decay = recipe.gamma * recipe.gae_lambda
+    advantages = torch.stack(
+        [sum(decay ** (u - t) * errors[u] for u in range(t, count)) for t in range(count)]
+    )
+    return advantages, advantages + values
+
+
+def _pairs_loss(recipe: Recipe, sides: dict[Key, Tensor], measured: Measured) -> Tensor:
+    """Mean over pairs of -log sigmoid(beta * margin)."""
+    terms = []
+    for chosen in (key for key, side in sides.items() if side > 0):
+        (rejected,) = (key for key in sides if key[0] == chosen[0] and key != chosen)
+
+        def log_ratio(key: Key) -> Tensor:
+            current = measured.logprobs[key]
+            if recipe.dpo_reference == "initial":
+                reference = measured.ref[key]
+            else:
+                reference = current.detach() if measured.old is None else measured.old[key]
+            return (current - reference).sum()
+
+        margin = log_ratio(chosen) - log_ratio(rejected)
+        terms.append(-torch.log(torch.sigmoid(recipe.dpo_beta * margin)))
+    return torch.stack(terms).mean()
+
+
 def _terms(
     recipe: Recipe, formula: Formula, key: Key, advantage: Tensor, measured: Measured
 ) -> tuple[Tensor, int, int]:
@@ -218,8 +279,9 @@ def _terms(
         ratio = (logprobs - old).exp()
         clipped = ratio.clamp(1 - recipe.eps_low, 1 + recipe.eps_high)
         reached = torch.minimum(ratio * advantage, clipped * advantage)
-        if recipe.dual_clip is not None and advantage < 0:
-            reached = torch.maximum(reached, recipe.dual_clip * advantage)
+        if recipe.dual_clip is not None:
+            bounded = torch.maximum(reached, recipe.dual_clip * advantage)
+            reached = torch.where(advantage < 0, bounded, reached)
         terms = -reached
         low = int(((ratio < 1 - recipe.eps_low) & (advantage < 0)).sum())
         high = int(((ratio > 1 + recipe.eps_high) & (advantage > 0)).sum())

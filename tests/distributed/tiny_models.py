@@ -1,5 +1,6 @@
 """Random models of four layers on disk, and random graded groups to train them on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ REWARDS: tuple[tuple[float, ...], ...] = (
     (1.0, -1.0, -1.0, -1.0),
     (1.0, -1.0, 0.5, 0.5, -1.0),
 )
+# Without ties, so that best and worst are known: mixed, all correct, all wrong, alone.
+RANKED_REWARDS: tuple[tuple[float, ...], ...] = (
+    (1.0, -1.0),
+    (-0.3, 1.0, -1.0),
+    (1.0, 0.5),
+    (-0.5, -1.0),
+    (0.9, -0.2, 0.1, 0.0),
+    (1.0,),
+    (-1.0, -0.5, 0.2),
+    (0.4, 0.3, -0.1),
+)
 MAX_RESPONSE_TOKENS = 24
 
 
@@ -65,11 +77,13 @@ def write_model(name: str, model_dir: Path) -> None:
     model.save_pretrained(model_dir)
 
 
-def graded_groups(seed: int = 1) -> list[RolloutGroup]:
-    """One group per row of REWARDS; lengths are ragged, from a single token on."""
+def graded_groups(
+    rewards_of: Sequence[Sequence[float]] = REWARDS, seed: int = 1
+) -> list[RolloutGroup]:
+    """One group per row of rewards; lengths are ragged, from a single token on."""
     generator = torch.Generator().manual_seed(seed)
     groups = []
-    for number, rewards in enumerate(REWARDS):
+    for number, rewards in enumerate(rewards_of):
         rollouts = tuple(
             Rollout(
                 response_tokens=_tokens(1, MAX_RESPONSE_TOKENS, generator),

@@ -387,20 +387,20 @@ def load_damaged(folder: Path, straight: str, out: Path) -> None:
             work()
         dist.barrier()
 
-    run.store.load(run.policy)
+    run.store.load(run.models)
     sixth = run.policy.snapshot()
     directory, only_third = store("only third")
     change(lambda: shutil.rmtree(directory / LAST))
-    only_third.load(run.policy)
+    only_third.load(run.models)
     third = run.policy.snapshot()
     assert not equal(third, sixth)
     found: dict[str, Any] = {}
     for damage, (file, harm, _) in DAMAGES.items():
-        run.store.load(run.policy)
+        run.store.load(run.models)
         assert equal(run.policy.snapshot(), sixth)
         directory, checkpoints = store(damage)
         change(lambda path=directory / LAST / file, harm=harm: harm(path))
-        state = checkpoints.load(run.policy)
+        state = checkpoints.load(run.models)
         found[damage] = {
             "rejected": state["rejected"],
             "iteration": state["iteration"],
@@ -408,7 +408,7 @@ def load_damaged(folder: Path, straight: str, out: Path) -> None:
             "loaded_third": equal(run.policy.snapshot(), third),
         }
     change(lambda: (directory / "iteration_000003" / "MANIFEST.json").unlink())
-    found["all bad"] = everywhere(error_of(lambda: checkpoints.load(run.policy), RunError))
+    found["all bad"] = everywhere(error_of(lambda: checkpoints.load(run.models), RunError))
     never = run.config.run.model_copy(update={"resume": "never"})
     run.config = run.config.model_copy(update={"run": never})
     found["never"] = error_of(run.resume, InputError)

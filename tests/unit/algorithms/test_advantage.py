@@ -28,10 +28,16 @@ MIXED = [1.0, -1.0, -1.0, -1.0]
         ("reward_over_std", [1.0, -1.0, -1.0, -1.0]),
         ("leave_one_out", [2.0, -2 / 3, -2 / 3, -2 / 3]),  # less the mean of the other three
         ("batch_norm", [1.5, -0.5, -0.5, -0.5]),
+        ("preference", MIXED),  # 1 and -1 already
+        ("gae", MIXED),  # the reward, until the critic is asked
     ],
 )
 def test_advantages_match_hand_calculation(name, expected):
     assert advantages(name, MIXED)[0] == pytest.approx(expected, rel=1e-14)
+
+
+def test_the_side_of_a_pair_is_whether_the_response_is_right():
+    assert advantages("preference", [0.2, -0.7], [0.9, 0.0])[0:] == [[1.0, -1.0], [1.0, -1.0]]
 
 
 def test_groups_are_judged_apart_and_may_be_ragged():
@@ -63,6 +69,8 @@ def test_a_single_response():
         "reward_over_std": -0.4,
         "leave_one_out": -0.4,  # there is no other to compare with
         "batch_norm": 0.0,
+        "gae": -0.4,
+        "preference": -1.0,
     }
     assert set(expected) == set(ADVANTAGE_NAMES)
     for name, value in expected.items():

@@ -17,6 +17,7 @@ TOTALS = UpdateTotals(
         ("token_mean", "collected", 1 / 200),
         ("sequence_sum", "kept", 1 / (4 * 100)),
         ("sequence_sum", "collected", 1 / (10 * 100)),
+        ("pair_mean", "kept", 1 / 2),  # four responses are two pairs
     ],
 )
 def test_weight_of_a_token(name, normalize_over, expected):

@@ -74,6 +74,36 @@ def test_best_of_n_breaks_ties_by_the_seed_alone_and_evenly():
     assert min(counts.values()) > 70  # 100 expected; 4 standard deviations are 28
 
 
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ((0.2, 0.9, -0.5), [1, 2]),
+        ((-1.0, 0.1), [0, 1]),
+        (ALL_CORRECT, []),
+        ((1.0, 0.5), []),  # both correct, though not equal
+        (ALL_WRONG, []),
+        ((0.0, -1.0), []),
+        ((1.0,), []),
+    ],
+)
+def test_best_and_worst_is_the_pair_of_a_mixed_group(rewards, expected):
+    assert kept(rewards, "best_and_worst") == expected
+
+
+def test_ties_of_best_and_worst_are_broken_by_the_seed_alone_and_evenly():
+    chosen = [tuple(kept(MIXED, "best_and_worst", seed=seed)) for seed in range(400)]
+    assert chosen == [tuple(kept(MIXED, "best_and_worst", seed=seed)) for seed in range(400)]
+    counts = Counter(chosen)
+    assert set(counts) == {(0, 1), (0, 3), (1, 2), (2, 3)}
+    assert min(counts.values()) > 65  # 100 expected; 4 standard deviations are 35
+
+
+def test_the_pair_is_chosen_from_what_is_left():
+    left = ("drop_truncated", "best_and_worst")
+    assert kept((1.0, 0.5, -1.0, -0.5), *left, truncated=(0, 2)) == [1, 3]
+    assert kept((1.0, -0.5, -1.0), *left, truncated=(0,)) == []
+
+
 def test_gold_keeps_gold():
     assert kept((1.0, 1.0), "gold", gold=(1,)) == [1]
 

@@ -8,7 +8,9 @@ from megatron_rl.metrics.plot import PANELS
 
 
 def test_every_name_is_room_and_quantity():
-    pattern = r"(reward|algorithms|rollout|policy|weights|time|memory|evaluation)/[a-z0-9_<>/]+"
+    pattern = (
+        r"(reward|algorithms|rollout|policy|weights|critic|time|memory|evaluation)/[a-z0-9_<>/]+"
+    )
     assert [name for name in names.METRICS if not re.fullmatch(pattern, name)] == []
 
 

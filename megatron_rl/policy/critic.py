@@ -1,0 +1,100 @@
+"""The critic: values and updates over the policy's packed micro-batches, at the same layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_rl.ops.value_loss import VALUE_SUMS, value_loss, value_metrics
+from megatron_rl.policy.model import ValueModel
+from megatron_rl.policy.trained_model import TrainedModel
+from megatron_rl.types import MicroBatch
+from megatron_rl.weights.critic_files import critic_pieces, critic_shapes, read_value_head
+from megatron_rl.weights.hf_files import HfCheckpoint
+from megatron_rl.weights.pieces import Piece
+
+
+class Critic(TrainedModel):
+    """The value model: V(s_t), the return expected before token t of a response is sampled."""
+
+    name = "critic"
+    chunk_class = ValueModel
+
+    def _pieces(self) -> list[Piece]:
+        return critic_pieces(super()._pieces())
+
+    @property
+    def value_head(self) -> Tensor | None:
+        """[1, H]; None off the last stage."""
+        if not self.groups.is_last_stage:
+            return None
+        weight: Tensor = self.chunks[-1].output_layer.weight
+        return weight
+
+    @torch.no_grad()
+    def load_hf(self, model_dir: Path) -> None:
+        """Read a language model (value head 0) or an exported critic."""
+        params = self.named_parameters()
+        for param in params.values():
+            param.zero_()
+        HfCheckpoint(model_dir, critic_shapes(self.arch, model_dir)).fill(params, self.pieces)
+        saved = read_value_head(model_dir, self.arch)
+        if self.value_head is not None and saved is not None:
+            self.value_head.copy_(saved)
+
+    def values(self, microbatches: Sequence[MicroBatch]) -> list[Tensor] | None:
+        """V [N] before each response token of each micro-batch; None off the last stage."""
+        collected: list[Tensor] = []
+
+        def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
+            values = self._values(hidden, batch)
+            collected.append(values)
+            return values.sum()
+
+        self.forward(microbatches, measure)
+        return collected if self.groups.is_last_stage else None
+
+    def update(
+        self, microbatches: Sequence[MicroBatch], *, num_tokens: int, clip: float | None
+    ) -> dict[str, float]:
+        """One optimizer step; metrics, equal on all ranks.
+
+        Args:
+            microbatches: this rank's rows of the mini-batch, with old_values and returns on the
+                last stage.
+            num_tokens: response tokens of the mini-batch over all ranks, which the loss divides by.
+            clip: largest move of a value away from old_values that the loss rewards.
+        """
+        sums = torch.zeros(len(VALUE_SUMS), dtype=torch.float64)
+
+        def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
+            assert batch.old_values is not None
+            assert batch.returns is not None
+            result = value_loss(
+                self._values(hidden, batch),
+                old_values=batch.old_values[batch.loss_rows],
+                returns=batch.returns[batch.loss_rows],
+                weight=1.0 / num_tokens,
+                clip=clip,
+            )
+            sums.add_(result.sums.cpu())
+            return result.loss
+
+        self.backward(microbatches, measure)
+        metrics = value_metrics(self.summed(sums))
+        return metrics | self.step(metrics["critic/loss"])
+
+    def _values(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """[N], float32 or float64. Every tensor-parallel rank computes all of them.
+
+        So the gradient that leaves here is whole on every rank: nothing sums it over them.
+        """
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        rows = hidden[:, 0].index_select(0, batch.loss_rows)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        weight = self.chunks[-1].output_layer.weight
+        values: Tensor = rows.to(dtype) @ weight[0].to(dtype)
+        return values

@@ -1,0 +1,152 @@
+"""PPO and iterative DPO, sampled by the engine, interrupted and resumed: bit for bit the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from engine_models import QUICKSTART, write_model
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+# What a clock or the machine says, and how much of the weights was verified: all, after a resume.
+NOT_COMPARED = ("time/", "memory/", "tokens_per_s", "weights/verified_tensors")
+KINDS: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "algorithm": {
+            "preset": "ppo",
+            "gae_lambda": 0.9,
+            "kl_reward_coef": 0.2,
+            "kl_reward_target": 0.5,
+            "kl_reward_horizon": 100,
+        },
+        "critic": {"lr": 3e-3, "warmup_updates": 2},
+        "rollout": {"group_size": 1},
+        "parallel": {"tensor_model_parallel_size": 2},
+    },
+    "iterative_dpo": {
+        "algorithm": {"preset": "iterative_dpo"},
+        "rollout": {"group_size": 4},
+    },
+}
+
+
+def recipe_of(kind: str, model_dir: Path, output_dir: Path) -> dict[str, Any]:
+    """Four iterations of two updates and two epochs each; two ranks."""
+    part = KINDS[kind]
+    return {
+        "run": {"output_dir": str(output_dir), "num_iterations": 4, "seed": 5},
+        "model": {"path": str(model_dir), "dtype": "float32"},
+        "prompts": {
+            "path": str(QUICKSTART / "data" / "train.jsonl"),
+            "prompts_per_iteration": 12,
+            "max_prompt_tokens": 64,
+        },
+        "reward": {"kind": "coin_reward:is_even", "num_workers": 1},
+        "optimizer": {"lr": 3e-3, "prompts_per_update": 6, "epochs": 2},
+        "checkpoint": {"save_every": 2},
+        "metrics": {"kl_every": 1, "kl_rollouts": 8},
+        **part,
+        "rollout": {"max_response_tokens": 12, **part["rollout"]},
+    }
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def runs(request, tmp_path_factory):
+    """Folders of a run straight to its end, and of one that stopped in between."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_model("qwen2_tied", folder / "model")
+    for name, ends in (("straight", (4,)), ("stopped", (3, 4))):
+        for end in ends:
+            train(request.param, folder, name, end)
+    return request.param, folder
+
+
+def train(kind: str, folder: Path, name: str, num_iterations: int) -> None:
+    recipe = recipe_of(kind, folder / "model", folder / name)
+    recipe["run"]["num_iterations"] = num_iterations
+    launch(recipe, folder / f"{name}.yaml", ranks=2)
+
+
+def launch(recipe: dict[str, Any], path: Path, *, ranks: int) -> None:
+    path.write_text(yaml.safe_dump(recipe))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    importable = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "megatron_rl", "train", str(path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": importable},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not any(c in k for c in NOT_COMPARED)}
+        for line in lines
+    ]
+
+
+def test_a_resumed_run_ends_where_it_would_have_ended(runs):
+    _, folder = runs
+    for name in ("hf/model.safetensors", "hf/critic/value_head.safetensors"):
+        if not (folder / "straight" / name).exists():
+            assert name.startswith("hf/critic")
+            continue
+        assert (folder / "stopped" / name).read_bytes() == (folder / "straight" / name).read_bytes()
+    straight, stopped = records(folder / "straight"), records(folder / "stopped")
+    assert [record["iteration"] for record in straight] == [1, 2, 3, 4]
+    assert stopped == straight
+
+
+def test_it_trained(runs):
+    kind, folder = runs
+    rows = records(folder / "straight")
+    start = load_file(folder / "model" / "model.safetensors")
+    end = load_file(folder / "straight" / "hf" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert (start[name] - end[name]).abs().max() > 1e-3
+    if kind == "iterative_dpo":
+        assert all(row["policy/pairs"] >= 1 for row in rows)
+        assert all(0.1 < row["algorithms/kept_responses_frac"] < 0.6 for row in rows)
+        assert rows[-1]["policy/pair_margin_mean"] > rows[0]["policy/pair_margin_mean"]
+
+
+def test_the_critic_learns_first_and_its_coefficient_follows(runs):
+    kind, folder = runs
+    if kind != "ppo":
+        pytest.skip("there is no critic")
+    rows = records(folder / "straight")
+    assert [row["policy/updates"] for row in rows] == [2.0, 4.0, 4.0, 4.0]  # it waited for two
+    assert len({row["critic/kl_reward_coef"] for row in rows}) == 4
+    assert abs(rows[-1]["critic/value_mean"] - rows[0]["critic/value_mean"]) > 0.01
+    saved = load_file(folder / "straight" / "hf" / "critic" / "value_head.safetensors")
+    assert saved["value_head.weight"].shape == (1, 128)
+    assert saved["value_head.weight"].abs().max() > 1e-3
+
+
+def test_an_exported_critic_starts_the_next_run(runs):
+    """Its values are about what they were, from the first iteration on."""
+    kind, folder = runs
+    if kind != "ppo":
+        pytest.skip("there is no critic")
+    recipe = recipe_of(kind, folder / "straight" / "hf", folder / "next")
+    recipe["critic"] = {"path": str(folder / "straight" / "hf" / "critic")}
+    recipe["run"]["num_iterations"] = 1
+    recipe["parallel"] = {}
+    launch(recipe, folder / "next.yaml", ranks=1)
+    (row,) = records(folder / "next")
+    last = records(folder / "straight")[-1]
+    assert last["critic/value_mean"] < -0.5
+    # Other prompts, and an update later; those of a new value head are exactly 0.
+    assert row["critic/value_mean"] == pytest.approx(last["critic/value_mean"], abs=0.4)
