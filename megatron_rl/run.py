@@ -38,6 +38,8 @@ from megatron_rl.rollout.source import GoldRollouts, RolloutSource, SampledRollo
 from megatron_rl.rollout.vllm_engine import VllmEngine
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, Verdict
 from megatron_rl.weights.export import export_hf
+from megatron_rl.weights.hf_files import copy_companions
+from megatron_rl.weights.model_source import COMPANION_DIR
 from megatron_rl.weights.sync import WeightSync
 
 PROBE_PROMPTS = 8
@@ -268,6 +270,7 @@ class Run:
                     "prompts": self.prompts.state_dict(),
                     "trainer": self.trainer.state_dict(),
                 },
+                add_files=self._add_model_files,
             )
 
     def export(self) -> Path | None:
@@ -275,9 +278,20 @@ class Run:
         if not self.config.checkpoint.export_hf:
             return None
         output = Path(self.config.run.output_dir) / "hf"
+        self._export_models(output)
+        return output
+
+    def _add_model_files(self, checkpoint: Path) -> None:
+        """Config and tokenizer beside the weights, so that they load and convert by themselves."""
+        if self.groups.is_main:
+            for model in self.models:
+                copy_companions(self.inputs.model_dir, checkpoint / model.name / COMPANION_DIR)
+        if self.config.checkpoint.export_hf:
+            self._export_models(checkpoint / "hf")
+
+    def _export_models(self, output: Path) -> None:
         for model in self.models:
             self._export(model, output if model is self.policy else output / model.name)
-        return output
 
     def _export(self, model: TrainedModel, output: Path) -> None:
         export_hf(
@@ -328,7 +342,7 @@ def build_run(
         temperature=config.rollout.temperature,
         run_updates=run_updates,
     )
-    policy.load_hf(inputs.model_dir)
+    policy.load(inputs.model)
     keeps_reference = passes.ref or (config.metrics.kl_every and not config.is_supervised)
     reference = policy.snapshot() if keeps_reference else None
     policy.prepare_training()
@@ -374,7 +388,7 @@ def build_run(
 def _build_critic(
     config: RunConfig, inputs: Inputs, groups: Groups, run_updates: int
 ) -> Critic | None:
-    if inputs.critic_dir is None:
+    if inputs.critic is None:
         return None
     critic = Critic(
         inputs.arch,
@@ -384,7 +398,7 @@ def _build_critic(
         groups,
         run_updates=run_updates,
     )
-    critic.load_hf(inputs.critic_dir)
+    critic.load(inputs.critic)
     critic.prepare_training()
     return critic
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_rl.errors import InputError
+from megatron_rl.weights.disk import sync, sync_tree
 
 JOURNAL = "journal.jsonl"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -105,9 +106,7 @@ class PartialOutput:
         """Make everything durable and give the directory its name."""
         self._wait()
         (self.directory / JOURNAL).unlink()
-        for path in self.directory.rglob("*"):
-            sync(path)
-        sync(self.directory)
+        sync_tree(self.directory)
         self.directory.rename(self._final)
         sync(self._final.parent)
 
@@ -140,15 +139,6 @@ class PartialOutput:
         self._journal.write(json.dumps(line) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe_files(paths: list[Path]) -> list[tuple[str, int, int]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.conversion.partial import Advance, PartialOutput, describe_files, sync
+from megatron_rl.conversion.partial import Advance, PartialOutput, describe_files
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.dcp_files import (
@@ -23,6 +23,7 @@ from megatron_rl.weights.dcp_files import (
     append_object,
     write_metadata,
 )
+from megatron_rl.weights.disk import sync
 from megatron_rl.weights.hf_files import CONFIG, HfCheckpoint, copy_companions
 from megatron_rl.weights.layouts import MegatronParam, hf_shapes
 from megatron_rl.weights.megatron_files import MegatronCheckpoint
@@ -113,7 +114,7 @@ def convert_to_megatron(
             chunks = _write_file(partial.directory / name, plan, name, checkpoint, advance)
             partial.add(name, [_to_json(chunk) for chunk in chunks])
         _write_descriptions(partial, plan, arch)
-        copy_companions(source, _made(partial.directory / COMPANION_DIR), dtype)
+        copy_companions(source, partial.directory / COMPANION_DIR, dtype)
         MegatronCheckpoint(partial.directory, arch)  # it must find all that it needs
         partial.complete()
     _name_newest(output)
@@ -207,11 +208,6 @@ def _name_newest(output: Path) -> None:
     sync(temporary)
     temporary.rename(output / TRACKER)
     sync(output)
-
-
-def _made(directory: Path) -> Path:
-    directory.mkdir(exist_ok=True)
-    return directory
 
 
 def _to_json(chunk: Chunk) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The critic: values and updates over the policy's packed micro-batches, at the same layout."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -11,8 +10,8 @@ from megatron_rl.ops.value_loss import VALUE_SUMS, value_loss, value_metrics
 from megatron_rl.policy.model import ValueModel
 from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
-from megatron_rl.weights.critic_files import critic_pieces, critic_shapes, read_value_head
-from megatron_rl.weights.hf_files import HfCheckpoint
+from megatron_rl.weights.critic_files import critic_pieces, open_critic_weights, read_value_head
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 
 
@@ -34,13 +33,13 @@ class Critic(TrainedModel):
         return weight
 
     @torch.no_grad()
-    def load_hf(self, model_dir: Path) -> None:
+    def load(self, source: ModelSource) -> None:
         """Read a language model (value head 0) or an exported critic."""
         params = self.named_parameters()
         for param in params.values():
             param.zero_()
-        HfCheckpoint(model_dir, critic_shapes(self.arch, model_dir)).fill(params, self.pieces)
-        saved = read_value_head(model_dir, self.arch)
+        open_critic_weights(source, self.arch).fill(params, self.pieces)
+        saved = read_value_head(source.config_dir, self.arch)
         if self.value_head is not None and saved is not None:
             self.value_head.copy_(saved)
 

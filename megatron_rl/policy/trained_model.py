@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ from megatron_rl.policy.model import (
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.hf_files import HfCheckpoint
-from megatron_rl.weights.layouts import hf_shapes, megatron_pieces
+from megatron_rl.weights.layouts import megatron_pieces
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 
 Measure = Callable[[Tensor, MicroBatch], Tensor]
@@ -95,7 +94,7 @@ class TrainedModel:
         }
 
     @torch.no_grad()
-    def load_hf(self, model_dir: Path) -> None:
+    def load(self, source: ModelSource) -> None:
         """Read this rank's rectangles of the checkpoint; padding rows become zero."""
         params = self.named_parameters()
         for param in params.values():
@@ -103,7 +102,7 @@ class TrainedModel:
         filled = {piece.param for piece in self.pieces}
         unfilled = [name for name in params if name not in filled and "embed" not in name]
         assert not [name for name in unfilled if "output_layer" not in name], unfilled
-        HfCheckpoint(model_dir, hf_shapes(self.arch)).fill(params, self.pieces)
+        source.open_weights(self.arch).fill(params, self.pieces)
 
     def prepare_training(self) -> None:
         """Wrap the loaded model in DDP and build the optimizer (whose main weights copy it)."""

@@ -37,8 +37,10 @@ COMPARED_BYTES = 64 << 20  # at a time
 class WeightFiles(Protocol):
     """The weights of a model on disk, whatever the kind of checkpoint, as Hugging Face tensors."""
 
-    dtypes: Mapping[str, torch.dtype]
-    """Of every tensor, as stored."""
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Of every tensor, as stored."""
+        ...
 
     def fill(self, params: Tensors, pieces: Sequence[Piece]) -> None:
         """Copy hf[box] to params[index] for every piece; only these rectangles are read."""
@@ -203,21 +205,25 @@ def write_index(output: Path, files: Sequence[Sequence[str]], total_bytes: int) 
     (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_companions(source: Path, output: Path, dtype: torch.dtype | None = None) -> list[Path]:
-    """Copies of config and tokenizer, byte for byte, but for the dtype that config.json names.
+def copy_companions(source: Path, output: Path, dtype: torch.dtype | None = None) -> None:
+    """Copies of config and tokenizer, byte for byte, but for the dtype that config.json may name.
 
     dtype: what the weights beside them are written in; None: config.json is copied as it is.
     """
-    copies = [output / name for name in COMPANIONS if (source / name).is_file()]
-    for copy in copies:
-        shutil.copyfile(source / copy.name, copy)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
     if dtype is not None:
         _name_dtype(output / CONFIG, str(dtype).removeprefix("torch."))
-    return copies
 
 
 def _name_dtype(config: Path, dtype: str) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
-    field = "torch_dtype" if "torch_dtype" in values else "dtype"  # transformers 4, 5
-    if values.get(field) != dtype:
-        config.write_text(json.dumps({**values, field: dtype}, indent=2) + "\n", encoding="utf-8")
+    wrong = {
+        field: dtype
+        for field in ("torch_dtype", "dtype")  # transformers 4, 5
+        if values.get(field, dtype) != dtype
+    }
+    if wrong:
+        config.write_text(json.dumps({**values, **wrong}, indent=2) + "\n", encoding="utf-8")

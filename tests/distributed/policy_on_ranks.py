@@ -35,6 +35,7 @@ from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import hf_shapes
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import view
 
 RECOMPUTE: dict[str | None, dict[str, Any]] = {
@@ -103,7 +104,7 @@ def _model_at(
     try:
         arch = read_model_config(problem.model_dir)
         model = build(arch, settings, parallel, optimizer, groups, run_updates=10)
-        model.load_hf(model_dir)
+        model.load(ModelSource(config_dir=model_dir, megatron_dir=None))
         model.prepare_training()
         yield model
     finally:
