@@ -5,6 +5,7 @@ which Hugging Face tensors make up a tensor of the checkpoint.
 """
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ BLOCK_BYTES = 16 << 20
 
 ITERATION = 1  # Megatron-LM refuses 0
 FORMAT = 1  # of the journal
+IDENTITY = "conversion.json"  # what the checkpoint was made of
 DESCRIPTION = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -104,6 +106,9 @@ def convert_to_megatron(
         "dtypes": {key: str(dtype) for key, dtype in plan.dtypes.items()},
         "block_bytes": BLOCK_BYTES,
     }
+    if _is_unnamed(final, identity):
+        _name_newest(output)
+        return final
     with PartialOutput(final, identity) as partial:
         partial.require_space(plan.nbytes)
         begin(plan.nbytes)
@@ -114,6 +119,7 @@ def convert_to_megatron(
             chunks = _write_file(partial.directory / name, plan, name, checkpoint, advance)
             partial.add(name, [_to_json(chunk) for chunk in chunks])
         _write_descriptions(partial, plan, arch)
+        (partial.directory / IDENTITY).write_text(json.dumps(identity, indent=2))
         copy_companions(source, partial.directory / COMPANION_DIR, dtype)
         MegatronCheckpoint(partial.directory, arch)  # it must find all that it needs
         partial.complete()
@@ -202,6 +208,14 @@ def _write_descriptions(partial: PartialOutput, plan: _Plan, arch: ModelArch) ->
     (directory / "metadata.json").write_text(json.dumps(DESCRIPTION))
 
 
+def _is_unnamed(final: Path, identity: dict[str, Any]) -> bool:
+    """Whether this very conversion is complete but for the tracker."""
+    if (final.parent / TRACKER).exists() or not (final / IDENTITY).is_file():
+        return False
+    made_of: object = json.loads((final / IDENTITY).read_text())
+    return made_of == json.loads(json.dumps(identity))
+
+
 def _name_newest(output: Path) -> None:
     temporary = output / f".{TRACKER}"
     temporary.write_text(str(ITERATION))
@@ -218,6 +232,9 @@ def _from_json(fields: dict[str, Any]) -> Chunk:
     return Chunk(
         **fields
         | {
+            # Equal strings as one object: the bytes of a pickle depend on which are.
+            "key": sys.intern(fields["key"]),
+            "file": sys.intern(fields["file"]),
             "dtype": getattr(torch, fields["dtype"]),
             "offsets": tuple(fields["offsets"]),
             "sizes": tuple(fields["sizes"]),
