@@ -21,6 +21,7 @@ test-fast: install
 lint: install
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	find csrc -type f | xargs .venv/bin/clang-format --dry-run -Werror
 
 types: install
 	$(RUN) mypy

@@ -4,10 +4,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#define MRL_LOSS_INPUTS                                                                   \
-  "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "               \
-  "Tensor advantages, Tensor weights, int kind, float eps_low, float eps_high, "         \
-  "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, "              \
+#define MRL_LOSS_INPUTS                                                          \
+  "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "       \
+  "Tensor advantages, Tensor weights, int kind, float eps_low, float eps_high, " \
+  "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, "      \
   "float? rollout_is_cap, bool with_entropy, "
 
 STABLE_TORCH_LIBRARY(megatron_rl, m) {
@@ -29,12 +29,13 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
         "Tensor loss, Tensor sums, Tensor extrema)");
   m.def("rescale_if_(Tensor(a!) x, Tensor grad, float expected) -> ()");
   m.def(
-      "group_stats(Tensor rewards, Tensor offsets, int std_ddof) -> (Tensor mean, Tensor std, "
-      "Tensor max, Tensor min, Tensor counts, Tensor flags)");
+      "group_stats(Tensor rewards, Tensor offsets, int std_ddof, int keep_rules, "
+      "int advantage_mode, float std_eps) -> (Tensor mean, Tensor std, Tensor max, Tensor min, "
+      "Tensor counts, Tensor flags, Tensor keep, Tensor advantages)");
 }
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -1,6 +1,7 @@
 """Every setting of a run: sections in the order of the loop, and the rules that cross them."""
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -105,13 +106,10 @@ class RunConfig(Settings):
     @property
     def smallest_world(self) -> int:
         """Fewest ranks that hold the layout and one engine."""
-        model = (
-            self.parallel.tensor_model_parallel_size * self.parallel.pipeline_model_parallel_size
+        one = self.parallel.layout(1)
+        return math.lcm(
+            one.tp * one.pp, one.etp * one.ep * one.pp, self.rollout.tensor_model_parallel_size
         )
-        world = model
-        while world % self.rollout.tensor_model_parallel_size:
-            world += model
-        return world
 
 
 def problems(config: RunConfig) -> Iterator[ConfigError]:
@@ -140,6 +138,14 @@ def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
             tp * pp,
             f"must divide the {world_size} ranks of this run",
             f"Start a multiple of {tp * pp} ranks, or change the layout",
+        )
+    one = parallel.layout(1)
+    if one.ep > 1 and world_size % (one.etp * one.ep * one.pp):
+        yield ConfigError(
+            "parallel.expert_model_parallel_size * expert_tensor_parallel_size",
+            one.ep * one.etp,
+            f"must divide the {world_size // pp} ranks of a pipeline stage",
+            f"Start a multiple of {one.etp * one.ep * one.pp} ranks, or change the layout",
         )
     if world_size % config.rollout.tensor_model_parallel_size:
         yield ConfigError(

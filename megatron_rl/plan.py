@@ -10,9 +10,10 @@ from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.layouts import expert_pieces, shared_pieces
 from megatron_rl.weights.model_source import find_model
 from megatron_rl.weights.pieces import size
-from megatron_rl.weights.sync import plan_sync, training_holders
+from megatron_rl.weights.sync import plan_sync
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
 GIB = 2**30
@@ -32,12 +33,7 @@ def print_plan(config: RunConfig) -> None:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
     if problems:
         raise ConfigErrors([str(problem) for problem in problems])
-    layout = Layout(
-        world_size=world,
-        tp=config.parallel.tensor_model_parallel_size,
-        pp=config.parallel.pipeline_model_parallel_size,
-        vpp=config.parallel.virtual_pipeline_model_parallel_size or 1,
-    )
+    layout = config.parallel.layout(world)
     for section, lines in (
         ("layout", _layout(config, arch, layout)),
         ("iteration", _iteration(config)),
@@ -57,6 +53,11 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
         f"{layout.world_size} = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
         + (f", {layout.vpp} chunks a rank" if layout.vpp > 1 else ""),
     )
+    if arch.mixture is not None:
+        yield (
+            "experts",
+            f"{arch.mixture.num_experts} over EP {layout.ep}, each over {layout.etp} ranks",
+        )
     layers = arch.num_layers // (layout.pp * layout.vpp)
     yield "layers per chunk", f"{layers} of {arch.num_layers}"
     yield (
@@ -114,11 +115,12 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
     """Estimates from sizes alone; what allocators and libraries add is not in them."""
     itemsize = ITEMSIZE[config.model.dtype]
-    params = max(
-        sum(size(piece.box) for piece in holder.pieces) for holder in training_holders(arch, layout)
-    )
-    shards = layout.dp if config.optimizer.use_distributed_optimizer else 1
-    optimizer = params * (12 if itemsize == 2 else 2 * itemsize) / shards
+    shared, experts = _busiest_rank(arch, layout)
+    params = shared + experts
+    held = params
+    if config.optimizer.use_distributed_optimizer:
+        held = shared // layout.dp + experts // layout.expert_dp
+    optimizer = held * (12 if itemsize == 2 else 2 * itemsize)
     rows = config.row_tokens
     # Korthikanti et al. 2022, arXiv:2205.05198, eq. 4 without the attention scores: 34 bytes per
     # token and hidden unit in a 16-bit layer.
@@ -151,6 +153,22 @@ def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
     yield "sum", f"{sum(parts.values()) / GIB:.3f} GiB, without the key/value cache"
     if Algorithm(config.algorithm).needs_ref_logprobs or config.metrics.kl_every:
         yield "reference weights", f"{params * itemsize / GIB:.3f} GiB of host memory"
+
+
+def _busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
+    """Parameters of the rank that holds most: outside of experts, and theirs."""
+    held = [
+        (
+            shared_pieces(arch, layout, tp_rank=0, pp_rank=stage),
+            expert_pieces(arch, layout, etp_rank=0, ep_rank=0, pp_rank=stage),
+        )
+        for stage in range(layout.pp)
+    ]
+    counts = [
+        (sum(size(p.box) for p in shared), sum(size(p.box) for p in experts))
+        for shared, experts in held
+    ]
+    return max(counts, key=sum)
 
 
 def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:

@@ -52,7 +52,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     found: dict[str, object] = {}
 
     def read_model() -> None:
-        model = find_model(config.model.path, "model.path")
+        found["model"] = model = find_model(config.model.path, "model.path")
         arch = read_model_config(model.config_dir)
         problems.extend(str(problem) for problem in model_problems(arch, config.parallel))
         if not config.is_supervised:
@@ -60,19 +60,19 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
             problems.extend(str(problem) for problem in engine_problems(arch, tp))
         problems.extend(_length_problems(config, arch))
         model.open_weights(arch)
-        found.update(model=model, arch=arch)
-        if config.algorithm.resolved.needs_critic:
-            found["critic"] = _critic(config, arch, model)
+        found["arch"] = arch
+        found["critic"] = _critic(config, arch, model)
 
     def read_prompts() -> None:
-        tokenizer = load_tokenizer(find_model(config.model.path, "model.path").config_dir)
+        tokenizer = load_tokenizer(found["model"].config_dir)  # type: ignore[attr-defined]
         found["tokenizer"] = tokenizer
         found["prompts"] = PromptStream(
             config.prompts, tokenizer, config.run.seed, with_gold=config.is_supervised
         )
 
     attempt(read_model)
-    attempt(read_prompts)
+    if "model" in found:
+        attempt(read_prompts)
     if "tokenizer" in found:
         found["benchmarks"] = _read_benchmarks(config, found["tokenizer"], problems)  # type: ignore[arg-type]
     if not config.is_supervised:
@@ -97,8 +97,10 @@ def _read_benchmarks(
     return read
 
 
-def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSource:
-    """The critic's weights, which must be of a network like the policy's."""
+def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSource | None:
+    """The critic's weights, which must be of a network like the policy's; None: no critic."""
+    if not config.algorithm.resolved.needs_critic:
+        return None
     if config.critic.path is None:
         return model
     critic = find_model(config.critic.path, "critic.path")

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm, Selection
 from megatron_rl.batching.packer import Packer
+from megatron_rl.checkpoint.model_files import ModelFiles
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
-from megatron_rl.errors import InputError, RunError
+from megatron_rl.errors import ConfigErrors, InputError, RunError
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.metrics import tally
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.ops import backend
-from megatron_rl.parallel.collectives import max_over, sum_over
+from megatron_rl.ops.config import Backend
+from megatron_rl.parallel.collectives import agree_or_raise, max_over, same_or_raise, sum_over
 from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import Platform
@@ -37,9 +39,6 @@ from megatron_rl.rollout.sampler import Sampler, SamplingPlan
 from megatron_rl.rollout.source import GoldRollouts, RolloutSource, SampledRollouts
 from megatron_rl.rollout.vllm_engine import VllmEngine
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, Verdict
-from megatron_rl.weights.export import export_hf
-from megatron_rl.weights.hf_files import copy_companions
-from megatron_rl.weights.model_source import COMPANION_DIR
 from megatron_rl.weights.sync import WeightSync
 
 PROBE_PROMPTS = 8
@@ -270,40 +269,20 @@ class Run:
                     "prompts": self.prompts.state_dict(),
                     "trainer": self.trainer.state_dict(),
                 },
-                add_files=self._add_model_files,
+                add_files=self._model_files.add_to,
             )
 
     def export(self) -> Path | None:
         """The policy as a Hugging Face directory."""
-        if not self.config.checkpoint.export_hf:
-            return None
-        output = Path(self.config.run.output_dir) / "hf"
-        self._export_models(output)
-        return output
+        return self._model_files.export_to(Path(self.config.run.output_dir))
 
-    def _add_model_files(self, checkpoint: Path) -> None:
-        """Config and tokenizer beside the weights, so that they load and convert by themselves."""
-        if self.groups.is_main:
-            for model in self.models:
-                copy_companions(self.inputs.model_dir, checkpoint / model.name / COMPANION_DIR)
-        if self.config.checkpoint.export_hf:
-            self._export_models(checkpoint / "hf")
-
-    def _export_models(self, output: Path) -> None:
-        for model in self.models:
-            self._export(model, output if model is self.policy else output / model.name)
-
-    def _export(self, model: TrainedModel, output: Path) -> None:
-        export_hf(
-            model.named_parameters(),
-            model.arch,
-            self.groups,
-            source=self.inputs.model_dir,
-            output=output,
-            dtype=model.dtype,
-            file_mib=self.config.checkpoint.export_file_mib,
-            value_head=model.value_head if isinstance(model, Critic) else None,
-            is_critic=isinstance(model, Critic),
+    @property
+    def _model_files(self) -> ModelFiles:
+        return ModelFiles(
+            models=self.models,
+            groups=self.groups,
+            config_dir=self.inputs.model_dir,
+            config=self.config.checkpoint,
         )
 
     def close(self) -> None:
@@ -323,8 +302,8 @@ def build_run(
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
-    say(backend.choose(config.ops.backend, platform.current_device()))
     groups = make_groups(platform, config.parallel, rollout_tp)
+    say(choose_ops(config.ops.backend, groups))
     algorithm = Algorithm(config.algorithm)
     passes = plan_passes(
         algorithm,
@@ -401,6 +380,29 @@ def _build_critic(
     critic.load(inputs.critic)
     critic.prepare_training()
     return critic
+
+
+def choose_ops(choice: Backend, groups: Groups) -> str:
+    """Decide which ops run, the same on every rank; returns one line about it. Every rank calls it.
+
+    Raises:
+        ConfigErrors: this rank lacks the native ops that were asked for.
+        RunError: another rank does, or ranks would run different ones.
+    """
+    told, error = "", None
+    try:
+        told = backend.choose(choice, groups.platform.current_device())
+    except ConfigErrors as problem:
+        error = problem
+    agree_or_raise(error, groups.host)
+    same_or_raise(
+        f"ops.backend={choice}",
+        told,
+        "ranks that split a vocabulary would wait in different collectives. Install the package "
+        "alike on all machines, or set ops.backend=reference",
+        groups.host,
+    )
+    return told
 
 
 def build_engine(

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face model to a Megatron-Core distributed checkpoint, which loads at any layout.
+"""Converts a Hugging Face model to a Megatron-Core checkpoint, which loads at any layout.
 
 python tools/convert_hf_to_megatron.py --hf DIR|hub-name --output DIR
 """
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from megatron_rl.conversion.command import DTYPES, progress_bar, run_command
 from megatron_rl.conversion.to_megatron import convert_to_megatron
-from megatron_rl.errors import ConfigErrors
+from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.policy.refusals import model_problems
 from megatron_rl.weights.families.registry import read_model_config
-from megatron_rl.weights.model_source import local_model_dir
+from megatron_rl.weights.model_source import find_model
 
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
@@ -33,15 +33,17 @@ def main(arguments: list[str]) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    source = local_model_dir(options.hf, "--hf")
-    arch = read_model_config(source)
+    source = find_model(options.hf, "--hf")
+    if source.megatron_dir is not None:
+        raise InputError(f"--hf={options.hf!r}: it is a Megatron-Core checkpoint already")
+    arch = read_model_config(source.config_dir)
     parallel = ParallelConfig(**{name: getattr(options, name) for name in SIZES})
     problems = [str(problem) for problem in model_problems(arch, parallel)]
     if problems:
         raise ConfigErrors(problems)
     with progress_bar("to Megatron") as bar:
         made = convert_to_megatron(
-            source,
+            source.config_dir,
             options.output,
             arch,
             tp=parallel.tensor_model_parallel_size,

@@ -1,4 +1,4 @@
-"""Converts a Megatron-Core distributed checkpoint, of any layout, to a Hugging Face directory.
+"""Converts a Megatron-Core checkpoint, saved at any layout, to a Hugging Face directory.
 
 python tools/convert_megatron_to_hf.py --megatron DIR --output DIR
 """

@@ -1,8 +1,9 @@
 """Plots runs side by side.
 
-python tools/plot_runs.py RUN [RUN ...] --output FILE.png
+python tools/plot_runs.py RUN [RUN ...] --output FILE.png [--against tokens]
 
-A RUN is a run's directory or a metrics.jsonl; LABEL=RUN names it in the legend.
+A RUN is a run's directory or a metrics.jsonl; LABEL=RUN names it in the legend. Runs of one label
+are drawn as their mean, in a band from the least to the largest.
 """
 
 import argparse
@@ -18,9 +19,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Plot the curves of one or more runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="[LABEL=]directory or metrics.jsonl")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png")
+    parser.add_argument(
+        "--against", choices=("iterations", "tokens"), default="iterations", help="horizontal axis"
+    )
     options = parser.parse_args(arguments)
     try:
-        plot_run([labelled(run) for run in options.runs], options.output)
+        runs = [labelled(run) for run in options.runs]
+        plot_run(runs, options.output, against=options.against)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Compares two checkpoints, Hugging Face or Megatron-Core: every tensor, then logits on real tokens.
+"""Compares two checkpoints of either kind: every tensor, then the logits on real tokens.
 
 python tools/verify_checkpoint.py A B
 

@@ -30,9 +30,7 @@ struct Pack {
   __device__ __forceinline__ void load(const logit_t* p) {
     words = *reinterpret_cast<const uint4*>(p);
   }
-  __device__ __forceinline__ void store(logit_t* p) const {
-    *reinterpret_cast<uint4*>(p) = words;
-  }
+  __device__ __forceinline__ void store(logit_t* p) const { *reinterpret_cast<uint4*>(p) = words; }
   __device__ __forceinline__ void widen_to(float (&x)[kSize]) const {
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
@@ -125,8 +123,7 @@ struct OnlineSums {
 
 // Over a block, in a fixed tree; thread 0 has the result. Every thread must call it.
 template <bool kEntropy, int kThreads>
-__device__ __forceinline__ OnlineSums<kEntropy> fold_block(OnlineSums<kEntropy> mine,
-                                                           float scale) {
+__device__ __forceinline__ OnlineSums<kEntropy> fold_block(OnlineSums<kEntropy> mine, float scale) {
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
   __shared__ OnlineSums<kEntropy> warps[kThreads / 32];
   mine.fold_warp(scale);

@@ -109,8 +109,8 @@ class Checks {
   void rows(const Tensor& logits, const char* argument, bool is_written) const {
     that(logits.dim() == 2, argument, "shape [T, V]", "shape " + text_of(logits.sizes()));
     const bool is_empty = logits.numel() == 0;
-    that(is_empty || logits.size(1) == 1 || logits.stride(1) == 1, argument,
-         "columns of stride 1", "strides " + text_of(logits.strides()));
+    that(is_empty || logits.size(1) == 1 || logits.stride(1) == 1, argument, "columns of stride 1",
+         "strides " + text_of(logits.strides()));
     that(!is_written || is_empty || logits.size(0) == 1 || logits.stride(0) >= logits.size(1),
          argument, "rows that do not overlap", "strides " + text_of(logits.strides()));
     that(logits.size(1) <= (int64_t(1) << 30), argument, "at most 2^30 columns",
@@ -153,10 +153,10 @@ void with_logit_type(const Checks& checks, const char* argument, const Tensor& t
     default:
       break;
   }
-  checks.fail(argument,
-              tensor.is_cpu() ? "bfloat16, float16, float32 or float64"
-                              : "bfloat16, float16 or float32",
-              name_of(tensor.scalar_type()));
+  checks.fail(
+      argument,
+      tensor.is_cpu() ? "bfloat16, float16, float32 or float64" : "bfloat16, float16 or float32",
+      name_of(tensor.scalar_type()));
 }
 
 // Rows are independent, so threads share them; a small job stays on one.

@@ -25,8 +25,8 @@ RowRecord<double> stats_of_doubles(const double* row, int num_valid, double inv_
   return record;
 }
 
-void gradient_of_doubles(const double* row, double* out, int num_valid, int num_columns,
-                         int target, const GradientRow<double>& params, double inv_temp,
+void gradient_of_doubles(const double* row, double* out, int num_valid, int num_columns, int target,
+                         const GradientRow<double>& params, double inv_temp,
                          const double* /*next*/) {
   if (params.is_zero()) {
     std::memset(out, 0, sizeof(double) * num_columns);

@@ -105,8 +105,7 @@ struct GradientLanes {
 
   template <bool kEntropy>
   MRL_INLINE Vec16 at(Vec16 x) const {
-    const Vec16 exponent =
-        megatron_rl::max(Vec16::all(kExp2Floor), fma(x, scale, minus_log_sum));
+    const Vec16 exponent = megatron_rl::max(Vec16::all(kExp2Floor), fma(x, scale, minus_log_sum));
     const Vec16 p = exp2(exponent);
     return kEntropy ? p * fma(a, exponent, b) : p * b;
   }

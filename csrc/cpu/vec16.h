@@ -24,9 +24,13 @@
 
 // Minimax polynomial of 2^f for |f| <= 1/2, relative error 1.9e-9; exactly 1 at 0.
 #define MRL_EXP2_FIRST 0.00015345799329224974f
-#define MRL_EXP2_REST(APPLY)                                                                    \
-  APPLY(0.0013399930903688073f) APPLY(0.009618489071726799f) APPLY(0.05550328642129898f)        \
-  APPLY(0.24022646248340607f) APPLY(0.6931471824645996f) APPLY(1.0f)
+#define MRL_EXP2_REST(APPLY)    \
+  APPLY(0.0013399930903688073f) \
+  APPLY(0.009618489071726799f)  \
+  APPLY(0.05550328642129898f)   \
+  APPLY(0.24022646248340607f)   \
+  APPLY(0.6931471824645996f)    \
+  APPLY(1.0f)
 
 namespace megatron_rl {
 namespace {
@@ -72,8 +76,7 @@ MRL_INLINE Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {_mm512_fmadd_ps(a.v, b
 // The second operand wins where either is NaN.
 MRL_INLINE Vec16 max(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 MRL_INLINE Vec16 exp2(Vec16 x) {
-  const __m512 whole =
-      _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 whole = _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x.v, whole);
   __m512 y = _mm512_set1_ps(MRL_EXP2_FIRST);
 #define MRL_HORNER(C) y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(C));

@@ -61,8 +61,7 @@ Tensor dlogits(const Tensor& logits, const Tensor& targets, const Tensor& params
                double inv_temp) {
   const Checks checks("dlogits", logits, "logits");
   checks.rows(logits, "logits", /*is_written=*/false);
-  Tensor out =
-      new_tensor(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
+  Tensor out = new_tensor(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   dlogits_into("dlogits", logits, out, targets, params, grad_scale, vocab_start, valid_vocab,
                inv_temp, /*is_written=*/false);
   return out;

@@ -10,8 +10,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 // One warp per group.
 __global__ void __launch_bounds__(kGroupThreads) group_stats_kernel(GroupStatsArgs args) {
-  const int64_t group =
-      (static_cast<int64_t>(blockIdx.x) * kGroupThreads + threadIdx.x) / 32;
+  const int64_t group = (static_cast<int64_t>(blockIdx.x) * kGroupThreads + threadIdx.x) / 32;
   if (group >= args.num_groups) return;  // a whole warp
   const int lane = threadIdx.x % 32;
   const int64_t begin = args.bound(group);
@@ -36,7 +35,9 @@ __global__ void __launch_bounds__(kGroupThreads) group_stats_kernel(GroupStatsAr
   }
 
   // Store.
-  if (lane == 0) finish_group(args, group, end > begin ? end - begin : 0, totals, squares);
+  const Group found(args.std_ddof, end > begin ? end - begin : 0, totals, squares);
+  if (lane == 0) found.store(args, group);
+  for (int64_t i = begin + lane; i < end; i += 32) found.store_response(args, i);
 }
 
 }  // namespace

@@ -17,7 +17,9 @@ void group_stats_cpu(const GroupStatsArgs& args, int64_t group) {
     const double deviation = args.rewards[i] - mean;
     squares += deviation * deviation;
   }
-  finish_group(args, group, end - begin, totals, squares);
+  const Group found(args.std_ddof, end - begin, totals, squares);
+  found.store(args, group);
+  for (int64_t i = begin; i < end; ++i) found.store_response(args, i);
 }
 
 void check_offsets(const Checks& checks, const Tensor& offsets, int64_t num_rewards) {
@@ -34,15 +36,21 @@ void check_offsets(const Checks& checks, const Tensor& offsets, int64_t num_rewa
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_stats(const Tensor& rewards,
-                                                                       const Tensor& offsets,
-                                                                       int64_t std_ddof) {
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Results group_stats(const Tensor& rewards, const Tensor& offsets, int64_t std_ddof,
+                    int64_t keep_rules, int64_t advantage_mode, double std_eps) {
   const Checks checks("group_stats", rewards, "rewards");
-  checks.dense(rewards, "rewards", ScalarType::Double, {rewards.numel()});
+  const int64_t num_rewards = rewards.numel();
+  checks.dense(rewards, "rewards", ScalarType::Double, {num_rewards});
   checks.dense(offsets, "offsets", ScalarType::Long, {offsets.numel()});
   checks.that(offsets.numel() > 0, "offsets", "shape [groups + 1]",
               "shape " + text_of(offsets.sizes()));
-  check_offsets(checks, offsets, rewards.numel());
+  check_offsets(checks, offsets, num_rewards);
+  checks.that((keep_rules & ~kKeepRules) == 0, "keep_rules",
+              "bits of " + std::to_string(kKeepRules), std::to_string(keep_rules));
+  checks.that(advantage_mode >= 0 && advantage_mode < kNumAdvantageModes, "advantage_mode",
+              "0 up to " + std::to_string(kNumAdvantageModes - 1), std::to_string(advantage_mode));
   const int64_t num_groups = offsets.numel() - 1;
   const auto column = [&](ScalarType type) { return new_tensor(rewards, {num_groups}, type); };
   const Tensor mean = column(ScalarType::Double);
@@ -51,23 +59,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_stats(const Ten
   const Tensor min = column(ScalarType::Double);
   const Tensor counts = column(ScalarType::Long);
   const Tensor flags = new_tensor(rewards, {kNumGroupFlags, num_groups}, ScalarType::Bool);
-  const GroupStatsArgs args = {input<double>(rewards), input<int64_t>(offsets),
-                               rewards.numel(),        num_groups,
-                               std_ddof,               output<double>(mean),
-                               output<double>(std),    output<double>(max),
-                               output<double>(min),    output<int64_t>(counts),
-                               output<bool>(flags)};
+  const Tensor keep = new_tensor(rewards, {num_rewards}, ScalarType::Bool);
+  const Tensor advantages = new_tensor(rewards, {num_rewards}, ScalarType::Double);
+  const GroupStatsArgs args = {input<double>(rewards),
+                               input<int64_t>(offsets),
+                               num_rewards,
+                               num_groups,
+                               std_ddof,
+                               keep_rules,
+                               advantage_mode,
+                               std_eps,
+                               output<double>(mean),
+                               output<double>(std),
+                               output<double>(max),
+                               output<double>(min),
+                               output<int64_t>(counts),
+                               output<bool>(flags),
+                               output<bool>(keep),
+                               output<double>(advantages)};
   if (rewards.is_cpu()) {
     for_rows(num_groups, 16, [&](int64_t begin, int64_t end) {
       for (int64_t group = begin; group < end; ++group) group_stats_cpu(args, group);
     });
-    return {mean, std, max, min, counts, flags};
+    return {mean, std, max, min, counts, flags, keep, advantages};
   }
 #if defined(MRL_WITH_CUDA)
   const OnDeviceOf device(rewards);
   check_launch("group_stats", launch_group_stats(args, device.stream()));
 #endif
-  return {mean, std, max, min, counts, flags};
+  return {mean, std, max, min, counts, flags, keep, advantages};
 }
 
 }  // namespace

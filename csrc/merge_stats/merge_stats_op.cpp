@@ -15,8 +15,8 @@ Merged typed_merge_stats(const Tensor& stats) {
   Merged merged = {new_tensor(stats, {num_rows}, type), new_tensor(stats, {num_rows}, type),
                    new_tensor(stats, {num_rows}, type)};
   const MergeStatsArgs<acc_t> args = {
-      input<RowRecord<acc_t>>(stats),      num_rows,
-      static_cast<int>(stats.size(0)),     output<acc_t>(std::get<0>(merged)),
+      input<RowRecord<acc_t>>(stats),     num_rows,
+      static_cast<int>(stats.size(0)),    output<acc_t>(std::get<0>(merged)),
       output<acc_t>(std::get<1>(merged)), output<acc_t>(std::get<2>(merged))};
   if (stats.is_cpu()) {
     for_rows(num_rows, stats.size(0), [&](int64_t begin, int64_t end) {

@@ -17,10 +17,9 @@ struct OnepassArgs {
   // The gradient of a row that has been read.
   MRL_HOST_DEVICE GradientRow<acc_t> gradient(int64_t t, const RowRecord<acc_t>& record) const {
     const MergedRow<acc_t> row = merge_shards(&record, 0, 1);
-    const TokenTerms<acc_t> terms =
-        token_terms(inputs.token(t, row.logprob, row.entropy), spec);
-    return scaled(gradient_row(row.log_sum_exp, row.entropy, terms.logprob_grad,
-                               terms.entropy_grad, static_cast<acc_t>(rows.inv_temp)),
+    const TokenTerms<acc_t> terms = token_terms(inputs.token(t, row.logprob, row.entropy), spec);
+    return scaled(gradient_row(row.log_sum_exp, row.entropy, terms.logprob_grad, terms.entropy_grad,
+                               static_cast<acc_t>(rows.inv_temp)),
                   grad_scale);
   }
 };

@@ -17,10 +17,9 @@ void policy_loss_onepass_cpu(const OnepassArgs<logit_t, acc_t>& args, int64_t be
       params = args.gradient(row, args.records[row]);
     }
     logit_t* logits = args.rows.logits + row * rows.row_stride;
-    row_kernels<logit_t>().gradient(logits, logits, rows.num_valid, rows.num_columns,
-                                    rows.target_column(row), params,
-                                    static_cast<acc_t>(rows.inv_temp),
-                                    row + 1 < end ? logits + rows.row_stride : nullptr);
+    row_kernels<logit_t>().gradient(
+        logits, logits, rows.num_valid, rows.num_columns, rows.target_column(row), params,
+        static_cast<acc_t>(rows.inv_temp), row + 1 < end ? logits + rows.row_stride : nullptr);
   }
 }
 

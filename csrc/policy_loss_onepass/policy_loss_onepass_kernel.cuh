@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   HeldRow<logit_t, kClusterPacks, kStride> held;
   held.load(logits, first, num_read);
   RowRecord<float> record = unread_row<float>();
-  const float target_logit =
-      threadIdx.x == 0 && is_read ? scaled_target(rows, row) : 0.f;
+  const float target_logit = threadIdx.x == 0 && is_read ? scaled_target(rows, row) : 0.f;
 
   // Reduce.
   if (is_read) {  // all blocks of the cluster alike

@@ -29,9 +29,9 @@ void onepass_on_cuda(const OnepassArgs<logit_t, float>& args, const TokenLossArg
   }
   check_launch("policy_loss_onepass_", launch_token_loss(loss, output<double>(scratch), stream));
   if (!reads_once) {
-    const DlogitsArgs<logit_t, float> gradient = {
-        as_const(args.rows), args.rows.logits, args.rows.row_stride, loss.params,
-        /*grad_scale=*/nullptr, args.grad_scale};
+    const DlogitsArgs<logit_t, float> gradient = {as_const(args.rows),    args.rows.logits,
+                                                  args.rows.row_stride,   loss.params,
+                                                  /*grad_scale=*/nullptr, args.grad_scale};
     check_launch("policy_loss_onepass_", launch_dlogits(gradient, stream));
   }
 }
@@ -70,10 +70,10 @@ LossOutputs typed_onepass(const Checks& checks, const Tensor& logits, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_onepass_(
     Tensor logits, const Tensor& targets, const std::optional<Tensor>& old_logprobs,
     const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_logprobs,
-    const Tensor& advantages, const Tensor& weights, int64_t kind, double eps_low,
-    double eps_high, std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator,
-    double entropy_coef, std::optional<double> rollout_is_cap, bool with_entropy,
-    int64_t valid_vocab, double inv_temp, double grad_scale) {
+    const Tensor& advantages, const Tensor& weights, int64_t kind, double eps_low, double eps_high,
+    std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator, double entropy_coef,
+    std::optional<double> rollout_is_cap, bool with_entropy, int64_t valid_vocab, double inv_temp,
+    double grad_scale) {
   const Checks checks("policy_loss_onepass_", logits, "logits");
   check_logits(checks, logits, targets, /*vocab_start=*/0, inv_temp, /*is_written=*/true);
   const LossArguments arguments = {old_logprobs,   ref_logprobs, rollout_logprobs, advantages,

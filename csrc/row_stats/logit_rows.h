@@ -33,8 +33,7 @@ template <typename logit_t>
 LogitRows<logit_t> logit_rows(const Tensor& logits, const Tensor& targets, int64_t vocab_start,
                               int64_t valid_vocab, double inv_temp) {
   const int64_t num_columns = logits.size(1);
-  const int64_t num_valid =
-      std::min(std::max<int64_t>(valid_vocab - vocab_start, 0), num_columns);
+  const int64_t num_valid = std::min(std::max<int64_t>(valid_vocab - vocab_start, 0), num_columns);
   return {static_cast<logit_t*>(const_cast<void*>(logits.const_data_ptr())),
           logits.stride(0),
           input<int64_t>(targets),

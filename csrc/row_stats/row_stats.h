@@ -27,8 +27,8 @@ struct LogitRows {
 
 template <typename logit_t>
 LogitRows<const logit_t> as_const(const LogitRows<logit_t>& rows) {
-  return {rows.logits,    rows.row_stride,  rows.targets,     rows.num_rows, rows.num_columns,
-          rows.num_valid, rows.vocab_start, rows.inv_temp};
+  return {rows.logits,      rows.row_stride, rows.targets,     rows.num_rows,
+          rows.num_columns, rows.num_valid,  rows.vocab_start, rows.inv_temp};
 }
 
 template <typename logit_t, typename acc_t>

@@ -21,9 +21,8 @@ template <typename logit_t, typename acc_t>
 void row_stats_cpu(const RowStatsArgs<logit_t, acc_t>& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const bool is_read = args.weights == nullptr || args.weights[row] != 0;
-    args.records[row] =
-        is_read ? record_of_row<logit_t, acc_t>(args.rows, row, args.with_entropy)
-                : unread_row<acc_t>();
+    args.records[row] = is_read ? record_of_row<logit_t, acc_t>(args.rows, row, args.with_entropy)
+                                : unread_row<acc_t>();
   }
 }
 

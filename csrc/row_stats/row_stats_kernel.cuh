@@ -21,8 +21,7 @@ __global__ void __launch_bounds__(kRowThreads) row_stats_kernel(RowStatsArgs<log
   if constexpr (kPacked) {
     constexpr int kSize = Pack<logit_t>::kSize;
 #pragma unroll 4
-    for (int column = threadIdx.x * kSize; column < rows.num_valid;
-         column += kRowThreads * kSize) {
+    for (int column = threadIdx.x * kSize; column < rows.num_valid; column += kRowThreads * kSize) {
       Pack<logit_t> pack;
       pack.load(logits + column);
       float x[kSize];

@@ -69,9 +69,8 @@ TokenInputs<acc_t> token_inputs(const LossArguments& loss) {
   const auto optional = [](const std::optional<Tensor>& tensor) {
     return tensor.has_value() ? input<acc_t>(*tensor) : nullptr;
   };
-  return {optional(loss.old_logprobs), optional(loss.ref_logprobs),
-          optional(loss.rollout_logprobs), input<acc_t>(loss.advantages),
-          input<acc_t>(loss.weights)};
+  return {optional(loss.old_logprobs), optional(loss.ref_logprobs), optional(loss.rollout_logprobs),
+          input<acc_t>(loss.advantages), input<acc_t>(loss.weights)};
 }
 
 // What an op on T tokens returns of its loss.

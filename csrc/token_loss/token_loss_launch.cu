@@ -15,7 +15,7 @@ int launch_token_loss(const TokenLossArgs<float>& args, double* scratch, void* s
   const int64_t blocks = num_blocks(args.num_tokens);
   if (blocks > 0) {  // an empty grid is a launch error
     token_loss_kernel<<<static_cast<unsigned>(blocks), kTokenThreads, 0, cuda_stream>>>(args,
-                                                                                       scratch);
+                                                                                        scratch);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }

@@ -12,8 +12,8 @@ LossOutputs typed_token_loss(const Checks& checks, const Tensor& stats,
   const int64_t num_tokens = stats.size(1);
   check_loss(checks, arguments, ScalarTypeOf<acc_t>::value, num_tokens);
   LossOutputs outputs(stats, ScalarTypeOf<acc_t>::value, num_tokens);
-  const auto args = outputs.args<acc_t>(stats, num_tokens, static_cast<int>(stats.size(0)),
-                                        arguments, inv_temp);
+  const auto args =
+      outputs.args<acc_t>(stats, num_tokens, static_cast<int>(stats.size(0)), arguments, inv_temp);
   if (stats.is_cpu()) {
     token_loss_cpu(args);
     return outputs;
@@ -31,23 +31,22 @@ LossOutputs typed_token_loss(const Checks& checks, const Tensor& stats,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
     const Tensor& stats, const std::optional<Tensor>& old_logprobs,
     const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_logprobs,
-    const Tensor& advantages, const Tensor& weights, int64_t kind, double eps_low,
-    double eps_high, std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator,
-    double entropy_coef, std::optional<double> rollout_is_cap, bool with_entropy,
-    double inv_temp) {
+    const Tensor& advantages, const Tensor& weights, int64_t kind, double eps_low, double eps_high,
+    std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator, double entropy_coef,
+    std::optional<double> rollout_is_cap, bool with_entropy, double inv_temp) {
   const Checks checks("token_loss", stats, "stats");
   checks.that(stats.dim() == 3 && stats.size(2) == 4 && stats.size(0) > 0, "stats",
               "shape [shards, T, 4]", "shape " + text_of(stats.sizes()));
   const bool is_double = stats.is_cpu() && stats.scalar_type() == ScalarType::Double;
   checks.dense(stats, "stats", is_double ? ScalarType::Double : ScalarType::Float,
                {stats.size(0), stats.size(1), 4});
-  const LossArguments arguments = {old_logprobs, ref_logprobs, rollout_logprobs, advantages,
-                                   weights,      kind,         eps_low,          eps_high,
-                                   dual_clip,    kl_coef,      kl_estimator,     entropy_coef,
+  const LossArguments arguments = {old_logprobs,   ref_logprobs, rollout_logprobs, advantages,
+                                   weights,        kind,         eps_low,          eps_high,
+                                   dual_clip,      kl_coef,      kl_estimator,     entropy_coef,
                                    rollout_is_cap, with_entropy};
-  const LossOutputs outputs =
-      is_double ? typed_token_loss<double>(checks, stats, arguments, inv_temp)
-                : typed_token_loss<float>(checks, stats, arguments, inv_temp);
+  const LossOutputs outputs = is_double
+                                  ? typed_token_loss<double>(checks, stats, arguments, inv_temp)
+                                  : typed_token_loss<float>(checks, stats, arguments, inv_temp);
   return {outputs.logprobs, outputs.entropy, outputs.params,
           outputs.loss,     outputs.sums,    outputs.extrema};
 }

@@ -3,17 +3,20 @@
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import aggregation
-from megatron_rl.algorithms.advantage import SumOverRanks, group_advantages, whiten
+from megatron_rl.algorithms.advantage import OF_GROUP, UNFINISHED, SumOverRanks, side, whiten
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import Preset
-from megatron_rl.algorithms.selection import Candidates, KeepMask, keep_mask
+from megatron_rl.algorithms.selection import Candidates, KeepMask, keep_mask, keep_rules
+from megatron_rl.ops.group_stats import GroupStats, group_stats
 from megatron_rl.ops.pair_loss import PairSpec
 from megatron_rl.ops.token_loss import LossSpec
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, UpdateTotals
@@ -119,16 +122,16 @@ class Algorithm:
             seed: of this iteration; with the group_id it breaks ties.
         """
         usable = [_usable(group) for group in groups]
-        advantages = self._advantages(usable)
+        stats = self._judge([candidates for _, candidates in usable])
+        by_reward, advantages = _by_group(stats.keep, stats), _by_group(stats.advantages, stats)
         samples: list[Sample] = []
         totals = dict.fromkeys(sorted(set(update_of.values())), NO_TOTALS)
-        counts: defaultdict[str, int] = defaultdict(int)
-        for group, (indices, candidates), group_advantage in zip(
-            groups, usable, advantages, strict=True
+        counts = defaultdict(int, _outcomes(stats))
+        for group, (indices, candidates), group_keep, group_advantage in zip(
+            groups, usable, by_reward, advantages, strict=True
         ):
             counts["unusable_rollouts"] += len(group.rollouts) - len(indices)
-            counts[_outcome(candidates)] += 1
-            keep = self._keep(candidates, group.prompt.group_id, seed)
+            keep = self._keep(candidates, group_keep, group.prompt.group_id, seed)
             update = update_of[group.prompt.group_id]
             totals[update] = _add(totals[update], candidates.lengths, keep)
             for index, is_kept, value in zip(indices, keep, group_advantage, strict=True):
@@ -144,12 +147,16 @@ class Algorithm:
     def assign_advantages(
         self, samples: Sequence[Sample], *, sum_over_ranks: SumOverRanks
     ) -> list[Sample]:
-        """Samples with their final advantages: batch_norm whitens them, the others leave them be.
+        """Samples with their final advantages, which batch_norm whitens and preference makes signs.
+
+        Under gae they keep their rewards, for the critic to judge (policy/).
 
         Args:
             samples: all of the iteration's on this rank, possibly none.
             sum_over_ranks: every data-parallel rank must make this call under batch_norm.
         """
+        if self.preset.advantage == "preference":
+            return [replace(sample, advantage=side(sample.advantage)) for sample in samples]
         if self.preset.advantage != "batch_norm":
             return list(samples)
         whitened = whiten(
@@ -194,23 +201,24 @@ class Algorithm:
             rollout_is_cap=self.config.rollout_is_cap,
         )
 
-    def _advantages(self, usable: Sequence[tuple[list[int], Candidates]]) -> list[list[float]]:
-        """Of every usable response, one list a group."""
-        sizes = [len(indices) for indices, _ in usable]
-        rewards = [reward for _, candidates in usable for reward in candidates.rewards]
-        flat = group_advantages(
-            self.preset.advantage,
+    def _judge(self, groups: Sequence[Candidates]) -> GroupStats:
+        rewards = [reward for candidates in groups for reward in candidates.rewards]
+        sizes = [len(candidates.rewards) for candidates in groups]
+        return group_stats(
             torch.tensor(rewards, dtype=torch.float64),
-            _offsets(sizes),
+            torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0),
             std_ddof=self.config.std_ddof,
+            keep=keep_rules(self.preset.selection),
+            advantage=OF_GROUP[self.preset.advantage],
             std_eps=self.config.std_eps,
-        ).tolist()
-        values = iter(flat)
-        return [[next(values) for _ in range(size)] for size in sizes]
+        )
 
-    def _keep(self, candidates: Candidates, group_id: int, seed: tuple[int, ...]) -> KeepMask:
+    def _keep(
+        self, candidates: Candidates, by_reward: KeepMask, group_id: int, seed: tuple[int, ...]
+    ) -> KeepMask:
         return keep_mask(
             candidates,
+            by_reward,
             self.preset.selection,
             tie_break=random.Random(repr((*seed, group_id))),
             overlong_tokens=self.config.overlong_tokens,
@@ -223,7 +231,7 @@ class Algorithm:
         has_gradient = (
             advantage != 0
             or self.config.has_loss_on_every_token
-            or self.preset.advantage in ("batch_norm", "gae")  # whitening and values come later
+            or self.preset.advantage in UNFINISHED
         )
         return is_kept and (has_gradient or not self.config.drop_zero_advantage)
 
@@ -248,12 +256,22 @@ def _is_usable(rollout: Rollout) -> bool:
     return math.isfinite(rollout.reward)
 
 
-def _outcome(candidates: Candidates) -> str:
-    if not candidates.rewards:
-        return "unusable_groups"
-    if candidates.has_correct and candidates.has_wrong:
-        return "mixed_groups"
-    return "all_correct_groups" if candidates.has_correct else "all_wrong_groups"
+def _by_group(values: Tensor, stats: GroupStats) -> list[list[Any]]:
+    """[n] values of all responses -> one list a group."""
+    flat = iter(values.tolist())
+    return [list(islice(flat, count)) for count in stats.counts.tolist()]
+
+
+def _outcomes(stats: GroupStats) -> dict[str, int]:
+    is_empty = stats.counts == 0
+    is_uniform = stats.all_correct | stats.all_wrong
+    outcomes = {
+        "all_correct_groups": stats.all_correct,
+        "all_wrong_groups": stats.all_wrong,
+        "mixed_groups": ~(is_uniform | is_empty),
+        "unusable_groups": is_empty,
+    }
+    return {name: int(is_so.sum()) for name, is_so in outcomes.items()}
 
 
 def _add(totals: UpdateTotals, lengths: Sequence[int], keep: KeepMask) -> UpdateTotals:
@@ -276,7 +294,3 @@ def _sample(prompt: Prompt, rollout: Rollout, index: int, update: int, advantage
         advantage=advantage,
         rollout_logprobs=rollout.rollout_logprobs,
     )
-
-
-def _offsets(sizes: Iterable[int]) -> Tensor:
-    return torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)

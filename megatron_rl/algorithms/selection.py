@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.algorithms.presets import SelectionName
+from megatron_rl.ops.group_stats import KEEP_RULES, KeepRule
 
 KeepMask = list[bool]
 
@@ -18,17 +19,15 @@ class Candidates:
     is_truncated: tuple[bool, ...]
     is_gold: tuple[bool, ...]
 
-    @property
-    def has_correct(self) -> bool:
-        return any(reward > 0 for reward in self.rewards)
 
-    @property
-    def has_wrong(self) -> bool:
-        return any(reward <= 0 for reward in self.rewards)
+def keep_rules(names: Sequence[SelectionName]) -> list[KeepRule]:
+    """The selections that judge rewards alone, which group_stats answers for all groups at once."""
+    return [name for name in names if name in KEEP_RULES]
 
 
 def keep_mask(
     candidates: Candidates,
+    by_reward: KeepMask,
     names: Sequence[SelectionName],
     *,
     tie_break: random.Random,
@@ -37,10 +36,19 @@ def keep_mask(
 ) -> KeepMask:
     """Whether each response is kept, after all named selections in order and the group's cap.
 
-    Conditions on the group (all wrong, the maximum reward) are about the group as sampled;
-    best_of_n, best_and_worst and max_per_group choose among what is still kept.
+    Conditions on rewards (all wrong, the largest one) are about the group as sampled, so their
+    place in the order does not matter; best_of_n,
+    best_and_worst and max_per_group choose among what is still kept.
+
+    Args:
+        candidates: the group.
+        by_reward: what group_stats keeps under keep_rules(names).
+        names: all selections.
+        tie_break: chooses among responses that are equally good.
+        overlong_tokens: longest response that drop_overlong keeps.
+        max_per_group: most responses that are kept.
     """
-    keep = [True] * len(candidates.rewards)
+    keep = by_reward
     for name in names:
         if name == "best_of_n":
             keep = _best_of_n(candidates, keep, tie_break)
@@ -50,35 +58,13 @@ def keep_mask(
             assert overlong_tokens is not None, "the config check lets no other through"
             fits = [length <= overlong_tokens for length in candidates.lengths]
             keep = _both(keep, fits)
-        else:
+        elif name in MASKS:
             keep = _both(keep, MASKS[name](candidates))
     return keep if max_per_group is None else _first(keep, max_per_group)
 
 
-def _all(candidates: Candidates) -> KeepMask:
-    return [True] * len(candidates.rewards)
-
-
 def _gold(candidates: Candidates) -> KeepMask:
     return list(candidates.is_gold)
-
-
-def _positive(candidates: Candidates) -> KeepMask:
-    """RAFT: the best of the group, if it is good at all."""
-    best = max(candidates.rewards, default=0.0)
-    return [reward == best and reward > 0 for reward in candidates.rewards]
-
-
-def _drop_all_wrong(candidates: Candidates) -> KeepMask:
-    return [candidates.has_correct] * len(candidates.rewards)
-
-
-def _drop_all_correct(candidates: Candidates) -> KeepMask:
-    return [candidates.has_wrong] * len(candidates.rewards)
-
-
-def _drop_uniform(candidates: Candidates) -> KeepMask:
-    return [candidates.has_correct and candidates.has_wrong] * len(candidates.rewards)
 
 
 def _drop_truncated(candidates: Candidates) -> KeepMask:
@@ -86,12 +72,7 @@ def _drop_truncated(candidates: Candidates) -> KeepMask:
 
 
 MASKS: dict[SelectionName, Callable[[Candidates], KeepMask]] = {
-    "all": _all,
     "gold": _gold,
-    "positive": _positive,
-    "drop_all_wrong": _drop_all_wrong,
-    "drop_all_correct": _drop_all_correct,
-    "drop_uniform": _drop_uniform,
     "drop_truncated": _drop_truncated,
 }
 

@@ -7,7 +7,7 @@ import torch
 from megatron_rl.algorithms.algorithm import Algorithm, Selection
 from megatron_rl.batching.pack import pack
 from megatron_rl.batching.schedule import distribute, rows_of
-from megatron_rl.parallel.collectives import sum_over
+from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import MicroBatch, MiniBatch, Sample, UpdateTotals
 
@@ -69,11 +69,13 @@ class Packer:
                 return 1.0
             return self._algorithm.token_weight(sample, totals, self._max_response_tokens)
 
-        rows = rows_of(
-            samples,
-            self._row_tokens,
-            count_multiple=self._count_multiple,
-            keep_groups_whole=self._keep_groups_whole and totals is not None,
+        rows = self._evened(
+            rows_of(
+                samples,
+                self._row_tokens,
+                count_multiple=self._count_multiple,
+                keep_groups_whole=self._keep_groups_whole and totals is not None,
+            )
         )
         return tuple(
             pack(
@@ -85,6 +87,13 @@ class Packer:
             )
             for row in rows
         )
+
+    def _evened(self, rows: list[list[Sample]]) -> list[list[Sample]]:
+        """As many rows on all ranks where they share experts, since they meet in every layer."""
+        if self._groups.layout.ep == 1:
+            return rows
+        longest = int(max_over([len(rows)], self._groups.host)[0])
+        return rows + [[] for _ in range(longest - len(rows))]
 
     def _global_totals(self, selection: Selection, num_updates: int) -> list[UpdateTotals]:
         nothing = UpdateTotals(

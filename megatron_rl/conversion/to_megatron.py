@@ -212,8 +212,7 @@ def _is_unnamed(final: Path, identity: dict[str, Any]) -> bool:
     """Whether this very conversion is complete but for the tracker."""
     if (final.parent / TRACKER).exists() or not (final / IDENTITY).is_file():
         return False
-    made_of: object = json.loads((final / IDENTITY).read_text())
-    return made_of == json.loads(json.dumps(identity))
+    return bool(json.loads((final / IDENTITY).read_text()) == json.loads(json.dumps(identity)))
 
 
 def _name_newest(output: Path) -> None:

@@ -32,7 +32,8 @@ class MetricsConfig(Settings):
     kl_every: int = Field(default=0, ge=0)
     """Measure the KL of the policy to its initial weights every this many iterations; 0: never.
     Needs the initial weights kept in memory and one forward pass of them over kl_rollouts rollouts.
-    Without effect where a KL loss or reward runs that pass anyway: then it is measured always."""
+    Without effect where every response goes through that pass anyway, for a KL loss or reward: then
+    it is measured always."""
 
     kl_rollouts: int = Field(default=64, ge=1)
     """Over how many rollouts that KL is measured. They are drawn from all rollouts of the iteration

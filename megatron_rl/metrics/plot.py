@@ -1,9 +1,13 @@
-"""Curves of one or more runs on one page, from the metrics.jsonl files that training writes."""
+"""Curves of one or more runs on one page, from the metrics.jsonl files that training writes.
+
+Runs of the same label are repetitions with other seeds: one curve, their mean, in a band from the
+least to the largest.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,6 +19,8 @@ from megatron_rl.metrics.writers import read_jsonl
 
 Curve = tuple[list[int], list[float]]  # iterations, values
 History = Mapping[str, Curve]  # by metric name
+Repeated = Sequence[History]  # of one label
+Against = Literal["iterations", "tokens"]
 
 # Okabe and Ito's palette, told apart with any colour vision; their yellow is too pale on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -26,16 +32,26 @@ PANELS = (
     ("Reward", "mean reward", ("reward/mean",)),
     ("Accuracy", "share correct", ("reward/accuracy",)),
     ("KL to the initial policy", "nats per token", ("policy/kl_initial_k1",)),
-    ("Entropy", "nats per token", ("policy/entropy_mean", "rollout/entropy_estimate")),
+    # The estimate is over everything sampled, so runs that train on different responses compare.
+    ("Entropy", "nats per token", ("rollout/entropy_estimate", "policy/entropy_mean")),
     ("Response length", "tokens", ("rollout/response_tokens_mean",)),
     ("Kept responses", "share of those drawn", ("algorithms/kept_responses_frac",)),
 )
 """Title, unit, metrics of a panel: of the metrics, the first that the run reported."""
 
 
-def plot_run(runs: Sequence[tuple[str, Path]], output: Path) -> None:
+TRAINED = "policy/trained_tokens"
+X_LABELS: dict[Against, str] = {"iterations": "iteration", "tokens": "response tokens trained"}
+
+
+def plot_run(
+    runs: Sequence[tuple[str, Path]], output: Path, *, against: Against = "iterations"
+) -> None:
     """Write a PNG of the runs, each given by its label and its metrics.jsonl."""
-    figure = draw([(label, history(path)) for label, path in runs])
+    repeated: dict[str, list[History]] = {}
+    for label, path in runs:
+        repeated.setdefault(label, []).append(history(path))
+    figure = draw(list(repeated.items()), against=against)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150, format="png")
 
@@ -53,24 +69,49 @@ def history(path: Path) -> History:
     return curves
 
 
-def draw(runs: Sequence[tuple[str, History]]) -> Figure:
-    """Six panels; one colour per run, one marker per held-out benchmark."""
+def band(
+    runs: Repeated, name: str, against: Against = "iterations"
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """(x, mean, least, largest) of a metric, at the iterations that all runs measured it at."""
+    curves = [dict(zip(*run[name], strict=True)) for run in runs if name in run]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    columns = [[curve[iteration] for curve in curves] for iteration in shared]
+    positions: list[list[float]] = [[float(iteration)] for iteration in shared]
+    if against == "tokens":
+        trained = [_tokens_until(run, shared) for run in runs if name in run]
+        positions = [list(column) for column in zip(*trained, strict=True)]
+    return (
+        [sum(column) / len(column) for column in positions],
+        [sum(column) / len(column) for column in columns],
+        [min(column) for column in columns],
+        [max(column) for column in columns],
+    )
+
+
+def _tokens_until(run: History, iterations: Sequence[int]) -> list[float]:
+    """Response tokens trained up to each of these iterations."""
+    counted = list(zip(*run.get(TRAINED, ([], [])), strict=True))
+    return [sum(count for at, count in counted if at <= iteration) for iteration in iterations]
+
+
+def draw(runs: Sequence[tuple[str, Repeated]], *, against: Against = "iterations") -> Figure:
+    """Six panels; one colour per label, one marker per held-out benchmark."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = [axes for row in figure.subplots(2, 3) for axes in row]
     benchmarks = sorted(
-        {name for _, curves in runs for name in curves if names.is_evaluation(name)}
+        {name for _, same in runs for run in same for name in run if names.is_evaluation(name)}
     )
 
     for axes, (title, unit, metrics) in zip(panels, PANELS, strict=True):
         axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("iteration")
+        axes.set_xlabel(X_LABELS[against])
         axes.set_ylabel(unit)
         axes.grid(alpha=0.25)
-        for run, (_, curves) in enumerate(runs):
-            _draw_curve(axes, curves, metrics, run)
+        for number, (_, same) in enumerate(runs):
+            _draw_curve(axes, same, metrics, number, against)
             if title == "Accuracy":
-                _draw_benchmarks(axes, curves, benchmarks, run)
+                _draw_benchmarks(axes, same, benchmarks, number, against)
         if not axes.lines:
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=GREY)
@@ -82,23 +123,32 @@ def draw(runs: Sequence[tuple[str, History]]) -> Figure:
     return figure
 
 
-def _draw_curve(axes: Axes, curves: History, metrics: Sequence[str], run: int) -> None:
-    name = next((name for name in metrics if name in curves), None)
+def _draw_curve(
+    axes: Axes, runs: Repeated, metrics: Sequence[str], number: int, against: Against
+) -> None:
+    name = next((name for name in metrics if any(name in run for run in runs)), None)
     if name is not None:
-        iterations, values = curves[name]
-        marker = "." if len(values) < 3 else None  # a line of one point is invisible
-        axes.plot(iterations, values, marker=marker, **_line_style(run), gid=name)
+        x, mean, least, largest = band(runs, name, against)
+        marker = "." if len(mean) < 3 else None  # a line of one point is invisible
+        axes.plot(x, mean, marker=marker, **_line_style(number), gid=name)
+        if len(runs) > 1:
+            color = _line_style(number)["color"]
+            axes.fill_between(x, least, largest, color=color, alpha=0.15, linewidth=0, gid=name)
 
 
-def _draw_benchmarks(axes: Axes, curves: History, benchmarks: Sequence[str], run: int) -> None:
+def _draw_benchmarks(
+    axes: Axes, runs: Repeated, benchmarks: Sequence[str], number: int, against: Against
+) -> None:
     for name, marker in zip(benchmarks, cycle(MARKERS), strict=False):
-        if name in curves:
-            iterations, values = curves[name]
-            style = {**_line_style(run), "linestyle": ":", "linewidth": 0.8, "markersize": 6}
-            axes.plot(iterations, values, marker=marker, markeredgecolor="white", **style, gid=name)
+        if any(name in run for run in runs):
+            x, mean, least, largest = band(runs, name, against)
+            style = {**_line_style(number), "linestyle": ":", "linewidth": 0.8, "markersize": 6}
+            axes.plot(x, mean, marker=marker, markeredgecolor="white", **style, gid=name)
+            if len(runs) > 1:
+                axes.vlines(x, least, largest, color=style["color"], linewidth=0.8)
 
 
-def _legend(runs: Sequence[tuple[str, History]], benchmarks: Sequence[str]) -> list[Line2D]:
+def _legend(runs: Sequence[tuple[str, Repeated]], benchmarks: Sequence[str]) -> list[Line2D]:
     lines = [Line2D([], [], label=label, **_line_style(i)) for i, (label, _) in enumerate(runs)]
     points = [
         Line2D(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops import backend
+from megatron_rl.ops.head_gradient import HeadGradient, main_grad_of
 from megatron_rl.ops.native_loss import LinearPolicyLossFunction, LossInputs, Shard
 from megatron_rl.ops.token_loss import LossSpec, TokenLoss, check_inputs, token_loss
 from megatron_rl.ops.vocab_parallel import (
@@ -23,6 +24,10 @@ from megatron_rl.ops.vocab_parallel import (
     shard_gradient,
     shard_stats,
 )
+
+LOGITS_BYTES = 1_250_000_000
+"""What the logits of a chunk may take. Every chunk reads and writes the whole gradient of the head,
+so few are better. Of 151,936 columns of 16 bits these are 4,113 rows."""
 
 
 def linear_policy_loss(
@@ -41,7 +46,8 @@ def linear_policy_loss(
     weights: Tensor,
     spec: LossSpec,
     with_entropy: bool,
-    chunk_rows: int,
+    chunk_rows: int | None = None,
+    into_main_grad: bool = False,
 ) -> tuple[TokenLoss, Tensor]:
     """Loss of N rows that carry loss, and their log-probabilities, detached; 0 at weight 0.
 
@@ -56,10 +62,18 @@ def linear_policy_loss(
         tp_group, vocab_start, valid_vocab, temperature: as in vocab_parallel_logprobs.
         old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec: as in token_loss.
         with_entropy: measure the entropy even if spec.entropy_coef is 0.
-        chunk_rows: rows of logits alive at a time; changes results by rounding only.
+        chunk_rows: most rows of logits alive at a time; changes results by rounding only. None: as
+            many as fit into LOGITS_BYTES.
+        into_main_grad: add the gradient of weight to weight.main_grad, as Megatron's fused gradient
+            accumulation does, rather than make a tensor of it for autograd; in all losses of a step
+            or in none. Then the loss must be backpropagated exactly once and as it is: native
+            ops add the gradient in the forward, and if the loss gets another gradient than 1 they
+            make main_grad NaN.
     """
+    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
+    if into_main_grad:
+        main_grad_of(weight)
     if backend.is_native("policy_loss_onepass_", hidden) and hidden.dtype == weight.dtype:
-        _check_shapes(hidden, weight, targets, chunk_rows)
         entropy_if_any = hidden if with_entropy or spec.entropy_coef != 0 else None
         check_inputs(spec, entropy=entropy_if_any, ref=ref_logprobs, rollout=rollout_logprobs)
         loss, logprobs, sums, extrema = LinearPolicyLossFunction.apply(
@@ -71,7 +85,8 @@ def linear_policy_loss(
                 with_entropy,
             ),
             Shard(tp_group, vocab_start, valid_vocab, 1.0 / temperature),
-            chunk_rows,
+            chunks,
+            into_main_grad,
             torch.is_grad_enabled(),
         )  # fmt: skip
         return TokenLoss(loss=loss, sums=sums, extrema=extrema), logprobs
@@ -84,6 +99,7 @@ def linear_policy_loss(
         valid_vocab=valid_vocab,
         temperature=temperature,
         chunk_rows=chunk_rows,
+        into_main_grad=into_main_grad,
     )
     result = token_loss(
         logprobs,
@@ -107,16 +123,28 @@ def differentiable_linear_logprobs(
     vocab_start: int,
     valid_vocab: int,
     temperature: float,
-    chunk_rows: int,
+    chunk_rows: int | None = None,
+    into_main_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N] of hidden @ weight.T, for any loss written in torch.
 
-    Arguments, gradients and memory as in linear_policy_loss. Collectives: one, in the forward.
+    Arguments, gradients and memory as in linear_policy_loss, but that a loss of them may get any
+    gradient, into_main_grad or not. Collectives: one, in the forward.
     """
-    _check_shapes(hidden, weight, targets, chunk_rows)
+    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
+    if into_main_grad:
+        main_grad_of(weight)
     num_valid = shard_columns(len(weight), vocab_start, valid_vocab)
     logprobs, entropy = _LinearLogprobs.apply(
-        hidden, weight, targets, tp_group, num_valid, vocab_start, temperature, chunk_rows
+        hidden,
+        weight,
+        targets,
+        tp_group,
+        num_valid,
+        vocab_start,
+        temperature,
+        chunks,
+        into_main_grad,
     )
     return logprobs, entropy
 
@@ -131,7 +159,7 @@ def linear_logprobs(
     vocab_start: int,
     valid_vocab: int,
     temperature: float,
-    chunk_rows: int,
+    chunk_rows: int | None = None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities [N] and entropies [N] or None, without gradient.
@@ -162,18 +190,18 @@ class _LinearLogprobs(torch.autograd.Function):
         num_valid: int,
         vocab_start: int,
         temperature: float,
-        chunk_rows: int,
+        chunks: list[slice],
+        into_main_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.shard = {
             "num_valid": num_valid,
             "vocab_start": vocab_start,
             "temperature": temperature,
         }
-        ctx.chunk_rows = chunk_rows
+        ctx.chunks, ctx.into_main_grad = chunks, into_main_grad
         ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
         stats = hidden.new_empty(len(hidden), 4, dtype=compute_dtype(hidden.dtype))
-        for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
+        for rows in chunks:
             stats[rows] = shard_stats(hidden[rows] @ weight.T, targets[rows], **ctx.shard)
         logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, tp_group))
         ctx.save_for_backward(hidden, weight, targets, log_sum_exp, entropy)
@@ -183,15 +211,16 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None, None]:
+    ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_sum_exp, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
-        weight_grad = (
-            torch.zeros_like(weight, dtype=compute_dtype(weight.dtype)) if wants_weight else None
+        head_grad = (
+            HeadGradient(weight, num_chunks=len(ctx.chunks), into_main_grad=ctx.into_main_grad)
+            if wants_weight
+            else None
         )
-        for start in range(0, len(hidden), ctx.chunk_rows):
-            rows = slice(start, start + ctx.chunk_rows)
+        for rows in ctx.chunks:
             logits_grad = shard_gradient(
                 hidden[rows] @ weight.T,
                 targets[rows],
@@ -203,14 +232,16 @@ class _LinearLogprobs(torch.autograd.Function):
             )
             if hidden_grad is not None:
                 hidden_grad[rows] = logits_grad @ weight
-            if weight_grad is not None:
-                weight_grad += logits_grad.T @ hidden[rows]
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(weight.dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+            if head_grad is not None:
+                head_grad.add(logits_grad, hidden[rows])
+        weight_grad = None if head_grad is None else head_grad.hand_over()
+        return hidden_grad, weight_grad, None, None, None, None, None, None, None
 
 
-def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> None:
+def _row_chunks(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None
+) -> list[slice]:
+    """The fewest chunks of N rows, of about the same size; none of zero rows."""
     if (
         hidden.dim() != 2
         or weight.dim() != 2
@@ -221,5 +252,11 @@ def _check_shapes(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: i
             "expected hidden [N, H], weight [V/tp, H] and targets [N], got "
             f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
         )
+    if chunk_rows is None:
+        chunk_rows = max(1, LOGITS_BYTES // (len(weight) * hidden.element_size()))
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows}: must be >= 1, since a chunk holds whole rows")
+    num_rows = len(hidden)
+    num_chunks = -(-num_rows // chunk_rows)
+    size = -(-num_rows // max(num_chunks, 1))
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(size, 1))]

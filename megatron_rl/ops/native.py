@@ -78,12 +78,14 @@ if BUILT:
         return None
 
     @torch.library.register_fake("megatron_rl::group_stats")
-    def _group_stats(rewards: Tensor, offsets: Tensor, std_ddof: int) -> tuple[Tensor, ...]:
+    def _group_stats(rewards: Tensor, offsets: Tensor, *rest: object) -> tuple[Tensor, ...]:
         groups = offsets.shape[0] - 1
         return (
             *(rewards.new_empty(groups) for _ in range(4)),
             offsets.new_empty(groups),
             rewards.new_empty((5, groups), dtype=torch.bool),
+            rewards.new_empty(rewards.shape, dtype=torch.bool),
+            rewards.new_empty(rewards.shape),
         )
 
 

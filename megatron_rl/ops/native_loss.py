@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_rl.ops.head_gradient import HeadGradient
 from megatron_rl.ops.vocab_parallel import compute_dtype, gather_stats
 
 if TYPE_CHECKING:
@@ -177,52 +178,55 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         targets: Tensor,
         inputs: LossInputs,
         shard: Shard,
-        chunk_rows: int,
+        chunks: list[slice],
+        into_main_grad: bool,
         has_grad: bool,
     ) -> Results:
         wants_hidden, wants_weight = (has_grad and wants for wants in ctx.needs_input_grad[:2])
         dtype = compute_dtype(hidden.dtype)
         inputs = inputs.to(dtype)
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight) if wants_weight and not len(hidden) else None
+        head_grad = (
+            HeadGradient(weight, num_chunks=len(chunks), into_main_grad=into_main_grad)
+            if wants_weight
+            else None
+        )
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
-        # Also of zero rows, which have their sums too.
+        chunks = chunks or [slice(0, 0)]  # zero rows have their sums too
+        memory = hidden.new_empty(chunks[0].stop, len(weight))  # no chunk is larger than the first
         parts = []
-        for start in range(0, max(len(hidden), 1), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = hidden[rows] @ weight.T
+        for rows in chunks:
+            logits = torch.mm(hidden[rows], weight.T, out=memory[: rows.stop - rows.start])
             logprobs[rows], sums, extrema = _turn_into_gradient(
                 logits, targets[rows], inputs, rows, shard, wants=wants_hidden or wants_weight
             )
             parts.append((sums, extrema))
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[rows])
-            if wants_weight and len(hidden) <= chunk_rows:
-                weight_grad = logits.T @ hidden  # rounded once, like a sum over chunks
-            elif wants_weight:
-                weight_grad = _accumulated(weight_grad, logits, hidden[rows], dtype)
+            if head_grad is not None:
+                head_grad.add(logits, hidden[rows])
         sums = torch.stack([part[0] for part in parts]).sum(0)
         extrema = torch.stack([part[1] for part in parts]).amax(0)
-        ctx.gradients = [hidden_grad, weight_grad]
-        ctx.weight_dtype = weight.dtype
+        ctx.hidden_grad, ctx.head_grad, ctx.is_spent = hidden_grad, head_grad, False
         return _mark(ctx, (sums[-1].to(dtype), logprobs, sums, extrema))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *rest: None) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
+        if ctx.is_spent:
             raise RuntimeError(
                 "linear_policy_loss: its gradients were handed out by the first backward; compute "
                 "the loss again"
             )
-        hidden_grad, weight_grad = ctx.gradients
-        ctx.gradients = None
-        for gradient in (hidden_grad, weight_grad):
-            if gradient is not None:
-                torch.ops.megatron_rl.rescale_if_(gradient, grad.contiguous(), 1.0)
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        hidden_grad, head_grad = ctx.hidden_grad, ctx.head_grad
+        ctx.hidden_grad, ctx.head_grad, ctx.is_spent = None, None, True
+        weight_grad = None
+        if hidden_grad is not None:
+            torch.ops.megatron_rl.rescale_if_(hidden_grad, grad.contiguous(), 1.0)
+        if head_grad is not None:
+            head_grad.rescale(grad)
+            weight_grad = head_grad.hand_over()
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
 def write_gradient(
@@ -282,17 +286,3 @@ def _turn_into_gradient(
     if wants:
         write_gradient(logits, targets, params, None, shard, overwrite=True)
     return logprobs, sums, extrema
-
-
-def _accumulated(
-    total: Tensor | None, logits_grad: Tensor, hidden: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """total + logits_grad.T @ hidden, in place; on a GPU the product is not rounded in between."""
-    if dtype == hidden.dtype:
-        return logits_grad.T @ hidden if total is None else total.addmm_(logits_grad.T, hidden)
-    if not hidden.is_cuda:
-        product = logits_grad.T @ hidden
-        return product.to(dtype) if total is None else total.add_(product)
-    if total is None:
-        return torch.mm(logits_grad.T, hidden, out_dtype=dtype)
-    return torch.addmm(total, logits_grad.T, hidden, out_dtype=dtype, out=total)

@@ -47,6 +47,26 @@ def nothing() -> None:
     """The part of a rank that has none."""
 
 
+def same_or_raise(name: str, value: str, rule: str, group: dist.ProcessGroup) -> None:
+    """Raise on all ranks unless all bring the same value; every rank of group must call it.
+
+    Args:
+        name: of what must be the same.
+        value: this rank's.
+        rule: why it must be the same, and the way out.
+        group: who must agree.
+
+    Raises:
+        RunError: with every value and the ranks that have it.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, told in enumerate(all_gather_objects(value, group)):
+        ranks.setdefault(told, []).append(rank)
+    if len(ranks) > 1:
+        who = "; ".join(f"{told!r} on ranks {holders}" for told, holders in ranks.items())
+        raise RunError(f"{name}: {who}: {rule}")
+
+
 def sum_over(values: Sequence[float], group: dist.ProcessGroup) -> list[float]:
     """Element-wise float64 sum over the group; the same bits on every rank."""
     total = torch.tensor(list(values), dtype=torch.float64)

@@ -1,5 +1,6 @@
 """How the policy is split over ranks, under Megatron's own names."""
 
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.settings import Settings
 
 
@@ -19,7 +20,7 @@ class ParallelConfig(Settings):
     """Ranks that share one sequence. Not available yet: must be 1."""
 
     expert_model_parallel_size: int = 1
-    """Ranks that share a layer's experts. Not available yet: must be 1."""
+    """Ranks that share a layer's experts. They are among those of one pipeline stage."""
 
     expert_tensor_parallel_size: int | None = None
     """Ranks that share one expert's matrices; None: as tensor_model_parallel_size."""
@@ -29,3 +30,14 @@ class ParallelConfig(Settings):
 
     world_size: int | None = None
     """Ranks in all. None: what torchrun started, or, in `plan`, the smallest world that fits."""
+
+    def layout(self, world_size: int) -> Layout:
+        """The same sizes over a number of ranks that they divide."""
+        return Layout(
+            world_size=world_size,
+            tp=self.tensor_model_parallel_size,
+            pp=self.pipeline_model_parallel_size,
+            vpp=self.virtual_pipeline_model_parallel_size or 1,
+            ep=self.expert_model_parallel_size,
+            expert_tp=self.expert_tensor_parallel_size,
+        )

@@ -66,14 +66,7 @@ def make_groups(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -
     from megatron.core import parallel_state
 
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    layout = Layout(
-        world_size=world_size,
-        tp=parallel.tensor_model_parallel_size,
-        pp=parallel.pipeline_model_parallel_size,
-        vpp=parallel.virtual_pipeline_model_parallel_size or 1,
-        ep=parallel.expert_model_parallel_size,
-        expert_tp=parallel.expert_tensor_parallel_size,
-    )
+    layout = parallel.layout(world_size)
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,

@@ -37,6 +37,11 @@ class Layout:
     def etp(self) -> int:
         return self.expert_tp or self.tp
 
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of an expert."""
+        return self.tp * self.dp // (self.etp * self.ep)
+
     def coordinates(self, global_rank: int) -> Coordinates:
         in_stage = global_rank % (self.tp * self.dp)
         return Coordinates(
@@ -58,7 +63,7 @@ class Layout:
         stage = self.tp * self.dp
         return tuple(
             pp_rank * stage + etp_rank + self.etp * (ep_rank + self.ep * replica)
-            for replica in range(stage // (self.etp * self.ep))
+            for replica in range(self.expert_dp)
         )
 
 

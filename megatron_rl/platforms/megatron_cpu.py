@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 _FACADE_NAME = "__megatron_rl_cpu__"
 
@@ -47,6 +49,9 @@ class _Null:
 
     def query(self) -> bool:
         return True
+
+    def record_event(self, _event: object = None) -> "_Null":
+        return self
 
     def elapsed_time(self, _other: object) -> float:
         return 0.0
@@ -179,6 +184,41 @@ class _Retarget(ast.NodeTransformer):
         ]
 
 
+def _allow_uneven_runs(mappings: Any) -> None:
+    """Gather and reduce-scatter of runs of unequal length, which gloo has no collectives for.
+
+    Experts whose matrices are split over ranks exchange as many tokens as were routed to them.
+    """
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_along_first_dim(
+        values: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if sizes is None or group.size() == 1:
+            even: Tensor = gather(values, group, None, use_global_buffer)
+            return even
+        runs = [values.new_empty((length, *values.shape[1:])) for length in sizes]
+        runs[group.rank()].copy_(values)
+        for owner, run in enumerate(runs):
+            dist.broadcast(run, group=group, group_src=owner)
+        return torch.cat(runs)
+
+    def reduce_scatter_along_first_dim(
+        values: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if sizes is None or group.size() == 1:
+            even: Tensor = scatter(values, group, None, use_global_buffer)
+            return even
+        runs = [run.clone() for run in torch.split(values, sizes)]
+        for owner, run in enumerate(runs):
+            dist.reduce(run, group=group, group_dst=owner)
+        own: Tensor = runs[group.rank()]
+        return own
+
+    mappings._gather_along_first_dim = gather_along_first_dim
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> Any:
         # Never through the .pyc of the stock source, neither read nor written.
@@ -194,6 +234,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # else torch.compile runs on every small function
+        if module.__name__ == "megatron.core.tensor_parallel.mappings":
+            _allow_uneven_runs(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

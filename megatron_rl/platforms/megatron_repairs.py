@@ -26,6 +26,28 @@ def apply() -> None:
             f"{SUPPORTED_VERSION}. Install megatron-core=={SUPPORTED_VERSION}"
         )
     _adam_step_survives_a_load()
+    _experts_run_without_transformer_engine()
+
+
+def _experts_run_without_transformer_engine() -> None:
+    """The router asks for a name that only Transformer Engine binds, and the dispatcher expects
+    numpy arrays, which stock code makes of CUDA tensors only.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    stock = moe_utils.maybe_move_tensor_to_cpu
+    if getattr(stock, "_megatron_rl_repaired", False):
+        return
+
+    @functools.wraps(stock)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = stock(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    move._megatron_rl_repaired = True  # type: ignore[attr-defined]
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
 def _adam_step_survives_a_load() -> None:

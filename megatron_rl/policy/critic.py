@@ -11,6 +11,7 @@ from megatron_rl.policy.model import ValueModel
 from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.critic_files import critic_pieces, open_critic_weights, read_value_head
+from megatron_rl.weights.hf_files import WeightFiles
 from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 
@@ -32,13 +33,13 @@ class Critic(TrainedModel):
         weight: Tensor = self.chunks[-1].output_layer.weight
         return weight
 
+    def _weights(self, source: ModelSource) -> WeightFiles:
+        return open_critic_weights(source, self.arch)
+
     @torch.no_grad()
     def load(self, source: ModelSource) -> None:
         """Read a language model (value head 0) or an exported critic."""
-        params = self.named_parameters()
-        for param in params.values():
-            param.zero_()
-        open_critic_weights(source, self.arch).fill(params, self.pieces)
+        super().load(source)
         saved = read_value_head(source.config_dir, self.arch)
         if self.value_head is not None and saved is not None:
             self.value_head.copy_(saved)

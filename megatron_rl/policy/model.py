@@ -8,20 +8,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.config import ModelConfig
-from megatron_rl.policy.layers import Norm, PackedAttention
-from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.policy.spec import block_spec
+from megatron_rl.weights.arch import MixtureArch, ModelArch, padded_vocab_size
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -89,6 +84,7 @@ def transformer_config(
         "kv_channels": arch.head_dim,
         "layernorm_epsilon": arch.rms_norm_eps,
         "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
@@ -104,7 +100,7 @@ def transformer_config(
         # Loss weights are global, so the schedule and DDP must not divide.
         "calculate_per_token_loss": True,
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
-        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, MoE or not
+        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, experts or not
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": use_te,
         "bias_dropout_fusion": use_te,
@@ -115,6 +111,8 @@ def transformer_config(
         "recompute_method": model.recompute_method,
         "recompute_num_layers": model.recompute_num_layers,
     }
+    if arch.mixture is not None:
+        settings |= _mixture_settings(arch.mixture, arch.num_layers, use_te=use_te)
     if model.recompute_modules is not None:
         settings["recompute_modules"] = list(model.recompute_modules)
     if vpp is not None:
@@ -129,6 +127,24 @@ def transformer_config(
         parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     )
     return TransformerConfig(**{**settings, **model.megatron})
+
+
+def _mixture_settings(mixture: MixtureArch, num_layers: int, *, use_te: bool) -> dict[str, Any]:
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        # A list, even of ones, puts layer numbers into the names of a checkpoint.
+        "moe_layer_freq": [int(layer not in mixture.dense_layers) for layer in range(num_layers)]
+        if mixture.dense_layers
+        else 1,
+        "moe_router_topk": mixture.top_k,
+        # A softmax over the chosen experts is one over all of them, scaled so that theirs sum to 1.
+        "moe_router_pre_softmax": not mixture.renormalized,
+        # Megatron-Core multiplies auxiliary losses by the token count and expects a later division,
+        # which weights that are global already leave out.
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": use_te,
+    }
 
 
 def build_chunks(
@@ -158,17 +174,9 @@ def _build_chunk(
 ) -> HiddenStatesModel:
     stage: dict[str, Any] = {} if chunk is None else {"vp_stage": chunk}
     where: dict[str, Any] = {} if chunk is None else {"ignore_virtual": False, **stage}
-    if use_te:
-        spec: Any = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-        layer.submodules.self_attention.submodules.core_attention = PackedAttention
-        num_layers = arch.num_layers // (groups.layout.pp * groups.layout.vpp)
-        spec = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Norm)
     model = chunk_class(
         config,
-        spec,
+        block_spec(config, use_te=use_te, vp_stage=chunk),
         vocab_size=padded_vocab_size(arch.vocab_size, groups.layout.tp),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**where),

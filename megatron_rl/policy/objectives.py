@@ -67,6 +67,7 @@ class TokenObjective:
             **_constants(batch),
             spec=self.spec,
             with_entropy=True,
+            into_main_grad=True,
         )
         return RowLoss(
             loss=result.loss, logprobs=values, sums=result.sums.cpu(), extrema=result.extrema.cpu()
@@ -88,7 +89,7 @@ class PairObjective:
 
     def __call__(self, head: Head, batch: MicroBatch) -> RowLoss:
         logprobs, entropy = differentiable_linear_logprobs(
-            head.hidden, head.weight, head.targets, **head.settings
+            head.hidden, head.weight, head.targets, **head.settings, into_main_grad=True
         )
         constants = _constants(batch)
         reference = constants["ref_logprobs"]

@@ -23,9 +23,6 @@ from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 
-CHUNK_ROWS = 1024
-"""Rows of logits alive at a time in head and loss."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
@@ -113,5 +110,4 @@ class Policy(TrainedModel):
             "vocab_start": self.groups.here.tp_rank * shard,
             "valid_vocab": self.arch.vocab_size,
             "temperature": self.temperature,
-            "chunk_rows": CHUNK_ROWS,
         }

@@ -44,6 +44,20 @@ NETWORK = (
     "no_rope_freq",
     "mrope_section",
     "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_latent_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_apply_probs_on_input",
+    "moe_router_topk",
+    "moe_router_topk_limited_devices",
+    "moe_router_topk_scaling_factor",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_enable_expert_bias",
     "mtp_num_layers",
     "heterogeneous_block_specs",
     "is_hybrid_model",
@@ -56,6 +70,16 @@ LAYER_SPLITS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
+# The engine runs every expert that the router chose, on what the layer before said.
+ROUTED_OTHERWISE = (
+    "moe_router_force_load_balancing",
+    "moe_input_jitter_eps",
+    "moe_token_dropping",
+    "moe_token_drop_policy",
+    "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity",
+)
+AUXILIARY_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
 OWNED = {
     "calculate_per_token_loss": "loss weights are global already, so nothing may divide again",
     "finalize_model_grads_func": "loss weights are global already, so nothing may divide again",
@@ -66,6 +90,14 @@ OWNED = {
     "output_layer_init_method": "every weight is loaded",
     "variable_seq_lengths": "rows are packed, and their lengths differ",
     **dict.fromkeys(NETWORK, "the model's config.json decides it"),
+    **dict.fromkeys(ROUTED_OTHERWISE, "the trainer must route tokens as the engine does"),
+    **dict.fromkeys(
+        AUXILIARY_LOSSES,
+        "Megatron-Core 0.16.1 multiplies auxiliary losses by the token count and expects a "
+        "division that loss weights which are global already leave out",
+    ),
+    "moe_grouped_gemm": "model.layer_spec decides it",
+    "moe_use_legacy_grouped_gemm": "model.layer_spec decides it",
     **dict.fromkeys(LAYER_SPLITS, "layers are split evenly over pipeline stages"),
     "params_dtype": "model.dtype decides it",
     "pipeline_dtype": "model.dtype decides it",
@@ -84,17 +116,19 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
     """What is wrong with a layout whatever the model."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, etp = parallel.virtual_pipeline_model_parallel_size, parallel.expert_tensor_parallel_size
-    for name in ("tensor", "pipeline"):
+    for name in ("tensor", "pipeline", "expert"):
         field = f"{name}_model_parallel_size"
         if getattr(parallel, field) < 1:
             yield ConfigError(
                 f"parallel.{field}", getattr(parallel, field), "must be at least 1", "Set 1"
             )
-    for field in ("context_parallel_size", "expert_model_parallel_size"):
-        if getattr(parallel, field) != 1:
-            yield ConfigError(
-                f"parallel.{field}", getattr(parallel, field), "not available yet", "Set it to 1"
-            )
+    if parallel.context_parallel_size != 1:
+        yield ConfigError(
+            "parallel.context_parallel_size",
+            parallel.context_parallel_size,
+            "not available yet",
+            "Set it to 1",
+        )
     if etp is not None and etp != tp and parallel.expert_model_parallel_size == 1:
         yield ConfigError(
             "parallel.expert_tensor_parallel_size",
@@ -162,7 +196,8 @@ def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
     padded_vocab = padded_vocab_size(arch.vocab_size, 1)
     for what, count in (
         ("attention heads", arch.num_attention_heads),
-        ("rows of the feed-forward layer", arch.ffn_hidden_size),
+        *_dense_rows(arch),
+        *_expert_rows(arch),
         ("rows of the padded vocabulary", padded_vocab),
     ):
         if count % rollout_tp:
@@ -187,7 +222,7 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     field = "parallel.tensor_model_parallel_size"
     for what, count in (
         ("attention heads", arch.num_attention_heads),
-        ("rows of the feed-forward layer", arch.ffn_hidden_size),
+        *_dense_rows(arch),
     ):
         if count % tp:
             yield ConfigError(
@@ -208,3 +243,49 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
             f"{chunks // pp} chunks a rank: {chunks})",
             "Choose a divisor",
         )
+    yield from _expert_problems(arch, parallel)
+
+
+def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:
+    ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
+    field = "parallel.expert_model_parallel_size"
+    if arch.mixture is None:
+        if ep > 1:
+            yield ConfigError(field, ep, "has no effect: the model has no experts", "Leave it out")
+        return
+    if arch.mixture.num_experts % ep:
+        yield ConfigError(
+            field,
+            ep,
+            f"must divide the model's {arch.mixture.num_experts} experts",
+            "Choose a divisor",
+        )
+    etp = parallel.expert_tensor_parallel_size or tp
+    for what, count in _expert_rows(arch):
+        if count % etp:
+            yield ConfigError(
+                "parallel.expert_tensor_parallel_size",
+                etp,
+                f"must divide the model's {count} {what}",
+                "Choose a divisor",
+            )
+    if tp > 1 and not parallel.sequence_parallel:
+        yield ConfigError(
+            "parallel.sequence_parallel",
+            False,
+            "Megatron-Core 0.16.1 does not train experts under tensor parallelism without it",
+            "Set it to true",
+        )
+
+
+def _dense_rows(arch: ModelArch) -> list[tuple[str, int]]:
+    """What a dense feed-forward layer, where the model has one, is cut along."""
+    if all(arch.has_experts(layer) for layer in range(arch.num_layers)):
+        return []
+    return [("rows of the feed-forward layer", arch.ffn_hidden_size)]
+
+
+def _expert_rows(arch: ModelArch) -> list[tuple[str, int]]:
+    if arch.mixture is None:
+        return []
+    return [("rows of an expert", arch.mixture.ffn_hidden_size)]

@@ -32,8 +32,10 @@ from megatron_rl.policy.model import (
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.layouts import megatron_pieces
+from megatron_rl.weights.hf_files import WeightFiles
+from megatron_rl.weights.layouts import VOCABULARY, check_filled, megatron_pieces
 from megatron_rl.weights.model_source import ModelSource
+from megatron_rl.weights.names import local_name
 from megatron_rl.weights.pieces import Piece
 
 Measure = Callable[[Tensor, MicroBatch], Tensor]
@@ -88,7 +90,7 @@ class TrainedModel:
         """This rank's parameters under the names of weights/layouts."""
         vpp = self.groups.layout.vpp
         return {
-            (f"chunk{chunk}." if vpp > 1 else "") + name: parameter.data
+            (f"chunk{chunk}." if vpp > 1 else "") + local_name(name): parameter.data
             for chunk, module in enumerate(self.chunks)
             for name, parameter in module.named_parameters()
         }
@@ -97,12 +99,15 @@ class TrainedModel:
     def load(self, source: ModelSource) -> None:
         """Read this rank's rectangles of the checkpoint; padding rows become zero."""
         params = self.named_parameters()
-        for param in params.values():
-            param.zero_()
-        filled = {piece.param for piece in self.pieces}
-        unfilled = [name for name in params if name not in filled and "embed" not in name]
-        assert not [name for name in unfilled if "output_layer" not in name], unfilled
-        source.open_weights(self.arch).fill(params, self.pieces)
+        check_filled({name: tuple(param.shape) for name, param in params.items()}, self.pieces)
+        for name, param in params.items():
+            if name.endswith(VOCABULARY):
+                param.zero_()
+        self._weights(source).fill(params, self.pieces)
+
+    def _weights(self, source: ModelSource) -> WeightFiles:
+        """The files with the first weights."""
+        return source.open_weights(self.arch)
 
     def prepare_training(self) -> None:
         """Wrap the loaded model in DDP and build the optimizer (whose main weights copy it)."""

@@ -3,7 +3,8 @@
 vLLM 0.32 on a CPU packs every dense linear into an opaque oneDNN form and empties the parameter. A
 packed module gets its new weights as the loader would give them: full-shape parameters in place,
 then process_weights_after_loading. On a GPU unquantised dense weights are written in place, which
-keeps the addresses that CUDA graphs hold.
+keeps the addresses that CUDA graphs hold. Experts go the way of packed modules everywhere, since
+several of vLLM's kernels reorder them, each in its own way.
 """
 
 from collections.abc import Iterable
@@ -25,11 +26,11 @@ class VllmWeights:
         self._shapes = local_shapes(pieces)
         self._live = dict(model.named_parameters())
         self._staged: dict[str, Tensor] = {}
-        unknown = sorted(set(self._shapes) - set(self._live))
-        if unknown:
+        unknown, unfed = set(self._shapes) - set(self._live), set(self._live) - set(self._shapes)
+        if unknown or unfed:
             raise RuntimeError(
-                f"the engine's model has no parameters {unknown[:4]}: its names are not those of "
-                "this vLLM version's dense decoders"
+                f"the engine's model has no parameters {sorted(unknown)[:4]}, and the table of its "
+                f"family none for {sorted(unfed)[:4]}: they are of different vLLM versions"
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -37,8 +38,10 @@ class VllmWeights:
         if not self._is_packed(name):
             return live.data
         if name not in self._staged:
-            # An embedding keeps its padded weight beside its packed copy; a linear keeps nothing.
-            shape = self._shapes[name] if live.numel() == 0 else tuple(live.shape)
+            # An embedding keeps its padded weight beside its packed copy; a linear keeps nothing,
+            # and experts may be padded while they are packed.
+            is_whole = live.numel() and not self._is_of_experts(name)
+            shape = tuple(live.shape) if is_whole else self._shapes[name]
             # In the engine's dtype, as the loader has it: a packed layer keeps its bias in float32,
             # and a weight of another dtype makes vLLM choose another kernel, silently.
             self._staged[name] = torch.zeros(shape, dtype=self._dtype, device=live.device)
@@ -63,7 +66,12 @@ class VllmWeights:
 
     def _is_packed(self, name: str) -> bool:
         module = self._model.get_submodule(name.rpartition(".")[0])
-        return self._live[name].numel() == 0 or hasattr(module, "cpu_linear")
+        has_copy = hasattr(module, "cpu_linear")
+        return self._live[name].numel() == 0 or has_copy or self._is_of_experts(name)
+
+    def _is_of_experts(self, name: str) -> bool:
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        return hasattr(getattr(module, "quant_method", None), "moe_kernel")
 
     def _repack_tied_head(self) -> None:
         """A tied head shares the embedding's parameter but has a packed copy of its own, which no
@@ -86,6 +94,11 @@ def _load_module(module: Any, staged: dict[str, Tensor]) -> None:
         fresh.__dict__.update(live[name].__dict__)
         module._parameters[name] = fresh
     module.quant_method.process_weights_after_loading(module)
+    kernel = getattr(module.quant_method, "moe_kernel", None)
+    if kernel is not None:
+        # vLLM 0.32 leaves this out when weights are loaded again: on a CPU, which packs experts
+        # here, it would go on with the old ones. Elsewhere it does nothing, or sets up the same.
+        kernel.fused_experts.process_weights_after_loading(module)
     for name, old in live.items():
         new = module._parameters[name]
         if new is not old:

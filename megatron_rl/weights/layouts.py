@@ -1,15 +1,20 @@
 """The pieces of one rank, on the training side, in the engine, and in Hugging Face files."""
 
 import functools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.rows import EMBEDDING, FINAL_NORM, HEAD, TIED_HEAD_COPY
 from megatron_rl.weights.families.tables import FAMILIES
-from megatron_rl.weights.pieces import Piece, local_shapes, whole
+from megatron_rl.weights.pieces import Piece, local_shapes, size, whole
 from megatron_rl.weights.rules import Rule
+
+# Parameters with rows of padding, which stand for no token; with chunks something is before them.
+VOCABULARY = (EMBEDDING.megatron, HEAD.megatron)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,7 @@ def megatron_params(arch: ModelArch) -> list[MegatronParam]:
                 expert=place.expert,
                 shape=shape,
                 pieces=tuple(pieces),
-                is_vocabulary=place.rule in (EMBEDDING, HEAD),
+                is_vocabulary=place.rule.megatron in VOCABULARY,
             )
         )
     return params
@@ -150,6 +155,25 @@ def engine_pieces(arch: ModelArch, layout: EngineLayout, tp_rank: int) -> list[P
         for place in places(arch)
         for piece in place.rule.engine_pieces(arch, layout.tp, tp_rank)
     ]
+
+
+def check_filled(shapes: Mapping[str, tuple[int, ...]], pieces: Sequence[Piece]) -> None:
+    """That pieces write all of these parameters but rows of padding, and nothing twice.
+
+    Raises:
+        ValueError: naming a parameter of the model that is not as the table says.
+    """
+    written: dict[str, int] = Counter()
+    for piece in pieces:
+        written[piece.param] += size(piece.index)
+    for name in shapes.keys() | written.keys():
+        numel, given = prod(shapes.get(name, (0,))), written[name]
+        is_padded = name.endswith(VOCABULARY) and given < numel
+        if given != numel and not is_padded:
+            raise ValueError(
+                f"{name}: the model has {numel} elements of it, the table of its family {given}. "
+                "Megatron-Core built another model than megatron_rl/weights/families describes"
+            )
 
 
 def _held(arch: ModelArch, layout: Layout, pp_rank: int) -> Iterator[tuple[int, Place]]:

@@ -29,7 +29,7 @@ class ModelSource:
     config_dir: Path
     """Holds config.json and the tokenizer."""
 
-    megatron_dir: Path | None
+    megatron_dir: Path | None = None
     """The distributed checkpoint with the weights; None: they are in config_dir."""
 
     def open_weights(self, arch: ModelArch) -> WeightFiles:
@@ -51,13 +51,13 @@ def find_model(path: str, setting: str, config_path: str | None = None) -> Model
         setting: the setting or option that named it, for messages.
         config_path: where config.json and tokenizer are, if not in the Megatron checkpoint.
     """
-    directory = local_model_dir(path, setting)
+    directory = _local_model_dir(path, setting)
     megatron_dir = _distributed_dir(directory)
     if megatron_dir is None:
-        return ModelSource(config_dir=directory, megatron_dir=None)
+        return ModelSource(config_dir=directory)
     config_dir = megatron_dir / COMPANION_DIR
     if config_path is not None:
-        config_dir = local_model_dir(config_path, setting)
+        config_dir = _local_model_dir(config_path, setting)
     if not (config_dir / CONFIG).is_file():
         raise InputError(
             f"{setting}={path!r}: {config_dir / CONFIG} is not there, so nothing says which model "
@@ -67,11 +67,13 @@ def find_model(path: str, setting: str, config_path: str | None = None) -> Model
     return ModelSource(config_dir=config_dir, megatron_dir=megatron_dir)
 
 
-def local_model_dir(path: str, setting: str) -> Path:
+def _local_model_dir(path: str, setting: str) -> Path:
     """The directory itself, or the hub's files in the local cache (downloaded where missing)."""
     directory = Path(path).expanduser()
-    if directory.exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if directory.is_dir():
         return directory
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise InputError(f"{setting}={path!r}: there is no such directory")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

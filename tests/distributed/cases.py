@@ -31,11 +31,16 @@ class Layout:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    ep: int = 1
+    expert_tp: int | None = None
     sequence_parallel: bool = False
     model: str = "qwen2"
     recompute: str | None = None
-    chunk_rows: int = 1024  # rows of logits alive at a time
+    chunk_rows: int | None = None  # most rows of logits alive at a time
+    ops: str = "auto"
+    overlaps_reduction: bool = False  # of gradients with the backward
     has_every_preset: bool = False  # else a few, since each adds a second or two
+    has_least: bool = False  # only what a way to split a model could get wrong
 
 
 LAYOUTS = (
@@ -58,6 +63,10 @@ LAYOUTS = (
         recompute="full",
         chunk_rows=7,
     ),
+    Layout(name="TP2, definitions, logits by 7 rows", world=2, tp=2, ops="reference", chunk_rows=7),
+    Layout(name="PP2, tied, definitions", world=2, pp=2, model="qwen2_tied", ops="reference"),
+    Layout(name="DP2, overlapped", world=2, overlaps_reduction=True),
+    Layout(name="DP2, tied, overlapped", world=2, model="qwen2_tied", overlaps_reduction=True),
     Layout(name="PP2, attention recomputed", world=2, pp=2, recompute="selective"),
     Layout(name="TP2 PP2", world=4, tp=2, pp=2, has_every_preset=True),
     Layout(name="TP2 DP2", world=4, tp=2, has_every_preset=True),
@@ -70,9 +79,81 @@ LAYOUTS = (
         name="TP2 SP PP2, tied", world=4, tp=2, pp=2, sequence_parallel=True, model="qwen2_tied"
     ),
     Layout(name="PP2 VPP2 DP2, tied", world=4, pp=2, vpp=2, model="qwen2_tied"),
+    Layout(
+        name="PP2 DP2, tied, overlapped, definitions",
+        world=4,
+        pp=2,
+        model="qwen2_tied",
+        ops="reference",
+        overlaps_reduction=True,
+    ),
     Layout(name="TP4 over 2 key heads", world=4, tp=4),
     Layout(name="TP4 SP over 2 key heads", world=4, tp=4, sequence_parallel=True),
     Layout(name="TP2 PP2, llama3 rope", world=4, tp=2, pp=2, model="llama3_rope"),
+    Layout(name="TP2, qwen3", world=2, tp=2, model="qwen3", has_least=True),
+    Layout(
+        name="TP2 SP, qwen3", world=2, tp=2, sequence_parallel=True, model="qwen3", has_least=True
+    ),
+    Layout(name="one rank, experts", world=1, model="qwen3_moe_raw", has_least=True),
+    Layout(name="EP2", world=2, ep=2, model="qwen3_moe", has_least=True),
+    Layout(
+        name="TP2 SP, experts",
+        world=2,
+        tp=2,
+        sequence_parallel=True,
+        model="qwen3_moe",
+        has_least=True,
+    ),
+    Layout(
+        name="TP2 SP EP2 ETP1",
+        world=2,
+        tp=2,
+        ep=2,
+        expert_tp=1,
+        sequence_parallel=True,
+        model="qwen3_moe",
+        has_least=True,
+    ),
+    Layout(name="DP4 EP2", world=4, ep=2, model="qwen3_moe", has_least=True),
+    Layout(name="DP4 EP2 ETP2", world=4, ep=2, expert_tp=2, model="qwen3_moe", has_least=True),
+    Layout(
+        name="TP2 SP EP2",
+        world=4,
+        tp=2,
+        ep=2,
+        sequence_parallel=True,
+        model="qwen3_moe",
+        has_least=True,
+    ),
+    Layout(
+        name="TP2 SP EP4 ETP1",
+        world=4,
+        tp=2,
+        ep=4,
+        expert_tp=1,
+        sequence_parallel=True,
+        model="mixtral",
+        has_least=True,
+    ),
+    Layout(
+        name="TP4 SP EP2 ETP2",
+        world=4,
+        tp=4,
+        ep=2,
+        expert_tp=2,
+        sequence_parallel=True,
+        model="qwen3_moe",
+        has_least=True,
+    ),
+    Layout(
+        name="EP2 PP2 VPP2, mixed, tied",
+        world=4,
+        ep=2,
+        pp=2,
+        vpp=2,
+        model="qwen3_moe_mixed",
+        has_least=True,
+    ),
 )
 
 
@@ -131,6 +212,11 @@ def question_of(preset: str, **changes: Any) -> Question:
 
 def cases_of(layout: Layout) -> Iterator[Case]:
     """The presets, and everything that must not matter to them; at some layouts a part of it."""
+    if layout.has_least:
+        yield Case(question=question_of("grpo"))
+        yield Case(question=Question(recipe=EVERY_TERM), row_tokens=MANY_ROWS, owners="backwards")
+        yield Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
+        return
     for preset in FORMULAS if layout.has_every_preset else FEW_PRESETS:
         yield Case(question=question_of(preset))
     yield Case(question=question_of("grpo"), row_tokens=ONE_ROW)

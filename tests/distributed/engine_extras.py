@@ -29,10 +29,25 @@ from megatron_rl.weights.plan import Plan
 
 def stale_tied_head(run: Run) -> float:
     """The gap when an update leaves out the packed copy that a tied head has of its own."""
+    return _gap_without(run, run.sampling.engine.weights, "_repack_tied_head")
+
+
+def unpacked_experts(run: Run) -> float:
+    """The gap when an update leaves out to pack the experts, as vLLM does."""
+    experts = [
+        module.quant_method.moe_kernel.fused_experts
+        for module in run.sampling.engine.weights._model.modules()
+        if hasattr(getattr(module, "quant_method", None), "moe_kernel")
+    ]
+    return _gap_without(run, type(experts[0]), "process_weights_after_loading")
+
+
+def _gap_without(run: Run, owner: Any, step: str) -> float:
+    """The gap after a training step whose push leaves out one step; the next push heals it."""
     prompts = run.prompts.next_batch()
     groups = sample(run, prompts, 10)
     train_once(run, groups, prompts)
-    with patched(run.sampling.engine.weights, "_repack_tied_head", lambda: None):
+    with patched(owner, step, lambda *args: None):
         push(run)
     stale, _ = gap(run, rows_of(run, sample(run, prompts, 11)))
     push(run)
@@ -179,6 +194,7 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
     function.__name__: function
     for function in (
         stale_tied_head,
+        unpacked_experts,
         corruption,
         skipped_commit,
         skipped_moves,

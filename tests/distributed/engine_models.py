@@ -5,41 +5,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_models import EIGHT_EXPERTS, LLAMA3_ROPE
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-MODELS: dict[str, dict[str, Any]] = {
-    "qwen2": {"hidden_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": False},
-    "qwen2_tied": {"hidden_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": True},
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.07,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "eos_token_id": 1,
+    "dtype": "float32",
+}
+# Model -> transformers' classes begin with, what differs from SIZES. vLLM's CPU attention knows
+# heads of 32, 64, ... but not of 64 / 4.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     # One key head over two ranks: the engine replicates it, Megatron cuts it.
-    "llama": {"hidden_size": 64, "num_key_value_heads": 1, "tie_word_embeddings": False},
+    "llama": ("Llama", {"hidden_size": 64, "num_key_value_heads": 1, "head_dim": 32}),
+    "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("Mistral", {"hidden_size": 64, "head_dim": 32, "sliding_window": None}),
+    "qwen3": ("Qwen3", {"hidden_size": 64, "head_dim": 32}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**EIGHT_EXPERTS, "head_dim": 64, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
 
 def write_model(name: str, model_dir: Path) -> None:
     """Random weights of spread-out sizes, with the quickstart's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     spec = importlib.util.spec_from_file_location("make_model", QUICKSTART / "make_model.py")
     make_model = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_model)
     make_model.make_model(model_dir, QUICKSTART / "data" / "train.jsonl")
     torch.manual_seed(len(name))
-    settings = {
-        "vocab_size": make_model.VOCAB_SIZE,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.07,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
-        "eos_token_id": 1,
-        "dtype": "float32",
-        **MODELS[name],
-    }
-    if name == "llama":  # vLLM's CPU attention knows 32, 64, ... but not 64 / 4
-        model: Any = LlamaForCausalLM(LlamaConfig(**settings, head_dim=32, rms_norm_eps=1e-5))
-    else:
-        model = Qwen2ForCausalLM(Qwen2Config(**settings, rms_norm_eps=1e-6))
+    family, changes = MODELS[name]
+    settings = {**SIZES, "vocab_size": make_model.VOCAB_SIZE, **changes}
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

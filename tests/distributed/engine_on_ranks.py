@@ -53,7 +53,9 @@ def join_as_torchrun_would() -> None:
     }
 
 
-def config_of(model_dir: Path, prompts: Path, tp: int, pp: int, rollout_tp: int) -> RunConfig:
+def config_of(
+    model_dir: Path, prompts: Path, rollout_tp: int, parallel: dict[str, Any]
+) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": {"output_dir": str(model_dir.parent / "out"), "num_iterations": 3, "seed": 5},
@@ -69,7 +71,7 @@ def config_of(model_dir: Path, prompts: Path, tp: int, pp: int, rollout_tp: int)
             "algorithm": {"preset": "grpo"},
             "batching": {"max_tokens_per_microbatch": 160},
             "optimizer": {"lr": 2e-3},
-            "parallel": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
+            "parallel": parallel,
             "weights": {"bucket_mib": 1, "verify_one_in": 1},
         }
     )

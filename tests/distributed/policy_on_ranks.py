@@ -14,25 +14,29 @@ from unittest import mock
 import preload_megatron  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from cases import TEMPERATURE, Case, Layout, Problem, owned
 from megatron.core import parallel_state
 from reference import Recipe, Values
-from tiny_models import MAX_RESPONSE_TOKENS
+from tiny_models import MAX_RESPONSE_TOKENS, VOCAB_SIZE
 from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.batching.packer import Packer
+from megatron_rl.ops import backend, linear_loss
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.groups import make_groups
+from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.platforms.base import detect
+from megatron_rl.policy import trained_model as model_module
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.token_advantages import estimate
 from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
+from megatron_rl.weights.arch import padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import hf_shapes
 from megatron_rl.weights.model_source import ModelSource
@@ -65,13 +69,32 @@ class Measurement:
 
 
 @contextmanager
+def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
+    """The configuration of a layout, and Megatron's groups for as long as they are used."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    try:
+        yield parallel, make_groups(detect(), parallel, 1)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@contextmanager
 def policy_at(
     layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
 ) -> Iterator[Policy]:
-    """The policy with the problem's weights, and Megatron's groups for as long as it is used."""
+    """The policy with the problem's weights, ready to be trained."""
     build = partial(Policy, temperature=TEMPERATURE)
-    chunks = mock.patch("megatron_rl.policy.policy.CHUNK_ROWS", layout.chunk_rows)
-    with chunks, _model_at(build, layout, problem, problem.model_dir, optimizer, dtype) as policy:
+    with (
+        _model_at(build, layout, problem, problem.model_dir, optimizer, dtype) as policy,
+        _small_chunks(layout) if layout.chunk_rows else nullcontext(),
+    ):
         yield policy
 
 
@@ -93,22 +116,49 @@ def _model_at(
     optimizer: OptimizerConfig,
     dtype: str,
 ) -> Iterator[Any]:
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp,
-        sequence_parallel=layout.sequence_parallel,
-    )
     settings = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
-    groups = make_groups(detect(), parallel, 1)
-    try:
+    softmax = mock.patch("torch.softmax", _softmax_in_own_dtype)
+    with groups_at(layout) as (parallel, groups), _ops(layout), softmax:
         arch = read_model_config(problem.model_dir)
         model = build(arch, settings, parallel, optimizer, groups, run_updates=10)
-        model.load(ModelSource(config_dir=model_dir, megatron_dir=None))
-        model.prepare_training()
+        model.load(ModelSource(config_dir=model_dir))
+        with _overlapped_reduction(model) if layout.overlaps_reduction else nullcontext():
+            model.prepare_training()
         yield model
+
+
+@contextmanager
+def _ops(layout: Layout) -> Iterator[None]:
+    device = detect().current_device()
+    backend.choose(layout.ops, device)
+    try:
+        yield
     finally:
-        parallel_state.destroy_model_parallel()
+        backend.choose("auto", device)
+
+
+def _softmax_in_own_dtype(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Megatron-Core's router asks for float32, which would limit a comparison to 1e-7."""
+    return F.softmax(values, dim=dim, dtype=None if values.dtype == torch.float64 else dtype)
+
+
+def _small_chunks(layout: Layout) -> AbstractContextManager[Any]:
+    row_bytes = 8 * padded_vocab_size(VOCAB_SIZE, layout.tp) // layout.tp
+    return mock.patch.object(linear_loss, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
+
+
+@contextmanager
+def _overlapped_reduction(model: TrainedModel) -> Iterator[None]:
+    """Megatron's overlap_grad_reduce: a bucket is reduced when the last of its gradients is there.
+
+    Buckets are small, so that those of the head do not wait for any other gradient.
+    """
+    stock = model_module.DistributedDataParallelConfig
+    overlapped = partial(stock, overlap_grad_reduce=True, bucket_size=1000)
+    with mock.patch.object(model_module, "DistributedDataParallelConfig", overlapped):
+        yield
+    no_sync = [module.no_sync for module in model._trainable]
+    model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
@@ -196,6 +246,11 @@ def named_main_grads(policy: TrainedModel) -> dict[str, Tensor]:
     }
 
 
+def head_is_in_main_grad(policy: Policy) -> bool:
+    """Whether the head's gradient came there without one of autograd's; last stage only."""
+    return policy.chunks[-1].head_weight().grad_added_to_main_grad
+
+
 def measure(
     policy: Policy,
     case: Case,
@@ -256,7 +311,7 @@ def largest_error(
         errors[row] = errors[row].maximum(error.nan_to_num(nan=torch.inf))
     dist.all_reduce(errors, op=dist.ReduceOp.MAX)
     sizes = torch.stack([(scale or expected)[name].abs().max() for name in names])
-    errors = errors / sizes
+    errors = errors / sizes.clamp(min=torch.finfo(torch.float64).tiny)  # an expert without tokens
     return errors.max().item(), names[int(errors.argmax())]
 
 

@@ -141,16 +141,51 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float64, attn_implementation="sdpa"
+            model_dir,
+            dtype=torch.float64,
+            attn_implementation="sdpa",
+            experts_implementation="eager",
         )
-        for module in self.model.modules():  # transformers computes RMSNorm in float32
+        for module in self.model.modules():  # transformers computes these in float32
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = _float64_norm(module)
+            if type(module).__name__.endswith("TopKRouter"):
+                module.forward = _float64_router(module)
         self.temperature = temperature
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters())
+        return self.in_file(dict(self.model.named_parameters()))
+
+    def in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Under the names of a checkpoint, where every expert's matrices stand alone.
+
+        Transformers 5 keeps all gates over all ups of a layer in one parameter.
+        """
+        is_mixtral = self.model.config.model_type == "mixtral"
+        block, names = (
+            ("block_sparse_moe", ("w1", "w3", "w2"))
+            if is_mixtral
+            else (
+                "mlp",
+                ("gate_proj", "up_proj", "down_proj"),
+            )
+        )
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            layer, is_fused, which = name.partition(".mlp.experts.")
+            if not is_fused:
+                found[name.replace(".mlp.gate.", f".{block}.gate.")] = tensor
+                continue
+            for expert, matrix in enumerate(tensor):
+                prefix = f"{layer}.{block}.experts.{expert}."
+                if which == "down_proj":
+                    found[f"{prefix}{names[2]}.weight"] = matrix
+                else:
+                    found[f"{prefix}{names[0]}.weight"], found[f"{prefix}{names[1]}.weight"] = (
+                        matrix.chunk(2)
+                    )
+        return found
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> tuple[dict[Key, Tensor], Values]:
         """Log-probabilities and entropies of all response tokens, with gradient."""
@@ -175,7 +210,7 @@ class Reference:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
         return Answer(
             loss=loss.item(),
-            gradients=dict(zip(names, gradients, strict=True)),
+            gradients=self.in_file(dict(zip(names, gradients, strict=True))),
             clipped_low=low,
             clipped_high=high,
         )
@@ -298,5 +333,16 @@ def _terms(
 def _float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
+
+    return forward
+
+
+def _float64_router(module: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
+        chosen, experts = logits.softmax(-1).topk(module.top_k, dim=-1)
+        if getattr(module, "norm_topk_prob", True):  # Mixtral always does
+            chosen = chosen / chosen.sum(-1, keepdim=True)
+        return logits, chosen, experts
 
     return forward

@@ -27,15 +27,28 @@ class Case:
     tp: int
     pp: int
     rollout_tp: int
+    ep: int = 1
     extras: tuple[str, ...] = ()
 
     @property
     def world(self) -> int:
-        return max(self.tp * self.pp, self.rollout_tp)
+        return max(self.tp * self.pp, self.rollout_tp, self.ep)
 
     @property
     def name(self) -> str:
-        return f"{self.model}-tp{self.tp}-pp{self.pp}-to-tp{self.rollout_tp}"
+        experts = f"-ep{self.ep}" if self.ep > 1 else ""
+        return f"{self.model}-tp{self.tp}-pp{self.pp}{experts}-to-tp{self.rollout_tp}"
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        sizes = {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "expert_model_parallel_size": self.ep,
+        }
+        if self.ep > 1 and self.tp > 1:
+            sizes |= {"expert_tensor_parallel_size": 1, "sequence_parallel": True}
+        return sizes
 
 
 CASES = (
@@ -56,11 +69,16 @@ CASES = (
     Case(model="qwen2", tp=2, pp=2, rollout_tp=2, extras=("spread", "corruption", "probe")),
     Case(model="qwen2_tied", tp=2, pp=2, rollout_tp=2),
     Case(model="llama", tp=2, pp=1, rollout_tp=2),
+    Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1),
+    Case(model="mistral", tp=1, pp=2, rollout_tp=1),
+    Case(model="qwen3", tp=2, pp=1, rollout_tp=2),
+    Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2),  # 24 rows each, which vLLM pads
+    Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
 )
 COINCIDING = {
     case.name
     for case in CASES
-    if case.pp == 1 and case.tp == case.rollout_tp and case.model != "llama"
+    if case.pp == case.ep == 1 and case.tp == case.rollout_tp and case.model != "llama"
 }
 
 
@@ -137,6 +155,11 @@ def test_without_the_repair_of_a_tied_head_the_gap_shows_it(case, measured):
     assert measured(case)["stale_tied_head"] > MOVED_BOUND
 
 
+@having("unpacked_experts")
+def test_without_the_repair_of_packed_experts_the_gap_shows_it(case, measured):
+    assert measured(case)["unpacked_experts"] > MOVED_BOUND
+
+
 @having("corruption")
 def test_one_wrong_element_in_one_engine_stops_all_ranks_and_is_named(case, measured):
     errors = measured(case)["corruption"]
@@ -210,7 +233,7 @@ def on_ranks(case: Case, directory: Path, out: Path) -> None:
     from engine_on_ranks import build, config_of, leave, measure
 
     config = config_of(
-        directory / case.model, directory / "prompts.jsonl", case.tp, case.pp, case.rollout_tp
+        directory / case.model, directory / "prompts.jsonl", case.rollout_tp, case.parallel
     )
     run, build_left_rng = build(config)
     found = {"build_left_rng": build_left_rng, **measure(run)}

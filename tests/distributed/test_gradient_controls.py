@@ -16,6 +16,10 @@ from cases import LAYOUTS, MANY_ROWS, Case, question_of
 from harness import run_on_ranks
 from tiny_models import VOCAB_SIZE
 
+from megatron_rl.errors import RunError
+from megatron_rl.ops import backend, native
+
+CPU = torch.device("cpu")
 NOTICED = 1e-3
 BOUND = 1e-12
 
@@ -66,6 +70,13 @@ def test_what_has_no_loss_does_not_change_a_bit(errors, layout):
     assert errors[f"{layout}: changed bits"] == []
 
 
+@pytest.mark.skipif(not native.BUILT, reason=f"no native ops: {native.FAULT}")
+@pytest.mark.parametrize("layout", FAULTS["schedule_divides"][0])
+def test_a_run_with_native_ops_stops_if_the_schedule_divides(errors, layout):
+    """They have written the gradient of the head before they learn of it."""
+    assert "the gradient norm is nan" in errors[f"{layout}: stops"]
+
+
 def measure_faults(problems: dict[str, Path], out: Path) -> None:
     from policy_on_ranks import measure, policy_at
 
@@ -86,6 +97,8 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
             clean.append(measure(policy, CASE, problem, layout=layout))
             found[f"{layout.name}: none"] = vars_of(max(clean, key=lambda m: m.gradient_error))
             found[f"{layout.name}: changed bits"] = changed_bits(policy, problem, layout)
+            if native.BUILT and layout.name in FAULTS["schedule_divides"][0]:
+                found[f"{layout.name}: stops"] = error_of_a_division(policy, problem, layout)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
 
@@ -116,6 +129,17 @@ def changed_bits(policy: Any, problem: Any, layout: Any) -> list[str]:
         if not same:
             found.append(name)
     return found
+
+
+def error_of_a_division(policy: Any, problem: Any, layout: Any) -> str:
+    """Comes last: neither weights nor optimizer are of use afterwards."""
+    from policy_on_ranks import measure
+
+    try:
+        measure(policy, CASE, problem, layout=layout, fault=_division)
+    except RunError as error:
+        return str(error)
+    return ""
 
 
 def other_targets(rows: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -206,6 +230,15 @@ def no_reduction_behind_the_head(policy: Any) -> Iterator[None]:
 
 @contextmanager
 def schedule_divides(policy: Any) -> Iterator[None]:
+    """Under the definitions; what native ops make of it is a test of its own."""
+    backend.choose("reference", CPU)
+    with _division(policy):
+        yield
+    backend.choose("auto", CPU)
+
+
+@contextmanager
+def _division(policy: Any) -> Iterator[None]:
     policy.config.calculate_per_token_loss = False
     yield
     policy.config.calculate_per_token_loss = True

@@ -36,6 +36,7 @@ def measurements(problems, tmp_path_factory):
 
 def measure_layouts(problems: dict[str, Path], layouts: list[Layout], out: Path) -> None:
     from policy_on_ranks import (
+        head_is_in_main_grad,
         measure,
         named_main_grads,
         padding_gradient,
@@ -53,6 +54,7 @@ def measure_layouts(problems: dict[str, Path], layouts: list[Layout], out: Path)
             assert uncovered_elements(policy) == 0, layout.name
             for case in cases_of(layout):
                 rows.append(asdict(measure(policy, case, problem, layout=layout)))
+                assert not policy.groups.is_last_stage or head_is_in_main_grad(policy), layout.name
             assert padding_gradient(policy, named_main_grads(policy)) == 0, layout.name
     if dist.get_rank() == 0:
         out.write_text(json.dumps(rows))

@@ -19,6 +19,9 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "initializer_range": 0.15,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "tie_word_embeddings": False,
     "dtype": "float32",
 }
 LLAMA3_ROPE = {
@@ -29,7 +32,40 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-MODELS = ("qwen2", "qwen2_tied", "llama", "llama3_rope")
+WIDE_ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0}
+EIGHT_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+# Model -> transformers' classes begin with, what differs from SIZES.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "llama": ("Llama", {"rms_norm_eps": 1e-5}),
+    "llama3_rope": ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3_ROPE}),
+    "llama3_tied": (
+        "Llama",
+        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
+    "mistral": ("Mistral", {"sliding_window": None, "rope_parameters": WIDE_ROPE, "head_dim": 24}),
+    "qwen3": ("Qwen3", {"head_dim": 32, "rope_parameters": WIDE_ROPE}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3Moe", {**EIGHT_EXPERTS, "head_dim": 24, "norm_topk_prob": True}),
+    "qwen3_moe_raw": ("Qwen3Moe", {**EIGHT_EXPERTS, "norm_topk_prob": False}),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        {
+            **EIGHT_EXPERTS,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": WIDE_ROPE},
+    ),
+}
+MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral")
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.
 REWARDS: tuple[tuple[float, ...], ...] = (
@@ -59,17 +95,12 @@ MAX_RESPONSE_TOKENS = 24
 
 def write_model(name: str, model_dir: Path) -> None:
     """config.json and model.safetensors in float32; norms and biases are random like all others."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
-    torch.manual_seed(MODELS.index(name))
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
-    if name == "llama3_rope":
-        rope = LLAMA3_ROPE
-    settings = {**SIZES, "rope_parameters": rope, "tie_word_embeddings": name == "qwen2_tied"}
-    if name.startswith("qwen2"):
-        model: Any = Qwen2ForCausalLM(Qwen2Config(**settings, rms_norm_eps=1e-6))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**settings, rms_norm_eps=1e-5))
+    torch.manual_seed(list(MODELS).index(name))
+    family, changes = MODELS[name]
+    config_class = getattr(transformers, f"{family}Config")
+    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**{**SIZES, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from megatron_rl.ops import native
-from megatron_rl.ops.group_stats import group_stats, group_stats_definition
+from megatron_rl.ops.group_stats import (
+    GROUP_ADVANTAGES,
+    KEEP_RULES,
+    group_stats,
+    group_stats_definition,
+)
 from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
 from megatron_rl.ops.native_loss import LossInputs
 from megatron_rl.ops.policy_loss import policy_loss
@@ -139,19 +144,31 @@ def test_chunked_head_agrees_with_the_cpu_and_with_the_pass_without_gradient(dty
         assert (on_cpu - on_gpu).norm() <= tolerance * on_cpu.norm()
 
 
-def test_group_stats_equal_the_definition():
+@pytest.mark.parametrize("rules", [(), *((rule,) for rule in KEEP_RULES)])
+@pytest.mark.parametrize("advantage", GROUP_ADVANTAGES)
+def test_group_stats_equal_the_definition(rules, advantage):
     torch.manual_seed(0)
     sizes = torch.randint(0, 90, (10_000,))
     offsets = torch.cat([torch.zeros(1).long(), sizes.cumsum(0)])
     rewards = torch.randint(0, 3, (int(offsets[-1]),)).double() * 0.1
     rewards[::1001] = torch.nan
-    expected = group_stats_definition(rewards, offsets)
-    actual = group_stats(rewards.to(GPU), offsets.to(GPU))
+    settings = {"keep": rules, "advantage": advantage, "std_eps": 1e-6}
+    expected = group_stats_definition(rewards, offsets, **settings)
+    actual = group_stats(rewards.to(GPU), offsets.to(GPU), **settings)
     for name in expected.__slots__:
         torch.testing.assert_close(
             getattr(actual, name).cpu(), getattr(expected, name), atol=1e-12, rtol=1e-12,
             equal_nan=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("advantage", ["reward_minus_mean", "group_norm", "leave_one_out"])
+def test_equal_rewards_have_exactly_no_advantage(advantage):
+    sizes = torch.arange(2, 1002)
+    rewards = torch.full((int(sizes.sum()),), 0.1, dtype=torch.float64, device=GPU)
+    offsets = torch.cat([torch.zeros(1).long(), sizes.cumsum(0)]).to(GPU)
+    stats = group_stats(rewards, offsets, advantage=advantage, std_eps=1e-6)
+    assert (stats.advantages == 0).all()
 
 
 def test_no_op_waits_for_the_device_and_all_can_be_captured():
@@ -170,7 +187,7 @@ def test_no_op_waits_for_the_device_and_all_can_be_captured():
         gradient = ops.dlogits(work, targets, params, scale, 0, 1024, 1.0)
         ops.policy_loss_onepass_(work, targets, *arguments, 1024, 1.0, 1.0)
         ops.rescale_if_(work, scale, 1.0)
-        ops.group_stats(rewards, offsets, 1)
+        ops.group_stats(rewards, offsets, 1, 7, 4, 1e-6)
         return gradient
 
     torch.cuda.set_sync_debug_mode("error")

@@ -3,15 +3,16 @@ import math
 import pytest
 import torch
 
-from megatron_rl.algorithms.advantage import group_advantages, whiten
+from megatron_rl.algorithms.advantage import OF_GROUP, side, whiten
 from megatron_rl.algorithms.presets import ADVANTAGE_NAMES
+from megatron_rl.ops.group_stats import group_stats
 
 
-def advantages(name, *groups, std_ddof=1, std_eps=0.0):
+def advantages(name, *groups, **settings):
     rewards = torch.tensor([reward for group in groups for reward in group], dtype=torch.float64)
     offsets = torch.tensor([0, *[len(group) for group in groups]]).cumsum(0)
-    result = group_advantages(name, rewards, offsets, std_ddof=std_ddof, std_eps=std_eps)
-    return [part.tolist() for part in result.split([len(group) for group in groups])]
+    stats = group_stats(rewards, offsets, advantage=OF_GROUP[name], **settings)
+    return [part.tolist() for part in stats.advantages.split([len(group) for group in groups])]
 
 
 # Mean -0.5, deviations 1.5 and thrice -0.5: squares sum to 3, sample variance 1.
@@ -28,7 +29,7 @@ MIXED = [1.0, -1.0, -1.0, -1.0]
         ("reward_over_std", [1.0, -1.0, -1.0, -1.0]),
         ("leave_one_out", [2.0, -2 / 3, -2 / 3, -2 / 3]),  # less the mean of the other three
         ("batch_norm", [1.5, -0.5, -0.5, -0.5]),
-        ("preference", MIXED),  # 1 and -1 already
+        ("preference", MIXED),  # the reward, of which a pair takes the side
         ("gae", MIXED),  # the reward, until the critic is asked
     ],
 )
@@ -37,7 +38,7 @@ def test_advantages_match_hand_calculation(name, expected):
 
 
 def test_the_side_of_a_pair_is_whether_the_response_is_right():
-    assert advantages("preference", [0.2, -0.7], [0.9, 0.0])[0:] == [[1.0, -1.0], [1.0, -1.0]]
+    assert [side(reward) for reward in (0.2, -0.7, 0.0)] == [1.0, -1.0, -1.0]
 
 
 def test_groups_are_judged_apart_and_may_be_ragged():
@@ -70,7 +71,7 @@ def test_a_single_response():
         "leave_one_out": -0.4,  # there is no other to compare with
         "batch_norm": 0.0,
         "gae": -0.4,
-        "preference": -1.0,
+        "preference": -0.4,
     }
     assert set(expected) == set(ADVANTAGE_NAMES)
     for name, value in expected.items():

@@ -1,10 +1,13 @@
 import random
 from collections import Counter
+from itertools import permutations
 
 import pytest
+import torch
 
 from megatron_rl.algorithms.presets import SELECTION_NAMES
-from megatron_rl.algorithms.selection import Candidates, keep_mask
+from megatron_rl.algorithms.selection import Candidates, keep_mask, keep_rules
+from megatron_rl.ops.group_stats import group_stats
 
 MIXED = (1.0, -1.0, 1.0, -1.0)
 ALL_CORRECT = (1.0, 1.0, 1.0)
@@ -20,7 +23,9 @@ def kept(rewards, *names, lengths=None, truncated=(), gold=(), seed=0, **limits)
         is_truncated=tuple(index in truncated for index in range(len(rewards))),
         is_gold=tuple(index in gold for index in range(len(rewards))),
     )
-    mask = keep_mask(candidates, names, tie_break=random.Random(seed), **limits)
+    rewards, offsets = torch.tensor(rewards).double(), torch.tensor([0, len(rewards)])
+    by_reward = group_stats(rewards, offsets, keep=keep_rules(names)).keep.tolist()
+    mask = keep_mask(candidates, by_reward, names, tie_break=random.Random(seed), **limits)
     assert len(mask) == len(rewards)
     return [index for index, is_kept in enumerate(mask) if is_kept]
 
@@ -119,6 +124,35 @@ def test_selections_compose_in_order():
     # the best of what is left
     assert kept((1.0, 0.5, -1.0), "drop_truncated", "best_of_n", truncated=(0,)) == [1]
     assert kept((1.0, 0.5, -1.0), "best_of_n", "drop_truncated", truncated=(0,)) == []
+
+
+def test_the_place_of_a_condition_on_rewards_does_not_matter():
+    """Which is why all groups are asked at once, before anything else is."""
+    names = ("drop_all_wrong", "best_of_n", "positive", "drop_all_correct")
+    draw = random.Random(0)
+    for seed in range(50):
+        rewards = tuple(draw.choice((-1.0, 0.0, 0.5, 1.0)) for _ in range(draw.randint(1, 6)))
+        in_order = {
+            order: tuple(kept_one_by_one(rewards, order, seed)) for order in permutations(names)
+        }
+        assert len(set(in_order.values())) == 1
+        assert kept(rewards, *names, seed=seed) == list(in_order[names])
+
+
+def kept_one_by_one(rewards, names, seed):
+    """Straight from the words of the documentation, each selection in its turn."""
+    keep = list(range(len(rewards)))
+    for name in names:
+        if name == "best_of_n":
+            best = [i for i in keep if rewards[i] == max(rewards[j] for j in keep)]
+            keep = [random.Random(seed).choice(best)] if best else []
+        elif name == "positive":
+            keep = [i for i in keep if rewards[i] == max(rewards) and rewards[i] > 0]
+        elif name == "drop_all_wrong":
+            keep = keep if any(reward > 0 for reward in rewards) else []
+        elif name == "drop_all_correct":
+            keep = keep if any(reward <= 0 for reward in rewards) else []
+    return keep
 
 
 def test_max_per_group_takes_the_first_that_are_kept():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.metrics.plot import COLORS, draw, history, plot_run
+from megatron_rl.metrics.plot import COLORS, band, draw, history, plot_run
 
 ROOT = Path(__file__).parents[3]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -49,7 +49,7 @@ def test_history_skips_gaps_and_takes_the_last_record_of_an_iteration(grpo):
 
 
 def test_axes_hold_the_numbers(grpo):
-    figure = draw([("grpo", history(grpo))])
+    figure = draw([("grpo", [history(grpo)])])
     assert points(panel(figure, "Reward"), "reward/mean") == [[[1, 2, 4], [0.1, 0.3, 0.5]]]
     accuracy = panel(figure, "Accuracy")
     assert points(accuracy, "reward/accuracy") == [[[1], [0.2]]]
@@ -58,22 +58,45 @@ def test_axes_hold_the_numbers(grpo):
 
 
 def test_a_panel_without_numbers_says_so(grpo):
-    figure = draw([("grpo", history(grpo))])
+    figure = draw([("grpo", [history(grpo)])])
     said = [text.get_text() for text in panel(figure, "Response length").texts]
     assert said == ["not measured"]
 
 
-def test_exact_entropy_wins_over_its_estimate():
+def test_entropy_over_everything_sampled_wins_over_that_of_what_was_trained_on():
     both = {"policy/entropy_mean": ([1, 2], [0.5, 0.4]), "rollout/entropy_estimate": ([1], [9.0])}
-    estimate = {"rollout/entropy_estimate": ([1, 2], [0.7, 0.6])}
-    axes = panel(draw([("a", both), ("b", estimate)]), "Entropy")
-    assert points(axes, "policy/entropy_mean") == [[[1, 2], [0.5, 0.4]]]
-    assert points(axes, "rollout/entropy_estimate") == [[[1, 2], [0.7, 0.6]]]
+    trained = {"policy/entropy_mean": ([1, 2], [0.7, 0.6])}
+    axes = panel(draw([("a", [both]), ("b", [trained])]), "Entropy")
+    assert points(axes, "policy/entropy_mean") == [[[1, 2], [0.7, 0.6]]]
+    assert points(axes, "rollout/entropy_estimate") == [[[1], [9.0]]]
+
+
+def test_runs_of_one_label_are_a_mean_in_a_band():
+    seeds = [
+        {"reward/mean": ([1, 2, 3], [0.0, 0.5, 1.0])},
+        {"reward/mean": ([1, 2], [0.5, 1.0])},  # still running
+    ]
+    axes = panel(draw([("grpo", seeds)]), "Reward")
+    assert points(axes, "reward/mean") == [[[1, 2], [0.25, 0.75]]]
+    (shade,) = axes.collections
+    corners = {tuple(point) for point in shade.get_paths()[0].vertices.tolist()}
+    assert {(1.0, 0.0), (1.0, 0.5), (2.0, 0.5), (2.0, 1.0)} <= corners
+
+
+def test_against_tokens_the_curve_stands_where_the_training_had_come():
+    runs = [
+        {"reward/mean": ([1, 2], [0.1, 0.3]), "policy/trained_tokens": ([1, 2], [100.0, 50.0])},
+        {"reward/mean": ([1, 2], [0.2, 0.4]), "policy/trained_tokens": ([2], [30.0])},
+    ]
+    x, mean, least, largest = band(runs, "reward/mean", "tokens")
+    assert x == [50.0, 90.0]  # means of 100 and 0, of 150 and 30
+    assert mean == pytest.approx([0.15, 0.35])
+    assert (least, largest) == ([0.1, 0.3], [0.2, 0.4])
 
 
 def test_runs_differ_by_colour_and_one_legend_names_them_all(grpo):
     reinforce = {"reward/mean": ([1, 2], [0.0, 1.0])}
-    figure = draw([("grpo", history(grpo)), ("reinforce", reinforce)])
+    figure = draw([("grpo", [history(grpo)]), ("reinforce", [reinforce])])
     assert [line.get_color() for line in panel(figure, "Reward").lines] == list(COLORS[:2])
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
@@ -82,7 +105,7 @@ def test_runs_differ_by_colour_and_one_legend_names_them_all(grpo):
 
 
 def test_more_runs_than_colours_stay_apart():
-    runs = [(str(run), {"reward/mean": ([1, 2, 3], [0, run, 0])}) for run in range(9)]
+    runs = [(str(run), [{"reward/mean": ([1, 2, 3], [0, run, 0])}]) for run in range(9)]
     lines = panel(draw(runs), "Reward").lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
 

@@ -1,0 +1,43 @@
+"""Which modules a layer of the policy is built from."""
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_rl.policy.layers import Norm, PackedAttention
+
+
+def block_spec(
+    config: TransformerConfig, *, use_te: bool, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """The layers of one model chunk of this rank: Transformer Engine's, or local ones.
+
+    Megatron-Core picks dense and mixture layers by config.moe_layer_freq.
+    """
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if not use_te:
+        spec.layer_norm = Norm
+        for layer in spec.layer_specs:
+            _make_local(layer, has_head_norms=config.qk_layernorm)
+    return spec
+
+
+def _make_local(layer: Any, *, has_head_norms: bool) -> None:
+    """Our norm and attention in a stock layer; layers of one kind share their spec."""
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if has_head_norms:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    if parts.mlp.module is MoELayer:
+        # Transformer Engine keeps this norm apart from the experts, and so do its checkpoints:
+        # under the stock map, one of local layers would not load there.
+        parts.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+        }

@@ -1,0 +1,155 @@
+"""What a rank does: build a policy from a Hugging Face directory, and compare its logits.
+
+Imported on ranks only, after preload_megatron has adapted Megatron-Core.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import preload_megatron  # noqa: F401  # isort: split
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megatron_rl.batching.pack import pack
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.config import ModelConfig, OptimizerConfig
+from megatron_rl.policy.policy import Policy
+from megatron_rl.types import MicroBatch, Sample
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.model_source import ModelSource
+from megatron_rl.weights.pieces import Piece
+
+ChangeArch = Callable[[ModelArch], ModelArch]
+ChangePieces = Callable[[list[Piece], Policy], list[Piece]]
+
+
+def loaded_policy(
+    model_dir: Path,
+    parallel: ParallelConfig,
+    groups: Groups,
+    change_arch: ChangeArch | None = None,
+    change_pieces: ChangePieces | None = None,
+) -> Policy:
+    """Every parameter is NaN before the files are read: none may keep what it was born with."""
+    arch = read_model_config(model_dir)
+    policy = Policy(
+        arch if change_arch is None else change_arch(arch),
+        ModelConfig(path=str(model_dir), dtype="float32"),
+        parallel,
+        OptimizerConfig(),
+        groups,
+        temperature=1.0,
+        run_updates=1,
+    )
+    if change_pieces is not None:
+        policy.pieces = change_pieces(policy.pieces, policy)
+    params = policy.named_parameters()
+    for param in params.values():
+        param.fill_(torch.nan)
+    policy.load(ModelSource(config_dir=model_dir))
+    unwritten = [name for name, param in params.items() if param.isnan().any()]
+    assert not unwritten, unwritten
+    return policy
+
+
+def logits_error(policy: Policy, sequences: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest |policy - transformers| on all ranks, of a row with all sequences and a short one."""
+    numbers = range(len(sequences))
+    rows = [_packed(policy, [(k, sequences[k]) for k in asked]) for asked in (numbers, [1])]
+    largest = torch.zeros(1, dtype=torch.float64)
+
+    def compare(hidden: Tensor, batch: MicroBatch) -> Tensor:
+        inputs, weight, _ = policy._head_inputs(hidden, batch)
+        logits = gather_from_tensor_model_parallel_region(F.linear(inputs, weight))
+        wanted = torch.cat([expected[sample.group_id][:-1] for sample in batch.samples])
+        difference = (logits[:, : policy.arch.vocab_size] - wanted).abs().max().double()
+        largest.copy_(largest.maximum(difference.nan_to_num(nan=torch.inf)))
+        return logits.sum()
+
+    with torch.no_grad():
+        policy._schedule(rows, compare, forward_only=True)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    assert largest.item() > 0
+    return largest.item()
+
+
+def _packed(policy: Policy, numbered: Sequence[tuple[int, Tensor]]) -> MicroBatch:
+    """All but the first token are response: the logits of every position but the last are asked."""
+    samples = [
+        Sample(
+            group_id=number,
+            index=0,
+            update=0,
+            prompt_tokens=tokens[:1],
+            response_tokens=tokens[1:],
+            advantage=0.0,
+            rollout_logprobs=None,
+        )
+        for number, tokens in numbered
+    ]
+    return pack(
+        samples,
+        weight_of=lambda sample: 1.0,
+        multiple=policy.groups.layout.tp,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+def without_rope_scaling(arch: ModelArch) -> ModelArch:
+    return replace(arch, rope_scaling_factor=None)
+
+
+def with_another_theta(arch: ModelArch) -> ModelArch:
+    return replace(arch, rope_theta=arch.rope_theta / 50)
+
+
+def with_another_softmax(arch: ModelArch) -> ModelArch:
+    assert arch.mixture is not None
+    mixture = replace(arch.mixture, renormalized=not arch.mixture.renormalized)
+    return replace(arch, mixture=mixture)
+
+
+def with_another_epsilon(arch: ModelArch) -> ModelArch:
+    return replace(arch, rms_norm_eps=10 * arch.rms_norm_eps)
+
+
+def swapped(one: str, other: str) -> ChangePieces:
+    """Two Hugging Face tensors in each other's place."""
+
+    def change(pieces: list[Piece], policy: Policy) -> list[Piece]:
+        parts = {f"{one}.weight": f"{other}.weight", f"{other}.weight": f"{one}.weight"}
+        result = [
+            replace(piece, hf=piece.hf.replace(part, parts[part]))
+            for piece in pieces
+            for part in [next((part for part in parts if piece.hf.endswith(part)), "")]
+            if part
+        ]
+        assert result
+        changed = {(piece.param, piece.index): piece for piece in result}
+        return [changed.get((piece.param, piece.index), piece) for piece in pieces]
+
+    return change
+
+
+def gate_over_up_cut_as_one(pieces: list[Piece], policy: Policy) -> list[Piece]:
+    """At TP2, rank 0 holds all of gate and rank 1 all of up: the stacked matrix, cut in two."""
+    mine = ("gate_proj", "up_proj")[policy.groups.here.tp_rank]
+    result = []
+    for piece in pieces:
+        if ".mlp.linear_fc1." not in piece.param:
+            result.append(piece)
+        elif mine in piece.hf:
+            rows = 2 * (piece.index[0][1] - piece.index[0][0])
+            columns = piece.index[1]
+            result.append(replace(piece, index=((0, rows), columns), box=((0, rows), columns)))
+    return result

@@ -1,0 +1,118 @@
+"""Every family's logits are those of transformers, at every way to split it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Layout
+from harness import run_on_ranks
+from tiny_models import MIXTURES, MODELS, VOCAB_SIZE, write_model
+
+LENGTHS = (256, 90)  # long enough for a scaled rope to show
+BOUND = 1e-4  # seen: 6e-6 and less, with logits up to 13
+NOTICED = 1e-3
+
+LAYOUTS = (
+    Layout(name="one rank", world=1),
+    Layout(name="TP2 SP", world=2, tp=2, sequence_parallel=True),
+    Layout(name="PP2", world=2, pp=2),
+    Layout(name="EP2", world=2, ep=2),
+    Layout(name="PP2 VPP2", world=2, pp=2, vpp=2),
+    Layout(name="PP4", world=4, pp=4),
+    Layout(name="TP2 SP EP2", world=4, tp=2, ep=2, sequence_parallel=True),
+    Layout(name="TP2 SP EP4", world=4, tp=2, ep=4, expert_tp=1, sequence_parallel=True),
+    Layout(name="EP2 PP2", world=4, ep=2, pp=2),
+)
+# mistake -> models, and the layout at which it is made
+MISTAKES = {
+    "without_rope_scaling": (("llama3_rope", "llama3_tied"), "one rank"),
+    "with_another_theta": (("mistral", "qwen3", "mixtral"), "one rank"),
+    "with_another_softmax": (("qwen3_moe", "qwen3_moe_raw", "mixtral"), "one rank"),
+    "with_another_epsilon": (("qwen2",), "one rank"),
+    "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
+    "head_norms_swapped": (("qwen3", "qwen3_moe"), "one rank"),
+    "gate_over_up_cut_as_one": (("qwen2", "mistral"), "TP2 SP"),
+}
+
+
+def models_at(layout: Layout) -> tuple[str, ...]:
+    return MIXTURES if layout.ep > 1 else tuple(MODELS)
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """ "layout: model" and "mistake: model" -> largest difference; one start of ranks per world."""
+    folder = tmp_path_factory.mktemp("families")
+    torch.set_num_threads(1)
+    for name in MODELS:
+        write_model(name, folder / name)
+        torch.save(reference_logits(folder / name), folder / name / "logits.pt")
+    found: dict[str, float] = {}
+    for world in (1, 2, 4):
+        out = folder / f"{world}.json"
+        run_on_ranks(world, measure_layouts, folder, out, timeout_s=400.0)
+        found |= json.loads(out.read_text())
+    return found
+
+
+def sequences() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator) for length in LENGTHS]
+
+
+@torch.no_grad()
+def reference_logits(model_dir: Path) -> list[torch.Tensor]:
+    """Of each sequence alone, [length, V] float32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    return [model(tokens[None]).logits[0] for tokens in sequences()]
+
+
+def measure_layouts(folder: Path, out: Path) -> None:
+    import logits_on_ranks as ranks
+    from policy_on_ranks import groups_at
+
+    changes: dict[str, dict[str, Any]] = {
+        "without_rope_scaling": {"change_arch": ranks.without_rope_scaling},
+        "with_another_theta": {"change_arch": ranks.with_another_theta},
+        "with_another_softmax": {"change_arch": ranks.with_another_softmax},
+        "with_another_epsilon": {"change_arch": ranks.with_another_epsilon},
+        "gate_and_up_swapped": {"change_pieces": ranks.swapped("gate_proj", "up_proj")},
+        "head_norms_swapped": {"change_pieces": ranks.swapped("q_norm", "k_norm")},
+        "gate_over_up_cut_as_one": {"change_pieces": ranks.gate_over_up_cut_as_one},
+    }
+    found = {}
+    for layout in (layout for layout in LAYOUTS if layout.world == dist.get_world_size()):
+        asked = [(layout.name, model, {}) for model in models_at(layout)]
+        for mistake, (models, where) in MISTAKES.items():
+            if where == layout.name:
+                asked += [(mistake, model, changes[mistake]) for model in models]
+        with groups_at(layout) as (parallel, groups):
+            for title, model, change in asked:
+                policy = ranks.loaded_policy(folder / model, parallel, groups, **change)
+                expected = torch.load(folder / model / "logits.pt")
+                found[f"{title}: {model}"] = ranks.logits_error(policy, sequences(), expected)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [(layout.name, model) for layout in LAYOUTS for model in models_at(layout)],
+)
+def test_logits_are_those_of_transformers(errors, layout, model):
+    assert errors[f"{layout}: {model}"] < BOUND
+
+
+@pytest.mark.parametrize(
+    ("mistake", "model"),
+    [(mistake, model) for mistake, (models, _) in MISTAKES.items() for model in models],
+)
+def test_a_mistake_would_show(errors, mistake, model):
+    assert errors[f"{mistake}: {model}"] > NOTICED
