@@ -25,8 +25,10 @@ class ModelFiles:
     config: CheckpointConfig
 
     def add_to(self, checkpoint: Path) -> None:
-        """Config and tokenizer beside the weights, so that they load and convert by themselves, and
-        the export where it is asked for."""
+        """Config and tokenizer beside the weights, which so load and convert by themselves.
+
+        And the export, where it is asked for.
+        """
         if self.groups.is_main:
             for model in self.models:
                 copy_companions(self.config_dir, checkpoint / model.name / COMPANION_DIR)
