@@ -77,6 +77,11 @@ def evaluate_session(config: RunConfig) -> None:
         )
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if inputs.model.megatron_dir is not None:
+        raise InputError(
+            f"model.path={config.model.path!r}: the engine that is evaluated reads Hugging Face "
+            "files. Convert it with tools/convert_megatron_to_hf.py"
+        )
     platform.prepare_megatron()
     init_distributed(platform)
 
@@ -186,7 +191,7 @@ def _start_lines(run: "Run") -> list[str]:
         f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
         f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
-        f"from {run.inputs.model_dir}",
+        f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         f"prompts: {prompts.num_used} of {prompts.num_read} rows"
         + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else ""),
         f"algorithm: {run.config.algorithm.preset} {run.algorithm.preset}",
