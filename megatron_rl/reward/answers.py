@@ -23,6 +23,14 @@ class Pair(NamedTuple):
     answer: str
 
 
+class Shape(NamedTuple):
+    """What an answer holds: kind "{}" is a set or a list, others are brackets of a point or an
+    interval."""
+
+    kind: str
+    items: list[str]
+
+
 Outcome = bool | Pair
 """Equal, different, or the pair that a worker has to compare."""
 
@@ -59,6 +67,8 @@ _REFUSED = tuple(
 Rule = Callable[[str, str], bool | None]
 
 
+# The responses to a prompt repeat each other.
+@lru_cache(maxsize=16384)
 def decide(gold: str, answer: str) -> Outcome:
     """Compare two answers as written; anything a worker must see is returned as a pair."""
     return _decide(_normalized_gold(gold), unwrap_text(normalize(answer)))
@@ -232,28 +242,30 @@ def _both_signs(text: str) -> str:
 
 
 def _compare_shapes(gold: str, answer: str) -> bool | None:
-    """A point, an interval and a set are different things; so are lists of different length."""
-    if any("\\cup" in text or "\\cap" in text or "\\mid" in text for text in (gold, answer)):
+    """A point, an interval and a set are different things; so are points of different length."""
+    wanted, given = shape_of(gold), shape_of(answer)
+    if wanted is None or given is None or len(wanted.items) < 2 and len(given.items) < 2:
         return None
-    if _INEQUALITY.search(gold) or _INEQUALITY.search(answer) or _PLUS_MINUS.search(gold + answer):
-        return None
-    gold_kind, gold_inner = brackets(gold)
-    answer_kind, answer_inner = brackets(answer)
-    gold_items, answer_items = split_items(gold_inner), split_items(answer_inner)
-    if len(gold_items) < 2 and len(answer_items) < 2:
-        return None
-    if min(len(gold_items), len(answer_items)) < 2:
+    if min(len(wanted.items), len(given.items)) < 2 or wanted.kind != given.kind:
         return False
-    if (gold_kind or "{}") != (answer_kind or "{}"):
-        return False
-    if gold_kind in ("", "{}"):
+    if wanted.kind == "{}":
         return None
-    if len(gold_items) != len(answer_items):
+    if len(wanted.items) != len(given.items):
         return False
-    outcomes = [_decide(*items) for items in zip(gold_items, answer_items, strict=True)]
-    if any(outcome is False for outcome in outcomes):
+    outcomes = [_decide(*items) for items in zip(wanted.items, given.items, strict=True)]
+    if False in outcomes:
         return False
     return True if all(outcome is True for outcome in outcomes) else None
+
+
+def shape_of(text: str) -> Shape | None:
+    """Brackets and items of an answer; None where sets are joined or described, not listed."""
+    if "\\cup" in text or "\\cap" in text or "\\mid" in text:
+        return None
+    if _INEQUALITY.search(text) or _PLUS_MINUS.search(text):
+        return None
+    kind, inner = brackets(text)
+    return Shape(kind or "{}", split_items(inner))
 
 
 def _unless_refused(pair: Pair) -> Outcome:

@@ -7,8 +7,6 @@ MAX_ANSWER_CHARS = 512
 TAIL_CHARS = 1 << 16
 MAX_OPENERS = 32
 
-_OPENERS = ("\\boxed", "\\fbox")
-
 
 def last_box(response: str) -> str | None:
     r"""Content of the last balanced box after the reasoning; None where there is no answer.
@@ -18,19 +16,19 @@ def last_box(response: str) -> str | None:
     is passed over. In a box inside a box the inner one counts.
     """
     tail = _after_reasoning(response)[-TAIL_CHARS:]
-    starts = {opener: tail.rfind(opener) for opener in _OPENERS}
+    end = len(tail)
     for _ in range(MAX_OPENERS):
-        opener = max(starts, key=starts.__getitem__)
-        start = starts[opener]
-        if start < 0:
+        boxed = tail.rfind("\\boxed", 0, end)
+        fbox = tail.rfind("\\fbox", max(boxed, 0), end)
+        end = max(boxed, fbox)
+        if end < 0:
             return None
-        body = start + len(opener)
+        body = end + len("\\fbox" if fbox > boxed else "\\boxed")
         content = _box_content(tail, body)
         if content is not None:
             return content.strip() or None
         if _opens_brace(tail, body):
             return None
-        starts[opener] = tail.rfind(opener, 0, start)
     return None
 
 
