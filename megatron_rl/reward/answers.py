@@ -12,15 +12,9 @@ from typing import NamedTuple
 
 from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
 from megatron_rl.reward.normalize import compact, normalize
+from megatron_rl.reward.relations import Pair, strip_names
 from megatron_rl.reward.units import Quantity, same_unit, split_unit
 from megatron_rl.reward.words import same_choice, same_prose, unwrap_text
-
-
-class Pair(NamedTuple):
-    """A gold answer and an answer, both normalised."""
-
-    gold: str
-    answer: str
 
 
 class Shape(NamedTuple):
@@ -36,14 +30,10 @@ Outcome = bool | Pair
 
 _IN_BASE = re.compile(r"\(?([0-9][0-9A-F]*|[A-F][0-9A-F]*[0-9][0-9A-F]*)\)?_\{?([0-9]{1,2})\}?")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
-_NAME = re.compile(
-    r"(?:\\(?:text|mathrm|textrm)\s*\{[^{}]*\}"
-    r"|\\(?:angle|triangle|overline|vec) ?\{?[a-zA-Z]{1,4}\}?"
-    r"|[a-zA-Z]{1,4}|\\(?!pi|infty|frac|sqrt)[a-zA-Z]+)'{0,3}(?:_(?:\{\w{1,8}\}|\w))?(?:\^\{-1\})?"
-    r"(?: ?\([a-zA-Z, ]{1,12}\))?"
-)
-_ASSIGNED = re.compile(rf"({_NAME.pattern})\s*(?:=|\\in(?![a-z]))\s*(.+)", re.DOTALL)
 _INEQUALITY = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-zA-Z])")
+_HEDGE = re.compile(
+    r"(?<!\\)\b(?:or (?:more|less|fewer)|at (?:least|most)|(?:more|less|fewer) than|not)\b|以[上下]|至[少多]"
+)
 _SPACED_DIGITS = re.compile(r"[0-9] [0-9]")
 _PLUS_MINUS = re.compile(r"\\[pm][mp](?![a-zA-Z])")
 # What no problem asks for, unless its own answer has it: each can keep sympy busy for ever.
@@ -82,11 +72,11 @@ def _normalized_gold(gold: str) -> str:
 def _decide(gold: str, answer: str) -> Outcome:
     if not answer:
         return False
-    for rule in (_same_text, _pattern, same_choice, same_prose):
+    for rule in (_same_text, _pattern, _hedged, same_choice, same_prose):
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict
-    bare = _compare_relations(gold, answer)
+    bare = strip_names(gold, answer)
     if isinstance(bare, bool):
         return bare
     for rule in (_in_base, _clock, _quantities):
@@ -107,50 +97,9 @@ def _pattern(gold: str, answer: str) -> bool | None:
     return None
 
 
-def _compare_relations(gold: str, answer: str) -> Outcome:
-    """Strip `name =` where only one side has it; refuse a chain such as 3 = 4 or x = y = 4."""
-    gold_names, answer_names = _ASSIGNED.fullmatch(gold), _ASSIGNED.fullmatch(answer)
-    gold_equals, answer_equals = gold.count("="), answer.count("=")
-    if gold_equals <= 1 and answer_equals <= 1 and gold_names and answer_names:
-        if compact(gold_names[1]) == compact(answer_names[1]):
-            return Pair(gold_names[2], answer_names[2])
-        settled = exact(gold_names[2]) is not None or exact(answer_names[2]) is not None
-        return False if settled else _unless_refused(Pair(gold, answer))
-    if gold_equals <= 1 and gold_names and not answer_equals and not answer_names:
-        return Pair(gold_names[2], answer)
-    if gold_equals or not answer_equals:
-        gold_items, answer_items = _by_name(gold), _by_name(answer)
-        if gold_items and answer_items:
-            return gold_items == answer_items
-        if gold_equals:
-            comparable = 0 < answer_equals <= gold_equals
-            return _unless_refused(Pair(gold, answer)) if comparable else False
-    if answer_names and "\\in" not in gold and answer_equals <= 1:
-        return Pair(gold, answer_names[2])
-    if answer_equals:
-        values = _one_name(answer)
-        return Pair(gold, values) if values else False
-    return Pair(gold, answer)
-
-
-def _by_name(text: str) -> dict[str, object] | None:
-    """The exact values of `x=1, y=2`; None when an item is not `name = number`."""
-    named = {}
-    for item in split_items(text):
-        match = _ASSIGNED.fullmatch(item)
-        value = exact(match[2]) if match else None
-        if match is None or value is None:
-            return None
-        named[compact(match[1])] = value
-    return named
-
-
-def _one_name(text: str) -> str | None:
-    """`1, 2` for `x=1, x=2`; None where the items are not assignments to one name."""
-    matches = [_ASSIGNED.fullmatch(item) for item in split_items(text)]
-    names = {match[1] for match in matches if match}
-    values = [match[2] for match in matches if match and "=" not in match[2]]
-    return ", ".join(values) if len(names) == 1 and len(values) == len(matches) else None
+def _hedged(gold: str, answer: str) -> bool | None:
+    r"""`5\text{ or more}` is not 5."""
+    return False if _HEDGE.search(answer) and not _HEDGE.search(gold) else None
 
 
 def _in_base(gold: str, answer: str) -> bool | None:

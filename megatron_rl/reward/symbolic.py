@@ -5,14 +5,34 @@ where numbers settle it, math-verify for the rest, and its yes is checked once m
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # has no stubs
-from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+from math_verify import verify  # type: ignore[import-untyped]
+from math_verify.grader import should_treat_as_complex  # type: ignore[import-untyped]
 
 from megatron_rl.reward.answers import Pair, decide, shape_of
+
+# math-verify's own reading would cut off units, which for it are letters too: 2t would be 2.
+_SPELLING = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
+)
+# latex2sympy reads 2(3) as the mixed number 5, \gamma as Euler's constant, and y' as y.
+_REWRITTEN = (
+    (re.compile(r"(?<![_^a-zA-Z0-9.])([0-9]+)\s*\("), r"\1 \\cdot ("),
+    (re.compile(r"\)\s*\("), r") \\cdot ("),
+    (re.compile(r"\\gamma(?![a-zA-Z])(?!\s*\()"), r"\\varpi "),
+    (re.compile(r"\^\s*\{?\s*\\prime\s*\}?"), "'"),
+    (re.compile(r"(?<=[a-zA-Z])'"), "_{prime}"),
+)
+# It gives a constant for a gcd, whatever it is of, and overlooks what is attached to a number.
+_UNREADABLE = re.compile(r"\\(?:gcd|lcm|operatorname|bmod|pmod|mod)(?![a-zA-Z])|[0-9]\s*[_']")
+_NAME = re.compile(r"\\?[a-zA-Z]+")
 
 _DIGITS = 50
 _SAME = sympy.Float("1e-40")  # both sides are exact, so they agree in all digits or differ
@@ -31,7 +51,7 @@ def warm_up() -> None:
     logging.getLogger("math_verify").disabled = True
     logging.disable(logging.CRITICAL)
     verify_pair("x + \\frac{1}{2}", "\\sqrt{2} + y")
-    _verify(_parse("x < 2"), _parse("(-\\infty, 2)"))
+    verify_pair("x < 2", "(-\\infty, 2)")
 
 
 def verify_pair(gold: str, answer: str) -> bool:
@@ -41,7 +61,7 @@ def verify_pair(gold: str, answer: str) -> bool:
         if wanted.kind == "{}":
             return _same_set(wanted.items, given.items)
         return all(map(_same, wanted.items, given.items))
-    left, right = _parse(gold), _parse(answer)
+    left, right = _parse_both(gold, answer)
     if left is None or right is None:
         return False  # what cannot be read is compared as text, and that differed
     verdict = _compare(left, right)
@@ -61,18 +81,42 @@ def _same_set(gold: Sequence[str], answer: Sequence[str]) -> bool:
     )
 
 
+def _parse_both(gold: str, answer: str) -> tuple[Any, Any]:
+    """Both texts read in the same way, so that x is the same x."""
+    is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(answer))
+    # C or c for a constant, but R and r are two radii.
+    folds_case = not (_has_both_cases(gold) or _has_both_cases(answer))
+    return _parse(gold, is_real, folds_case), _parse(answer, is_real, folds_case)
+
+
+def _has_both_cases(text: str) -> bool:
+    names = {
+        name if name.startswith("\\") else letter
+        for name in _NAME.findall(text)
+        for letter in name
+    }
+    return any(name.lower() != name and name.lower() in names for name in names)
+
+
 # The wrong answers to a question repeat its gold.
 @lru_cache(maxsize=256)
-def _parse(text: str) -> Any:
-    """The sympy object of a text, None where math-verify cannot read it."""
-    # Only LaTeX: math-verify's other reader hands its text to sympy's parse_expr, which is eval.
-    parsed = parse(
-        f"${text}$",
-        extraction_config=[LatexExtractionConfig()],
-        fallback_mode="no_fallback",
-        parsing_timeout=None,
-    )
-    return parsed[0] if parsed else None
+def _parse(text: str, is_real: bool, folds_case: bool) -> Any:
+    """The sympy object of a text, None where it cannot be read."""
+    if _UNREADABLE.search(text):
+        return None
+    for pattern, spelling in _REWRITTEN:
+        text = pattern.sub(spelling, text)
+    try:
+        return latex2sympy(
+            normalize_latex(text, _SPELLING),
+            is_real=is_real,
+            conversion_config=ConversionConfig(lowercase_symbols=folds_case),
+            normalization_config=None,
+        )
+    except MemoryError:
+        raise
+    except Exception:  # its grammar raises plain ones
+        return None
 
 
 def _verify(gold: Any, answer: Any) -> bool:
@@ -160,9 +204,9 @@ def _value(expression: Any, point: dict[Any, Any]) -> Any:
     """The value to 50 digits, None where there is none or sympy cannot find it."""
     try:
         value = expression.evalf(_DIGITS, subs=point)
+        return value if value.is_number and value.is_finite else None
     except (ArithmeticError, ValueError, TypeError, NotImplementedError):
         return None
-    return value if value.is_number and value.is_finite else None
 
 
 def _exactly(expression: Any) -> Any:
