@@ -6,7 +6,6 @@ of the grader. Where there is no such box, the answer itself is boxed: a test of
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

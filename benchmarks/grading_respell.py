@@ -31,7 +31,7 @@ def respell(gold: str, rng: random.Random) -> str | None:
 
 
 def disguise(gold: str) -> str | None:
-    r"""`\frac{2 \cdot (gold)}{2}`: equal, but only algebra can tell; None for what is no expression."""
+    r"""`\frac{2 \cdot (gold)}{2}`: equal, but only algebra can tell. None for no expression."""
     bare = gold.strip().strip("$")
     if _NO_EXPRESSION.search(bare) or not re.search(r"[\\a-zA-Z^]", bare):
         return None

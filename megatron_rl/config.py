@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.algorithms.presets import SIGN_SELECTIONS
 from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
@@ -106,6 +107,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     """Rules across sections."""
     yield from config_problems(config.model, config.parallel)
     yield from _rollout_problems(config)
+    yield from _reward_problems(config)
     yield from _training_problems(config)
     if config.parallel.world_size is not None:
         yield from world_problems(config, config.parallel.world_size)
@@ -169,6 +171,28 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             config.algorithm.kl_coef,
             "a KL estimate needs sampled responses, gold ones are not",
             "Set 0",
+        )
+
+
+def _reward_problems(config: RunConfig) -> Iterator[ConfigError]:
+    reward, limit = config.reward, config.rollout.max_response_tokens
+    for name, part in reward.parts.items():
+        if part.free_tokens is not None and part.free_tokens >= limit:
+            yield ConfigError(
+                f"reward.parts.{name}.free_tokens",
+                part.free_tokens,
+                f"no response is longer than rollout.max_response_tokens={limit}",
+                "Lower it, or leave the part out",
+            )
+    judges_by_sign = SIGN_SELECTIONS & set(config.algorithm.resolved.selection)
+    worst_correct, best_wrong = reward.bounds
+    is_known = reward.function_path is None
+    if is_known and judges_by_sign and not worst_correct > 0 >= best_wrong:
+        yield ConfigError(
+            "reward.parts" if reward.parts else "reward.correct, wrong",
+            f"a correct response may earn {worst_correct:g}, a wrong one {best_wrong:g}",
+            f"the selection {', '.join(sorted(judges_by_sign))} tells them apart by the sign",
+            "Lower the weights, or move reward.correct and reward.wrong apart",
         )
 
 

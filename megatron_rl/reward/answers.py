@@ -18,8 +18,7 @@ from megatron_rl.reward.words import same_choice, same_prose, unwrap_text
 
 
 class Shape(NamedTuple):
-    """What an answer holds: kind "{}" is a set or a list, others are brackets of a point or an
-    interval."""
+    """Brackets and items: "{}" is a set or a list, others are those of a point or an interval."""
 
     kind: str
     items: list[str]
@@ -32,7 +31,8 @@ _IN_BASE = re.compile(r"\(?([0-9][0-9A-F]*|[A-F][0-9A-F]*[0-9][0-9A-F]*)\)?_\{?(
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _INEQUALITY = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-zA-Z])")
 _HEDGE = re.compile(
-    r"(?<!\\)\b(?:or (?:more|less|fewer)|at (?:least|most)|(?:more|less|fewer) than|not)\b|以[上下]|至[少多]"
+    r"(?<!\\)\b(?:or (?:more|less|fewer)|at (?:least|most)|(?:more|less|fewer) than|not)\b"
+    r"|以[上下]|至[少多]"
 )
 _SPACED_DIGITS = re.compile(r"[0-9] [0-9]")
 _PLUS_MINUS = re.compile(r"\\[pm][mp](?![a-zA-Z])")
@@ -125,7 +125,7 @@ def _quantities(gold: str, answer: str) -> bool | None:
     wanted, given = split_unit(gold), split_unit(answer)
     if not same_unit(wanted.unit, given.unit):
         return False
-    gold_number, answer_number = _value(wanted), _value(given)
+    gold_number, answer_number = size_of(wanted), size_of(given)
     if gold_number is None or answer_number is None:
         return None
     if wanted.is_percent and not given.is_percent:
@@ -135,7 +135,8 @@ def _quantities(gold: str, answer: str) -> bool | None:
     return gold_number == answer_number
 
 
-def _value(quantity: Quantity) -> Fraction | None:
+def size_of(quantity: Quantity) -> Fraction | None:
+    """The number of a quantity in its unit, or None; a ratio is its fraction."""
     ratio = quantity.value.split(":")
     if len(ratio) == 2:
         top, bottom = number(ratio[0]), number(ratio[1])
@@ -193,7 +194,7 @@ def _both_signs(text: str) -> str:
 def _compare_shapes(gold: str, answer: str) -> bool | None:
     """A point, an interval and a set are different things; so are points of different length."""
     wanted, given = shape_of(gold), shape_of(answer)
-    if wanted is None or given is None or len(wanted.items) < 2 and len(given.items) < 2:
+    if wanted is None or given is None or (len(wanted.items) < 2 and len(given.items) < 2):
         return None
     if min(len(wanted.items), len(given.items)) < 2 or wanted.kind != given.kind:
         return False

@@ -3,6 +3,11 @@
 import re
 import unicodedata
 
+_GREEK = (
+    *("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"),
+    *("lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "varsigma", "sigma", "tau", "upsilon"),
+    *("phi", "chi", "psi", "omega"),
+)
 # Rewritten before NFKC, which would lose them (a superscript two becomes a plain 2).
 _SYMBOLS = str.maketrans(
     {
@@ -43,13 +48,7 @@ _SYMBOLS = str.maketrans(
         "\u00b3": "^{3}",
         "\u2074": "^{4}",
     }
-    | {
-        chr(0x3B1 + offset): f"\\{name} "
-        for offset, name in enumerate(
-            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
-            "varsigma sigma tau upsilon phi chi psi omega".split()
-        )
-    }
+    | {chr(0x3B1 + offset): f"\\{name} " for offset, name in enumerate(_GREEK)}
 )
 _ROOT = re.compile("\u221a\\s*(?:\\(([^()]*)\\)|\\{([^{}]*)\\}|(\\d+|[a-z]))")
 

@@ -1,4 +1,4 @@
-"""Answers with names in front: x = 5, y = 2x + 3, x = 1 or x = 2, k \\in \\mathbb{Z}."""
+r"""Answers with names in front: x = 5, y = 2x + 3, x = 1 or x = 2, k \in \mathbb{Z}."""
 
 import re
 from typing import NamedTuple

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]  # has no stubs
+import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-from math_verify import verify  # type: ignore[import-untyped]
-from math_verify.grader import should_treat_as_complex  # type: ignore[import-untyped]
+from math_verify import verify
+from math_verify.grader import should_treat_as_complex
 
-from megatron_rl.reward.answers import Pair, decide, shape_of
+from megatron_rl.reward.answers import decide, shape_of
+from megatron_rl.reward.relations import Pair
 
 # math-verify's own reading would cut off units, which for it are letters too: 2t would be 2.
 _SPELLING = NormalizationConfig(
@@ -91,9 +92,7 @@ def _parse_both(gold: str, answer: str) -> tuple[Any, Any]:
 
 def _has_both_cases(text: str) -> bool:
     names = {
-        name if name.startswith("\\") else letter
-        for name in _NAME.findall(text)
-        for letter in name
+        name if name.startswith("\\") else letter for name in _NAME.findall(text) for letter in name
     }
     return any(name.lower() != name and name.lower() in names for name in names)
 

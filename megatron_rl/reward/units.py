@@ -63,7 +63,8 @@ _BARE_WORD = "|".join(
     sorted((word for word in (*_CANONICAL, *_SCALES) if len(word) > 1), key=len, reverse=True)
 )
 _BARE = re.compile(
-    rf"\s*((?:(?:square|cubic|sq) )?(?:{_BARE_WORD})(?:(?: per |/| )(?:{_BARE_WORD}))?|{_HAN}{{1,8}})"
+    rf"\s*((?:(?:square|cubic|sq) )?(?:{_BARE_WORD})(?:(?: per |/| )(?:{_BARE_WORD}))?"
+    rf"|{_HAN}{{1,8}})"
     r"(\s*\^\s*\{?[0-9]\}?)?$",
     re.IGNORECASE,
 )

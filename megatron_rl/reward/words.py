@@ -48,9 +48,7 @@ def _is_prose(text: str) -> bool:
     words = re.findall(r"[^\W\d_]+", text.casefold())
     if text[0].isdigit() and not _MONTH.search(text.casefold()):
         return False  # a number and its unit
-    return any(
-        not word.isascii() or (len(word) > 3 and word not in _FUNCTIONS) for word in words
-    )
+    return any(not word.isascii() or (len(word) > 3 and word not in _FUNCTIONS) for word in words)
 
 
 def _words(text: str) -> list[str]:
