@@ -167,7 +167,7 @@ def _compare_values(pair: Pair) -> Outcome:
         return gold_value == answer_value
     if "%" in answer or _SPACED_DIGITS.search(answer):
         return False
-    if gold_value is not None and re.fullmatch(r"[a-zA-Z]+", answer):
+    if gold_value is not None and re.fullmatch(r"[a-zA-Z]+|[^\x00-\x7f]+", answer):
         return False  # a name instead of a number
     if bool(_PLUS_MINUS.search(gold)) != bool(_PLUS_MINUS.search(answer)) and not _is_list(
         answer if _PLUS_MINUS.search(gold) else gold
