@@ -230,15 +230,7 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigErrors: every problem found, each with its field, value, rule and way out.
     """
-    merged = _read(recipe, seen=())
-    syntax = [problem for text in overrides if (problem := _override_problem(text))]
-    if syntax:
-        raise ConfigErrors(syntax)
-    try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigErrors([f"{recipe}: {_first_line(error)}"]) from error
+    values = _merge(_read(recipe, seen=()), overrides, where=str(recipe))
     try:
         config = RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
@@ -247,6 +239,35 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     if found:
         raise ConfigErrors(found)
     return config
+
+
+def load_reward(recipe: Path | None, overrides: Sequence[str]) -> RewardConfig:
+    """The reward of a recipe, or the default one, with `reward.key=value` overrides."""
+    others = [text for text in overrides if not text.startswith("reward.")]
+    if others:
+        raise ConfigErrors([f"override {text!r}: only reward.key=value is read" for text in others])
+    if recipe is not None:
+        return load_config(recipe, overrides).reward
+    values = _merge(OmegaConf.create(), overrides, where="overrides")
+    try:
+        return _RewardAlone.model_validate(values).reward
+    except pydantic.ValidationError as error:
+        raise ConfigErrors(_explain(error)) from error
+
+
+class _RewardAlone(Settings):
+    reward: RewardConfig = RewardConfig()
+
+
+def _merge(loaded: Any, overrides: Sequence[str], where: str) -> Any:
+    syntax = [problem for text in overrides if (problem := _override_problem(text))]
+    if syntax:
+        raise ConfigErrors(syntax)
+    try:
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigErrors([f"{where}: {_first_line(error)}"]) from error
 
 
 def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:

@@ -26,6 +26,12 @@ class Score:
     extracted: str | None  # the answer found in the response, None without one
     seconds: float  # CPU time of its verification, all rewards together
     parts: Mapping[str, float] = field(default_factory=dict)  # values, before their weights
+    reason: str | None = None  # of a timeout or an error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether our side failed: then the reward means nothing."""
+        return self.verdict in (Verdict.TIMEOUT, Verdict.ERROR)
 
 
 class RewardScorer:
@@ -100,21 +106,27 @@ class RewardScorer:
 
     def _score(self, key: Key, results: Sequence[Result]) -> Score:
         verified, *others = results
-        parts = dict(zip(self._config.parts, map(_as_part, others), strict=True))
-        failed = {"": verified} | parts
-        failed = {name: result for name, result in failed.items() if result.has_failed}
-        for name, result in failed.items():
-            self._note_failure(key, name, result)
-        verdict = self._verdict(next(iter(failed.values()), verified))
+        parts = {
+            name: _as_part(name, part)
+            for name, part in zip(self._config.parts, others, strict=True)
+        }
+        failure = next(
+            (result for result in (verified, *parts.values()) if result.has_failed), None
+        )
+        verdict = self._verdict(failure or verified)
         reward = self._base_reward(verdict, verified) + sum(
             self._config.parts[name].weight * part.points for name, part in parts.items()
         )
+        if failure is not None and len(self.failures) < _MAX_FAILURES:
+            answer = "" if verified.extracted is None else f", answer {verified.extracted!r}"
+            self.failures.append(f"response {key}{answer}: {verdict}, {failure.reason}")
         return Score(
             verdict,
             reward,
             verified.extracted,
             seconds=sum(result.seconds for result in results),
             parts={name: part.points for name, part in parts.items()},
+            reason=failure.reason if failure else None,
         )
 
     def _verdict(self, result: Result) -> Verdict:
@@ -128,18 +140,14 @@ class RewardScorer:
             return result.value
         return self._config.correct if verdict is Verdict.CORRECT else self._config.wrong
 
-    def _note_failure(self, key: Key, name: str, result: Result) -> None:
-        if len(self.failures) < _MAX_FAILURES:
-            part = f", part {name}" if name else ""
-            answer = "" if result.extracted is None else f", answer {result.extracted!r}"
-            self.failures.append(f"response {key}{part}{answer}: {result.verdict}, {result.reason}")
 
-
-def _as_part(result: Result) -> Result:
-    if result.has_failed or -1 <= result.points <= 1:
-        return result
-    reason = f"returned {result.points}: a part lies between -1 and 1, its weight makes it count"
-    return replace(result, verdict="error", value=None, reason=reason)
+def _as_part(name: str, result: Result) -> Result:
+    """The result, failed where its value is out of range; a failure names the part."""
+    reason = result.reason
+    if not result.has_failed and not -1 <= result.points <= 1:
+        reason = f"returned {result.points}: must lie between -1 and 1, the weight makes it count"
+        result = replace(result, verdict="error", value=None)
+    return replace(result, reason=f"part {name}: {reason}") if result.has_failed else result
 
 
 def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[RolloutGroup]:
@@ -152,8 +160,7 @@ def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[
         rollouts = []
         for index, rollout in enumerate(group.rollouts):
             score = scores[group.prompt.group_id, index]
-            failed = score.verdict in (Verdict.TIMEOUT, Verdict.ERROR)
-            reward = None if failed else score.reward
+            reward = None if score.has_failed else score.reward
             rollouts.append(
                 replace(rollout, reward=reward, verdict=score.verdict, reward_parts=score.parts)
             )

@@ -124,6 +124,8 @@ def test_whole_response(response, answer):
         ("from 3 to -12%", "-12%"),
         ("about 3/4 of it", "3/4"),
         (".5 or so", ".5"),
+        ("L is 4.5e33 or 4.5e-3", "4.5e-3"),
+        ("see 2e", "2"),
         ("No.5", "5"),
         ("a,5", "5"),
         ("f(3)-2", "2"),

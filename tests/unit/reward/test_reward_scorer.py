@@ -190,8 +190,8 @@ def test_parts_are_weighed_and_the_verdict_is_not_theirs(make_scorer):
     assert scores[0, 1].parts["brevity"] == -1.0
     assert scores[0, 2].parts == {"format": 0.0, "brevity": 0.0, "style": pytest.approx(0.1)}
     assert scorer.failures == [
-        "response (0, 3), part style: error, returned 1.1: a part lies between -1 and 1, its "
-        "weight makes it count"
+        "response (0, 3), answer '4': error, part style: returned 1.1: must lie between -1 and 1, "
+        "the weight makes it count"
     ]
 
 
@@ -207,7 +207,7 @@ def test_a_part_that_fails_takes_the_reward_along(make_scorer):
     (group,) = attach([make_group(0, 3)], scores)
     assert [rollout.reward for rollout in group.rollouts] == [None, None, pytest.approx(1.1)]
     assert group.rollouts[2].reward_parts == {"odd": 1.0}
-    assert "part odd: error, ValueError: broken" in scorer.failures[0]
+    assert "error, part odd: ValueError: broken" in scorer.failures[0]
 
 
 def test_a_part_whose_function_cannot_be_used_is_named(make_scorer):
