@@ -1,8 +1,8 @@
 """Published problems as (gold answer, right response) pairs.
 
-The files are the published ones (README of the folder says whose). Where a worked solution ends in
-a box it is the response, and what it is compared with comes from another place of the file: a test
-of the grader. Where there is no such box, the answer itself is boxed: a test of parsing only.
+The files are the published ones. Where a worked solution ends in a box it is the response, and the
+gold stands in another field: a test of the grader. Where there is no such box the gold itself is
+boxed, which tests no more than that it can be read.
 """
 
 import json
@@ -24,17 +24,19 @@ class Case:
     where: str  # file and line, from 1
     gold: str
     response: str
-    is_solution: bool  # the response is the published worked solution, not the gold in a box
+    is_solution: bool  # the response is the published worked solution
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A file, and how its rows become cases."""
+    """A file, and how its rows become golds and right responses."""
 
     name: str
     file: str
-    to_case: Callable[[Row], tuple[str, str | None]]  # gold, worked solution or None
-    gold_is_own_box: bool = False  # there is no answer but the box of the solution
+    response_is: str  # for people to read
+    gold: Callable[[Row], str]
+    solution: Callable[[Row], str] = lambda row: ""
+    boxed: Callable[[Row], str] | None = None  # what to box where no solution has a box
 
 
 def load_cases(benchmark: Benchmark, folder: Path) -> list[Case]:
@@ -44,43 +46,61 @@ def load_cases(benchmark: Benchmark, folder: Path) -> list[Case]:
 
 def _cases(benchmark: Benchmark, path: Path) -> Iterator[Case]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        gold, solution = benchmark.to_case(json.loads(line))
-        has_box = solution is not None and last_box(solution) is not None
-        response = solution if has_box and solution else f"The answer is $\\boxed{{{gold}}}$."
-        yield Case(f"{benchmark.file}:{number}", gold, response, has_box)
+        row = json.loads(line)
+        gold, solution = benchmark.gold(row), benchmark.solution(row)
+        is_solution = last_box(solution) is not None
+        boxed = (benchmark.boxed or benchmark.gold)(row)
+        response = solution if is_solution else f"The answer is $\\boxed{{{boxed}}}$."
+        yield Case(f"{benchmark.file}:{number}", gold, response, is_solution)
 
 
-def _math500(row: Row) -> tuple[str, str]:
-    solution, answer = row["answer"].split("The answer is:")
-    return with_percent_sign(row["question"], answer.strip()), solution
+def _math500_gold(row: Row) -> str:
+    return with_percent_sign(row["question"], row["answer"].split("The answer is:")[1].strip())
 
 
-def _minerva(row: Row) -> tuple[str, str]:
-    return last_box(row["solution"]) or "", row["solution"]
+def _olympiad_gold(row: Row) -> str:
+    return ", ".join(answer.strip() for answer in row["final_answer"])
 
 
-def _olympiad(row: Row) -> tuple[str, None]:
-    return ", ".join(answer.strip() for answer in row["final_answer"]), None
-
-
-def _gsm8k(row: Row) -> tuple[str, None]:
-    return row["answer"].split("####")[1].strip(), None
-
-
-def _aime(row: Row) -> tuple[str, str]:
-    return str(row["answer"]), row["solution"]
-
-
-def _amc(row: Row) -> tuple[str, str]:
-    return str(row["answer"]), f"The answer is \\boxed{{{row['answer']:.0f}}}."
+def _gsm8k_gold(row: Row) -> str:
+    return str(row["answer"].split("####")[1].strip())
 
 
 BENCHMARKS = (
-    Benchmark("MATH-500", "math500.jsonl", _math500),
-    Benchmark("Minerva Math", "minerva_math.jsonl", _minerva, gold_is_own_box=True),
-    Benchmark("OlympiadBench", "olympiadbench.jsonl", _olympiad),
-    Benchmark("GSM8K test", "gsm8k_test.jsonl", _gsm8k),
-    Benchmark("GSM8K train", "gsm8k_train.jsonl", _gsm8k),
-    Benchmark("AIME 2024", "aime24.jsonl", _aime),
-    Benchmark("AMC 2023", "amc23.jsonl", _amc),
+    Benchmark(
+        "MATH-500",
+        "math500.jsonl",
+        "worked solution; the gold is what follows it",
+        _math500_gold,
+        solution=lambda row: row["answer"].split("The answer is:")[0],
+    ),
+    Benchmark(
+        "Minerva Math",
+        "minerva_math.jsonl",
+        "worked solution; the gold is its own box",
+        lambda row: last_box(row["solution"]) or "",
+        solution=lambda row: row["solution"],
+    ),
+    Benchmark(
+        "OlympiadBench",
+        "olympiadbench.jsonl",
+        "`final_answer` boxed: the solutions have no box",
+        _olympiad_gold,
+    ),
+    Benchmark("GSM8K test", "gsm8k_test.jsonl", "the `####` line boxed", _gsm8k_gold),
+    Benchmark("GSM8K train", "gsm8k_train.jsonl", "the `####` line boxed", _gsm8k_gold),
+    Benchmark(
+        "AIME 2024",
+        "aime24.jsonl",
+        "worked solution; one has no box, its answer is boxed",
+        lambda row: str(row["answer"]),
+        solution=lambda row: row["solution"],
+    ),
+    Benchmark(
+        "AMC 2023",
+        "amc23.jsonl",
+        "`27` boxed for the gold `27.0`: there are no solutions",
+        lambda row: str(row["answer"]),
+        boxed=lambda row: f"{row['answer']:.0f}",
+    ),
 )

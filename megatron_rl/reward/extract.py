@@ -14,8 +14,8 @@ TAIL_CHARS = 1 << 16
 MAX_OPENERS = 32
 
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
-# Backwards, since the last number is asked for: -1,234.5 or 3/4 or 50% or 4.5e33. A minus after a number or a
-# bracket is no sign, a full stop after a letter no decimal point.
+# Backwards, since the last number is asked for: -1,234.5 or 3/4 or 50% or 4.5e33. A minus after a
+# number or a bracket is no sign, a full stop after a letter no decimal point.
 _NUMBER_REVERSED = re.compile(
     r"%?(?:[0-9]+/(?=[0-9])|[0-9]{1,3}[-+]?[eE](?=[0-9]))?[0-9][0-9,]*(?:\.(?:[0-9,]*[0-9]|(?!\w)))?(?:-(?![\w)\]}.,]))?"
 )

@@ -62,7 +62,7 @@ def verify_pair(gold: str, answer: str) -> bool:
         if wanted.kind == "{}":
             return _same_set(wanted.items, given.items)
         return all(map(_same, wanted.items, given.items))
-    left, right = _parse_both(gold, answer)
+    left, right = read_pair(gold, answer)
     if left is None or right is None:
         return False  # what cannot be read is compared as text, and that differed
     verdict = _compare(left, right)
@@ -82,8 +82,11 @@ def _same_set(gold: Sequence[str], answer: Sequence[str]) -> bool:
     )
 
 
-def _parse_both(gold: str, answer: str) -> tuple[Any, Any]:
-    """Both texts read in the same way, so that x is the same x."""
+def read_pair(gold: str, answer: str) -> tuple[Any, Any]:
+    """Both texts as sympy objects, read in the same way so that x is the same x; None: unreadable.
+
+    MemoryError is raised, so that the worker is replaced.
+    """
     is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(answer))
     # C or c for a constant, but R and r are two radii.
     folds_case = not (_has_both_cases(gold) or _has_both_cases(answer))
