@@ -77,6 +77,11 @@ def evaluate_session(config: RunConfig) -> None:
         )
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if inputs.model.megatron_dir is not None:
+        raise InputError(
+            f"model.path={config.model.path!r}: the engine that is evaluated reads Hugging Face "
+            "files. Convert it with tools/convert_megatron_to_hf.py"
+        )
     platform.prepare_megatron()
     init_distributed(platform)
 
@@ -187,9 +192,11 @@ def _start_lines(run: "Run") -> list[str]:
         + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
-        f"from {run.inputs.model_dir}",
+        f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         f"prompts: {prompts.num_used} of {prompts.num_read} rows"
-        + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else ""),
+        + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else "")
+        + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),
+        *(f"  {row}" for row in prompts.hopeless_rows),
         f"algorithm: {run.config.algorithm.preset} {run.algorithm.preset}",
         *run.trainer.passes.reasons,
     ]

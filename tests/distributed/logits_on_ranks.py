@@ -25,6 +25,7 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.types import MicroBatch, Sample
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 
 ChangeArch = Callable[[ModelArch], ModelArch]
@@ -54,7 +55,7 @@ def loaded_policy(
     params = policy.named_parameters()
     for param in params.values():
         param.fill_(torch.nan)
-    policy.load_hf(model_dir)
+    policy.load(ModelSource(config_dir=model_dir))
     unwritten = [name for name, param in params.items() if param.isnan().any()]
     assert not unwritten, unwritten
     return policy

@@ -461,9 +461,7 @@ def export_on_ranks(model_dir: Path, folder: Path, tp: int, pp: int) -> None:
     ]
     stock, limit_of = export_module.plan_files, {"one": 1 << 30, "several": 100_000}
     for name, limit in limit_of.items():  # the second export replaces the first
-        export_module.plan_files = lambda shapes, itemsize, _, limit=limit: stock(
-            shapes, itemsize, limit
-        )
+        export_module.plan_files = lambda nbytes, _, limit=limit: stock(nbytes, limit)
         output = run.export()
         if dist.get_rank() == 0:
             shutil.copytree(output, folder / name)
