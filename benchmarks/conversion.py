@@ -129,8 +129,9 @@ def measure(name: str, folder: Path, repeats: int) -> Iterator[str]:
     base = statistics.median(times["copy"])
     yield f"{name}: {nbytes / 1e9:.2f} GB; cp + fsync {spread(times['copy'])} s"
     for way, label in (("in", "Hugging Face to Megatron"), ("out", "Megatron to Hugging Face")):
+        ratio = statistics.median(times[way]) / base
         yield (
-            f"  {label:26s} {spread(times[way])} s, ratio {statistics.median(times[way]) / base:.2f}, "
+            f"  {label:26s} {spread(times[way])} s, ratio {ratio:.2f}, "
             f"peak {max(peaks[way]):.0f} MB"
         )
 

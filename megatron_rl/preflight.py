@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from megatron_rl.config import RunConfig, world_problems
@@ -10,6 +11,7 @@ from megatron_rl.evaluation.evaluator import load_problems
 from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
+from megatron_rl.reward.gold import check_gold
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
@@ -63,11 +65,19 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         found["arch"] = arch
         found["critic"] = _critic(config, arch, model)
 
+    @cache
+    def check_answer(answer: str) -> str | None:
+        return check_gold(answer, config.reward)
+
     def read_prompts() -> None:
         tokenizer = load_tokenizer(found["model"].config_dir)  # type: ignore[attr-defined]
         found["tokenizer"] = tokenizer
         found["prompts"] = PromptStream(
-            config.prompts, tokenizer, config.run.seed, with_gold=config.is_supervised
+            config.prompts,
+            tokenizer,
+            config.run.seed,
+            with_gold=config.is_supervised,
+            check_answer=None if config.is_supervised else check_answer,
         )
 
     attempt(read_model)

@@ -90,8 +90,9 @@ class Run:
 
     def observe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """Metrics of everything sampled, over all ranks; stops a run whose grading fails."""
-        counts, longest = tally.count(groups)
-        total = dict(zip(tally.COUNTS, sum_over(counts, self.groups.host), strict=True))
+        parts = tuple(self.config.reward.parts)
+        counts, longest = tally.count(groups, parts)
+        total = dict(zip(tally.names(parts), sum_over(counts, self.groups.host), strict=True))
         if self.sampling is not None:
             verdicts = {verdict: int(total[f"verdict_{verdict}"]) for verdict in Verdict}
             check_failures(verdicts, self.config.reward, self.sampling.scorer.failures)
@@ -464,7 +465,9 @@ def _rollout_source(config: RunConfig, groups: Groups, sampling: Sampling | None
 class _NoGrader:
     """The probe asks for log-probs, not for verdicts."""
 
-    def submit(self, key: tuple[int, int], response_text: str, answer: str) -> None:
+    def submit(
+        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
+    ) -> None:
         pass
 
     def poll(self) -> None:

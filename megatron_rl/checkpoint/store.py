@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint.optimizer_state import fitted
 from megatron_rl.errors import RunError
 from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing
 from megatron_rl.parallel.groups import Groups
@@ -32,7 +33,11 @@ from megatron_rl.weights.dcp_files import read_metadata
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
 NAME = re.compile(r"iteration_(\d{6,})")
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Names without the number of Megatron's optimizer, which depends on expert parallelism.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 class CheckpointStore:
@@ -207,7 +212,7 @@ def _restore_model(model: TrainedModel, directory: Path, state: dict[str, Any]) 
     loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(directory))
     for number, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    model.optimizer.load_state_dict(fitted(model.optimizer, loaded["optimizer"]))
     model.scheduler.load_state_dict(state["scheduler"])
     model.version = state["version"]
 

@@ -11,6 +11,8 @@ METRICS: dict[str, str] = {
     "reward/groups_all_correct_frac": "share of prompts with only correct responses",
     "reward/groups_all_wrong_frac": "share of prompts without a correct response",
     "reward/groups_mixed_frac": "share of prompts with correct and wrong responses",
+    "reward/verdict_<verdict>_frac": "share of all responses drawn with this verdict",
+    "reward/part_<name>_mean": "mean value of a part of the reward, before its weight",
     "algorithms/kept_responses_frac": "share of responses that selection passed on to the update",
     "algorithms/kept_tokens_frac": "share of response tokens that selection passed on",
     "rollout/response_tokens_mean": "mean response length in tokens",
@@ -54,6 +56,8 @@ METRICS: dict[str, str] = {
     "evaluation/<benchmark>/average_at_k": "held-out accuracy, mean over k responses per question",
 }
 
+_VERDICT = re.compile(r"reward/verdict_[a-z_]+_frac")
+_PART = re.compile(r"reward/part_[a-z0-9_]+_mean")
 _EVALUATION = re.compile(r"evaluation/(?P<benchmark>.+)/average_at_(?P<k>k|\d+)")
 
 
@@ -61,6 +65,10 @@ def meaning(name: str) -> str | None:
     """What the metric of this name means; None for a name that no room reports."""
     if is_evaluation(name):
         return METRICS["evaluation/<benchmark>/average_at_k"]
+    if _VERDICT.fullmatch(name):
+        return METRICS["reward/verdict_<verdict>_frac"]
+    if _PART.fullmatch(name):
+        return METRICS["reward/part_<name>_mean"]
     return METRICS.get(name)
 
 

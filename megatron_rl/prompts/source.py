@@ -46,7 +46,7 @@ def _open(path: str, split: str) -> Iterator[tuple[str, str, Iterator[Record]]]:
             "Check the name; relative names start at the working directory"
         )
     for file in _files(location):
-        read = _read_jsonl if file.suffix == ".jsonl" else _read_parquet
+        read = read_json_lines if file.suffix == ".jsonl" else _read_parquet
         yield file.stem, str(file), read(file)
 
 
@@ -95,7 +95,8 @@ def _check_columns(first: object, columns: Columns, where: str) -> None:
         )
 
 
-def _read_jsonl(file: Path) -> Iterator[Record]:
+def read_json_lines(file: Path) -> Iterator[Record]:
+    """(line number, object or why there is none) of every line that is not blank."""
     try:
         with file.open("rb") as lines:
             for line, raw in enumerate(lines, start=1):

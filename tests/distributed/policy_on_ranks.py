@@ -71,7 +71,15 @@ class Measurement:
 @contextmanager
 def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
     """The configuration of a layout, and Megatron's groups for as long as they are used."""
-    parallel = ParallelConfig(
+    parallel = _parallel(layout)
+    try:
+        yield parallel, make_groups(detect(), parallel, 1)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def _parallel(layout: Layout) -> ParallelConfig:
+    return ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
@@ -79,10 +87,6 @@ def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
         expert_tensor_parallel_size=layout.expert_tp,
         sequence_parallel=layout.sequence_parallel,
     )
-    try:
-        yield parallel, make_groups(detect(), parallel, 1)
-    finally:
-        parallel_state.destroy_model_parallel()
 
 
 @contextmanager
@@ -105,6 +109,23 @@ def critic_at(
     """A critic with the weights of model_dir, likewise."""
     with _model_at(Critic, layout, problem, model_dir, optimizer, "float64") as critic:
         yield critic
+
+
+def critic_beside(
+    policy: Policy, layout: Layout, problem: Problem, optimizer: OptimizerConfig
+) -> Critic:
+    """A critic from the problem's weights, in the groups of the policy."""
+    critic = Critic(
+        policy.arch,
+        ModelConfig(path=str(problem.model_dir), dtype="float64"),
+        _parallel(layout),
+        optimizer,
+        policy.groups,
+        run_updates=10,
+    )
+    critic.load_hf(problem.model_dir)
+    critic.prepare_training()
+    return critic
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def shift_one_target(policy: Any) -> Any:
 
 @contextmanager
 def one_rank_doubled(policy: Any) -> Iterator[None]:
-    from megatron_rl.policy import policy as module
+    from megatron_rl.policy import trained_model as module
 
     stock = module.finalize_model_grads
 

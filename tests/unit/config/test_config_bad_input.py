@@ -282,7 +282,7 @@ def test_a_model_directory_that_lacks_a_file_is_named(case, model_copy, without,
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported: known are llama, qwen2"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported: known are "),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported for qwen2"),
         ({"logit_scale": 3.0}, "logit_scale=3.0 is not supported for qwen2: the field is not"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be a positive whole number"),
@@ -382,6 +382,64 @@ def test_prompts_that_are_too_long_are_counted_and_left_out_or_refused(case):
     assert "all 3 prompts are longer" in only(case.input_problems())
 
 
+def test_answers_that_no_response_could_meet_are_left_out_and_named(case):
+    rows = ({"prompt": "2+2?", "answer": "2 + 2 = 4 #### 4"}, {"prompt": "1?", "answer": "{1"})
+    case.change(prompts={"path": str(case.write_rows("odd.jsonl", *GOOD_ROWS, *rows))})
+    report = case.read().prompts.report
+    assert (report.num_read, report.num_used, report.num_hopeless) == (4, 2, 2)
+    assert report.hopeless_rows == (
+        "odd:3: '2 + 2 = 4 #### 4': it is a worked solution; use what stands after ####",
+        "odd:4: '{1': its braces are not balanced, so no box can hold it",
+    )
+    case.change(reward={"kind": "os.path:commonprefix"})  # a function may read anything
+    assert case.read().prompts.report.num_hopeless == 0
+    case.change(reward={"kind": "number"}, prompts={"answer_key": "prompt"})
+    problem = only(case.input_problems())
+    assert problem.startswith("prompts.answer_key: no response could be right by any of the 4")
+    assert "odd:1: '1+1?': the gold answer '1+1?' is not a number" in problem
+
+
+@pytest.mark.parametrize(
+    ("preset", "reward", "problem"),
+    [
+        (
+            "reinforce_rej",
+            {"wrong": 0.0, "parts": {"format": {"weight": 0.5}}},
+            "reward.parts='a correct response may earn 1, a wrong one 0.5': the selection "
+            "drop_uniform tells them apart by the sign",
+        ),
+        (
+            "raft",
+            {"parts": {"length_penalty": {"weight": 1.0, "free_tokens": 8, "max_tokens": 16}}},
+            "reward.parts='a correct response may earn 0, a wrong one -1': the selection positive",
+        ),
+        ("raft", {"correct": 2.0, "wrong": 1.0}, "reward.correct, wrong='a correct response may"),
+        (
+            "grpo",
+            {"parts": {"length_penalty": {"weight": 1.0, "free_tokens": 16, "max_tokens": 20}}},
+            "reward.parts.length_penalty.free_tokens=16: no response is longer than",
+        ),
+    ],
+)
+def test_a_sum_must_leave_right_and_wrong_apart(case, preset, reward, problem):
+    case.change(algorithm={"preset": preset}, reward=reward)
+    assert only(case.config_problems()).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("preset", "reward"),
+    [
+        ("grpo", {"wrong": 0.0, "parts": {"format": {"weight": 0.5}}}),
+        ("reinforce_rej", {"parts": {"format": {"weight": 0.5}}}),
+        ("reinforce_rej", {"wrong": 0.0}),
+        ("raft", {"kind": "os.path:commonprefix", "wrong": 0.5}),  # its floats are the rewards
+    ],
+)
+def test_a_sum_that_leaves_them_apart_is_fine(case, preset, reward):
+    case.change(algorithm={"preset": preset}, reward=reward)
+    case.read()
+
+
 # -- everything at once --------------------------------------------------------------------------
 
 
@@ -425,3 +483,66 @@ def test_the_command_prints_one_message_and_exits_with_two(case):
         "  - optimizer.lr=-1: Input should be greater than 0\n"
     )
     assert not (case.folder / "out").exists()
+
+
+# -- pairs and critics ---------------------------------------------------------------------------
+
+
+def test_a_row_must_hold_both_responses_of_a_pair(case):
+    case.change(algorithm={"preset": "iterative_dpo"}, batching={"max_tokens_per_microbatch": 63})
+    problem = only(case.config_problems())
+    assert problem.startswith("batching.max_tokens_per_microbatch=63: a row must hold the longest")
+    assert "both responses of a pair = 64" in problem
+
+
+def test_a_critic_without_an_algorithm_that_asks_for_one_is_refused(case):
+    case.change(critic={"lr": 1e-4})
+    problem = only(case.config_problems())
+    assert problem == (
+        "critic={'lr': 0.0001}: algorithm.preset=grpo has no critic. Set algorithm.preset=ppo or "
+        "leave the section out"
+    )
+
+
+def test_the_critics_learning_rate_may_not_end_above_where_it_starts(case):
+    case.change(
+        algorithm={"preset": "ppo"}, optimizer={"lr": 1e-3, "min_lr": 1e-4}, critic={"lr": 1e-5}
+    )
+    assert only(case.config_problems()).startswith(
+        "optimizer.min_lr=0.0001: must not exceed critic.lr=1e-05"
+    )
+
+
+def test_the_critic_starts_from_the_policys_model_or_from_another(case, model_dir):
+    case.change(algorithm={"preset": "ppo"})
+    inputs = case.read()
+    assert inputs.critic is inputs.model
+    assert inputs.model.config_dir == model_dir
+    case.change(algorithm={"preset": "grpo"})
+    assert case.read().critic is None
+
+
+def test_a_critic_of_another_shape_is_refused(case, model_copy):
+    own = case.settings["model"]["path"]
+    other = model_copy(num_attention_heads=1, head_dim=64, num_key_value_heads=1)
+    case.change(model={"path": own}, algorithm={"preset": "ppo"}, critic={"path": str(other)})
+    problem = only(case.input_problems())
+    assert problem.startswith(f"critic.path={str(other)!r}: its config.json describes another")
+
+
+def test_a_critic_with_another_value_head_is_refused(case, model_copy):
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_rl.errors import InputError
+    from megatron_rl.weights.critic_files import read_value_head
+
+    directory = model_copy()
+    case.change(algorithm={"preset": "ppo"}, critic={"path": str(directory)})
+    arch = case.read().arch
+    save_file({"value_head.weight": torch.zeros(1, 7)}, directory / "value_head.safetensors")
+    with pytest.raises(InputError, match=r"has shape \[1, 7\], the model needs \[1, 64\]"):
+        read_value_head(directory, arch)
+    save_file({"head": torch.zeros(1, 64)}, directory / "value_head.safetensors")
+    with pytest.raises(InputError, match=r"value_head\.weight is missing"):
+        read_value_head(directory, arch)

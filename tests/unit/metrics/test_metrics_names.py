@@ -25,6 +25,17 @@ def test_a_benchmark_has_the_meaning_of_its_kind(name):
     assert names.meaning(name) == names.METRICS["evaluation/<benchmark>/average_at_k"]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("reward/verdict_no_answer_frac", "reward/verdict_<verdict>_frac"),
+        ("reward/part_length_penalty_mean", "reward/part_<name>_mean"),
+    ],
+)
+def test_metrics_of_verdicts_and_parts_have_the_meaning_of_their_kind(name, kind):
+    assert names.meaning(name) == names.METRICS[kind]
+
+
 def test_an_unlisted_name_has_no_meaning():
     assert names.meaning("policy/vibes") is None
     assert names.meaning("evaluation/aime24/pass_at_8") is None
