@@ -37,7 +37,9 @@ def convert(options: argparse.Namespace) -> int:
     if source.megatron_dir is not None:
         raise InputError(f"--hf={options.hf!r}: it is a Megatron-Core checkpoint already")
     arch = read_model_config(source.config_dir)
-    parallel = ParallelConfig(**{name: getattr(options, name) for name in SIZES})
+    sizes = {name: getattr(options, name) for name in SIZES}
+    # As experts under tensor parallelism are trained; it is nothing to a checkpoint.
+    parallel = ParallelConfig(**sizes, sequence_parallel=options.tensor_model_parallel_size > 1)
     problems = [str(problem) for problem in model_problems(arch, parallel)]
     if problems:
         raise ConfigErrors(problems)

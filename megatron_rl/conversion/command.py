@@ -2,6 +2,7 @@
 
 import errno
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from rich.progress import (
 from megatron_rl.errors import ConfigErrors, InputError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 FAILED = 2
 STOPPED = 130  # as a shell says it
 
@@ -60,11 +62,11 @@ def run_command(work: Callable[[], int]) -> int:
     except (InputError, ConfigErrors) as error:
         sys.stderr.write(f"error: {error}\n")
         return FAILED
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        return FAILED
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on from here\n")
         return STOPPED
+    except Exception as error:
+        if not (isinstance(error, OSError) and error.errno in DENIED):
+            traceback.print_exc()  # a fault of ours, and no result either
+        sys.stderr.write(f"error: {error}\n")
+        return FAILED

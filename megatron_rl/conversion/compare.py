@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_rl.conversion.partial import Advance
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.checksum import INTEGER_OF
 from megatron_rl.weights.hf_files import WeightFiles
 from megatron_rl.weights.layouts import hf_shapes
 from megatron_rl.weights.pieces import Box, Piece, blocks, size
@@ -61,15 +62,13 @@ def compare_weights(
     shapes = hf_shapes(arch)
     begin(sum(_nbytes(box, one.dtypes[name]) for name, box in _boxes(shapes, one)))
     found = Comparison(num_tensors=len(shapes))
-    for name in shapes:
+    for name, box in _boxes(shapes, one):
         dtypes = one.dtypes[name], other.dtypes[name]
         if tolerance is None and dtypes[0] != dtypes[1]:
             _note(found, name, f"{name} is {dtypes[0]} and {dtypes[1]}")
-    for name, box in _boxes(shapes, one):
         values = [_read(files, name, box) for files in (one, other)]
         _compare(found, name, box, values, tolerance)
-        advance(_nbytes(box, one.dtypes[name]))
-    found.differing = [name for name in shapes if name in set(found.differing)]
+        advance(_nbytes(box, dtypes[0]))
     return found
 
 
@@ -93,19 +92,19 @@ def _compare(
     found: Comparison, name: str, box: Box, values: list[Tensor], tolerance: float | None
 ) -> None:
     one, other = values
-    if one.dtype == other.dtype and torch.equal(_bits(one), _bits(other)):
+    is_same_dtype = one.dtype == other.dtype
+    if is_same_dtype and torch.equal(_bits(one), _bits(other)):
         return
     gap = (one.double() - other.double()).abs()
-    limit = -1.0 if tolerance is None else tolerance
-    if tolerance is None and one.dtype == other.dtype:
+    if tolerance is None and is_same_dtype:
         differs = _bits(one) != _bits(other)
     else:
-        differs = ~(gap <= max(limit, 0.0))  # nan differs from everything
+        differs = ~(gap <= (tolerance or 0.0))  # nan differs from everything
     if not differs.any():
         return
-    place = tuple(int(at) for at in differs.nonzero()[0])
+    place = tuple(differs.nonzero()[0].tolist())
     where = [lo + at for (lo, _), at in zip(box, place, strict=True)]
-    _note(found, name, f"{name}{where} is {one[place].item()!r} and {other[place].item()!r}")
+    _note(found, name, f"{name}{where} is {one[place].item():.9g} and {other[place].item():.9g}")
     found.largest = float(torch.tensor([found.largest, gap[differs].max().item()]).max())
 
 
@@ -116,5 +115,5 @@ def _note(found: Comparison, name: str, what: str) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes: 0.0 is not -0.0, and a nan is itself."""
-    return tensor.contiguous().view(torch.uint8)
+    """As integers: 0.0 is not -0.0, and a nan is itself."""
+    return tensor.view(INTEGER_OF[tensor.element_size()])
