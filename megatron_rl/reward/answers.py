@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_rl.reward.approximate import surely_differ
 from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
 from megatron_rl.reward.normalize import compact, normalize
 from megatron_rl.reward.relations import Pair, strip_names
@@ -42,6 +43,7 @@ _REFUSED = tuple(
     for pattern in (
         r"[0-9]{41}",
         r"\^\s*[{(\s]*[+-]?[0-9]{5}",
+        r"\^\s*\{[^{}]*\^\s*\{[^{}]*\^",
         r"!.*!",
         r"\\sum",
         r"\\prod",
@@ -176,7 +178,8 @@ def _compare_values(pair: Pair) -> Outcome:
     verdict = _compare_shapes(gold, answer)
     if verdict is not None:
         return verdict
-    return _unless_refused(Pair(_both_signs(gold), _both_signs(answer)))
+    outcome = _unless_refused(Pair(_both_signs(gold), _both_signs(answer)))
+    return False if isinstance(outcome, Pair) and surely_differ(*outcome) else outcome
 
 
 def _is_list(text: str) -> bool:

@@ -35,8 +35,13 @@ _REWRITTEN = (
 _UNREADABLE = re.compile(r"\\(?:gcd|lcm|operatorname|bmod|pmod|mod)(?![a-zA-Z])|[0-9]\s*[_']")
 _NAME = re.compile(r"\\?[a-zA-Z]+")
 
+# What sympy raises for values it cannot have: roots of matrices that are not square, the order of
+# complex numbers, functions it does not know.
+_UNABLE = (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError)
+
 _DIGITS = 50
-_SAME = sympy.Float("1e-40")  # both sides are exact, so they agree in all digits or differ
+# Both sides are exact: they agree in all digits or differ, if late: (2^2005 + 1) / 2^2005 is not 1.
+_MANY_DIGITS = 1000
 _SAME_AT_POINT = sympy.Float("1e-25")  # evalf may lose digits to cancellation
 _TOO_SMALL = sympy.Float("1e-20")
 # Constant between jumps: equal at a few points says nothing about the jumps.
@@ -65,8 +70,11 @@ def verify_pair(gold: str, answer: str) -> bool:
     left, right = read_pair(gold, answer)
     if left is None or right is None:
         return False  # what cannot be read is compared as text, and that differed
-    verdict = _compare(left, right)
-    return _verify(left, right) if verdict is None else verdict
+    try:
+        verdict = _compare(left, right)
+        return _verify(left, right) if verdict is None else verdict
+    except _UNABLE:
+        return False  # the texts differed, and sympy can do nothing with what they say
 
 
 def _same(gold: str, answer: str) -> bool:
@@ -172,13 +180,15 @@ def _compare_expressions(gold: Any, answer: Any) -> bool | None:
 
 
 def _compare_numbers(gold: Any, answer: Any) -> bool | None:
-    left, right = _value(gold, {}), _value(answer, {})
-    if left is None or right is None:
-        return None
-    if abs(left - right) <= _SAME * max(abs(left), abs(right)):
-        return True
-    # Zero has no relative error.
-    return 0 in (left, right) and (gold - answer).equals(0) is True
+    for digits in (_DIGITS, _MANY_DIGITS):
+        left, right = _value(gold, {}, digits), _value(answer, {}, digits)
+        if left is None or right is None:
+            return None
+        tolerance = sympy.Float(10, digits) ** (-digits * 4 // 5)
+        if not abs(left - right) <= tolerance * max(abs(left), abs(right)):
+            # Zero has no relative error.
+            return 0 in (left, right) and (gold - answer).equals(0) is True
+    return True
 
 
 def _point(symbols: Sequence[Any], number: int, signs: tuple[int, ...]) -> dict[Any, Any]:
@@ -202,12 +212,12 @@ def _compare_at(gold: Any, answer: Any, point: dict[Any, Any], *, is_positive: b
     return None if size < _TOO_SMALL else False
 
 
-def _value(expression: Any, point: dict[Any, Any]) -> Any:
-    """The value to 50 digits, None where there is none or sympy cannot find it."""
+def _value(expression: Any, point: dict[Any, Any], digits: int = _DIGITS) -> Any:
+    """The value to so many digits, None where there is none or sympy cannot find it."""
     try:
-        value = expression.evalf(_DIGITS, subs=point)
+        value = expression.evalf(digits, subs=point, maxn=2 * digits)
         return value if value.is_number and value.is_finite else None
-    except (ArithmeticError, ValueError, TypeError, NotImplementedError):
+    except _UNABLE:
         return None
 
 

@@ -177,7 +177,7 @@ def test_a_run_that_breaks_leaves_the_old_output(run, tmp_path, monkeypatch):
 
 def test_failures_and_hopeless_answers_are_named(run):
     lines = [
-        {"response": "\\boxed{9^{9^{9^{9}}}}", "answer": "4"},
+        {"response": "\\boxed{\\sin(9^{9^{9}})}", "answer": "4"},
         {"response": "\\boxed{4}", "answer": "He has 2 + 2. #### 4"},
     ]
     code, graded, said = run(lines, "reward.deadline_s=0.2")
