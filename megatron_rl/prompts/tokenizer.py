@@ -71,6 +71,25 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     )
 
 
+def local_tokenizer_dir(path: str) -> Path:
+    """The directory itself, or the hub model's tokenizer files in the local cache, no weights."""
+    if Path(path).expanduser().is_dir() or path.count("/") != 1:
+        return Path(path)  # load_tokenizer says what is wrong with it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(path, allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{path!r}: neither a directory here nor a model the hub gave us "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Name a local directory with "
+            "the tokenizer"
+        ) from error
+
+
 class HuggingFaceTokenizer:
     """transformers' AutoTokenizer; Python code that comes with a model is never run."""
 

@@ -16,7 +16,7 @@ COMMANDS = sorted((ROOT / "tools").rglob("*.py"))
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
     "__main__", "session", "plan", "loop", "run", "preflight", "config", "evaluation",
-    "checkpoint", "rollout", "policy", "weights", "batching", "reward", "algorithms", "prompts",
+    "checkpoint", "rollout", "policy", "weights", "batching", "prompts", "reward", "algorithms",
     "metrics", "parallel", "ops", "platforms", "types", "settings", "errors",
 ]  # fmt: skip
 
