@@ -64,8 +64,9 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     def read_prompts() -> None:
         tokenizer = load_tokenizer(local_model_dir(config.model.path))
         found["tokenizer"] = tokenizer
+        _check_turns(config, tokenizer)
         found["prompts"] = PromptStream(
-            config.prompts, tokenizer, config.run.seed, with_gold=config.is_supervised
+            config.rendered_prompts, tokenizer, config.run.seed, with_gold=config.is_supervised
         )
 
     attempt(read_model)
@@ -88,10 +89,20 @@ def _read_benchmarks(
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
-            read[name] = load_problems(benchmark, config.prompts, tokenizer)
+            read[name] = load_problems(benchmark, config.rendered_prompts, tokenizer)
         except InputError as error:
             problems.append(f"evaluation.benchmarks.{name}: {error}")
     return read
+
+
+def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
+    for field in ("system", "instruction"):
+        text = getattr(config.prompts, field)
+        if text and not tokenizer.has_chat_template:
+            raise InputError(
+                f"prompts.{field}={text!r}: has no effect, the tokenizer has no chat template. "
+                "Write the text into prompts.template"
+            )
 
 
 def _critic_dir(config: RunConfig, arch: ModelArch, model_dir: Path) -> Path:

@@ -52,7 +52,7 @@ class PromptStream:
     ) -> None:
         rows = read_rows(config, with_gold)
         _refuse_control_tokens(rows, tokenizer)
-        render = choose_template(config.template, tokenizer)
+        render = choose_template(config, tokenizer)
         table = tokenize(tokenizer, (render(row.prompt) for row in rows))
         lengths = table.lengths()
         _refuse_empty(rows, lengths)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_rl.errors import InputError
-from megatron_rl.prompts.published import Published, choose_columns, find_published
+from megatron_rl.prompts.published import Chosen, Published, choose_columns, find_published
 from megatron_rl.prompts.rows import Columns, Row, RowError, to_row
 from megatron_rl.prompts.source import SUFFIXES, OpenedData, open_data
 from megatron_rl.prompts.token_table import ENCODE_CHUNK
@@ -132,24 +132,19 @@ class _Reader:
     ) -> None:
         self._settings, self._published, self._opened = settings, published, opened
         self._dropped = dropped
+        self._columns: Chosen | None = None  # known from the first row on
         self._num_read = 0
 
     def rows(self) -> Iterator[Row | None]:
         """A row, or None for one that is left out."""
-        columns = None
         for line, fields in self._opened.records:
             self._num_read += 1
-            if isinstance(fields, RowError) or not isinstance(fields, Mapping):
-                problem = fields if isinstance(fields, RowError) else "not a JSON object"
-                yield self._drop(UNREADABLE, line, str(problem))
-                continue
-            if columns is None:
-                columns = choose_columns(fields, self._published, self._opened.where)
-            answer = columns.answer_of(fields)
-            if answer is None:
-                yield self._drop(NO_ANSWER, line, "")
-                continue
-            yield self._row(fields.get(columns.prompt), answer, line)
+            try:
+                yield self._row(line, fields)
+            except _LeftOutError as left:
+                where = f"{self._opened.name}:{line}"
+                _count(self._dropped, left.reason, where, left.detail)
+                yield None
 
     def report(self, num_kept: int) -> SourceReport:
         file = Path(self._opened.where)
@@ -163,18 +158,33 @@ class _Reader:
             dropped=self._dropped,
         )
 
-    def _row(self, prompt: object, answer: str, line: int) -> Row | None:
+    def _row(self, line: int, fields: object) -> Row:
+        if isinstance(fields, RowError):
+            raise _LeftOutError(UNREADABLE, str(fields))
+        if not isinstance(fields, Mapping):
+            raise _LeftOutError(UNREADABLE, "not a JSON object")
+        if self._columns is None:
+            self._columns = choose_columns(fields, self._published, self._opened.where)
+        prompt, answer = fields.get(self._columns.prompt), self._columns.answer_of(fields)
+        if answer is None:
+            raise _LeftOutError(NO_ANSWER)
         if self._settings.is_math and isinstance(prompt, str):
             answer = with_percent_sign(prompt, answer)
         try:
             row = to_row({"prompt": prompt, "answer": answer}, _COLUMNS, self._opened.name, line)
         except RowError as error:
-            return self._drop(UNREADABLE, line, str(error))
-        problem = check_gold(answer) if self._settings.is_math else None
-        return row if problem is None else self._drop(BAD_ANSWER, line, problem)
+            raise _LeftOutError(UNREADABLE, str(error)) from error
+        if self._settings.is_math and (problem := check_gold(answer)):
+            raise _LeftOutError(BAD_ANSWER, problem)
+        return row
 
-    def _drop(self, reason: str, line: int, detail: str) -> None:
-        _count(self._dropped, reason, f"{self._opened.name}:{line}", detail)
+
+class _LeftOutError(ValueError):
+    """Why a row is left out."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 def _fitting(
