@@ -121,16 +121,12 @@ def _critic_dir(config: RunConfig, arch: ModelArch, model_dir: Path) -> Path:
 
 
 def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:
-    lengths = {"rollout": config.rollout.max_response_tokens}
-    if config.evaluation.benchmarks and config.evaluation.max_response_tokens:
-        lengths["evaluation"] = config.evaluation.max_response_tokens
-    for section, response in lengths.items():
-        longest = config.prompts.max_prompt_tokens + response
-        if longest > arch.max_position_embeddings:
-            yield (
-                f"prompts.max_prompt_tokens + {section}.max_response_tokens = {longest}: the model "
-                f"has {arch.max_position_embeddings} positions. Lower one of them"
-            )
+    longest = config.longest_sequence
+    if longest > arch.max_position_embeddings:
+        yield (
+            f"prompts.max_prompt_tokens + rollout.max_response_tokens = {longest}: the model "
+            f"has {arch.max_position_embeddings} positions. Lower one of them"
+        )
 
 
 def _fit_problems(

@@ -115,6 +115,7 @@ class PromptStream:
             tokens=self._prompts.tokens(draw.row),
             answer=row.answer,
             source=row.source,
+            text=row.prompt,
             gold_tokens=None if self._gold is None else self._gold.tokens(draw.row),
         )
 

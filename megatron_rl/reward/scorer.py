@@ -156,7 +156,9 @@ def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[
             score = scores[group.prompt.group_id, index]
             failed = score.verdict in (Verdict.TIMEOUT, Verdict.ERROR)
             reward = None if failed else score.reward
-            rollouts.append(replace(rollout, reward=reward, verdict=score.verdict))
+            rollouts.append(
+                replace(rollout, reward=reward, verdict=score.verdict, extracted=score.extracted)
+            )
         attached.append(replace(group, rollouts=tuple(rollouts)))
     return attached
 
