@@ -24,6 +24,7 @@ from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.policy.config import CriticConfig, ModelConfig, OptimizerConfig
 from megatron_rl.policy.refusals import config_problems
 from megatron_rl.prompts.config import PromptsConfig
+from megatron_rl.prompts.template import for_mathematics
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.settings import Settings
@@ -66,6 +67,11 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
     ops: OpsConfig = OpsConfig()
+
+    @property
+    def rendered_prompts(self) -> PromptsConfig:
+        """The section prompts with the texts that the reward implies."""
+        return for_mathematics(self.prompts) if self.reward.kind == "math" else self.prompts
 
     @property
     def is_supervised(self) -> bool:

@@ -72,8 +72,9 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     def read_prompts() -> None:
         tokenizer = load_tokenizer(found["model"].config_dir)  # type: ignore[attr-defined]
         found["tokenizer"] = tokenizer
+        _check_turns(config, tokenizer)
         found["prompts"] = PromptStream(
-            config.prompts,
+            config.rendered_prompts,
             tokenizer,
             config.run.seed,
             with_gold=config.is_supervised,
@@ -101,10 +102,20 @@ def _read_benchmarks(
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
-            read[name] = load_problems(benchmark, config.prompts, tokenizer)
+            read[name] = load_problems(benchmark, config.rendered_prompts, tokenizer)
         except InputError as error:
             problems.append(f"evaluation.benchmarks.{name}: {error}")
     return read
+
+
+def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
+    for field in ("system", "instruction"):
+        text = getattr(config.prompts, field)
+        if text and not tokenizer.has_chat_template:
+            raise InputError(
+                f"prompts.{field}={text!r}: has no effect, the tokenizer has no chat template. "
+                "Write the text into prompts.template"
+            )
 
 
 def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSource | None:
@@ -125,16 +136,12 @@ def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSour
 
 
 def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:
-    lengths = {"rollout": config.rollout.max_response_tokens}
-    if config.evaluation.benchmarks and config.evaluation.max_response_tokens:
-        lengths["evaluation"] = config.evaluation.max_response_tokens
-    for section, response in lengths.items():
-        longest = config.prompts.max_prompt_tokens + response
-        if longest > arch.max_position_embeddings:
-            yield (
-                f"prompts.max_prompt_tokens + {section}.max_response_tokens = {longest}: the model "
-                f"has {arch.max_position_embeddings} positions. Lower one of them"
-            )
+    longest = config.longest_sequence
+    if longest > arch.max_position_embeddings:
+        yield (
+            f"prompts.max_prompt_tokens + rollout.max_response_tokens = {longest}: the model "
+            f"has {arch.max_position_embeddings} positions. Lower one of them"
+        )
 
 
 def _fit_problems(

@@ -17,6 +17,7 @@ from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors, InputError, RunError
 from megatron_rl.evaluation.evaluator import Evaluator
+from megatron_rl.evaluation.votes import MathEquality
 from megatron_rl.metrics import tally
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.ops import backend
@@ -257,7 +258,7 @@ class Run:
                 self.sampling.scorer,
                 iteration=iteration,
                 policy_version=self.policy.version,
-            )
+            ).metrics()
 
     def save(self, iteration: int) -> None:
         """A checkpoint after this iteration."""
@@ -411,14 +412,14 @@ def build_engine(
 ) -> VllmEngine:
     """This rank's part of the rollout engine."""
     evaluation = config.evaluation.max_response_tokens or 0
+    longest = config.prompts.max_prompt_tokens + max(config.rollout.max_response_tokens, evaluation)
     return VllmEngine(
         inputs.model_dir,
         inputs.arch,
         config.rollout,
         groups,
         dtype=DTYPES[config.engine_dtype],
-        max_model_len=config.prompts.max_prompt_tokens
-        + max(config.rollout.max_response_tokens, evaluation),
+        max_model_len=min(longest, inputs.arch.max_position_embeddings),
         eos_ids=inputs.tokenizer.eos_ids,
         load_weights=load_weights,
     )
@@ -432,6 +433,9 @@ def build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evalua
         config.evaluation,
         inputs.benchmarks,
         max_response_tokens=config.rollout.max_response_tokens,
+        model=config.model.path,
+        seed=config.run.seed,
+        equality=MathEquality(config.reward.num_workers),
         output_dir=Path(config.run.output_dir),
         groups=groups,
     )

@@ -91,18 +91,17 @@ def evaluate_session(config: RunConfig) -> None:
     from megatron_rl.run import build_engine, build_evaluator
 
     groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
+    # The one place that decides where the weights come from: the files of model.path.
     engine = build_engine(config, inputs, groups, load_weights=True)
     evaluator = build_evaluator(config, inputs, groups)
     assert evaluator is not None
     scorer = RewardScorer(config.reward)
     sampler = Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed)
-    values = evaluator.run(sampler, scorer, iteration=0, policy_version=0)
+    evaluation = evaluator.run(sampler, scorer, iteration=None, policy_version=0)
     if groups.is_main:
-        for name, value in sorted(values.items()):
-            print(f"{name:56s} {value:.4f}")
-        output = Path(config.run.output_dir) / "evaluation" / "summary.json"
-        output.write_text(json.dumps({"model": config.model.path, **values}, indent=2) + "\n")
-        print(f"written to {output.parent}")
+        print(f"{config.model.path}, temperature {config.evaluation.temperature:g}")
+        print(*evaluation.table(), sep="\n")
+        print(f"written to {Path(config.run.output_dir) / 'evaluation'}")
 
     def close() -> None:
         scorer.close()

@@ -36,6 +36,7 @@ class Prompt:
     tokens: Tensor  # [P] int64
     answer: str  # what the verifier compares with
     source: str = ""  # name of the data set it came from
+    text: str = ""  # the question, without template
     gold_tokens: Tensor | None = None  # [R] int64, ends with the end-of-sequence token (sft only)
 
 
@@ -55,6 +56,7 @@ class Rollout:
     reward: float | None = None  # added by reward/
     verdict: Verdict | None = None  # added by reward/
     reward_parts: Mapping[str, float] = field(default_factory=dict)  # values before their weights
+    extracted: str | None = None  # the answer found in the text, added by reward/
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None and len(self.rollout_logprobs) != len(

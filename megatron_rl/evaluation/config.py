@@ -1,8 +1,14 @@
 """What is measured on held-out problems."""
 
-from pydantic import Field
+import re
+from typing import Self
 
+from pydantic import Field, model_validator
+
+from megatron_rl.errors import ConfigError
 from megatron_rl.settings import Settings
+
+_NAME = re.compile(r"(?!overall$)\w[\w.-]*")
 
 
 class BenchmarkConfig(Settings):
@@ -28,7 +34,7 @@ class EvaluationConfig(Settings):
     """Average@k over benchmarks, by the rollout engine and the run's own reward."""
 
     benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict)
-    """Name -> problems."""
+    """Name -> problems. A name is part of file names; "overall" is the average's."""
 
     samples: int = Field(default=16, ge=1)
     """k: responses per problem."""
@@ -37,7 +43,14 @@ class EvaluationConfig(Settings):
     """0 is greedy, and then one response per problem says it all."""
 
     max_response_tokens: int | None = Field(default=None, gt=0)
-    """None: as rollout.max_response_tokens."""
+    """None: as rollout.max_response_tokens. A response also ends where the model's positions end,
+    and counts as truncated."""
+
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """Of the intervals around every result."""
+
+    resamples: int = Field(default=2000, ge=1)
+    """Sets of problems drawn for the intervals."""
 
     every: int = Field(default=0, ge=0)
     """Iterations between evaluations during training; 0: none."""
@@ -47,3 +60,15 @@ class EvaluationConfig(Settings):
 
     at_end: bool = False
     """Evaluate after the last update."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name in self.benchmarks:
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    "evaluation.benchmarks",
+                    name,
+                    rule="must be made of letters, digits, _ . - and must not be overall",
+                    way_out="Give the benchmark another name",
+                )
+        return self

@@ -1,50 +1,22 @@
-"""Average@k on held-out problems, through the same engine and verifier as training."""
+"""Held-out problems through the same engine and verifier as training."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import comb
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
+from megatron_rl.evaluation.measures import Bootstrap, measure, overall
+from megatron_rl.evaluation.problem import Problem, to_problem
+from megatron_rl.evaluation.report import Evaluation, write_problems, write_summary
+from megatron_rl.evaluation.votes import Equality, majority
 from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer
-from megatron_rl.reward.scorer import RewardScorer, attach
+from megatron_rl.reward.scorer import RewardScorer
 from megatron_rl.rollout.sampler import Sampler, SamplingPlan
-from megatron_rl.types import Prompt, RolloutGroup, Verdict
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What became of one problem; plain values, so that ranks can gather and files hold it."""
-
-    number: int  # row of the benchmark's file
-    answer: str
-    responses: tuple[str, ...]
-    verdicts: tuple[str, ...]
-    tokens: tuple[int, ...]
-    truncated: int
-
-    @property
-    def num_correct(self) -> int:
-        return self.verdicts.count(Verdict.CORRECT)
-
-
-def average_at_k(problems: Sequence[Problem]) -> float:
-    """Mean over problems of the share of right responses."""
-    return sum(p.num_correct / len(p.verdicts) for p in problems) / len(problems)
-
-
-def pass_at_k(problems: Sequence[Problem], k: int) -> float:
-    """Mean chance that one of k responses is right, unbiased from n >= k (Chen et al. 2021,
-    arXiv:2107.03374, eq. 1).
-    """
-    return sum(
-        1 - comb(len(p.verdicts) - p.num_correct, k) / comb(len(p.verdicts), k) for p in problems
-    ) / len(problems)
+from megatron_rl.types import Prompt
 
 
 class Evaluator:
@@ -56,66 +28,83 @@ class Evaluator:
         problems: Mapping[str, Sequence[Prompt]],
         *,
         max_response_tokens: int,
+        model: str,
+        seed: int,
+        equality: Equality,
         output_dir: Path,
         groups: Groups,
     ) -> None:
-        self._config, self._output_dir, self._groups = config, output_dir, groups
+        """model: its name, for the record. equality: of answers that vote."""
+        self._config, self._groups, self._equality = config, groups, equality
+        self._directory = output_dir / "evaluation"
         self._max_response_tokens = config.max_response_tokens or max_response_tokens
+        self._model, self._seed = model, seed
         self._problems = problems
 
     def run(
-        self, sampler: Sampler, scorer: RewardScorer, *, iteration: int, policy_version: int
-    ) -> dict[str, float]:
-        """Metrics of every benchmark, equal on all ranks; every rank calls it.
+        self, sampler: Sampler, scorer: RewardScorer, *, iteration: int | None, policy_version: int
+    ) -> Evaluation:
+        """The result on every benchmark, equal on all ranks; every rank calls it.
 
-        Seeds do not depend on the iteration, so two evaluations differ by the policy alone. The
-        responses of each problem are written to evaluation/<benchmark>_<iteration>.jsonl.
+        Seeds do not depend on the iteration, so two evaluations differ by the policy alone. In
+        evaluation/, <benchmark>_<iteration>.jsonl gets the responses to each problem, and
+        summary_<iteration>.json the result; without an iteration the names have none.
         """
-        values: dict[str, float] = {}
+        suffix = "" if iteration is None else f"_{iteration:06d}"
+        bootstrap = Bootstrap(
+            resamples=self._config.resamples, confidence=self._config.confidence, seed=self._seed
+        )
+        results = {}
         for name, prompts in self._problems.items():
-            plan = SamplingPlan(
-                purpose=f"evaluation/{name}",
-                group_size=self._config.samples,
-                temperature=self._config.temperature,
-                max_response_tokens=self._max_response_tokens,
-            )
-            groups = sampler.generate(
-                prompts, plan, iteration=0, policy_version=policy_version, grader=scorer
-            )
-            own = [_problem(group) for group in attach(groups, scorer.collect())]
-            everywhere = all_gather_objects(own, self._groups.host)
-            problems = sorted(
-                (problem for part in everywhere for problem in part), key=lambda p: p.number
-            )
-            values |= self._metrics(name, problems)
+            problems = self._sample(name, prompts, sampler, scorer, policy_version)
+            results[name] = measure(name, problems, bootstrap)
             if self._groups.is_main:
-                self._write(name, iteration, problems)
-        return values
+                write_problems(problems, self._directory / f"{name}{suffix}.jsonl")
+        evaluation = Evaluation(
+            samples=self._config.samples,
+            confidence=self._config.confidence,
+            benchmarks=results,
+            overall=overall(list(results.values()), bootstrap) if len(results) > 1 else {},
+        )
+        if self._groups.is_main:
+            setting = {
+                "model": self._model,
+                "iteration": iteration,
+                "policy_version": policy_version,
+                "seed": self._seed,
+                "temperature": self._config.temperature,
+                "max_response_tokens": self._max_response_tokens,
+            }
+            summary = setting | evaluation.to_json()
+            write_summary(summary, self._directory / f"summary{suffix}.json")
+        return evaluation
 
-    def _metrics(self, name: str, problems: Sequence[Problem]) -> dict[str, float]:
-        k, prefix = self._config.samples, f"evaluation/{name}"
-        responses = k * len(problems)
-        return {
-            f"{prefix}/average_at_{k}": average_at_k(problems),
-            f"{prefix}/pass_at_{k}": pass_at_k(problems, k),
-            f"{prefix}/truncated_frac": sum(p.truncated for p in problems) / responses,
-            f"{prefix}/response_tokens_mean": sum(sum(p.tokens) for p in problems) / responses,
-        }
-
-    def _write(self, name: str, iteration: int, problems: Sequence[Problem]) -> None:
-        directory = self._output_dir / "evaluation"
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / f"{name}_{iteration:06d}.jsonl").open("w", encoding="utf-8") as file:
-            for problem in problems:
-                row = {
-                    "number": problem.number,
-                    "answer": problem.answer,
-                    "num_correct": problem.num_correct,
-                    "verdicts": problem.verdicts,
-                    "tokens": problem.tokens,
-                    "responses": problem.responses,
-                }
-                file.write(json.dumps(row) + "\n")
+    def _sample(
+        self,
+        name: str,
+        prompts: Sequence[Prompt],
+        sampler: Sampler,
+        scorer: RewardScorer,
+        policy_version: int,
+    ) -> list[Problem]:
+        """The problems of a benchmark in its order, on all ranks."""
+        plan = SamplingPlan(
+            purpose=f"evaluation/{name}",
+            group_size=self._config.samples,
+            temperature=self._config.temperature,
+            max_response_tokens=self._max_response_tokens,
+        )
+        groups = sampler.generate(
+            prompts, plan, iteration=0, policy_version=policy_version, grader=scorer
+        )
+        scores = scorer.collect()
+        own = [to_problem(group, scores) for group in groups]
+        voted = [
+            replace(problem, majority=chance)
+            for problem, chance in zip(own, majority(own, self._equality), strict=True)
+        ]
+        everywhere = all_gather_objects(voted, self._groups.host)
+        return sorted((p for part in everywhere for p in part), key=lambda p: p.number)
 
 
 def load_problems(
@@ -134,14 +123,3 @@ def load_problems(
     )
     loaded = PromptStream(config, tokenizer, seed=0).all_prompts()
     return loaded[: benchmark.max_problems]
-
-
-def _problem(group: RolloutGroup) -> Problem:
-    return Problem(
-        number=group.prompt.group_id,
-        answer=group.prompt.answer,
-        responses=tuple(rollout.text for rollout in group.rollouts),
-        verdicts=tuple(str(rollout.verdict) for rollout in group.rollouts),
-        tokens=tuple(len(rollout.response_tokens) for rollout in group.rollouts),
-        truncated=sum(rollout.finish_reason == "length" for rollout in group.rollouts),
-    )

@@ -54,17 +54,24 @@ METRICS: dict[str, str] = {
     "time/iteration_s": "seconds of the whole iteration",
     "memory/peak_gib": "highest accelerator memory in use on any rank, GiB",
     "evaluation/<benchmark>/average_at_k": "held-out accuracy, mean over k responses per question",
+    "evaluation/<benchmark>/pass_at_k": "share of held-out questions with a right response among k",
+    "evaluation/<benchmark>/majority_at_k": "share of held-out questions that k responses solve by "
+    "majority, ties as expected value",
+    "evaluation/<benchmark>/truncated_frac": "share of held-out responses cut at the token limit",
+    "evaluation/<benchmark>/response_tokens_mean": "mean held-out response length in tokens",
 }
 
 _VERDICT = re.compile(r"reward/verdict_[a-z_]+_frac")
 _PART = re.compile(r"reward/part_[a-z0-9_]+_mean")
 _EVALUATION = re.compile(r"evaluation/(?P<benchmark>.+)/average_at_(?P<k>k|\d+)")
+_OF_BENCHMARK = re.compile(r"evaluation/.+/(?P<measure>[a-z_]+?)(?P<k>(?<=_at_)\d+)?")
 
 
 def meaning(name: str) -> str | None:
     """What the metric of this name means; None for a name that no room reports."""
-    if is_evaluation(name):
-        return METRICS["evaluation/<benchmark>/average_at_k"]
+    if match := _OF_BENCHMARK.fullmatch(name):
+        k = "k" if match["k"] else ""
+        return METRICS.get(f"evaluation/<benchmark>/{match['measure']}{k}")
     if _VERDICT.fullmatch(name):
         return METRICS["reward/verdict_<verdict>_frac"]
     if _PART.fullmatch(name):

@@ -31,7 +31,15 @@ class PromptsConfig(Settings):
     template: str | None = None
     """A format string with {prompt}, other braces doubled: "Q: {prompt} Answer in \\boxed{{}}.".
     It is the only thing that adds special tokens. None: the tokenizer's chat template where it has
-    one, else the prompt as it is."""
+    one, with system and instruction; else the prompt as it is."""
+
+    system: str | None = None
+    """What the system turn of the chat template says; "": there is none. None: where reward.kind is
+    math, the text of the paper's code (prompts/template.py); else none."""
+
+    instruction: str | None = None
+    """What the user's turn of the chat template says after the prompt and a space; "": nothing.
+    None: where reward.kind is math, the text of the paper's code; else nothing."""
 
     prompts_per_iteration: int = Field(default=1024, ge=1)
     """Prompts of one iteration, over all ranks."""
@@ -58,6 +66,18 @@ class PromptsConfig(Settings):
                 rule="holds an empty name",
                 way_out="Name a .jsonl or .parquet file, a directory, or a hub data set",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_turns(self) -> Self:
+        for field in ("system", "instruction"):
+            if self.template is not None and getattr(self, field):
+                raise ConfigError(
+                    f"prompts.{field}",
+                    getattr(self, field),
+                    rule="has no effect beside prompts.template, which is used as it is",
+                    way_out="Write the text into the template, or leave one of them out",
+                )
         return self
 
     @model_validator(mode="after")

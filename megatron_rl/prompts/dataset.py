@@ -61,7 +61,7 @@ class PromptStream:
         all_rows = read_rows(config, with_gold)
         rows, hopeless = _gradable(all_rows, check_answer)
         _refuse_control_tokens(rows, tokenizer)
-        render = choose_template(config.template, tokenizer)
+        render = choose_template(config, tokenizer)
         table = tokenize(tokenizer, (render(row.prompt) for row in rows))
         lengths = table.lengths()
         _refuse_empty(rows, lengths)
@@ -126,6 +126,7 @@ class PromptStream:
             tokens=self._prompts.tokens(draw.row),
             answer=row.answer,
             source=row.source,
+            text=row.prompt,
             gold_tokens=None if self._gold is None else self._gold.tokens(draw.row),
         )
 

@@ -6,7 +6,9 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.config import PromptsConfig
@@ -15,6 +17,7 @@ from megatron_rl.prompts.rows import Columns, Problems, Row, RowError, column_li
 SUFFIXES = (".jsonl", ".parquet")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 HUB_TIMEOUT_S = 10.0
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 def read_rows(config: PromptsConfig, with_gold: bool) -> list[Row]:
@@ -26,28 +29,39 @@ def read_rows(config: PromptsConfig, with_gold: bool) -> list[Row]:
     )
     rows: list[Row] = []
     for path in config.paths:
-        for name, where, records in _open(path, config.split):
-            rows.extend(_checked(records, columns, name, where))
+        for opened in open_data(path, config.split):
+            rows.extend(_checked(opened.records, columns, opened.name, opened.where))
     return rows
 
 
 Record = tuple[int, object]  # line, from 1; its columns, or the RowError that stands for them
 
 
-def _open(path: str, split: str) -> Iterator[tuple[str, str, Iterator[Record]]]:
-    """(name of the data set, where it is, its records) of each file behind one entry of path."""
+@dataclass(frozen=True, slots=True)
+class OpenedData:
+    """A file or a hub data set, and what is in it."""
+
+    name: str
+    where: str
+    records: Iterator[Record]
+    num_records: int | None = None  # None: known when it has been read
+    revision: str | None = None  # commit of a hub data set, where the hub told it
+
+
+def open_data(path: str, split: str, setting: str = "prompts.path") -> Iterator[OpenedData]:
+    """Each file behind a path, or the hub data set; setting is what messages say named it."""
     location = Path(path).expanduser()
     if not location.exists():
         if HUB_NAME.fullmatch(path) and location.suffix not in SUFFIXES:
-            yield path, f"{path} (hub)", _numbered(_read_hub(path, split))
+            yield _open_hub(path, split, setting)
             return
         raise InputError(
-            f"prompts.path={path!r}: there is no such file or directory. "
+            f"{setting}={path!r}: there is no such file or directory. "
             "Check the name; relative names start at the working directory"
         )
     for file in _files(location):
         read = read_json_lines if file.suffix == ".jsonl" else _read_parquet
-        yield file.stem, str(file), read(file)
+        yield OpenedData(file.stem, str(file), read(file))
 
 
 def _files(location: Path) -> list[Path]:
@@ -133,7 +147,7 @@ def _numbered(rows: Iterable[object]) -> Iterator[Record]:
     return enumerate(rows, start=1)
 
 
-def _read_hub(path: str, split: str) -> Iterator[object]:
+def _open_hub(path: str, split: str, setting: str) -> OpenedData:
     import datasets
 
     name, _, subset = path.partition(":")
@@ -141,12 +155,20 @@ def _read_hub(path: str, split: str) -> Iterator[object]:
         _check_hub(name)
         rows = datasets.load_dataset(name, subset or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:
+        split_setting = setting.rpartition(".")[0] + ".split" if "." in setting else "--split"
         raise InputError(
-            f"prompts.path={path!r}: no such file here, and the hub gives no data set of that name "
-            f"with prompts.split={split!r} ({type(error).__name__}: {error}). Check the name, or "
+            f"{setting}={path!r}: no such file here, and the hub gives no data set of that name "
+            f"with {split_setting}={split!r} ({type(error).__name__}: {error}). Check the name, or "
             "download the data and name the file; cached data are read with HF_HUB_OFFLINE=1"
         ) from error
-    yield from rows
+    return OpenedData(path, f"{path} (hub)", _numbered(rows), len(rows), _revision(rows))
+
+
+def _revision(rows: Any) -> str | None:
+    """The commit in the addresses of the files that a hub data set was made of."""
+    files = rows.info.download_checksums or {}
+    found = (_COMMIT.search(str(address)) for address in files)
+    return next((match[1] for match in found if match), None)
 
 
 def _check_hub(name: str) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
 SENTENCEPIECE_FILE = "tokenizer.model"
+_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 class Tokenizer(Protocol):
@@ -45,8 +46,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
-    def render_chat(self, prompt: str) -> str:
-        """The chat with this user turn, up to where the response starts."""
+    def render_chat(self, prompt: str, system: str = "") -> str:
+        """The chat with these turns (no system turn if ""), up to where the response starts."""
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -69,6 +70,23 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
         f"{directory}: holds no tokenizer: none of {', '.join(HUGGING_FACE_FILES)}, "
         f"{SENTENCEPIECE_FILE}. Copy the files from where the weights come from"
     )
+
+
+def local_tokenizer_dir(path: str) -> Path:
+    """The directory itself, or the hub model's tokenizer files in the local cache, no weights."""
+    if Path(path).expanduser().is_dir() or path.count("/") != 1:
+        return Path(path)  # load_tokenizer says what is wrong with it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=_TOKENIZER_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{path!r}: neither a directory here nor a model the hub gave us "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Name a local directory with "
+            "the tokenizer"
+        ) from error
 
 
 class HuggingFaceTokenizer:
@@ -113,17 +131,20 @@ class HuggingFaceTokenizer:
         )
         return str(text)
 
-    def render_chat(self, prompt: str) -> str:
+    def render_chat(self, prompt: str, system: str = "") -> str:
         from jinja2 import TemplateError
 
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": prompt})
         try:
             text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                turns, tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise InputError(
                 f"{self._tokenizer.name_or_path}: the chat template fails on a user turn "
-                f"({type(error).__name__}: {error}). Mend it, or set prompts.template"
+                f"({type(error).__name__}: {error}). Mend it, set prompts.system='' if it takes no "
+                "system turn, or set prompts.template"
             ) from error
         return str(text)
 
@@ -184,7 +205,7 @@ class SentencePieceTokenizer:
                 plain.append(token)
         return text + str(self._pieces.decode(plain))
 
-    def render_chat(self, prompt: str) -> str:
+    def render_chat(self, prompt: str, system: str = "") -> str:
         raise InputError(
             "a SentencePiece tokenizer.model has no chat template. Set prompts.template, or leave "
             "it unset to use the prompt as it is"

@@ -162,7 +162,13 @@ def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[
             score = scores[group.prompt.group_id, index]
             reward = None if score.has_failed else score.reward
             rollouts.append(
-                replace(rollout, reward=reward, verdict=score.verdict, reward_parts=score.parts)
+                replace(
+                    rollout,
+                    reward=reward,
+                    verdict=score.verdict,
+                    reward_parts=score.parts,
+                    extracted=score.extracted,
+                )
             )
         attached.append(replace(group, rollouts=tuple(rollouts)))
     return attached

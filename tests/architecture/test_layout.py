@@ -16,8 +16,8 @@ COMMANDS = sorted((ROOT / "tools").rglob("*.py"))
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
     "__main__", "session", "plan", "grade", "loop", "run", "preflight", "config", "evaluation",
-    "checkpoint", "conversion", "rollout", "policy", "weights", "batching", "reward", "algorithms",
-    "prompts", "metrics", "parallel", "ops", "platforms", "types", "settings", "errors",
+    "checkpoint", "conversion", "rollout", "policy", "weights", "batching", "prompts", "reward",
+    "algorithms", "metrics", "parallel", "ops", "platforms", "types", "settings", "errors",
 ]  # fmt: skip
 
 MAX_FILE_LINES = 500

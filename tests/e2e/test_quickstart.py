@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shutil
+import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,91 @@ def test_curves_and_records_are_there(quickstart):
         assert sum(name in record for record in records) >= 70, name
     assert (output / "rl/plot.png").stat().st_size > 20_000
     assert (output / "rl/config.yaml").is_file()
+
+
+@pytest.fixture(scope="module")
+def evaluations(quickstart, tmp_path_factory):
+    """The exported model evaluated twice, the second time with its SentencePiece files alone."""
+    output, _, _ = quickstart
+    folder = tmp_path_factory.mktemp("evaluations")
+    pieces = folder / "pieces"
+    shutil.copytree(output / "rl/hf", pieces)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (pieces / name).unlink()
+    return [
+        evaluate(model, folder / name)
+        for name, model in (("first", output / "rl/hf"), ("second", pieces))
+    ]
+
+
+def evaluate(model, output):
+    overrides = {
+        "model.path": model,
+        "run.output_dir": output,
+        "parallel.tensor_model_parallel_size": 1,
+        "prompts.path": "examples/quickstart/data/heldout.jsonl",
+        "evaluation.max_response_tokens": 4096,  # more than the model has positions
+    }
+    recipe = "examples/quickstart/reinforce_rej.yaml"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "megatron_rl"]
+    finished = subprocess.run(
+        [*command, "evaluate", recipe, *(f"{key}={value}" for key, value in overrides.items())],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
+    return output / "evaluation", finished.stdout
+
+
+def test_an_evaluation_is_reproducible_and_needs_one_kind_of_tokenizer(evaluations):
+    (first, _), (second, _) = evaluations
+    for name in ("arithmetic.jsonl", "summary.json"):
+        ours, theirs = ((folder / name).read_text() for folder in (first, second))
+        assert ours.replace("first", "") == re.sub('"model": ".*"', model_line(first), theirs)
+
+
+def model_line(folder):
+    return f'"model": "{json.loads((folder / "summary.json").read_text())["model"]}"'
+
+
+def test_the_measures_follow_from_the_written_responses(evaluations):
+    """Graded and counted again here, with nothing of the package."""
+    (folder, printed), _ = evaluations
+    rows = [json.loads(line) for line in (folder / "arithmetic.jsonl").read_text().splitlines()]
+    average, passed, majority = [], [], []
+    for row in rows:
+        answer = eval(row["prompt"].rstrip("?"), {"__builtins__": {}})
+        assert row["answer"] == str(answer)
+        found = [re.findall(r"\\boxed\{(-?\d+)\}$", text) for text in row["responses"]]
+        votes = Counter(int(numbers[0]) for numbers in found if numbers)
+        average.append(votes[answer] / 4)
+        passed.append(votes[answer] > 0)
+        winners = [number for number, count in votes.items() if count == max(votes.values())]
+        majority.append((answer in winners) / max(len(winners), 1))
+    summary = json.loads((folder / "summary.json").read_text())
+    measured = summary["benchmarks"]["arithmetic"]
+    for key, values in (
+        ("average_at_4", average),
+        ("pass_at_4", passed),
+        ("majority_at_4", majority),
+        ("truncated_frac", [sum(row["truncated"]) / 4 for row in rows]),
+    ):
+        mean = sum(values) / 200
+        assert measured[key]["value"] == pytest.approx(mean, abs=1e-12), key
+        spread = 1.96 * (statistics.pvariance(values) / 200) ** 0.5  # of a normal mean
+        assert measured[key]["high"] - mean == pytest.approx(spread, abs=0.2 * spread + 0.006)
+        assert mean - measured[key]["low"] == pytest.approx(spread, abs=0.2 * spread + 0.006)
+    assert 0.3 < sum(average) / 200 < sum(passed) / 200
+    assert f"{100 * sum(average) / 200:.1f} [" in printed
+    assert all(
+        (tokens >= 48) == cut
+        for row in rows
+        for tokens, cut in zip(row["tokens"], row["truncated"], strict=True)
+        if cut
+    )
 
 
 def test_export_generates_in_transformers(quickstart):

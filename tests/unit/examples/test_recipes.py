@@ -48,10 +48,23 @@ def test_the_papers_recipes_change_only_what_the_method_changes(recipe):
         allowed |= {"rollout"}  # one response a prompt
     if recipe.stem in ("llama_3b", "minimal_rl_1_5b"):
         allowed |= {"model", "parallel", "rollout", "reward"}
+    if recipe.stem == "evaluate":
+        allowed |= {"prompts", "parallel", "evaluation"}
     assert changed <= allowed
     run = {key for key in base["run"] if base["run"][key] != own["run"][key]}
     assert run <= {"output_dir"}
     assert recipe.stem in ("base", "reinforce") or own["run"]["output_dir"].endswith(recipe.stem)
+
+
+def test_the_papers_evaluation():
+    config = load_config(EXAMPLES / "paper" / "evaluate.yaml", [])
+    evaluation = config.evaluation
+    assert list(evaluation.benchmarks) == ["math500", "minerva_math", "olympiadbench"]
+    assert (evaluation.samples, evaluation.temperature) == (16, 1.0)
+    assert evaluation.max_response_tokens == 4096
+    assert config.smallest_world == 1
+    files = {benchmark.path for benchmark in evaluation.benchmarks.values()}
+    assert config.prompts.path in files  # nothing but the benchmarks has to be prepared
 
 
 def test_there_is_a_recipe_for_every_row_and_ablation_of_the_paper():

@@ -36,9 +36,19 @@ def test_metrics_of_verdicts_and_parts_have_the_meaning_of_their_kind(name, kind
     assert names.meaning(name) == names.METRICS[kind]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("pass_at_16", "pass_at_k"), ("majority_at_4", "majority_at_k"), ("truncated_frac",) * 2],
+)
+def test_other_measures_of_a_benchmark(name, kind):
+    meaning = names.METRICS[f"evaluation/<benchmark>/{kind}"]
+    assert names.meaning(f"evaluation/math500/{name}") == meaning
+
+
 def test_an_unlisted_name_has_no_meaning():
     assert names.meaning("policy/vibes") is None
-    assert names.meaning("evaluation/aime24/pass_at_8") is None
+    assert names.meaning("evaluation/aime24/pass_at") is None
+    assert names.meaning("evaluation/aime24/truncated_frac_8") is None
 
 
 def test_evaluation_label():

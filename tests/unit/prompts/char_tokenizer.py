@@ -17,8 +17,8 @@ class CharTokenizer:
     def decode(self, ids, skip_special=True):
         return "".join(chr(token) for token in ids if not (skip_special and token in self.eos_ids))
 
-    def render_chat(self, prompt):
-        return f"[user]{prompt}[assistant]"
+    def render_chat(self, prompt, system=""):
+        return (f"[system]{system}" if system else "") + f"[user]{prompt}[assistant]"
 
 
 class ChatCharTokenizer(CharTokenizer):

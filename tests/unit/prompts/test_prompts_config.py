@@ -45,3 +45,10 @@ def test_doubled_braces_and_several_paths_are_accepted():
     config = PromptsConfig(path=["a.jsonl", "b.parquet"], template="{prompt} \\boxed{{}}")
     assert config.paths == ("a.jsonl", "b.parquet")
     assert PromptsConfig(path="a.jsonl").paths == ("a.jsonl",)
+
+
+@pytest.mark.parametrize("field", ["system", "instruction"])
+def test_a_turn_beside_a_template_would_have_no_effect(field):
+    with pytest.raises(ValueError, match=rf"prompts\.{field}='x': has no effect beside"):
+        PromptsConfig(path="a.jsonl", template="{prompt}", **{field: "x"})
+    PromptsConfig(path="a.jsonl", template="{prompt}", **{field: ""})

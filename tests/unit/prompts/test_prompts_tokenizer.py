@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from megatron_rl.errors import InputError
-from megatron_rl.prompts.template import choose_template
+from megatron_rl.prompts.config import PromptsConfig
+from megatron_rl.prompts.template import choose_template, for_mathematics
 from megatron_rl.prompts.tokenizer import load_tokenizer
 
 CHAT = (
@@ -109,9 +110,37 @@ def test_a_chat_template_that_fails_names_the_way_out(copied, template):
 
 def test_template_comes_before_chat_template_before_the_prompt_itself(copied, hugging_face):
     with_chat = load_tokenizer(copied(tokenizer_config={"chat_template": CHAT}))
-    assert choose_template("Q: {prompt}{{}}", with_chat)("7?") == "Q: 7?{}"
-    assert choose_template(None, with_chat)("7?") == "<bos>7?="
-    assert choose_template(None, hugging_face)("{prompt}") == "{prompt}"
+    own = PromptsConfig(path="p", template="Q: {prompt}{{}}")
+    assert choose_template(own, with_chat)("7?") == "Q: 7?{}"
+    assert choose_template(PromptsConfig(path="p"), with_chat)("7?") == "<bos>7?="
+    assert choose_template(PromptsConfig(path="p"), hugging_face)("{prompt}") == "{prompt}"
+
+
+def test_the_papers_words_are_the_default_of_mathematics(copied, hugging_face, sentencepiece):
+    chat = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    with_chat = load_tokenizer(copied(tokenizer_config={"chat_template": chat}))
+    system = r"Please reason step by step, and put your final answer within \boxed{}."
+    user = r"7? Let's think step by step and output the final answer within \boxed{}."
+    open_config = PromptsConfig(path="p")
+    default = for_mathematics(open_config)
+    assert choose_template(default, with_chat)("7?") == f"[system]{system}[user]{user}"
+    for plain in (hugging_face, sentencepiece):  # without a chat template the prompt is untouched
+        assert choose_template(default, plain)("7?") == "7?"
+    none = for_mathematics(PromptsConfig(path="p", system="", instruction=""))
+    assert choose_template(none, with_chat)("7?") == "[user]7?"
+    words = for_mathematics(PromptsConfig(path="p", system="S", instruction="I"))
+    assert choose_template(words, with_chat)("7?") == "[system]S[user]7? I"
+    assert choose_template(open_config, with_chat)("7?") == "[user]7?"
+
+
+def test_a_recipes_own_template_is_used_as_it_is(hugging_face, sentencepiece):
+    """Such as the paper's words for a tokenizer that has no chat template."""
+    config = for_mathematics(
+        PromptsConfig(path="p", template="{prompt}\nPlease put your answer within \\boxed{{}}.")
+    )
+    for tokenizer in (hugging_face, sentencepiece):
+        rendered = choose_template(config, tokenizer)("7?")
+        assert rendered == "7?\nPlease put your answer within \\boxed{}."
 
 
 @pytest.mark.parametrize(

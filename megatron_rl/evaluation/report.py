@@ -1,0 +1,108 @@
+"""An evaluation as people and programs read it: a table, JSON, and a line per problem."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_rl.evaluation.measures import TOKENS, TRUNCATED, BenchmarkResult, Measured
+from megatron_rl.evaluation.problem import Problem
+
+OVERALL = "overall"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Every benchmark's result."""
+
+    samples: int
+    confidence: float
+    benchmarks: Mapping[str, BenchmarkResult]
+    overall: Mapping[str, Measured]  # the benchmarks' average; empty with one benchmark
+
+    def metrics(self) -> dict[str, float]:
+        """As a run records them."""
+        k = self.samples
+        shown = {f"average_at_{k}", f"pass_at_{k}", f"majority_at_{k}", TRUNCATED, TOKENS}
+        return {
+            f"evaluation/{name}/{key}": measured.value
+            for name, columns in self._rows().items()
+            for key, measured in columns.items()
+            if key in shown
+        }
+
+    def table(self) -> list[str]:
+        """Lines of text: shares in percent, each with its confidence interval."""
+        k = self.samples
+        columns = {
+            f"average_at_{k}": f"average@{k}",
+            f"pass_at_{k}": f"pass@{k}",
+            f"majority_at_{k}": f"maj@{k}",
+            TRUNCATED: "truncated",
+        }
+        header = f"{'benchmark':24} {'problems':>8} {'failed':>6}" + "".join(
+            f"  {title:<18}" for title in columns.values()
+        )
+        lines = [f"{header}  tokens"]
+        for name, row in self._rows().items():
+            result = self.benchmarks.get(name)
+            counts = (result.num_problems, result.num_failed) if result else ("", "")
+            cells = "".join(f"  {_percent(row.get(key)):<18}" for key in columns)
+            lines.append(f"{name:24} {counts[0]:>8} {counts[1]:>6}{cells}  {row[TOKENS].value:.0f}")
+        lines.append(
+            f"in brackets: {self.confidence:.0%} intervals, bootstrapped over problems; "
+            "failed: responses that could not be verified, counted as wrong"
+        )
+        return lines
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "samples": self.samples,
+            "confidence": self.confidence,
+            "benchmarks": {
+                name: {
+                    "num_problems": result.num_problems,
+                    "num_failed": result.num_failed,
+                    **{key: asdict(measured) for key, measured in result.measured.items()},
+                }
+                for name, result in self.benchmarks.items()
+            },
+            OVERALL: {key: asdict(measured) for key, measured in self.overall.items()},
+        }
+
+    def _rows(self) -> dict[str, Mapping[str, Measured]]:
+        rows = {name: result.measured for name, result in self.benchmarks.items()}
+        return rows | ({OVERALL: self.overall} if self.overall else {})
+
+
+def write_problems(problems: Sequence[Problem], file: Path) -> None:
+    """A JSON object a line, one a problem; text stays readable, whatever its language."""
+    lines = [json.dumps(_fields(problem), ensure_ascii=False) + "\n" for problem in problems]
+    _write(file, "".join(lines))
+
+
+def write_summary(summary: Mapping[str, object], file: Path) -> None:
+    _write(file, json.dumps(summary, indent=2) + "\n")
+
+
+def _fields(problem: Problem) -> dict[str, object]:
+    fields = asdict(problem)
+    texts = fields.pop("responses")  # last: they are long
+    return fields | {"num_correct": problem.num_correct, "responses": texts}
+
+
+def _write(file: Path, text: str) -> None:
+    """The file as a whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    # Half a surrogate pair becomes \udXXX, which is how JSON writes it.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    partial.replace(file)
+
+
+def _percent(measured: Measured | None) -> str:
+    if measured is None:
+        return "-"
+    value, low, high = (100 * share for share in (measured.value, measured.low, measured.high))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"

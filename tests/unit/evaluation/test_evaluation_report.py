@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
+from megatron_rl.evaluation.measures import BenchmarkResult, Measured
+from megatron_rl.evaluation.problem import Problem
+from megatron_rl.evaluation.report import Evaluation, write_problems
+
+
+def result(value):
+    measured = {
+        "average_at_2": Measured(value, value - 0.1, value + 0.1),
+        "pass_at_2": Measured(value + 0.1, value, value + 0.2),
+        "truncated_frac": Measured(0.25, 0.0, 0.5),
+        "response_tokens_mean": Measured(12.4, 10.0, 15.0),
+    }
+    return BenchmarkResult(num_problems=7, num_failed=1, measured=measured, means=None)
+
+
+def evaluation(**overall):
+    return Evaluation(
+        samples=2, confidence=0.9, benchmarks={"math500": result(0.4)}, overall=overall
+    )
+
+
+def test_table_and_metrics_say_the_same():
+    header, row, note = evaluation().table()
+    assert header.split() == [
+        "benchmark", "problems", "failed", "average@2", "pass@2", "maj@2", "truncated", "tokens",
+    ]  # fmt: skip
+    assert row.split() == [
+        "math500", "7", "1", "40.0", "[30.0,", "50.0]", "50.0", "[40.0,", "60.0]", "-",
+        "25.0", "[0.0,", "50.0]", "12",
+    ]  # fmt: skip
+    assert "90% intervals" in note
+    assert evaluation().metrics() == {
+        "evaluation/math500/average_at_2": 0.4,
+        "evaluation/math500/pass_at_2": 0.5,
+        "evaluation/math500/truncated_frac": 0.25,
+        "evaluation/math500/response_tokens_mean": 12.4,
+    }
+
+
+def test_the_average_has_a_row_of_its_own():
+    average = evaluation(**result(0.2).measured)
+    assert average.table()[2].split()[:3] == ["overall", "20.0", "[10.0,"]
+    assert average.metrics()["evaluation/overall/average_at_2"] == 0.2
+    assert average.to_json()["overall"]["average_at_2"] == {
+        "value": 0.2,
+        "low": 0.1,
+        "high": pytest.approx(0.3),
+    }
+
+
+def test_written_problems_are_readable_and_survive_any_text(tmp_path):
+    problem = Problem(
+        number=3,
+        prompt="求 ½ 的值",
+        answer="1",
+        responses=("线 \u2028 line\nend", "half \ud800 pair"),
+        verdicts=("correct", "no_answer"),
+        extracted=("1", None),
+        tokens=(5, 6),
+        truncated=(False, True),
+        majority=1.0,
+    )
+    file = tmp_path / "new" / "b.jsonl"
+    write_problems([problem], file)
+    text = file.read_text(encoding="utf-8")
+    assert "求 ½ 的值" in text
+    (row,) = [json.loads(line) for line in text.split("\n") if line]
+    assert row["responses"] == ["线 \u2028 line\nend", "half \ud800 pair"]
+    assert row["num_correct"] == 1
+    assert row["extracted"] == ["1", None]
+    assert list(row)[-1] == "responses"
+    assert [path.name for path in file.parent.iterdir()] == ["b.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["overall", "a/b", "", "../x", ".hidden"])
+def test_a_name_that_is_no_file_name_is_refused(name):
+    with pytest.raises(ValueError, match="must be made of letters"):
+        EvaluationConfig(benchmarks={name: BenchmarkConfig(path="x.jsonl")})
