@@ -1,12 +1,15 @@
 """Bad input is named before any model is built: field, value, rule and way out, all at once."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_rl.config import load_config, world_problems
 
 ROOT = Path(__file__).parents[3]
 GOOD_ROWS = ({"prompt": "1+1?", "answer": "2"}, {"prompt": "3-1?", "answer": "2"})
