@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_rl.conversion.command import progress_bar, run_command
+from megatron_rl.conversion.command import progress_bar, run_command, silence_libraries
 from megatron_rl.conversion.compare import compare_weights, differences_of_arch
 from megatron_rl.conversion.logits import logits_of, tokens_of
 from megatron_rl.weights.arch import ModelArch
@@ -83,6 +83,7 @@ def has_same_tensors(sources: list[ModelSource], arch: ModelArch, tolerance: flo
 def has_same_logits(
     sources: list[ModelSource], arch: ModelArch, text: str | None, tolerance: float
 ) -> bool:
+    silence_libraries()
     tokens = tokens_of(sources[0], arch, text)
     one, other = (logits_of(source, arch, tokens) for source in sources)
     gap, largest = float((one - other).abs().max()), float(one.abs().max())

@@ -1,8 +1,10 @@
 """What the command-line tools of this room share: progress, messages, exit codes."""
 
 import errno
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +55,16 @@ def progress_bar(title: str) -> Iterator[Bar]:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         yield Bar(progress, progress.add_task(title, total=None))
+
+
+def silence_libraries() -> None:
+    """Keep what libraries say while they are imported and while they load off the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", module="megatron|torch.distributed")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def run_command(work: Callable[[], int]) -> int:

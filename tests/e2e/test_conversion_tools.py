@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,9 +119,8 @@ def test_the_first_difference_is_named(converted, tmp_path):
     assert result.returncode == 1, result.stderr
     found, first, logits = result.stdout.splitlines()
     assert f"2 of {len(tensors)} differ, by up to 0.25" in found
-    value = tensors["model.layers.1.self_attn.k_proj.bias"][5].item()
-    assert f"first: model.layers.1.self_attn.k_proj.bias[5] is {value - 0.25:.5}"[:60] in first
-    assert "the likeliest token differs in 0 of" not in logits
+    assert "first: model.layers.1.self_attn.k_proj.bias[5] is " in first
+    assert float(re.search(r"differ by up to (\S+),", logits)[1]) > 1e-2
     within = tool(
         "verify_checkpoint", "--skip-logits", "--tolerance", "0.3", folder / "megatron", other
     )
@@ -156,8 +156,6 @@ def test_mistakes_are_one_line_and_a_code(converted, tmp_path):
 
 
 def refused(result: subprocess.CompletedProcess[str], said: str) -> None:
-    import re
-
     assert result.returncode == 2, result.stdout + result.stderr
     assert re.search(said, result.stderr), result.stderr
     assert "Traceback" not in result.stderr

@@ -60,6 +60,9 @@ class Runs:
         self.folder = folder
 
     def train(self, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
+        return self.start("train", name, ranks, *overrides)
+
+    def start(self, command: str, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
         """Exit code and everything printed."""
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(
@@ -71,7 +74,7 @@ class Runs:
             start += ["-m", "megatron_rl"]
         # A pipe, as `| tee` is: it closes when the last process of the run has ended.
         done = subprocess.run(
-            [sys.executable, *start, "train", str(recipe), *overrides],
+            [sys.executable, *start, command, str(recipe), *overrides],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
@@ -361,6 +364,45 @@ def hf_logprobs(model: Any, prompt: torch.Tensor, response: torch.Tensor) -> tor
     tokens = torch.cat([prompt, response])
     logits = model(tokens[None]).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, response[:, None])[:, 0]
+
+
+def test_every_checkpoint_carries_its_export(runs, straight_tp2):
+    checkpoints = runs.folder / straight_tp2 / "checkpoints"
+    sixth, third = (checkpoints / name / "hf" for name in (LAST, "iteration_000003"))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        exported_at_the_end = runs.folder / straight_tp2 / "hf" / name
+        assert (sixth / name).read_bytes() == exported_at_the_end.read_bytes()
+    weights = [(path / "model.safetensors").read_bytes() for path in (third, sixth)]
+    assert weights[0] != weights[1]
+    assert f"{sixth.name}/model.safetensors" in runs.files(straight_tp2)
+
+
+def test_a_run_starts_from_a_checkpoint_as_from_its_export(runs, straight_tp2):
+    """Saved at TP2, started at PP2, under the name of the folder, which means the newest."""
+    checkpoints = runs.folder / straight_tp2 / "checkpoints"
+    starts = {"from checkpoint": checkpoints, "from export": checkpoints / LAST / "hf"}
+    for name, path in starts.items():
+        said = runs.finish(name, 2, *PP2, f"model.path={path}", "run.num_iterations=1")
+        assert "resumed" not in said
+    one, other = (runs.records(name) for name in starts)
+    assert one == other
+    assert len(one) == 1
+    assert exported(runs.folder / "from checkpoint") == exported(runs.folder / "from export")
+    # Six iterations of training show.
+    assert one[0]["policy/loss"] < 0.9 * runs.records(straight_tp2)[0]["policy/loss"]
+
+
+def test_an_evaluation_asks_for_hugging_face_files(runs, straight_tp2):
+    code, said = runs.start(
+        "evaluate",
+        "evaluated",
+        1,
+        f"model.path={runs.folder / straight_tp2 / 'checkpoints'}",
+        "algorithm.preset=reinforce",
+        f"evaluation.benchmarks.heldout.path={QUICKSTART / 'data' / 'heldout.jsonl'}",
+    )
+    assert code != 0
+    assert "Convert it with tools/convert_megatron_to_hf.py" in said
 
 
 # -- on the ranks --------------------------------------------------------------------------------
