@@ -1,0 +1,73 @@
+"""Scoring runs while responses are still sampled, with the real scorer and its workers."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_rl.reward.config import RewardConfig
+from megatron_rl.reward.scorer import RewardScorer, attach
+from megatron_rl.rollout.engine import Response
+from megatron_rl.rollout.sampler import Sampler, SamplingPlan
+from megatron_rl.types import Prompt, Verdict
+
+TEXTS = ["\\boxed{\\sqrt{12}}", "\\boxed{4}", "\\boxed{x+\\sqrt{12}-x}"]
+PROMPTS = [Prompt(group_id=7, tokens=torch.tensor([1]), answer=r"2\sqrt{3}")]
+PLAN = SamplingPlan(purpose="train", group_size=3, temperature=1.0, max_response_tokens=9)
+
+
+class Decoder:
+    """Each token stands for a whole response, which is enough for the sampler."""
+
+    def decode(self, tokens):
+        return TEXTS[tokens[0]]
+
+
+class SlowEngine:
+    """Finishes one response, and the others only when the first has its verdict."""
+
+    def __init__(self, has_verdict):
+        self._has_verdict = has_verdict
+        self.num_steps = 0
+
+    def generate(self, requests, on_finished, between_steps):
+        for number, request in enumerate(requests):
+            on_finished(
+                Response(
+                    key=request.key,
+                    tokens=torch.tensor([number] * (number + 1)),
+                    logprobs=torch.zeros(number + 1),
+                    finish_reason="stop",
+                )
+            )
+            end = time.monotonic() + 40
+            while not self._has_verdict() and time.monotonic() < end:
+                self.num_steps += 1
+                between_steps()
+            assert self._has_verdict(), "no verdict while others are sampled"
+
+
+@pytest.fixture
+def scorer():
+    parts = {"length_penalty": {"weight": 1.0, "free_tokens": 1, "max_tokens": 3}}
+    scorer = RewardScorer(RewardConfig(deadline_s=10.0, parts=parts))
+    yield scorer
+    scorer.close()
+
+
+def test_verdicts_come_while_others_are_sampled(scorer):
+    engine = SlowEngine(lambda: not scorer._verifiers[0].is_busy)
+    one = SimpleNamespace(tp=1, num_engines=1, tp_rank_of=lambda rank: 0, engine_of=lambda rank: 0)
+    groups = SimpleNamespace(rank=0, engines=one)
+    sampler = Sampler(engine, Decoder(), groups, run_seed=0)
+    sampled = sampler.generate(PROMPTS, PLAN, iteration=1, policy_version=0, grader=scorer)
+    assert engine.num_steps > 0
+    (group,) = attach(sampled, scorer.collect())
+    assert [rollout.verdict for rollout in group.rollouts] == [
+        Verdict.CORRECT,
+        Verdict.WRONG,
+        Verdict.CORRECT,
+    ]
+    # 1, 2 and 3 tokens: nothing, half and all of the penalty
+    assert [rollout.reward for rollout in group.rollouts] == [1.0, -1.5, 0.0]
