@@ -18,6 +18,7 @@ from megatron_rl.errors import ConfigErrors, InputError, RunError
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.votes import MathEquality
 from megatron_rl.metrics import tally
+from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
@@ -73,6 +74,7 @@ class Run:
     evaluator: Evaluator | None
     store: CheckpointStore
     timer: PhaseTimer
+    rollout_log: RolloutLog
     stop: StopRequest
     say: Callable[[str], None]
     done_iterations: int = 0
@@ -368,6 +370,7 @@ def build_run(
             output_dir / "checkpoints", groups, keep_last=config.checkpoint.keep_last
         ),
         timer=PhaseTimer(synchronize=platform.synchronize),
+        rollout_log=RolloutLog(config.metrics, output_dir, groups),
         stop=StopRequest(),
         say=say,
     )
