@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.algorithms.presets import SIGN_SELECTIONS
 from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
@@ -122,6 +123,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     """Rules across sections."""
     yield from config_problems(config.model, config.parallel)
     yield from _rollout_problems(config)
+    yield from _reward_problems(config)
     yield from _training_problems(config)
     if config.parallel.world_size is not None:
         yield from world_problems(config, config.parallel.world_size)
@@ -151,7 +153,7 @@ def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
             "parallel.expert_model_parallel_size * expert_tensor_parallel_size",
             one.ep * one.etp,
             f"must divide the {world_size // pp} ranks of a pipeline stage",
-            f"Start a multiple of {one.etp * one.ep * one.pp} ranks, or change the layout",
+            f"Start a multiple of {pp * math.lcm(tp, one.etp * one.ep)} ranks, or another layout",
         )
     if world_size % config.rollout.tensor_model_parallel_size:
         yield ConfigError(
@@ -193,6 +195,28 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             config.algorithm.kl_coef,
             "a KL estimate needs sampled responses, gold ones are not",
             "Set 0",
+        )
+
+
+def _reward_problems(config: RunConfig) -> Iterator[ConfigError]:
+    reward, limit = config.reward, config.rollout.max_response_tokens
+    for name, part in reward.parts.items():
+        if part.free_tokens is not None and part.free_tokens >= limit:
+            yield ConfigError(
+                f"reward.parts.{name}.free_tokens",
+                part.free_tokens,
+                f"no response is longer than rollout.max_response_tokens={limit}",
+                "Lower it, or leave the part out",
+            )
+    judges_by_sign = SIGN_SELECTIONS & set(config.algorithm.resolved.selection)
+    worst_correct, best_wrong = reward.bounds
+    is_known = reward.function_path is None
+    if is_known and judges_by_sign and not worst_correct > 0 >= best_wrong:
+        yield ConfigError(
+            "reward.parts" if reward.parts else "reward.correct, wrong",
+            f"a correct response may earn {worst_correct:g}, a wrong one {best_wrong:g}",
+            f"the selection {', '.join(sorted(judges_by_sign))} tells them apart by the sign",
+            "Lower the weights, or move reward.correct and reward.wrong apart",
         )
 
 
@@ -248,15 +272,7 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigErrors: every problem found, each with its field, value, rule and way out.
     """
-    merged = _read(recipe, seen=())
-    syntax = [problem for text in overrides if (problem := _override_problem(text))]
-    if syntax:
-        raise ConfigErrors(syntax)
-    try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigErrors([f"{recipe}: {_first_line(error)}"]) from error
+    values = _merge(_read(recipe, seen=()), overrides, where=str(recipe))
     try:
         config = RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
@@ -265,6 +281,35 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     if found:
         raise ConfigErrors(found)
     return config
+
+
+def load_reward(recipe: Path | None, overrides: Sequence[str]) -> RewardConfig:
+    """The reward of a recipe, or the default one, with `reward.key=value` overrides."""
+    others = [text for text in overrides if not text.startswith("reward.")]
+    if others:
+        raise ConfigErrors([f"override {text!r}: only reward.key=value is read" for text in others])
+    if recipe is not None:
+        return load_config(recipe, overrides).reward
+    values = _merge(OmegaConf.create(), overrides, where="overrides")
+    try:
+        return _RewardAlone.model_validate(values).reward
+    except pydantic.ValidationError as error:
+        raise ConfigErrors(_explain(error)) from error
+
+
+class _RewardAlone(Settings):
+    reward: RewardConfig = RewardConfig()
+
+
+def _merge(loaded: Any, overrides: Sequence[str], where: str) -> Any:
+    syntax = [problem for text in overrides if (problem := _override_problem(text))]
+    if syntax:
+        raise ConfigErrors(syntax)
+    try:
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigErrors([f"{where}: {_first_line(error)}"]) from error
 
 
 def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:

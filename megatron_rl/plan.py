@@ -10,8 +10,8 @@ from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
-from megatron_rl.weights.hub import local_model_dir
 from megatron_rl.weights.layouts import expert_pieces, shared_pieces
+from megatron_rl.weights.model_source import find_model
 from megatron_rl.weights.pieces import size
 from megatron_rl.weights.sync import plan_sync
 
@@ -27,7 +27,7 @@ def print_plan(config: RunConfig) -> None:
     """
     started = os.environ.get("WORLD_SIZE")
     world = config.parallel.world_size or (int(started) if started else config.smallest_world)
-    arch = read_model_config(local_model_dir(config.model.path))
+    arch = read_model_config(find_model(config.model.path, "model.path").config_dir)
     problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
     if not config.is_supervised:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
@@ -56,7 +56,7 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
     if arch.mixture is not None:
         yield (
             "experts",
-            f"{arch.mixture.num_experts} over EP {layout.ep}, each over {layout.etp} ranks",
+            f"{arch.mixture.num_experts} a layer, over EP {layout.ep}; expert TP {layout.etp}",
         )
     layers = arch.num_layers // (layout.pp * layout.vpp)
     yield "layers per chunk", f"{layers} of {arch.num_layers}"

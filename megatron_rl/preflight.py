@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from megatron_rl.config import RunConfig, world_problems
@@ -10,26 +11,30 @@ from megatron_rl.evaluation.evaluator import load_problems
 from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
+from megatron_rl.reward.gold import check_gold
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.critic_files import critic_shapes
+from megatron_rl.weights.critic_files import open_critic_weights
 from megatron_rl.weights.families.registry import read_model_config
-from megatron_rl.weights.hf_files import HfCheckpoint
-from megatron_rl.weights.hub import local_model_dir
-from megatron_rl.weights.layouts import hf_shapes
+from megatron_rl.weights.model_source import ModelSource, find_model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What a run starts from."""
 
-    model_dir: Path
+    model: ModelSource
     arch: ModelArch
     tokenizer: Tokenizer
     prompts: PromptStream
     benchmarks: dict[str, list[Prompt]]
-    critic_dir: Path | None = None  # where the critic's first weights are
+    critic: ModelSource | None = None  # the critic's first weights
+
+    @property
+    def model_dir(self) -> Path:
+        """config.json and tokenizer."""
+        return self.model.config_dir
 
 
 def read_inputs(config: RunConfig, world_size: int) -> Inputs:
@@ -49,28 +54,36 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     found: dict[str, object] = {}
 
     def read_model() -> None:
-        model_dir = local_model_dir(config.model.path)
-        arch = read_model_config(model_dir)
+        found["model"] = model = find_model(config.model.path, "model.path")
+        arch = read_model_config(model.config_dir)
         problems.extend(str(problem) for problem in model_problems(arch, config.parallel))
         if not config.is_supervised:
             tp = config.rollout.tensor_model_parallel_size
             problems.extend(str(problem) for problem in engine_problems(arch, tp))
         problems.extend(_length_problems(config, arch))
-        HfCheckpoint(model_dir, hf_shapes(arch))
-        found.update(model_dir=model_dir, arch=arch)
-        if config.algorithm.resolved.needs_critic:
-            found["critic_dir"] = _critic_dir(config, arch, model_dir)
+        model.open_weights(arch)
+        found["arch"] = arch
+        found["critic"] = _critic(config, arch, model)
+
+    @cache
+    def check_answer(answer: str) -> str | None:
+        return check_gold(answer, config.reward)
 
     def read_prompts() -> None:
-        tokenizer = load_tokenizer(local_model_dir(config.model.path))
+        tokenizer = load_tokenizer(found["model"].config_dir)  # type: ignore[attr-defined]
         found["tokenizer"] = tokenizer
         _check_turns(config, tokenizer)
         found["prompts"] = PromptStream(
-            config.rendered_prompts, tokenizer, config.run.seed, with_gold=config.is_supervised
+            config.rendered_prompts,
+            tokenizer,
+            config.run.seed,
+            with_gold=config.is_supervised,
+            check_answer=None if config.is_supervised else check_answer,
         )
 
     attempt(read_model)
-    attempt(read_prompts)
+    if "model" in found:
+        attempt(read_prompts)
     if "tokenizer" in found:
         found["benchmarks"] = _read_benchmarks(config, found["tokenizer"], problems)  # type: ignore[arg-type]
     if not config.is_supervised:
@@ -105,19 +118,21 @@ def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
             )
 
 
-def _critic_dir(config: RunConfig, arch: ModelArch, model_dir: Path) -> Path:
-    """The critic's directory, which must hold a network like the policy's."""
+def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSource | None:
+    """The critic's weights, which must be of a network like the policy's; None: no critic."""
+    if not config.algorithm.resolved.needs_critic:
+        return None
     if config.critic.path is None:
-        return model_dir
-    critic_dir = local_model_dir(config.critic.path)
-    critic_arch = read_model_config(critic_dir)
+        return model
+    critic = find_model(config.critic.path, "critic.path")
+    critic_arch = read_model_config(critic.config_dir)
     if replace(critic_arch, tied_embeddings=arch.tied_embeddings) != arch:
         raise InputError(
             f"critic.path={config.critic.path!r}: its config.json describes another network than "
             "model.path. The critic has the policy's shape; name a model of the same kind and size"
         )
-    HfCheckpoint(critic_dir, critic_shapes(critic_arch, critic_dir))
-    return critic_dir
+    open_critic_weights(critic, critic_arch)
+    return critic
 
 
 def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:

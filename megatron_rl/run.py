@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm, Selection
 from megatron_rl.batching.packer import Packer
+from megatron_rl.checkpoint.model_files import ModelFiles
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors, InputError, RunError
@@ -40,7 +41,6 @@ from megatron_rl.rollout.sampler import Sampler, SamplingPlan
 from megatron_rl.rollout.source import GoldRollouts, RolloutSource, SampledRollouts
 from megatron_rl.rollout.vllm_engine import VllmEngine
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, Verdict
-from megatron_rl.weights.export import export_hf
 from megatron_rl.weights.sync import WeightSync
 
 PROBE_PROMPTS = 8
@@ -93,8 +93,9 @@ class Run:
 
     def observe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """Metrics of everything sampled, over all ranks; stops a run whose grading fails."""
-        counts, longest = tally.count(groups)
-        total = dict(zip(tally.COUNTS, sum_over(counts, self.groups.host), strict=True))
+        parts = tuple(self.config.reward.parts)
+        counts, longest = tally.count(groups, parts)
+        total = dict(zip(tally.names(parts), sum_over(counts, self.groups.host), strict=True))
         if self.sampling is not None:
             verdicts = {verdict: int(total[f"verdict_{verdict}"]) for verdict in Verdict}
             check_failures(verdicts, self.config.reward, self.sampling.scorer.failures)
@@ -272,28 +273,20 @@ class Run:
                     "prompts": self.prompts.state_dict(),
                     "trainer": self.trainer.state_dict(),
                 },
+                add_files=self._model_files.add_to,
             )
 
     def export(self) -> Path | None:
         """The policy as a Hugging Face directory."""
-        if not self.config.checkpoint.export_hf:
-            return None
-        output = Path(self.config.run.output_dir) / "hf"
-        for model in self.models:
-            self._export(model, output if model is self.policy else output / model.name)
-        return output
+        return self._model_files.export_to(Path(self.config.run.output_dir))
 
-    def _export(self, model: TrainedModel, output: Path) -> None:
-        export_hf(
-            model.named_parameters(),
-            model.arch,
-            self.groups,
-            source=self.inputs.model_dir,
-            output=output,
-            dtype=model.dtype,
-            file_mib=self.config.checkpoint.export_file_mib,
-            value_head=model.value_head if isinstance(model, Critic) else None,
-            is_critic=isinstance(model, Critic),
+    @property
+    def _model_files(self) -> ModelFiles:
+        return ModelFiles(
+            models=self.models,
+            groups=self.groups,
+            config_dir=self.inputs.model_dir,
+            config=self.config.checkpoint,
         )
 
     def close(self) -> None:
@@ -332,7 +325,7 @@ def build_run(
         temperature=config.rollout.temperature,
         run_updates=run_updates,
     )
-    policy.load_hf(inputs.model_dir)
+    policy.load(inputs.model)
     keeps_reference = passes.ref or (config.metrics.kl_every and not config.is_supervised)
     reference = policy.snapshot() if keeps_reference else None
     policy.prepare_training()
@@ -379,7 +372,7 @@ def build_run(
 def _build_critic(
     config: RunConfig, inputs: Inputs, groups: Groups, run_updates: int
 ) -> Critic | None:
-    if inputs.critic_dir is None:
+    if inputs.critic is None:
         return None
     critic = Critic(
         inputs.arch,
@@ -389,7 +382,7 @@ def _build_critic(
         groups,
         run_updates=run_updates,
     )
-    critic.load_hf(inputs.critic_dir)
+    critic.load(inputs.critic)
     critic.prepare_training()
     return critic
 
@@ -458,10 +451,14 @@ def _build_sampling(config: RunConfig, inputs: Inputs, groups: Groups) -> Sampli
         engine=engine,
         sampler=Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed),
         scorer=scorer,
-        sync=WeightSync(
-            inputs.arch, groups, config.weights, engine.weights, DTYPES[config.engine_dtype]
-        ),
+        sync=build_sync(config, inputs, groups, engine),
     )
+
+
+def build_sync(config: RunConfig, inputs: Inputs, groups: Groups, engine: VllmEngine) -> WeightSync:
+    """The bridge from the policy's weights to the engine's."""
+    dtype = DTYPES[config.engine_dtype]
+    return WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype)
 
 
 def _rollout_source(config: RunConfig, groups: Groups, sampling: Sampling | None) -> RolloutSource:
@@ -479,7 +476,9 @@ def _rollout_source(config: RunConfig, groups: Groups, sampling: Sampling | None
 class _NoGrader:
     """The probe asks for log-probs, not for verdicts."""
 
-    def submit(self, key: tuple[int, int], response_text: str, answer: str) -> None:
+    def submit(
+        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
+    ) -> None:
         pass
 
     def poll(self) -> None:

@@ -21,12 +21,13 @@ from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.writers import MetricsWriter, open_writers
-from megatron_rl.parallel.groups import init_distributed
+from megatron_rl.parallel.groups import Groups, init_distributed
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import read_inputs
+from megatron_rl.preflight import Inputs, read_inputs
 from megatron_rl.types import IterationMetrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
+    from megatron_rl.rollout.vllm_engine import VllmEngine
     from megatron_rl.run import Run
 
 PACKAGES = (
@@ -69,7 +70,7 @@ def train_session(config: RunConfig) -> None:
 
 
 def evaluate_session(config: RunConfig) -> None:
-    """`evaluate`: the weights of model.path, straight from its files, on the benchmarks."""
+    """`evaluate`: the weights of model.path, of either kind of checkpoint, on the benchmarks."""
     if not config.evaluation.benchmarks:
         raise InputError(
             "evaluation.benchmarks={}: nothing to evaluate on. Set "
@@ -83,11 +84,10 @@ def evaluate_session(config: RunConfig) -> None:
     from megatron_rl.parallel.groups import make_groups
     from megatron_rl.reward.scorer import RewardScorer
     from megatron_rl.rollout.sampler import Sampler
-    from megatron_rl.run import build_engine, build_evaluator
+    from megatron_rl.run import build_evaluator
 
     groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
-    # The one place that decides where the weights come from: the files of model.path.
-    engine = build_engine(config, inputs, groups, load_weights=True)
+    engine = _engine_with_weights(config, inputs, groups)
     evaluator = build_evaluator(config, inputs, groups)
     assert evaluator is not None
     scorer = RewardScorer(config.reward)
@@ -103,6 +103,28 @@ def evaluate_session(config: RunConfig) -> None:
         engine.shutdown()
 
     _leave(close)
+
+
+def _engine_with_weights(config: RunConfig, inputs: Inputs, groups: Groups) -> "VllmEngine":
+    """It reads Hugging Face files itself; Megatron-Core's come through the policy and the bridge."""
+    from megatron_rl.policy.policy import Policy
+    from megatron_rl.run import build_engine, build_sync
+
+    if inputs.model.megatron_dir is None:
+        return build_engine(config, inputs, groups, load_weights=True)
+    policy = Policy(
+        inputs.arch,
+        config.model,
+        config.parallel,
+        config.optimizer,
+        groups,
+        temperature=config.rollout.temperature,
+        run_updates=1,  # none is taken
+    )
+    policy.load(inputs.model)
+    engine = build_engine(config, inputs, groups, load_weights=False)
+    build_sync(config, inputs, groups, engine).push(policy.named_parameters())
+    return engine
 
 
 class _Early:
@@ -183,11 +205,14 @@ def _start_lines(run: "Run") -> list[str]:
     layout, prompts = run.groups.layout, run.prompts.report
     lines = [
         f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
-        f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
+        + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
+        + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
-        f"from {run.inputs.model_dir}",
+        f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         f"prompts: {prompts.num_used} of {prompts.num_read} rows"
-        + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else ""),
+        + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else "")
+        + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),
+        *(f"  {row}" for row in prompts.hopeless_rows),
         f"algorithm: {run.config.algorithm.preset} {run.algorithm.preset}",
         *run.trainer.passes.reasons,
     ]

@@ -8,6 +8,7 @@ weights, with gradient), `old_logprobs` (trainer, before this iteration's first 
 `rollout_logprobs` (engine, at sampling time), `ref_logprobs` (frozen reference policy).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -54,6 +55,7 @@ class Rollout:
     text: str = ""
     reward: float | None = None  # added by reward/
     verdict: Verdict | None = None  # added by reward/
+    reward_parts: Mapping[str, float] = field(default_factory=dict)  # values before their weights
     extracted: str | None = None  # the answer found in the text, added by reward/
 
     def __post_init__(self) -> None:

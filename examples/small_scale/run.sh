@@ -12,8 +12,7 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 output=${OUTPUT:-runs/small_scale}
 methods=${METHODS:-raft raft_pp iterative_dpo reinforce grpo ppo reinforce_remove_all_wrong \
-  reinforce_remove_all_correct reinforce_rej reinforce_rej_norm reinforce_mean_zero rloo \
-  reinforce_pp_baseline dr_grpo}
+  reinforce_remove_all_correct reinforce_rej reinforce_rej_norm reinforce_mean_zero}
 seeds=${SEEDS:-0 1 2}
 jobs=${JOBS:-$(nproc)}
 here=examples/small_scale
@@ -33,13 +32,15 @@ train() {  # method seed
   rm -rf "$run" && mkdir -p "$run"
   "$python" -m megatron_rl train "$recipe" algorithm.preset="$1" run.seed="$2" \
     run.output_dir="$run" model.path="$output/sft/hf" metrics.console=plain > "$run/log.txt" 2>&1 \
-    || { echo "$1, seed $2: failed, see $run/log.txt"; return 255; }
+    || { echo "$1, seed $2: failed, see $run/log.txt"; return 1; }
   touch "$run/finished"
   echo "$1, seed $2: $(grep -c iteration "$run/metrics.jsonl") records"
 }
 export -f train
 export python output here
 
+status=0
 for seed in $seeds; do for method in $methods; do echo "$method $seed"; done; done |
-  xargs -P "$jobs" -L 1 bash -c 'train "$@"' train
+  xargs -P "$jobs" -L 1 bash -c 'train "$@"' train || status=1
 "$python" "$here/report.py" "$output"
+exit $status

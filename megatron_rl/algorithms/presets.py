@@ -36,6 +36,11 @@ ADVANTAGE_NAMES: tuple[AdvantageName, ...] = get_args(AdvantageName)
 OBJECTIVE_NAMES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 AGGREGATION_NAMES: tuple[AggregationName, ...] = get_args(AggregationName)
 
+SIGN_SELECTIONS: frozenset[str] = frozenset(
+    {"positive", "drop_all_wrong", "drop_all_correct", "drop_uniform"}
+)
+"""Selections that take a response for correct when its reward is above 0."""
+
 GROUP_RELATIVE: frozenset[AdvantageName] = frozenset(
     {
         "reward_minus_mean",

@@ -15,7 +15,8 @@ class CheckpointConfig(Settings):
     """How many of the newest stay on disk."""
 
     export_hf: bool = True
-    """Write the policy as a Hugging Face directory (hf/ in the run's directory) at the end."""
+    """Write the policy as a Hugging Face directory: hf/ in every checkpoint, and hf/ in the run's
+    directory at the end."""
 
     export_file_mib: int = Field(default=4096, gt=0)
     """Size of one safetensors file of the export."""

@@ -3,6 +3,7 @@
 iteration_000120/
     policy/          Megatron-Core distributed checkpoint: weights, optimizer (any layout)
     critic/          the same of the critic, where there is one
+    hf/              the policy as a Hugging Face directory, where checkpoint.export_hf is set
     rank_<n>.pt      random states of one rank
     state.json       iteration, cursor, scheduler, versions
     MANIFEST.json    written last: every file with its size and SHA-256
@@ -22,15 +23,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint.optimizer_state import fitted
 from megatron_rl.errors import RunError
-from megatron_rl.parallel.collectives import agree_or_raise, all_gather_objects
+from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.trained_model import TrainedModel
+from megatron_rl.weights.dcp_files import read_metadata
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
 NAME = re.compile(r"iteration_(\d{6,})")
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Names without the number of Megatron's optimizer, which depends on expert parallelism.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 class CheckpointStore:
@@ -39,9 +46,17 @@ class CheckpointStore:
     def __init__(self, directory: Path, groups: Groups, *, keep_last: int) -> None:
         self._directory, self._groups, self._keep_last = directory, groups, keep_last
 
-    def save(self, iteration: int, models: Sequence[TrainedModel], state: dict[str, Any]) -> None:
+    def save(
+        self,
+        iteration: int,
+        models: Sequence[TrainedModel],
+        state: dict[str, Any],
+        *,
+        add_files: Callable[[Path], None],
+    ) -> None:
         """Write everything a resume needs; every rank calls it, and all fail or none.
 
+        add_files writes what else belongs to the checkpoint into its directory; on every rank.
         The files stand in a temporary directory until the manifest is complete, then one rename
         gives them their name.
         """
@@ -50,6 +65,7 @@ class CheckpointStore:
         temporary = self._directory / f".{_name(iteration)}.{attempt[0]}"
         self._together(lambda: self._prepare(temporary, models), only_main=True)
         self._together(lambda: self._write(temporary, models, state))
+        self._together(lambda: add_files(temporary))
         files = all_gather_objects(self._own_files(temporary), self._groups.host)
         self._together(lambda: self._finish(temporary, iteration, files), only_main=True)
 
@@ -185,22 +201,18 @@ class CheckpointStore:
             self._groups.platform.set_rng_state(_restored(states))
 
     def _together(self, work: Callable[[], None], *, only_main: bool = False) -> None:
-        error: Exception | None = None
-        if self._groups.is_main or not only_main:
-            try:
-                work()
-            except (OSError, RuntimeError, ValueError) as caught:
-                error = caught
-        agree_or_raise(error, self._groups.host)
+        has_part = self._groups.is_main or not only_main
+        all_or_none(work if has_part else nothing, self._groups.host)
 
 
 def _restore_model(model: TrainedModel, directory: Path, state: dict[str, Any]) -> None:
     from megatron.core import dist_checkpointing
 
+    read_metadata(directory)  # a pickle, which Megatron-Core opens without looking
     loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(directory))
     for number, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
-    model.optimizer.load_state_dict(loaded["optimizer"])
+    model.optimizer.load_state_dict(fitted(model.optimizer, loaded["optimizer"]))
     model.scheduler.load_state_dict(state["scheduler"])
     model.version = state["version"]
 

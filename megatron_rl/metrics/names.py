@@ -11,6 +11,8 @@ METRICS: dict[str, str] = {
     "reward/groups_all_correct_frac": "share of prompts with only correct responses",
     "reward/groups_all_wrong_frac": "share of prompts without a correct response",
     "reward/groups_mixed_frac": "share of prompts with correct and wrong responses",
+    "reward/verdict_<verdict>_frac": "share of all responses drawn with this verdict",
+    "reward/part_<name>_mean": "mean value of a part of the reward, before its weight",
     "algorithms/kept_responses_frac": "share of responses that selection passed on to the update",
     "algorithms/kept_tokens_frac": "share of response tokens that selection passed on",
     "rollout/response_tokens_mean": "mean response length in tokens",
@@ -59,6 +61,8 @@ METRICS: dict[str, str] = {
     "evaluation/<benchmark>/response_tokens_mean": "mean held-out response length in tokens",
 }
 
+_VERDICT = re.compile(r"reward/verdict_[a-z_]+_frac")
+_PART = re.compile(r"reward/part_[a-z0-9_]+_mean")
 _EVALUATION = re.compile(r"evaluation/(?P<benchmark>.+)/average_at_(?P<k>k|\d+)")
 _OF_BENCHMARK = re.compile(r"evaluation/.+/(?P<measure>[a-z_]+?)(?P<k>(?<=_at_)\d+)?")
 
@@ -68,6 +72,10 @@ def meaning(name: str) -> str | None:
     if match := _OF_BENCHMARK.fullmatch(name):
         k = "k" if match["k"] else ""
         return METRICS.get(f"evaluation/<benchmark>/{match['measure']}{k}")
+    if _VERDICT.fullmatch(name):
+        return METRICS["reward/verdict_<verdict>_frac"]
+    if _PART.fullmatch(name):
+        return METRICS["reward/part_<name>_mean"]
     return METRICS.get(name)
 
 

@@ -17,10 +17,17 @@ COUNTS = (
     *(f"verdict_{verdict}" for verdict in Verdict),
 )
 
+_PART = "part_"
 
-def count(groups: Sequence[RolloutGroup]) -> tuple[list[float], float]:
-    """(COUNTS of this rank's groups, longest response)."""
-    total = dict.fromkeys(COUNTS, 0.0)
+
+def names(parts: Sequence[str] = ()) -> tuple[str, ...]:
+    """COUNTS, and a sum for each named part of the reward."""
+    return (*COUNTS, *(f"{_PART}{part}" for part in parts))
+
+
+def count(groups: Sequence[RolloutGroup], parts: Sequence[str] = ()) -> tuple[list[float], float]:
+    """(`names(parts)` of this rank's groups, longest response)."""
+    total = dict.fromkeys(names(parts), 0.0)
     longest = 0
     for group in groups:
         correct = [rollout.verdict is Verdict.CORRECT for rollout in group.rollouts]
@@ -37,13 +44,15 @@ def count(groups: Sequence[RolloutGroup]) -> tuple[list[float], float]:
             if rollout.rollout_logprobs is not None:
                 total["logprob"] += float(rollout.rollout_logprobs.double().sum())
                 total["logprob_tokens"] += length
+            for part, value in rollout.reward_parts.items():
+                total[f"{_PART}{part}"] += value
             if rollout.verdict is not None:
                 total[f"verdict_{rollout.verdict}"] += 1
     return list(total.values()), float(longest)
 
 
 def metrics(total: Mapping[str, float], longest: float) -> dict[str, float]:
-    """Names and values from COUNTS summed over ranks, and the longest response of all."""
+    """Names and values from counts summed over ranks, and the longest response of all."""
     groups, responses = max(total["groups"], 1.0), max(total["responses"], 1.0)
     values = {
         "rollout/responses": total["responses"],
@@ -64,6 +73,11 @@ def metrics(total: Mapping[str, float], longest: float) -> dict[str, float]:
             **{
                 f"reward/verdict_{verdict}_frac": total[f"verdict_{verdict}"] / responses
                 for verdict in Verdict
+            },
+            **{
+                f"reward/{name}_mean": value / responses
+                for name, value in total.items()
+                if name.startswith(_PART)
             },
         }
     if total["logprob_tokens"]:

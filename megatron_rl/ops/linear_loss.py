@@ -64,18 +64,15 @@ def linear_policy_loss(
         with_entropy: measure the entropy even if spec.entropy_coef is 0.
         chunk_rows: most rows of logits alive at a time; changes results by rounding only. None: as
             many as fit into LOGITS_BYTES.
-        into_main_grad: add the gradient of weight to weight.main_grad, as Megatron's fused gradient
-            accumulation does, rather than make a tensor of it for autograd; in all losses of a step
-            or in none. Then the loss must be backpropagated exactly once and as it is: native
-            ops add the gradient in the forward, and if the loss gets another gradient than 1 they
-            make main_grad NaN.
+        into_main_grad: in all losses of a step or in none, add the gradient of weight to
+            weight.main_grad, as Megatron's fused accumulation does. The loss must then be
+            backpropagated once and as it is: native ops add the gradient in the forward, and
+            make main_grad NaN where the loss gets another gradient than 1.
     """
-    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
-    if into_main_grad:
-        main_grad_of(weight)
+    chunks = _row_chunks(hidden, weight, targets, chunk_rows, into_main_grad=into_main_grad)
     if backend.is_native("policy_loss_onepass_", hidden) and hidden.dtype == weight.dtype:
-        entropy_if_any = hidden if with_entropy or spec.entropy_coef != 0 else None
-        check_inputs(spec, entropy=entropy_if_any, ref=ref_logprobs, rollout=rollout_logprobs)
+        entropy = hidden if with_entropy or spec.entropy_coef != 0 else None  # given, if any
+        check_inputs(spec, entropy=entropy, ref=ref_logprobs, rollout=rollout_logprobs)
         loss, logprobs, sums, extrema = LinearPolicyLossFunction.apply(
             hidden,
             weight,
@@ -131,9 +128,7 @@ def differentiable_linear_logprobs(
     Arguments, gradients and memory as in linear_policy_loss, but that a loss of them may get any
     gradient, into_main_grad or not. Collectives: one, in the forward.
     """
-    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
-    if into_main_grad:
-        main_grad_of(weight)
+    chunks = _row_chunks(hidden, weight, targets, chunk_rows, into_main_grad=into_main_grad)
     num_valid = shard_columns(len(weight), vocab_start, valid_vocab)
     logprobs, entropy = _LinearLogprobs.apply(
         hidden,
@@ -239,9 +234,11 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _row_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None, *, into_main_grad: bool
 ) -> list[slice]:
-    """The fewest chunks of N rows, of about the same size; none of zero rows."""
+    """The fewest chunks of N rows, of about the same size; none of zero rows. Checks the inputs."""
+    if into_main_grad:
+        main_grad_of(weight)
     if (
         hidden.dim() != 2
         or weight.dim() != 2

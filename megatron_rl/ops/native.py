@@ -19,6 +19,25 @@ if not FAULT:
 
 BUILT = not FAULT
 
+OPS = (
+    "row_stats",
+    "merge_stats",
+    "token_loss",
+    "dlogits_",
+    "dlogits",
+    "policy_loss_onepass_",
+    "rescale_if_",
+    "group_stats",
+)
+_COMPILED = {
+    device: frozenset(
+        op
+        for op in OPS
+        if BUILT and torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_rl::{op}", key)
+    )
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+}
+
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEVICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of logits, on a CPU and elsewhere."""
@@ -26,10 +45,7 @@ DEVICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def has(op: str, device: torch.device) -> bool:
     """Whether op was compiled for this kind of device."""
-    if not BUILT or device.type not in ("cpu", "cuda"):
-        return False
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_rl::{op}", key))
+    return op in _COMPILED.get(device.type, ())
 
 
 def takes(op: str, tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What ranks tell each other outside of the model: errors, sums, and samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -31,6 +31,20 @@ def agree_or_raise(error: Exception | None, group: dist.ProcessGroup) -> None:
         raise error
     rank, first = next((rank, text) for rank, text in enumerate(told) if text is not None)
     raise RunError(f"rank {rank} failed: {first}")
+
+
+def all_or_none(work: Callable[[], None], group: dist.ProcessGroup) -> None:
+    """Do this rank's part of something; its error on any rank is an error on all."""
+    error: Exception | None = None
+    try:
+        work()
+    except (OSError, RuntimeError, ValueError) as caught:
+        error = caught
+    agree_or_raise(error, group)
+
+
+def nothing() -> None:
+    """The part of a rank that has none."""
 
 
 def same_or_raise(name: str, value: str, rule: str, group: dist.ProcessGroup) -> None:

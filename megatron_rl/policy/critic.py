@@ -1,7 +1,6 @@
 """The critic: values and updates over the policy's packed micro-batches, at the same layout."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -11,7 +10,9 @@ from megatron_rl.ops.value_loss import VALUE_SUMS, value_loss, value_metrics
 from megatron_rl.policy.model import ValueModel
 from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
-from megatron_rl.weights.critic_files import critic_pieces, critic_shapes, read_value_head
+from megatron_rl.weights.critic_files import critic_pieces, open_critic_weights, read_value_head
+from megatron_rl.weights.hf_files import WeightFiles
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 
 
@@ -32,14 +33,14 @@ class Critic(TrainedModel):
         weight: Tensor = self.chunks[-1].output_layer.weight
         return weight
 
-    def _files_hold(self, model_dir: Path) -> dict[str, tuple[int, ...]]:
-        return critic_shapes(self.arch, model_dir)
+    def _weights(self, source: ModelSource) -> WeightFiles:
+        return open_critic_weights(source, self.arch)
 
     @torch.no_grad()
-    def load_hf(self, model_dir: Path) -> None:
+    def load(self, source: ModelSource) -> None:
         """Read a language model (value head 0) or an exported critic."""
-        super().load_hf(model_dir)
-        saved = read_value_head(model_dir, self.arch)
+        super().load(source)
+        saved = read_value_head(source.config_dir, self.arch)
         if self.value_head is not None and saved is not None:
             self.value_head.copy_(saved)
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +32,9 @@ from megatron_rl.policy.model import (
 from megatron_rl.policy.optimizer import build_optimizer, build_scheduler
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.hf_files import HfCheckpoint
-from megatron_rl.weights.layouts import VOCABULARY, check_filled, hf_shapes, megatron_pieces
+from megatron_rl.weights.hf_files import WeightFiles
+from megatron_rl.weights.layouts import VOCABULARY, check_filled, megatron_pieces
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.names import local_name
 from megatron_rl.weights.pieces import Piece
 
@@ -96,18 +96,18 @@ class TrainedModel:
         }
 
     @torch.no_grad()
-    def load_hf(self, model_dir: Path) -> None:
+    def load(self, source: ModelSource) -> None:
         """Read this rank's rectangles of the checkpoint; padding rows become zero."""
         params = self.named_parameters()
         check_filled({name: tuple(param.shape) for name, param in params.items()}, self.pieces)
         for name, param in params.items():
             if name.endswith(VOCABULARY):
                 param.zero_()
-        HfCheckpoint(model_dir, self._files_hold(model_dir)).fill(params, self.pieces)
+        self._weights(source).fill(params, self.pieces)
 
-    def _files_hold(self, model_dir: Path) -> dict[str, tuple[int, ...]]:
-        """Every tensor that a model directory must hold."""
-        return hf_shapes(self.arch)
+    def _weights(self, source: ModelSource) -> WeightFiles:
+        """The files with the first weights."""
+        return source.open_weights(self.arch)
 
     def prepare_training(self) -> None:
         """Wrap the loaded model in DDP and build the optimizer (whose main weights copy it)."""

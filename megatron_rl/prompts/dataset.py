@@ -2,14 +2,14 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.cursor import Cursor, Draw
-from megatron_rl.prompts.rows import MAX_SHOWN, Problems, Row
+from megatron_rl.prompts.rows import MAX_SHOWN, Problems, Row, preview
 from megatron_rl.prompts.source import read_rows
 from megatron_rl.prompts.template import choose_template
 from megatron_rl.prompts.token_table import TokenTable, tokenize
@@ -34,6 +34,8 @@ class PromptReport:
     num_used: int
     num_overlong: int  # left out, since longer than max_prompt_tokens
     overlong_rows: tuple[str, ...]  # the first few of them, as source:line
+    num_hopeless: int  # left out, since no response could be right by their answer
+    hopeless_rows: tuple[str, ...]  # the first few of them, as source:line: why
     num_conflicting: int  # used, though the same prompt stands before with another answer
     max_prompt_tokens: int  # the longest in use
     mean_prompt_tokens: float
@@ -48,9 +50,16 @@ class PromptStream:
     """
 
     def __init__(
-        self, config: PromptsConfig, tokenizer: Tokenizer, seed: int, with_gold: bool = False
+        self,
+        config: PromptsConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        with_gold: bool = False,
+        check_answer: Callable[[str], str | None] | None = None,
     ) -> None:
-        rows = read_rows(config, with_gold)
+        """check_answer says why no response could be right by an answer, None where one could."""
+        all_rows = read_rows(config, with_gold)
+        rows, hopeless = _gradable(all_rows, check_answer)
         _refuse_control_tokens(rows, tokenizer)
         render = choose_template(config, tokenizer)
         table = tokenize(tokenizer, (render(row.prompt) for row in rows))
@@ -68,10 +77,12 @@ class PromptStream:
         self._checksum = _checksum(self._rows, self._prompts, self._gold)
         used = [lengths[index] for index in fits]
         self.report = PromptReport(
-            num_read=len(rows),
+            num_read=len(all_rows),
             num_used=len(used),
             num_overlong=len(overlong),
             overlong_rows=tuple(rows[index].where for index in overlong[:MAX_SHOWN]),
+            num_hopeless=len(hopeless),
+            hopeless_rows=tuple(hopeless[:MAX_SHOWN]),
             num_conflicting=_count_conflicting(self._rows),
             max_prompt_tokens=max(used),
             mean_prompt_tokens=sum(used) / len(used),
@@ -118,6 +129,27 @@ class PromptStream:
             text=row.prompt,
             gold_tokens=None if self._gold is None else self._gold.tokens(draw.row),
         )
+
+
+def _gradable(
+    rows: Sequence[Row], check_answer: Callable[[str], str | None] | None
+) -> tuple[Sequence[Row], list[str]]:
+    """The rows whose answer can be met, and source:line: why of the others."""
+    if check_answer is None:
+        return rows, []
+    problems = [check_answer(row.answer) for row in rows]
+    kept = [row for row, problem in zip(rows, problems, strict=True) if problem is None]
+    hopeless = [
+        f"{row.where}: {preview(row.answer)}: {problem}"
+        for row, problem in zip(rows, problems, strict=True)
+        if problem is not None
+    ]
+    if not kept:
+        raise InputError(
+            f"prompts.answer_key: no response could be right by any of the {len(rows)} answers. "
+            f"The first: {hopeless[0]}. Name the column that holds the answers alone"
+        )
+    return kept, hopeless
 
 
 def _refuse_control_tokens(rows: Sequence[Row], tokenizer: Tokenizer) -> None:

@@ -73,7 +73,7 @@ def to_row(fields: object, columns: Columns, source: str, line: int) -> Row:
         raise RowError(f"no column {', '.join(map(repr, missing))}; it has {column_list(fields)}")
     return Row(
         prompt=_text(columns.prompt, fields[columns.prompt]),
-        answer=_answer(columns.answer, fields[columns.answer]),
+        answer=answer_text(columns.answer, fields[columns.answer]),
         response=(
             None if columns.response is None else _text(columns.response, fields[columns.response])
         ),
@@ -100,7 +100,7 @@ def preview(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _answer(column: str, value: object) -> str:
+def answer_text(column: str, value: object) -> str:
     """Text as it is, a number as text (27.0 -> "27.0"), a list of one as its element."""
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]

@@ -10,17 +10,19 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from megatron_rl.reward.approximate import surely_differ
 from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
 from megatron_rl.reward.normalize import compact, normalize
+from megatron_rl.reward.relations import Pair, strip_names
 from megatron_rl.reward.units import Quantity, same_unit, split_unit
 from megatron_rl.reward.words import same_choice, same_prose, unwrap_text
 
 
-class Pair(NamedTuple):
-    """A gold answer and an answer, both normalised."""
+class Shape(NamedTuple):
+    """Brackets and items: "{}" is a set or a list, others are those of a point or an interval."""
 
-    gold: str
-    answer: str
+    kind: str
+    items: list[str]
 
 
 Outcome = bool | Pair
@@ -28,14 +30,11 @@ Outcome = bool | Pair
 
 _IN_BASE = re.compile(r"\(?([0-9][0-9A-F]*|[A-F][0-9A-F]*[0-9][0-9A-F]*)\)?_\{?([0-9]{1,2})\}?")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
-_NAME = re.compile(
-    r"(?:\\(?:text|mathrm|textrm)\s*\{[^{}]*\}"
-    r"|\\(?:angle|triangle|overline|vec) ?\{?[a-zA-Z]{1,4}\}?"
-    r"|[a-zA-Z]{1,4}|\\(?!pi|infty|frac|sqrt)[a-zA-Z]+)'{0,3}(?:_(?:\{\w{1,8}\}|\w))?(?:\^\{-1\})?"
-    r"(?: ?\([a-zA-Z, ]{1,12}\))?"
-)
-_ASSIGNED = re.compile(rf"({_NAME.pattern})\s*(?:=|\\in(?![a-z]))\s*(.+)", re.DOTALL)
 _INEQUALITY = re.compile(r"<|>|\\(?:le|ge|ne)(?![a-zA-Z])")
+_HEDGE = re.compile(
+    r"(?<!\\)\b(?:or (?:more|less|fewer)|at (?:least|most)|(?:more|less|fewer) than|not)\b"
+    r"|以[上下]|至[少多]"
+)
 _SPACED_DIGITS = re.compile(r"[0-9] [0-9]")
 _PLUS_MINUS = re.compile(r"\\[pm][mp](?![a-zA-Z])")
 # What no problem asks for, unless its own answer has it: each can keep sympy busy for ever.
@@ -44,6 +43,7 @@ _REFUSED = tuple(
     for pattern in (
         r"[0-9]{41}",
         r"\^\s*[{(\s]*[+-]?[0-9]{5}",
+        r"\^\s*\{[^{}]*\^\s*\{[^{}]*\^",
         r"!.*!",
         r"\\sum",
         r"\\prod",
@@ -59,6 +59,8 @@ _REFUSED = tuple(
 Rule = Callable[[str, str], bool | None]
 
 
+# The responses to a prompt repeat each other.
+@lru_cache(maxsize=16384)
 def decide(gold: str, answer: str) -> Outcome:
     """Compare two answers as written; anything a worker must see is returned as a pair."""
     return _decide(_normalized_gold(gold), unwrap_text(normalize(answer)))
@@ -72,11 +74,11 @@ def _normalized_gold(gold: str) -> str:
 def _decide(gold: str, answer: str) -> Outcome:
     if not answer:
         return False
-    for rule in (_same_text, _pattern, same_choice, same_prose):
+    for rule in (_same_text, _pattern, _hedged, same_choice, same_prose):
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict
-    bare = _compare_relations(gold, answer)
+    bare = strip_names(gold, answer)
     if isinstance(bare, bool):
         return bare
     for rule in (_in_base, _clock, _quantities):
@@ -97,50 +99,9 @@ def _pattern(gold: str, answer: str) -> bool | None:
     return None
 
 
-def _compare_relations(gold: str, answer: str) -> Outcome:
-    """Strip `name =` where only one side has it; refuse a chain such as 3 = 4 or x = y = 4."""
-    gold_names, answer_names = _ASSIGNED.fullmatch(gold), _ASSIGNED.fullmatch(answer)
-    gold_equals, answer_equals = gold.count("="), answer.count("=")
-    if gold_equals <= 1 and answer_equals <= 1 and gold_names and answer_names:
-        if compact(gold_names[1]) == compact(answer_names[1]):
-            return Pair(gold_names[2], answer_names[2])
-        settled = exact(gold_names[2]) is not None or exact(answer_names[2]) is not None
-        return False if settled else _unless_refused(Pair(gold, answer))
-    if gold_equals <= 1 and gold_names and not answer_equals and not answer_names:
-        return Pair(gold_names[2], answer)
-    if gold_equals or not answer_equals:
-        gold_items, answer_items = _by_name(gold), _by_name(answer)
-        if gold_items and answer_items:
-            return gold_items == answer_items
-        if gold_equals:
-            comparable = 0 < answer_equals <= gold_equals
-            return _unless_refused(Pair(gold, answer)) if comparable else False
-    if answer_names and "\\in" not in gold and answer_equals <= 1:
-        return Pair(gold, answer_names[2])
-    if answer_equals:
-        values = _one_name(answer)
-        return Pair(gold, values) if values else False
-    return Pair(gold, answer)
-
-
-def _by_name(text: str) -> dict[str, object] | None:
-    """The exact values of `x=1, y=2`; None when an item is not `name = number`."""
-    named = {}
-    for item in split_items(text):
-        match = _ASSIGNED.fullmatch(item)
-        value = exact(match[2]) if match else None
-        if match is None or value is None:
-            return None
-        named[compact(match[1])] = value
-    return named
-
-
-def _one_name(text: str) -> str | None:
-    """`1, 2` for `x=1, x=2`; None where the items are not assignments to one name."""
-    matches = [_ASSIGNED.fullmatch(item) for item in split_items(text)]
-    names = {match[1] for match in matches if match}
-    values = [match[2] for match in matches if match and "=" not in match[2]]
-    return ", ".join(values) if len(names) == 1 and len(values) == len(matches) else None
+def _hedged(gold: str, answer: str) -> bool | None:
+    r"""`5\text{ or more}` is not 5."""
+    return False if _HEDGE.search(answer) and not _HEDGE.search(gold) else None
 
 
 def _in_base(gold: str, answer: str) -> bool | None:
@@ -166,7 +127,7 @@ def _quantities(gold: str, answer: str) -> bool | None:
     wanted, given = split_unit(gold), split_unit(answer)
     if not same_unit(wanted.unit, given.unit):
         return False
-    gold_number, answer_number = _value(wanted), _value(given)
+    gold_number, answer_number = size_of(wanted), size_of(given)
     if gold_number is None or answer_number is None:
         return None
     if wanted.is_percent and not given.is_percent:
@@ -176,7 +137,8 @@ def _quantities(gold: str, answer: str) -> bool | None:
     return gold_number == answer_number
 
 
-def _value(quantity: Quantity) -> Fraction | None:
+def size_of(quantity: Quantity) -> Fraction | None:
+    """The number of a quantity in its unit, or None; a ratio is its fraction."""
     ratio = quantity.value.split(":")
     if len(ratio) == 2:
         top, bottom = number(ratio[0]), number(ratio[1])
@@ -207,7 +169,7 @@ def _compare_values(pair: Pair) -> Outcome:
         return gold_value == answer_value
     if "%" in answer or _SPACED_DIGITS.search(answer):
         return False
-    if gold_value is not None and re.fullmatch(r"[a-zA-Z]+", answer):
+    if gold_value is not None and re.fullmatch(r"[a-zA-Z]+|[^\x00-\x7f]+", answer):
         return False  # a name instead of a number
     if bool(_PLUS_MINUS.search(gold)) != bool(_PLUS_MINUS.search(answer)) and not _is_list(
         answer if _PLUS_MINUS.search(gold) else gold
@@ -216,7 +178,8 @@ def _compare_values(pair: Pair) -> Outcome:
     verdict = _compare_shapes(gold, answer)
     if verdict is not None:
         return verdict
-    return _unless_refused(Pair(_both_signs(gold), _both_signs(answer)))
+    outcome = _unless_refused(Pair(_both_signs(gold), _both_signs(answer)))
+    return False if isinstance(outcome, Pair) and surely_differ(*outcome) else outcome
 
 
 def _is_list(text: str) -> bool:
@@ -232,28 +195,30 @@ def _both_signs(text: str) -> str:
 
 
 def _compare_shapes(gold: str, answer: str) -> bool | None:
-    """A point, an interval and a set are different things; so are lists of different length."""
-    if any("\\cup" in text or "\\cap" in text or "\\mid" in text for text in (gold, answer)):
+    """A point, an interval and a set are different things; so are points of different length."""
+    wanted, given = shape_of(gold), shape_of(answer)
+    if wanted is None or given is None or (len(wanted.items) < 2 and len(given.items) < 2):
         return None
-    if _INEQUALITY.search(gold) or _INEQUALITY.search(answer) or _PLUS_MINUS.search(gold + answer):
-        return None
-    gold_kind, gold_inner = brackets(gold)
-    answer_kind, answer_inner = brackets(answer)
-    gold_items, answer_items = split_items(gold_inner), split_items(answer_inner)
-    if len(gold_items) < 2 and len(answer_items) < 2:
-        return None
-    if min(len(gold_items), len(answer_items)) < 2:
+    if min(len(wanted.items), len(given.items)) < 2 or wanted.kind != given.kind:
         return False
-    if (gold_kind or "{}") != (answer_kind or "{}"):
-        return False
-    if gold_kind in ("", "{}"):
+    if wanted.kind == "{}":
         return None
-    if len(gold_items) != len(answer_items):
+    if len(wanted.items) != len(given.items):
         return False
-    outcomes = [_decide(*items) for items in zip(gold_items, answer_items, strict=True)]
-    if any(outcome is False for outcome in outcomes):
+    outcomes = [_decide(*items) for items in zip(wanted.items, given.items, strict=True)]
+    if False in outcomes:
         return False
     return True if all(outcome is True for outcome in outcomes) else None
+
+
+def shape_of(text: str) -> Shape | None:
+    """Brackets and items of an answer; None where sets are joined or described, not listed."""
+    if "\\cup" in text or "\\cap" in text or "\\mid" in text:
+        return None
+    if _INEQUALITY.search(text) or _PLUS_MINUS.search(text):
+        return None
+    kind, inner = brackets(text)
+    return Shape(kind or "{}", split_items(inner))
 
 
 def _unless_refused(pair: Pair) -> Outcome:

@@ -24,15 +24,15 @@ _FRACTION = _number(
 )
 _POWER = _number(
     rf"(?:({_DECIMAL}) ?(?:\\times|\\cdot|\*) ?)?"
-    r"([0-9]{1,6}) ?\^ ?(?:([0-9])|\{ ?([+-]?[0-9]{1,3}) ?\})"
+    r"([0-9]{1,6}) ?\^ ?(?:\{ ?([+-]?[0-9]{1,3}) ?\}|\(?([+-]?[0-9]{1,3})\)?)"  # 10^33 as typed
 )
-_PLAIN_POWER = _number(r"([0-9]{1,6}) ?\^ ?\(?([+-]?[0-9]{1,3})\)?")
 _REPEATING = _number(r"([0-9]{0,20})\.([0-9]{0,20}) ?\\overline ?\{ ?([0-9]{1,20}) ?\}")
 _EXPONENT = _number(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)[eE]([+-]?[0-9]{1,2})")
 _SIGN = _number(r"(?:([+-]) ?){0,2}")
 _CLOSERS = {"(": ")", "[": "]", "\\{": "\\}"}
 _AND_OR = re.compile(
     r"\\(?:text|mathrm|textrm|mbox)\s*\{\s*(?:and|or)\s*\}|(?<=[\s)}0-9])(?:and|or)(?=[\s(\\0-9-])"
+    r"|[和或]"
 )
 
 
@@ -57,10 +57,8 @@ def _magnitude(text: str) -> Fraction | None:
     if match := _SLASH.fullmatch(text) or _FRACTION.fullmatch(text):
         return _mixed(*match.groups())
     if match := _POWER.fullmatch(text):
-        mantissa, base, digit, exponent = match.groups()
-        return _power(Fraction(mantissa or 1), int(base), int(digit or exponent))
-    if match := _PLAIN_POWER.fullmatch(text):
-        return _power(Fraction(1), int(match[1]), int(match[2]))
+        mantissa, base, braced, typed = match.groups()
+        return _power(Fraction(mantissa or 1), int(base), int(braced or typed))
     if match := _EXPONENT.fullmatch(text):
         return _power(Fraction(match[1]), 10, int(match[2]))
     if match := _REPEATING.fullmatch(text):

@@ -1,13 +1,24 @@
-"""The answer a response commits to: the content of its last box.
+"""The answer a response commits to: the content of its last box, of its last answer tag, or all.
 
 Every search is bounded: a policy may well learn to repeat an opening box a hundred thousand times.
 """
+
+import re
+from collections.abc import Callable
+
+Finder = Callable[[str], str | None]
+"""From a response to its answer; None where there is none."""
 
 MAX_ANSWER_CHARS = 512
 TAIL_CHARS = 1 << 16
 MAX_OPENERS = 32
 
-_OPENERS = ("\\boxed", "\\fbox")
+_OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
+# Backwards, since the last number is asked for: -1,234.5 or 3/4 or 50% or 4.5e33. A minus after a
+# number or a bracket is no sign, a full stop after a letter no decimal point.
+_NUMBER_REVERSED = re.compile(
+    r"%?(?:[0-9]+/(?=[0-9])|[0-9]{1,3}[-+]?[eE](?=[0-9]))?[0-9][0-9,]*(?:\.(?:[0-9,]*[0-9]|(?!\w)))?(?:-(?![\w)\]}.,]))?"
+)
 
 
 def last_box(response: str) -> str | None:
@@ -18,20 +29,63 @@ def last_box(response: str) -> str | None:
     is passed over. In a box inside a box the inner one counts.
     """
     tail = _after_reasoning(response)[-TAIL_CHARS:]
-    starts = {opener: tail.rfind(opener) for opener in _OPENERS}
+    end = len(tail)
     for _ in range(MAX_OPENERS):
-        opener = max(starts, key=starts.__getitem__)
-        start = starts[opener]
-        if start < 0:
+        boxed = tail.rfind("\\boxed", 0, end)
+        fbox = tail.rfind("\\fbox", max(boxed, 0), end)
+        end = max(boxed, fbox)
+        if end < 0:
             return None
-        body = start + len(opener)
+        body = end + len("\\fbox" if fbox > boxed else "\\boxed")
         content = _box_content(tail, body)
         if content is not None:
             return content.strip() or None
         if _opens_brace(tail, body):
             return None
-        starts[opener] = tail.rfind(opener, 0, start)
     return None
+
+
+def last_answer_tag(response: str) -> str | None:
+    """Content of the last <answer>...</answer> after the reasoning, or of the box in it.
+
+    An unterminated or over-long last tag is no answer, as with boxes.
+    """
+    tail = _after_reasoning(response)[-TAIL_CHARS:]
+    start = tail.rfind(_OPEN_TAG)
+    if start < 0:
+        return None
+    content, closed, _ = tail[start + len(_OPEN_TAG) :].partition(_CLOSE_TAG)
+    if not closed or len(content) > MAX_ANSWER_CHARS:
+        return None
+    return last_box(content) if "\\boxed" in content else content.strip() or None
+
+
+def whole_response(response: str) -> str | None:
+    """What stands after the reasoning, None where that is nothing or too long for an answer."""
+    text = _after_reasoning(response).strip()
+    return text if 0 < len(text) <= MAX_ANSWER_CHARS else None
+
+
+def last_number(response: str) -> str | None:
+    """The last number after the reasoning: 1,234.5 or -3/4 or 50%."""
+    match = _NUMBER_REVERSED.search(_after_reasoning(response)[-TAIL_CHARS:][::-1])
+    if match is None or len(match[0]) > MAX_ANSWER_CHARS:
+        return None
+    return match[0][::-1].lstrip(",")
+
+
+def is_answer_form(response: str) -> bool:
+    """Whether a response is reasoning, then one answer tag, then nothing.
+
+    The reasoning may have no tags, or its opening tag in the prompt.
+    """
+    head, opened, rest = response.strip().partition(_OPEN_TAG)
+    content = rest.removesuffix(_CLOSE_TAG)
+    is_closed = bool(opened) and content != rest and bool(content.strip())
+    is_single = _OPEN_TAG not in content and _CLOSE_TAG not in content
+    reasoning, closed, between = head.rpartition("</think>")
+    has_reasoned = not between.strip() if closed else "<think>" not in head
+    return is_closed and is_single and has_reasoned and "</think>" not in reasoning
 
 
 def _after_reasoning(response: str) -> str:

@@ -2,31 +2,42 @@
 
 import re
 
+from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.extract import MAX_ANSWER_CHARS, last_box
-from megatron_rl.reward.math_grader import grade
+from megatron_rl.reward.kinds import make_judge
 from megatron_rl.reward.normalize import is_balanced, normalize
 
+_FORMS = {
+    "box": "\\boxed{%s}",
+    "answer_tag": "<answer>%s</answer>",
+    "response": "%s",
+}
 _ASKS_PERCENT = re.compile(
     r"\b(?:what|which|find the|how many|as an?|(?:nearest|closest)(?: \w+)?) percent", re.IGNORECASE
 )
 _BARE_NUMBER = re.compile(r"[-+]?[0-9][0-9.,/ ]*")
 
 
-def check_gold(answer: str) -> str | None:
-    """Why a gold answer cannot be used, or None when it can."""
+def check_gold(answer: str, config: RewardConfig | None = None) -> str | None:
+    """Why no response could be right by this gold answer, or None where one could.
+
+    A user's function makes of it what it wants: then nothing is checked but that it is there.
+    """
+    config = config or RewardConfig()
     if not answer.strip():
         return "the answer is empty"
-    if len(answer) > MAX_ANSWER_CHARS:
-        return f"the answer has {len(answer)} characters; a box holds at most {MAX_ANSWER_CHARS}"
-    if not is_balanced(answer):
-        return "its braces are not balanced, so no box can hold it"
-    if "\\boxed" in answer or last_box(answer) is not None:
-        return "it holds a box itself; use what is in the box"
-    if not normalize(answer):
-        return "nothing is left of it after normalisation"
-    if grade(rf"\boxed{{{answer}}}", answer).verdict != "correct":
-        return "it is not graded correct against itself"
-    return None
+    judge = make_judge(config.kind, config)
+    if judge is None or config.kind == "format":
+        return None
+    if "####" in answer:
+        return "it is a worked solution; use what stands after ####"
+    if config.kind != "number" and len(answer) > MAX_ANSWER_CHARS:
+        return f"the answer has {len(answer)} characters; at most {MAX_ANSWER_CHARS} are compared"
+    problem = _math_problem(answer) if config.kind == "math" else None
+    graded = judge(_FORMS[config.answer_in].replace("%s", answer), answer, None)
+    if problem is None and graded.verdict != "correct":
+        problem = graded.reason or "it is not graded correct against itself"
+    return problem
 
 
 def with_percent_sign(question: str, answer: str) -> str:
@@ -37,3 +48,13 @@ def with_percent_sign(question: str, answer: str) -> str:
     """
     is_bare = _BARE_NUMBER.fullmatch(answer.strip()) is not None
     return answer.strip() + "\\%" if is_bare and _ASKS_PERCENT.search(question) else answer
+
+
+def _math_problem(answer: str) -> str | None:
+    if not is_balanced(answer):
+        return "its braces are not balanced, so no box can hold it"
+    if "\\boxed" in answer or last_box(answer) is not None:
+        return "it holds a box itself; use what is in the box"
+    if not normalize(answer):
+        return "nothing is left of it after normalisation"
+    return None

@@ -3,6 +3,11 @@
 import re
 import unicodedata
 
+_GREEK = (
+    *("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"),
+    *("lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "varsigma", "sigma", "tau", "upsilon"),
+    *("phi", "chi", "psi", "omega"),
+)
 # Rewritten before NFKC, which would lose them (a superscript two becomes a plain 2).
 _SYMBOLS = str.maketrans(
     {
@@ -19,8 +24,7 @@ _SYMBOLS = str.maketrans(
         "\u2044": "/",
         "\u2215": "/",
         "\u2236": ":",
-        "\u03c0": "\\pi ",
-        "\u03b8": "\\theta ",
+        "\u3001": ",",
         "\u221e": "\\infty ",
         "\u2264": "\\le ",
         "\u2265": "\\ge ",
@@ -44,6 +48,7 @@ _SYMBOLS = str.maketrans(
         "\u00b3": "^{3}",
         "\u2074": "^{4}",
     }
+    | {chr(0x3B1 + offset): f"\\{name} " for offset, name in enumerate(_GREEK)}
 )
 _ROOT = re.compile("\u221a\\s*(?:\\(([^()]*)\\)|\\{([^{}]*)\\}|(\\d+|[a-z]))")
 
@@ -69,6 +74,7 @@ _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\leq(?:slant)?(?![a-zA-Z])|<=", r"\\le "),
         (r"\\geq(?:slant)?(?![a-zA-Z])|>=", r"\\ge "),
         (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+        (r"\\not\s*=", r"\\ne "),
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),

@@ -66,9 +66,12 @@ class WorkerPool:
         deadline_s: float,
         memory_bytes: int,
         function: str | None = None,
+        setting: str = "reward.function",
     ) -> None:
+        """function: import path of a user's function, named by that setting."""
         self._num_workers = num_workers
         self._deadline_s = deadline_s
+        self._setting = setting
         self._settings = {"memory_bytes": memory_bytes, "function": function}
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
@@ -247,7 +250,7 @@ class WorkerPool:
     def _handle(self, worker: _Worker, message: Message) -> None:
         if "failed" in message:
             raise InputError(
-                f"reward.function={self._settings['function']!r}: {message['failed']}. It must be "
+                f"{self._setting}={self._settings['function']!r}: {message['failed']}. It must be "
                 "importable in a worker process (same interpreter and import path as here, no "
                 "other environment variables, reward.memory_mib of address space)"
             )
@@ -304,7 +307,7 @@ class WorkerPool:
                 if not worker.is_ready and wall > _START_LIMIT_S:
                     raise RunError(
                         f"a reward worker did not start within {_START_LIMIT_S:.0f} s. An import "
-                        "of reward.function may hang; time it in a fresh interpreter"
+                        f"of {self._setting} may hang; time it in a fresh interpreter"
                     )
                 continue
             if wall < self._deadline_s / 2:

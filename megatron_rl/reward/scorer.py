@@ -1,21 +1,20 @@
 """Rewards of responses: scoring starts when a response is finished, while others still generate."""
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from megatron_rl.errors import InputError, RunError
-from megatron_rl.reward.answers import Pair
-from megatron_rl.reward.config import RewardConfig
-from megatron_rl.reward.math_grader import grade
-from megatron_rl.reward.pool import Outcome, WorkerPool
+from megatron_rl.errors import RunError
+from megatron_rl.reward.config import RewardConfig, is_import_path
+from megatron_rl.reward.kinds import make_judge
+from megatron_rl.reward.pool import WorkerPool
+from megatron_rl.reward.verifier import Result, Verifier, try_function
 from megatron_rl.types import RolloutGroup, Verdict
 
 Key = tuple[int, int]
 """(prompt.group_id, position of the response in its group)."""
 
-_DUMMY = ("The answer is \\boxed{0}.", "0")
 _MAX_FAILURES = 8
+_SHARED_WAIT_S = 0.02  # of each verifier in turn, where several are at work
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,14 @@ class Score:
     verdict: Verdict
     reward: float
     extracted: str | None  # the answer found in the response, None without one
-    seconds: float  # CPU time of its verification
+    seconds: float  # CPU time of its verification, all rewards together
+    parts: Mapping[str, float] = field(default_factory=dict)  # values, before their weights
+    reason: str | None = None  # of a timeout or an error
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether our side failed: then the reward means nothing."""
+        return self.verdict in (Verdict.TIMEOUT, Verdict.ERROR)
 
 
 class RewardScorer:
@@ -34,114 +40,114 @@ class RewardScorer:
     def __init__(self, config: RewardConfig) -> None:
         """Start the workers; with a user's function, wait until it has been loaded and called.
 
-        Raises InputError when the function cannot be used.
+        Raises InputError when a function cannot be used.
         """
         self._config = config
-        self._scores: dict[Key, Score] = {}
-        self._submitted: set[Key] = set()
-        # Rollouts of a prompt repeat each other: equal pairs are compared once per iteration.
-        self._jobs: dict[Pair, int] = {}
-        self._outcomes: dict[int, Outcome] = {}
-        self._claims: dict[int, list[tuple[Key, str | None]]] = {}
-        self._num_jobs = 0
+        self._submitted: dict[Key, None] = {}  # in order
+        self._verifiers: list[Verifier] = []  # the verdict's, then the parts' in their order
         self.failures: list[str] = []
         """The first timeouts and errors since the last collect, one line each."""
-        self._pool = WorkerPool(
-            num_workers=config.num_workers,
-            deadline_s=config.deadline_s,
-            memory_bytes=config.memory_mib << 20,
-            function=config.function_path,
-        )
-        if config.function_path is not None:
-            self._try_function()
+        parts = [None, *config.parts.values()]
+        try:
+            for (setting, kind), part in zip(config.kinds.items(), parts, strict=True):
+                pool = self._start_pool(setting, kind)
+                self._verifiers.append(Verifier(make_judge(kind, config, part), pool))
+        except BaseException:
+            self.close()
+            raise
 
-    def submit(self, key: Key, response_text: str, answer: str) -> None:
-        """Start scoring a response; never waits."""
+    def submit(
+        self, key: Key, response_text: str, answer: str, num_tokens: int | None = None
+    ) -> None:
+        """Start scoring a response; never waits. num_tokens is read by length_penalty alone."""
         if key in self._submitted:
             raise ValueError(f"response {key} was submitted twice; a key names one response")
         if not self._submitted:
             self.failures = []
-        self._submitted.add(key)
-        if self._config.function_path is not None:
-            self._claim(self._new_job(response_text, answer), key, None)
-            return
-        started = time.perf_counter()
-        graded = grade(response_text, answer)
-        if graded.verdict is None:
-            assert graded.pair is not None
-            job = self._jobs.get(graded.pair)
-            if job is None:
-                job = self._jobs[graded.pair] = self._new_job(*graded.pair)
-            self._claim(job, key, graded.extracted)
-            return
-        outcome = Outcome(graded.verdict, time.perf_counter() - started, reason="no gold answer")
-        self._scores[key] = self._score(key, graded.extracted, outcome)
+        self._submitted[key] = None
+        for verifier in self._verifiers:
+            verifier.submit(key, response_text, answer, num_tokens)
 
     def poll(self) -> None:
         """Hand out and take in work without waiting; to be called between engine steps."""
-        self._advance(0.0)
+        for verifier in self._verifiers:
+            verifier.advance(0.0)
 
     def collect(self) -> dict[Key, Score]:
         """The scores of everything submitted since the last call; waits for the last of them."""
-        while self._claims:
-            self._advance(1.0)
-        scores = self._scores
-        self._scores, self._submitted = {}, set()
-        self._jobs, self._outcomes = {}, {}
+        while busy := [verifier for verifier in self._verifiers if verifier.is_busy]:
+            for verifier in busy:
+                verifier.advance(1.0 if len(busy) == 1 else _SHARED_WAIT_S)
+        results = [verifier.take() for verifier in self._verifiers]
+        scores = {key: self._score(key, [each[key] for each in results]) for key in self._submitted}
+        self._submitted = {}
         return scores
 
     def close(self) -> None:
         """End the worker processes."""
-        self._pool.close()
+        for verifier in self._verifiers:
+            verifier.close()
 
-    def _new_job(self, left: str, right: str) -> int:
-        self._num_jobs += 1
-        self._claims[self._num_jobs] = []
-        self._pool.submit(self._num_jobs, left, right)
-        return self._num_jobs
+    def _start_pool(self, setting: str, kind: str) -> WorkerPool | None:
+        function = kind if is_import_path(kind) else None
+        if kind != "math" and function is None:
+            return None  # judged at once
+        setting = "reward.function" if setting == "reward.kind" else f"{setting}.kind"
+        pool = WorkerPool(
+            num_workers=self._config.num_workers,
+            deadline_s=self._config.deadline_s,
+            memory_bytes=self._config.memory_mib << 20,
+            function=function,
+            setting=setting,
+        )
+        if function is not None:
+            try_function(pool, setting, function)
+        return pool
 
-    def _claim(self, job: int, key: Key, extracted: str | None) -> None:
-        if job in self._outcomes:
-            self._scores[key] = self._score(key, extracted, self._outcomes[job])
-        else:
-            self._claims[job].append((key, extracted))
+    def _score(self, key: Key, results: Sequence[Result]) -> Score:
+        verified, *others = results
+        parts = {
+            name: _as_part(name, part)
+            for name, part in zip(self._config.parts, others, strict=True)
+        }
+        failure = next(
+            (result for result in (verified, *parts.values()) if result.has_failed), None
+        )
+        verdict = self._verdict(failure or verified)
+        reward = self._base_reward(verdict, verified) + sum(
+            self._config.parts[name].weight * part.points for name, part in parts.items()
+        )
+        if failure is not None and len(self.failures) < _MAX_FAILURES:
+            answer = "" if verified.extracted is None else f", answer {verified.extracted!r}"
+            self.failures.append(f"response {key}{answer}: {verdict}, {failure.reason}")
+        return Score(
+            verdict,
+            reward,
+            verified.extracted,
+            seconds=sum(result.seconds for result in results),
+            parts={name: part.points for name, part in parts.items()},
+            reason=failure.reason if failure else None,
+        )
 
-    def _advance(self, wait_s: float) -> None:
-        for job, outcome in self._pool.poll(wait_s):
-            self._outcomes[job] = outcome
-            for key, extracted in self._claims.pop(job):
-                self._scores[key] = self._score(key, extracted, outcome)
+    def _verdict(self, result: Result) -> Verdict:
+        if result.verdict is None:
+            is_correct = result.value is not None and result.value >= self._config.correct
+            return Verdict.CORRECT if is_correct else Verdict.WRONG
+        return Verdict(result.verdict)
 
-    def _score(self, key: Key, extracted: str | None, outcome: Outcome) -> Score:
-        if outcome.verdict is None and outcome.reward is not None:
-            is_correct = outcome.reward >= self._config.correct
-            verdict = Verdict.CORRECT if is_correct else Verdict.WRONG
-            return Score(verdict, outcome.reward, extracted, outcome.seconds)
-        verdict = Verdict(outcome.verdict or Verdict.ERROR)
-        if verdict in (Verdict.TIMEOUT, Verdict.ERROR) and len(self.failures) < _MAX_FAILURES:
-            answer = "" if extracted is None else f", answer {extracted!r}"
-            self.failures.append(f"response {key}{answer}: {verdict}, {outcome.reason}")
-        return Score(verdict, self._reward(verdict), extracted, outcome.seconds)
-
-    def _reward(self, verdict: Verdict) -> float:
+    def _base_reward(self, verdict: Verdict, result: Result) -> float:
+        if result.value is not None:
+            return result.value
         return self._config.correct if verdict is Verdict.CORRECT else self._config.wrong
 
-    def _try_function(self) -> None:
-        """Call the user's function once; what it says of a dummy is only judged by its type."""
-        try:
-            self._pool.submit(0, *_DUMMY)
-            while not (finished := self._pool.poll(1.0)):
-                pass
-        except (InputError, RunError):
-            self._pool.close()
-            raise
-        outcome = finished[0][1]
-        if outcome.is_misuse:
-            self._pool.close()
-            raise InputError(
-                f"reward.function={self._config.function_path!r}: called with a dummy response and "
-                f"answer it {outcome.reason}. It must return a bool or a float for any two strings"
-            )
+
+def _as_part(name: str, result: Result) -> Result:
+    """The result, failed where its value is out of range; a failure names the part."""
+    reason = result.reason
+    if not result.has_failed and not -1 <= result.points <= 1:
+        reason = f"returned {result.points}: must lie between -1 and 1, the weight makes it count"
+        result = replace(result, verdict="error", value=None)
+    return replace(result, reason=f"part {name}: {reason}") if result.has_failed else result
 
 
 def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[RolloutGroup]:
@@ -154,10 +160,15 @@ def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[
         rollouts = []
         for index, rollout in enumerate(group.rollouts):
             score = scores[group.prompt.group_id, index]
-            failed = score.verdict in (Verdict.TIMEOUT, Verdict.ERROR)
-            reward = None if failed else score.reward
+            reward = None if score.has_failed else score.reward
             rollouts.append(
-                replace(rollout, reward=reward, verdict=score.verdict, extracted=score.extracted)
+                replace(
+                    rollout,
+                    reward=reward,
+                    verdict=score.verdict,
+                    reward_parts=score.parts,
+                    extracted=score.extracted,
+                )
             )
         attached.append(replace(group, rollouts=tuple(rollouts)))
     return attached

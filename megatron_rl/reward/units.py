@@ -17,30 +17,30 @@ class Quantity(NamedTuple):
 
 
 _SPELLINGS = {
-    "cm": "centimeter centimetre",
-    "mm": "millimeter millimetre",
-    "m": "meter metre",
-    "km": "kilometer kilometre",
+    "cm": "centimeter centimetre 厘米",
+    "mm": "millimeter millimetre 毫米",
+    "m": "meter metre 米",
+    "km": "kilometer kilometre 千米 公里",
     "in": "inch inches",
     "ft": "foot feet",
     "yd": "yard",
     "mi": "mile",
-    "g": "gram gramme",
-    "kg": "kilogram",
+    "g": "gram gramme 克",
+    "kg": "kilogram 千克 公斤",
     "lb": "pound lbs",
     "oz": "ounce",
     "l": "liter litre L",
     "ml": "milliliter millilitre mL",
-    "s": "sec second",
-    "min": "minute",
-    "h": "hour hr",
-    "day": "",
+    "s": "sec second 秒",
+    "min": "minute 分钟",
+    "h": "hour hr 小时",
+    "day": "天",
     "week": "",
     "month": "",
-    "year": "yr",
-    "dollar": "usd",
+    "year": "yr 年",
+    "dollar": "usd 美元",
     "cent": "",
-    "degree": "deg",
+    "degree": "deg 度",
     "rad": "radian",
     "unit": "",
     "am": "",
@@ -55,20 +55,22 @@ _CANONICAL = {
     for spelling in (word, word + "s")
 }
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_SCALES["trillion"] = 10**12
+_SCALES |= {"trillion": 10**12, "百": 10**2, "千": 10**3, "万": 10**4, "亿": 10**8}
 _KNOWN = frozenset(_CANONICAL.values())
 
+_HAN = "[\u4e00-\u9fff]"
 _BARE_WORD = "|".join(
     sorted((word for word in (*_CANONICAL, *_SCALES) if len(word) > 1), key=len, reverse=True)
 )
 _BARE = re.compile(
-    rf"\s*((?:(?:square|cubic|sq) )?(?:{_BARE_WORD})(?:(?: per |/| )(?:{_BARE_WORD}))?)"
+    rf"\s*((?:(?:square|cubic|sq) )?(?:{_BARE_WORD})(?:(?: per |/| )(?:{_BARE_WORD}))?"
+    rf"|{_HAN}{{1,8}})"
     r"(\s*\^\s*\{?[0-9]\}?)?$",
     re.IGNORECASE,
 )
 _TEXT = r"\\(?:text|mathrm|textrm|mbox|operatorname)\s*\{[^{}]*\}(?:\s?\^\s?\{?-?[0-9]\}?)?"
 _WRITTEN = re.compile(rf"(?:\s?/?\s?{_TEXT}){{1,6}}$")
-_WORD = re.compile(r"[A-Za-z]+|[0-9]")
+_WORD = re.compile(rf"[A-Za-z]+|[0-9]|千[米克]|[百千万亿]|{_HAN}+")
 _JOINS = frozenset(("per", "and", "or"))
 _MONEY = re.compile(r"([+-]?)\s?\\\$\s?")
 _DEGREE = re.compile(r"\s?\^\s?\\circ\s?$")

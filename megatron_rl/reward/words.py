@@ -43,12 +43,12 @@ def same_prose(gold: str, answer: str) -> bool | None:
 def _is_prose(text: str) -> bool:
     if _WHOLE_TEXT.fullmatch(text):
         return True
-    if not re.fullmatch(r"[A-Za-z0-9 ,.'\-]+", text):
+    if not re.fullmatch(r"(?:[^\W_]|[ ,.'\-])+", text):
         return False
-    words = re.findall(r"[a-z]+", text.casefold())
+    words = re.findall(r"[^\W\d_]+", text.casefold())
     if text[0].isdigit() and not _MONTH.search(text.casefold()):
         return False  # a number and its unit
-    return any(len(word) > 3 and word not in _FUNCTIONS for word in words)
+    return any(not word.isascii() or (len(word) > 3 and word not in _FUNCTIONS) for word in words)
 
 
 def _words(text: str) -> list[str]:

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megatron_rl.reward import math_grader
 from megatron_rl.reward.channel import Message, encode, receive
 
 Function = Callable[[str, str], Any]
@@ -38,7 +37,10 @@ def main() -> None:
     settings = json.loads(control.recv(1 << 16))
     if settings["function"] is None:
         try:
-            math_grader.warm_up()
+            # Here and not above: a user's function may have no need of sympy, which takes a second.
+            from megatron_rl.reward import symbolic
+
+            symbolic.warm_up()
         except ImportError as error:
             control.send(f"{error}".encode(errors="replace")[:_MAX_REASON_CHARS])
             return
@@ -111,15 +113,15 @@ def _run_worker(connection: socket.socket, settings: Message, zygote_pid: int) -
     if os.getppid() != zygote_pid:
         return  # the zygote died before prctl
     os.setsid()  # its own group: whatever it starts is killed with it
-    _limit(settings["memory_bytes"], is_user_code=settings["function"] is not None)
+    is_user_code = settings["function"] is not None
+    _limit(settings["memory_bytes"], is_user_code=is_user_code)
     pid = os.getpid()
     connection.sendall(encode({"pid": pid}))
-    function = None
-    if settings["function"] is not None:
-        function, failure = _load(settings["function"])
-        if failure is not None:
-            connection.sendall(encode({"failed": failure[:_MAX_REASON_CHARS]}))
-            return
+    path = settings["function"] or "megatron_rl.reward.symbolic:verify_pair"
+    function, failure = _load(path)
+    if function is None:
+        connection.sendall(encode({"failed": str(failure)[:_MAX_REASON_CHARS]}))
+        return
     connection.sendall(encode({"ready": True}))
     while (request := receive(connection)) is not None:
         reply = _execute(function, request["left"], request["right"])
@@ -128,7 +130,7 @@ def _run_worker(connection: socket.socket, settings: Message, zygote_pid: int) -
         connection.sendall(encode(reply))
         if reply.get("is_spent"):
             return
-        if function is not None and _has_children():
+        if is_user_code and _has_children():
             _kill_group(pid)
 
 
@@ -171,14 +173,11 @@ def _load(path: str) -> tuple[Function | None, str | None]:
     return function, None
 
 
-def _execute(function: Function | None, left: str, right: str) -> Message:
+def _execute(function: Function, left: str, right: str) -> Message:
     """Run one sample; whatever it raises becomes a reply."""
     started = time.process_time()
     try:
-        if function is None:
-            reply: Message = {"verdict": math_grader.verify_pair(left, right)}
-        else:
-            reply = _describe_value(function(left, right))
+        reply = _describe_value(function(left, right))
     except MemoryError:
         # The heap is as large as it may get: a fresh worker serves the next sample.
         reply = {"verdict": "error", "reason": "MemoryError", "is_spent": True}

@@ -24,7 +24,9 @@ class SamplingPlan:
 class Grader(Protocol):
     """Told of every finished response while others still generate; see reward/scorer."""
 
-    def submit(self, key: tuple[int, int], response_text: str, answer: str) -> None: ...
+    def submit(
+        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
+    ) -> None: ...
 
     def poll(self) -> None: ...
 
@@ -69,7 +71,7 @@ class Sampler:
                 policy_version=policy_version,
                 text=text,
             )
-            grader.submit(response.key, text, own[group_id].answer)
+            grader.submit(response.key, text, own[group_id].answer, len(response.tokens))
 
         requests = [
             self._request(prompt, index, plan, iteration)

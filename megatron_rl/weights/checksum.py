@@ -13,12 +13,12 @@ from torch import Tensor
 from megatron_rl.weights.pieces import Box
 
 _MULTIPLIERS = (-7046029254386353131, -4417276706812531889)  # odd, well mixed bits
-_INTEGER_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(values: Tensor, box: Box) -> Tensor:
     """int64 scalar on the values' device, for the rectangle `box` of a Hugging Face tensor."""
-    total = values.contiguous().view(_INTEGER_OF[values.element_size()]).to(torch.int64)
+    total = values.contiguous().view(INTEGER_OF[values.element_size()]).to(torch.int64)
     for dim, (lo, hi) in enumerate(box):
         shape = [1] * len(box)
         shape[dim] = hi - lo

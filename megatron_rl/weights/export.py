@@ -1,13 +1,16 @@
 """The policy as a Hugging Face directory: one more reshard, from training ranks to files."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
+from math import prod
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.parallel.collectives import all_or_none, nothing
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.critic_files import (
@@ -15,12 +18,25 @@ from megatron_rl.weights.critic_files import (
     without_lm_head,
     write_value_head,
 )
-from megatron_rl.weights.hf_files import file_name, plan_files, write_companions, write_tensors
+from megatron_rl.weights.disk import put_in_place, sync_tree
+from megatron_rl.weights.hf_files import (
+    HfCheckpoint,
+    copy_companions,
+    file_name,
+    plan_files,
+    write_index,
+)
 from megatron_rl.weights.layouts import hf_pieces, hf_shapes
 from megatron_rl.weights.pieces import whole
-from megatron_rl.weights.plan import Holders, build_plan
+from megatron_rl.weights.plan import Holders, Plan, build_plan
 from megatron_rl.weights.sync import RANKS_PER_NODE, training_holders
+from megatron_rl.weights.tensor_file import TensorFileWriter
 from megatron_rl.weights.transfer import execute
+
+BATCH_BYTES = 256 << 20
+"""Most bytes of tensors that a rank has in memory at a time, unless one tensor is larger."""
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 def export_hf(
@@ -40,40 +56,39 @@ def export_hf(
     A critic's directory has no LM head and, in a file of its own, value_head [1, H], which the
     ranks of the last pipeline stage bring along.
 
-    Files are dealt out to the ranks and written one at a time, so a rank holds at most one file's
-    tensors. `output` appears under its name only when it is complete.
+    Files are dealt out to the ranks, which gather and write a few tensors at a time. `output`
+    appears under its name only when it is complete. An error on one rank is raised on all.
     """
     sources, shapes = training_holders(arch, groups.layout), hf_shapes(arch)
     if is_critic:
         sources, shapes = critic_holders(sources), without_lm_head(shapes)
-    files = plan_files(shapes, dtype.itemsize, file_mib << 20)
-    temporary = output.with_name(f".{output.name}.part")
-    if groups.is_main:
+    nbytes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    files = plan_files(nbytes, file_mib << 20)
+    temporary = output.with_name(f".{output.name}.partial")
+
+    def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_companions(source, temporary, files, dtype)
-    dist.barrier(group=groups.host)
-    world = groups.layout.world_size
-    for first in range(0, len(files), world):
-        batch = dict(enumerate(files[first : first + world]))
-        holders = [
-            Holders(ranks=(rank,), pieces=tuple(hf_pieces({name: shapes[name] for name in names})))
-            for rank, names in batch.items()
-        ]
-        plan = build_plan(
-            sources,
-            holders,
-            rank=groups.rank,
-            itemsize=dtype.itemsize,
-            bucket_bytes=256 << 20,
-            node_of=lambda rank: rank // RANKS_PER_NODE,
-        )
-        names = batch.get(groups.rank, ())
-        tensors = {
-            name: torch.empty([hi for _, hi in whole(shapes[name])], dtype=dtype) for name in names
-        }
+        write_index(temporary, files, sum(nbytes.values()))
+        copy_companions(source, temporary, dtype)
+
+    def write_head() -> None:
+        assert value_head is not None
+        write_value_head(temporary, value_head)
+
+    def finish() -> None:
+        HfCheckpoint(temporary, shapes)  # index, headers and table must agree
+        sync_tree(temporary)
+        put_in_place(temporary, output)
+
+    all_or_none(prepare if groups.is_main else nothing, groups.host)
+    writes_head = groups.is_first_copy and groups.here.dp_rank == 0
+    writer = _FileSequence(temporary, files, shapes, dtype)
+    for names_of in _batches(files, nbytes, groups.layout.world_size):
+        own = {name: shapes[name] for name in names_of[groups.rank]}
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in own.items()}
         execute(
-            plan,
+            _plan(sources, names_of, shapes, groups.rank, dtype),
             params,
             tensors,
             group=groups.bridge,
@@ -81,12 +96,74 @@ def export_hf(
             device=groups.platform.current_device(),
             after_bucket=lambda _: None,
         )
-        if names:
-            write_tensors(temporary / file_name(first + groups.rank, len(files)), tensors)
-    if value_head is not None and groups.is_first_copy and groups.here.dp_rank == 0:
-        write_value_head(temporary, value_head)
-    dist.barrier(group=groups.host)
-    if groups.is_main:
-        shutil.rmtree(output, ignore_errors=True)
-        temporary.rename(output)
-    dist.barrier(group=groups.host)
+        all_or_none(partial(writer.write, tensors), groups.host)
+    if is_critic:
+        all_or_none(write_head if writes_head else nothing, groups.host)
+    all_or_none(finish if groups.is_main else nothing, groups.host)
+
+
+class _FileSequence:
+    """Writes whole tensors to their files; a file's tensors come one after the other."""
+
+    def __init__(
+        self,
+        directory: Path,
+        files: Sequence[tuple[str, ...]],
+        shapes: Shapes,
+        dtype: torch.dtype,
+    ) -> None:
+        self._directory, self._files, self._shapes, self._dtype = directory, files, shapes, dtype
+        self._number_of = {name: number for number, names in enumerate(files) for name in names}
+        self._writer: TensorFileWriter | None = None
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            names = self._files[self._number_of[name]]
+            if self._writer is None:
+                self._writer = self._open(self._number_of[name])
+            self._writer.write(name, whole(self._shapes[name]), tensor)
+            if name == names[-1]:
+                self._writer.close()
+                self._writer = None
+
+    def _open(self, number: int) -> TensorFileWriter:
+        return TensorFileWriter(
+            self._directory / file_name(number, len(self._files)),
+            {name: (self._dtype, self._shapes[name]) for name in self._files[number]},
+        )
+
+
+def _batches(
+    files: Sequence[tuple[str, ...]], nbytes: Mapping[str, int], world: int
+) -> Iterator[tuple[tuple[str, ...], ...]]:
+    """The tensors that each rank gathers next."""
+    of_ranks = [
+        [
+            batch
+            for names in files[rank::world]
+            for batch in plan_files({name: nbytes[name] for name in names}, BATCH_BYTES)
+        ]
+        for rank in range(world)
+    ]
+    yield from zip_longest(*of_ranks, fillvalue=())
+
+
+def _plan(
+    sources: Sequence[Holders],
+    names_of: Sequence[Sequence[str]],
+    shapes: Shapes,
+    rank: int,
+    dtype: torch.dtype,
+) -> Plan:
+    targets = [
+        Holders(ranks=(owner,), pieces=tuple(hf_pieces({name: shapes[name] for name in names})))
+        for owner, names in enumerate(names_of)
+    ]
+    return build_plan(
+        sources,
+        targets,
+        rank=rank,
+        itemsize=dtype.itemsize,
+        bucket_bytes=BATCH_BYTES,
+        node_of=lambda rank: rank // RANKS_PER_NODE,
+    )

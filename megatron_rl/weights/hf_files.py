@@ -1,27 +1,24 @@
-"""Hugging Face checkpoints on disk: read rectangles of them, write whole ones."""
+"""Hugging Face checkpoints on disk: read rectangles of them, plan and describe new ones."""
 
-import contextlib
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.errors import InputError
-from megatron_rl.weights.pieces import Piece
+from megatron_rl.weights.pieces import Box, Piece, Tensors, blocks
+from megatron_rl.weights.tensor_file import DTYPES, Entry, TensorFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
 # What makes a model directory usable beside its weights; copied byte for byte on export.
 COMPANIONS = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -33,53 +30,69 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
 )
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+COMPARED_BYTES = 64 << 20  # at a time
+
+
+class WeightFiles(Protocol):
+    """The weights of a model on disk, whatever the kind of checkpoint, as Hugging Face tensors."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """Of every tensor, as stored."""
+        ...
+
+    def fill(self, params: Tensors, pieces: Sequence[Piece]) -> None:
+        """Copy hf[box] to params[index] for every piece; only these rectangles are read."""
+        ...
 
 
 class HfCheckpoint:
     """The tensors of a model directory, checked against what the model must have."""
 
     def __init__(self, model_dir: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.model_dir = model_dir
-        self.file_of = _tensor_files(model_dir)
-        self._check_names(shapes)
-        self._check_headers(shapes)
+        """Read the headers of all files.
 
-    def fill(self, params: Mapping[str, Tensor], pieces: Sequence[Piece]) -> None:
+        Raises:
+            InputError: index, headers, file sizes and `shapes` do not agree.
+        """
+        self.model_dir = model_dir
+        self._file_of = _open_files(model_dir)
+        self._check_names(shapes)
+        for name, shape in shapes.items():
+            self._check_tensor(name, shape)
+        self.dtypes = {name: DTYPES[self._entry(name).dtype] for name in shapes}
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files with tensors."""
+        return sorted({file.path for file in self._file_of.values()})
+
+    def read(self, name: str, box: Box, into: Tensor) -> None:
+        """Copy hf[box] to a tensor of the box's shape."""
+        self._file_of[name].read(name, box, into)
+
+    @torch.no_grad()
+    def fill(self, params: Tensors, pieces: Sequence[Piece]) -> None:
         """Copy hf[box] to params[index] for every piece; only these rectangles are read."""
-        by_file: dict[str, list[Piece]] = {}
         for piece in pieces:
-            by_file.setdefault(self.file_of[piece.hf], []).append(piece)
-        for name, wanted in by_file.items():
-            with self._opened(name) as tensors, torch.no_grad():
-                for piece in wanted:
-                    rectangle = tensors.get_slice(piece.hf)[
-                        tuple(slice(lo, hi) for lo, hi in piece.box)
-                    ]
-                    piece.of(params).copy_(rectangle)
+            self.read(piece.hf, piece.box, piece.of(params))
+
+    def _entry(self, name: str) -> Entry:
+        return self._file_of[name].entries[name]
 
     def _check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        tied_head = "lm_head.weight" not in shapes and "lm_head.weight" in self.file_of
-        if tied_head and "model.embed_tokens.weight" in self.file_of:
-            with (
-                self._opened(self.file_of["lm_head.weight"]) as head,
-                self._opened(self.file_of["model.embed_tokens.weight"]) as embedding,
-            ):
-                is_same = torch.equal(
-                    head.get_tensor("lm_head.weight"),
-                    embedding.get_tensor("model.embed_tokens.weight"),
-                )
-            if not is_same:
-                raise InputError(
-                    f"{self.model_dir}: config.json ties the embeddings but lm_head.weight "
-                    "differs from model.embed_tokens.weight. Set tie_word_embeddings=false "
-                    "or remove one of the tensors"
-                )
-        missing = sorted(set(shapes) - set(self.file_of))
+        is_tied_head = HEAD not in shapes and {HEAD, EMBEDDING} <= self._file_of.keys()
+        if is_tied_head and not self._is_equal(HEAD, EMBEDDING):
+            raise InputError(
+                f"{self.model_dir}: config.json ties the embeddings but {HEAD} differs from "
+                f"{EMBEDDING}. Set tie_word_embeddings=false or remove one of the tensors"
+            )
+        missing = sorted(set(shapes) - set(self._file_of))
         extra = sorted(
             name
-            for name in set(self.file_of) - set(shapes)
-            if not name.endswith("rotary_emb.inv_freq") and not (tied_head and "lm_head" in name)
+            for name in set(self._file_of) - set(shapes)
+            if not name.endswith("rotary_emb.inv_freq") and not (is_tied_head and name == HEAD)
         )
         if missing or extra:
             raise InputError(
@@ -87,76 +100,93 @@ class HfCheckpoint:
                 f"{len(missing)} tensors missing {missing[:4]}, {len(extra)} not known {extra[:4]}"
             )
 
-    def _check_headers(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        for name in sorted(set(self.file_of.values())):
-            with self._opened(name) as tensors:
-                present = set(tensors.keys())
-                for tensor, file in self.file_of.items():
-                    if file != name or tensor not in shapes:
-                        continue
-                    if tensor not in present:
-                        raise InputError(f"{self.model_dir / name}: it has no tensor {tensor}")
-                    header = tensors.get_slice(tensor)
-                    shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                    if shape != shapes[tensor]:
-                        raise InputError(
-                            f"{self.model_dir / name}: {tensor} has shape {list(shape)}, but "
-                            f"config.json means {list(shapes[tensor])}"
-                        )
-                    if dtype not in DTYPES:
-                        raise InputError(
-                            f"{self.model_dir / name}: {tensor} has dtype {dtype}: only "
-                            f"{', '.join(DTYPES)} can be trained. Use an unquantised checkpoint"
-                        )
-
-    @contextlib.contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        path = self.model_dir / name
-        try:
-            with safe_open(path, "pt") as tensors:
-                yield tensors
-        except (SafetensorError, OSError) as error:
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        entry, path = self._entry(name), self._file_of[name].path
+        if entry.shape != shape:
             raise InputError(
-                f"{path}: not a readable safetensors file ({error}). Is it truncated, missing or a "
-                "git-lfs pointer?"
-            ) from error
+                f"{path}: {name} has shape {list(entry.shape)}, but config.json means {list(shape)}"
+            )
+        if entry.dtype not in DTYPES:
+            raise InputError(
+                f"{path}: {name} has dtype {entry.dtype}: only {', '.join(DTYPES)} can be "
+                "trained. Use an unquantised checkpoint"
+            )
+
+    def _is_equal(self, one: str, other: str) -> bool:
+        shape, dtype = self._entry(one).shape, DTYPES.get(self._entry(one).dtype)
+        if dtype is None or (shape, self._entry(one).dtype) != (
+            self._entry(other).shape,
+            self._entry(other).dtype,
+        ):
+            return False
+        for box in blocks(shape, dtype.itemsize, COMPARED_BYTES):
+            values = torch.empty(2, *(hi - lo for lo, hi in box), dtype=dtype)
+            self.read(one, box, values[0])
+            self.read(other, box, values[1])
+            if not torch.equal(values[0], values[1]):
+                return False
+        return True
 
 
-def _tensor_files(model_dir: Path) -> dict[str, str]:
+def _open_files(model_dir: Path) -> dict[str, TensorFile]:
+    """The file of each tensor; an index must say exactly what the headers say.
+
+    transformers reads past an index that lacks a tensor, or names one that no file holds.
+    """
+    index = _read_index(model_dir)
+    names = sorted(set(index.values())) if index is not None else [SINGLE]
+    file_of: dict[str, TensorFile] = {}
+    for name in names:
+        file = TensorFile(model_dir / name)
+        for tensor in file.entries:
+            if tensor in file_of:
+                raise InputError(f"{file.path}: {tensor} is also in {file_of[tensor].path.name}")
+            file_of[tensor] = file
+    if index is not None:
+        _check_index(model_dir / INDEX, index, file_of)
+    return file_of
+
+
+def _read_index(model_dir: Path) -> dict[str, str] | None:
     index = model_dir / INDEX
     if index.is_file():
         try:
             file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            outside = [name for name in file_of.values() if Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not a safetensors index: {error!r}") from error
+        if outside:
+            raise InputError(f"{index}: {outside[0]!r} is no file of its directory")
         return file_of
     if not (model_dir / SINGLE).is_file():
         raise InputError(
             f"{model_dir}: neither {SINGLE} nor {INDEX} is there. Only safetensors weights are "
             "read: convert pickled ones with transformers' save_pretrained"
         )
-    try:
-        with safe_open(model_dir / SINGLE, "pt") as tensors:
-            return dict.fromkeys(tensors.keys(), SINGLE)
-    except SafetensorError as error:
-        raise InputError(
-            f"{model_dir / SINGLE}: not a readable safetensors file: {error}"
-        ) from error
+    return None
 
 
-def plan_files(
-    shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit_bytes: int
-) -> list[tuple[str, ...]]:
+def _check_index(path: Path, index: Mapping[str, str], file_of: Mapping[str, TensorFile]) -> None:
+    for name in sorted(index.keys() | file_of.keys()):
+        said = index.get(name, "no file")
+        found = file_of[name].path.name if name in file_of else "no file"
+        if said != found:
+            raise InputError(
+                f"{path}: it says that {name} is in {said}, and the files' own headers that it is "
+                f"in {found}. Fetch the directory again"
+            )
+
+
+def plan_files(nbytes: Mapping[str, int], limit_bytes: int) -> list[tuple[str, ...]]:
     """Tensors of each output file, in order, up to limit_bytes a file."""
     files: list[list[str]] = [[]]
     used = 0
-    for name, shape in shapes.items():
-        nbytes = torch.Size(shape).numel() * itemsize
-        if files[-1] and used + nbytes > limit_bytes:
+    for name, count in nbytes.items():
+        if files[-1] and used + count > limit_bytes:
             files.append([])
             used = 0
         files[-1].append(name)
-        used += nbytes
+        used += count
     return [tuple(names) for names in files]
 
 
@@ -164,42 +194,36 @@ def file_name(number: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, complete or not there."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        temporary,
-        metadata={"format": "pt"},
-    )
-    os.replace(temporary, path)
+def write_index(output: Path, files: Sequence[Sequence[str]], total_bytes: int) -> None:
+    """The index, where there are several files."""
+    if len(files) == 1:
+        return
+    weight_map = {
+        name: file_name(number, len(files)) for number, names in enumerate(files) for name in names
+    }
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (output / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_companions(
-    source: Path, output: Path, files: Sequence[Sequence[str]], dtype: torch.dtype
-) -> None:
-    """The index where there are several files, and copies of config and tokenizer.
+def copy_companions(source: Path, output: Path, dtype: torch.dtype | None = None) -> None:
+    """Copies of config and tokenizer, byte for byte, but for the dtype that config.json may name.
 
-    The copies are byte for byte, but for the dtype that config.json names: it says what is written.
+    dtype: what the weights beside them are written in; None: config.json is copied as it is.
     """
-    if len(files) > 1:
-        weight_map = {
-            name: file_name(number, len(files))
-            for number, names in enumerate(files)
-            for name in names
-        }
-        (output / INDEX).write_text(
-            json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n"
-        )
+    output.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
-    if (output / "config.json").is_file():
-        _name_dtype(output / "config.json", str(dtype).removeprefix("torch."))
+    if dtype is not None:
+        _name_dtype(output / CONFIG, str(dtype).removeprefix("torch."))
 
 
 def _name_dtype(config: Path, dtype: str) -> None:
     values = json.loads(config.read_text(encoding="utf-8"))
-    field = "torch_dtype" if "torch_dtype" in values else "dtype"  # transformers 4, 5
-    if values.get(field) != dtype:
-        config.write_text(json.dumps({**values, field: dtype}, indent=2) + "\n", encoding="utf-8")
+    wrong = {
+        field: dtype
+        for field in ("torch_dtype", "dtype")  # transformers 4, 5
+        if values.get(field, dtype) != dtype
+    }
+    if wrong:
+        config.write_text(json.dumps({**values, **wrong}, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ other rank holds without asking. Fusing, interleaving, padding and pipeline orde
 pieces are made; whoever moves weights sees rectangles.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
@@ -47,6 +48,18 @@ class Piece:
         )
         return replace(self, index=index, box=box)
 
+    def cut(self, rows: Box) -> "Piece | None":
+        """What of this piece stands in a rectangle of its parameter, counted from its corner."""
+        common = intersection(self.index, rows)
+        if common is None:
+            return None
+        pairs = list(zip(common, self.index, self.box, rows, strict=True))
+        return replace(
+            self,
+            index=tuple((lo - row[0], hi - row[0]) for (lo, hi), _, _, row in pairs),
+            box=tuple((own[0] + lo - at[0], own[0] + hi - at[0]) for (lo, hi), at, own, _ in pairs),
+        )
+
 
 def view(tensor: Tensor, box: Box) -> Tensor:
     """The rectangle of a tensor, sharing its storage."""
@@ -65,6 +78,14 @@ def intersection(a: Box, b: Box) -> Box | None:
 
 def whole(shape: tuple[int, ...]) -> Box:
     return tuple((0, n) for n in shape)
+
+
+def blocks(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> Iterator[Box]:
+    """A tensor in runs of rows of at most limit_bytes; a longer row is a block of its own."""
+    row_bytes = max(1, prod(shape[1:]) * itemsize)
+    step = max(1, limit_bytes // row_bytes)
+    for lo in range(0, shape[0], step):
+        yield ((lo, min(lo + step, shape[0])), *whole(shape[1:]))
 
 
 def local_shapes(pieces: list[Piece]) -> dict[str, tuple[int, ...]]:

@@ -33,7 +33,9 @@ RESPONSE_TOKENS = 24
 class NoGrader:
     """Rewards are dealt out by hand here."""
 
-    def submit(self, key: tuple[int, int], response_text: str, answer: str) -> None:
+    def submit(
+        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
+    ) -> None:
         pass
 
     def poll(self) -> None:

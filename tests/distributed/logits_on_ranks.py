@@ -11,7 +11,10 @@ import preload_megatron  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 from megatron_rl.batching.pack import pack
@@ -22,6 +25,7 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.types import MicroBatch, Sample
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 
 ChangeArch = Callable[[ModelArch], ModelArch]
@@ -51,7 +55,7 @@ def loaded_policy(
     params = policy.named_parameters()
     for param in params.values():
         param.fill_(torch.nan)
-    policy.load_hf(model_dir)
+    policy.load(ModelSource(config_dir=model_dir))
     unwritten = [name for name, param in params.items() if param.isnan().any()]
     assert not unwritten, unwritten
     return policy
@@ -64,15 +68,17 @@ def logits_error(policy: Policy, sequences: Sequence[Tensor], expected: Sequence
     largest = torch.zeros(1, dtype=torch.float64)
 
     def compare(hidden: Tensor, batch: MicroBatch) -> Tensor:
-        inputs, weight, _ = policy._head_inputs(hidden, batch)
-        logits = gather_from_tensor_model_parallel_region(F.linear(inputs, weight))
+        if policy.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden)
+        weight = policy.chunks[-1].head_weight()
+        logits = F.linear(hidden[:, 0].index_select(0, batch.loss_rows), weight)
+        logits = gather_from_tensor_model_parallel_region(logits)
         wanted = torch.cat([expected[sample.group_id][:-1] for sample in batch.samples])
         difference = (logits[:, : policy.arch.vocab_size] - wanted).abs().max().double()
         largest.copy_(largest.maximum(difference.nan_to_num(nan=torch.inf)))
         return logits.sum()
 
-    with torch.no_grad():
-        policy._schedule(rows, compare, forward_only=True)
+    policy.forward(rows, compare)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     assert largest.item() > 0
     return largest.item()

@@ -39,6 +39,7 @@ from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
 from megatron_rl.weights.arch import padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import hf_shapes
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import view
 
 RECOMPUTE: dict[str | None, dict[str, Any]] = {
@@ -141,7 +142,7 @@ def _model_at(
     with groups_at(layout) as (parallel, groups), _ops(layout), softmax:
         arch = read_model_config(problem.model_dir)
         model = build(arch, settings, parallel, optimizer, groups, run_updates=10)
-        model.load_hf(model_dir)
+        model.load(ModelSource(config_dir=model_dir))
         with _overlapped_reduction(model) if layout.overlaps_reduction else nullcontext():
             model.prepare_training()
         yield model

@@ -19,6 +19,11 @@ from megatron_rl.types import RolloutGroup
 Key = tuple[int, int]  # group_id, position in the group
 Values = Mapping[Key, Tensor]  # [R] float64 each
 STD_EPS = 1e-6
+# In files, of all but Mixtral and of Mixtral: the block's name, gate, up and down.
+NAMES_OF_EXPERTS = (
+    ("mlp", "gate_proj", "up_proj", "down_proj"),
+    ("block_sparse_moe", "w1", "w3", "w2"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,15 +167,7 @@ class Reference:
 
         Transformers 5 keeps all gates over all ups of a layer in one parameter.
         """
-        is_mixtral = self.model.config.model_type == "mixtral"
-        block, names = (
-            ("block_sparse_moe", ("w1", "w3", "w2"))
-            if is_mixtral
-            else (
-                "mlp",
-                ("gate_proj", "up_proj", "down_proj"),
-            )
-        )
+        block, gate, up, down = NAMES_OF_EXPERTS[self.model.config.model_type == "mixtral"]
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             layer, is_fused, which = name.partition(".mlp.experts.")
@@ -178,13 +175,11 @@ class Reference:
                 found[name.replace(".mlp.gate.", f".{block}.gate.")] = tensor
                 continue
             for expert, matrix in enumerate(tensor):
-                prefix = f"{layer}.{block}.experts.{expert}."
+                names, parts = (gate, up), matrix.chunk(2)
                 if which == "down_proj":
-                    found[f"{prefix}{names[2]}.weight"] = matrix
-                else:
-                    found[f"{prefix}{names[0]}.weight"], found[f"{prefix}{names[1]}.weight"] = (
-                        matrix.chunk(2)
-                    )
+                    names, parts = (down,), (matrix,)
+                for own, part in zip(names, parts, strict=True):
+                    found[f"{layer}.{block}.experts.{expert}.{own}.weight"] = part
         return found
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> tuple[dict[Key, Tensor], Values]:

@@ -39,16 +39,21 @@ FAULTS = {
     "schedule_divides": (("DP2", "PP2"), "gradient_error"),
     "one_target_shifted": (("DP2", "TP2", "TP2 SP", "PP2"), "gradient_error"),
     "no_tensor_parallel_marks": (("TP2", "TP2 SP"), "norm_error"),
+    "no_reduction_of_experts": (("DP4 EP2",), "gradient_error"),
 }
 WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied")
+EXPERTS = ("DP4 EP2",)
 
 
 @pytest.fixture(scope="module")
 def errors(problems, tmp_path_factory):
     """ "layout: fault" -> Measurement; under fault "none", the largest of several."""
-    out = tmp_path_factory.mktemp("controls") / "errors.json"
-    run_on_ranks(2, measure_faults, problems, out, timeout_s=300.0)
-    return json.loads(out.read_text())
+    found = {}
+    for world in (2, 4):
+        out = tmp_path_factory.mktemp("controls") / f"{world}.json"
+        run_on_ranks(world, measure_faults, problems, out, timeout_s=300.0)
+        found |= json.loads(out.read_text())
+    return found
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ def test_a_fault_is_noticed(errors, fault, layout):
     assert errors[f"{layout}: {fault}"][FAULTS[fault][1]] > NOTICED
 
 
-@pytest.mark.parametrize("layout", WHERE)
+@pytest.mark.parametrize("layout", WHERE + EXPERTS)
 def test_no_fault_is_noticed_where_there_is_none(errors, layout):
     assert errors[f"{layout}: none"]["gradient_error"] < BOUND
 
@@ -83,7 +88,8 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
     from megatron_rl.policy.config import OptimizerConfig
 
     found: dict[str, Any] = {}
-    for layout in (layout for layout in LAYOUTS if layout.name in WHERE):
+    world = dist.get_world_size()
+    for layout in (y for y in LAYOUTS if y.name in WHERE + EXPERTS and y.world == world):
         problem = torch.load(problems[layout.model], weights_only=False)
         with policy_at(layout, problem, OptimizerConfig(lr=1e-3, clip_grad=0.0)) as policy:
             clean = []
@@ -96,7 +102,8 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
                 clean.append(measure(policy, CASE, problem, layout=layout))
             clean.append(measure(policy, CASE, problem, layout=layout))
             found[f"{layout.name}: none"] = vars_of(max(clean, key=lambda m: m.gradient_error))
-            found[f"{layout.name}: changed bits"] = changed_bits(policy, problem, layout)
+            if layout.name in WHERE:
+                found[f"{layout.name}: changed bits"] = changed_bits(policy, problem, layout)
             if native.BUILT and layout.name in FAULTS["schedule_divides"][0]:
                 found[f"{layout.name}: stops"] = error_of_a_division(policy, problem, layout)
     if dist.get_rank() == 0:
@@ -169,7 +176,7 @@ def shift_one_target(policy: Any) -> Any:
 
 @contextmanager
 def one_rank_doubled(policy: Any) -> Iterator[None]:
-    from megatron_rl.policy import policy as module
+    from megatron_rl.policy import trained_model as module
 
     stock = module.finalize_model_grads
 
@@ -189,6 +196,18 @@ def no_data_parallel_reduction(policy: Any) -> Iterator[None]:
 
     with mock.patch.object(DistributedDataParallel, "finish_grad_sync", return_value=None):
         yield
+
+
+@contextmanager
+def no_reduction_of_experts(policy: Any) -> Iterator[None]:
+    """Each pair of ranks with the same experts keeps its own gradient of them."""
+    kept = [module.expert_parallel_bucket_groups for module in policy._trainable]
+    assert all(kept)
+    for module in policy._trainable:
+        module.expert_parallel_bucket_groups = []
+    yield
+    for module, groups in zip(policy._trainable, kept, strict=True):
+        module.expert_parallel_bucket_groups = groups
 
 
 @contextmanager

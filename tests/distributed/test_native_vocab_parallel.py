@@ -28,6 +28,10 @@ def test_chunked_head_of_shards_equals_float64(tp):
     run_on_ranks(tp, check_chunked_head, tp)
 
 
+def test_a_compiled_head_of_shards_is_one_graph_with_the_same_bits():
+    run_on_ranks(2, check_compiled_head)
+
+
 def check_policy_loss(tp: int) -> None:
     for valid_vocab in VALID_VOCABS:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -108,6 +112,27 @@ def head(ops, hidden, weight, targets, inputs, valid_vocab, *, chunk_rows, tp=No
     result.loss.backward()
     backend.choose("auto", CPU)
     return result.loss.detach(), logprobs, leaves[0].grad, leaves[1].grad
+
+
+def check_compiled_head() -> None:
+    """The collective too; what inductor makes of such a graph is for tests of one process."""
+    _, targets, inputs = problem(VOCAB, torch.float32)
+    leaves = torch.randn(ROWS, HIDDEN), torch.randn(VOCAB // 2, HIDDEN)
+
+    def run(hidden, weight):
+        result, logprobs = linear_policy_loss(
+            hidden, weight, targets, spec=SPEC, with_entropy=True, chunk_rows=8, **inputs,
+            **shard_of(2, VOCAB),
+        )  # fmt: skip
+        return result.loss, logprobs
+
+    found = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True)):
+        parts = [leaf.clone().requires_grad_() for leaf in leaves]
+        loss, logprobs = function(*parts)
+        loss.backward()
+        found.append([loss.detach(), logprobs, *(part.grad for part in parts)])
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
 
 
 def problem(valid_vocab, dtype):

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 LAST = "iteration_000006"
 TP2 = ("parallel.tensor_model_parallel_size=2",)
 PP2 = ("parallel.pipeline_model_parallel_size=2",)
+EP2 = ("parallel.expert_model_parallel_size=2",)
 LAYOUTS = {"one rank": (1, ()), "TP2": (2, TP2)}
 WEIGHTS_IN = "policy/__"  # files that hold tensors, of weights and optimizer
 RUN_ON_CLOCK = ("time/", "memory/", "tokens_per_s")
@@ -110,7 +111,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("qwen2", "qwen2_tied"):
+    for name in ("qwen2", "qwen2_tied", "qwen3_moe"):
         write_model(name, folder / "models" / name)
     return Runs(folder)
 
@@ -173,9 +174,24 @@ def test_another_layout_continues_with_the_same_loss(runs, straight_tp2):
     shutil.rmtree(output / "checkpoints" / LAST)
     said = runs.finish("TP2 to PP2", 2, *PP2)
     assert "resumed after iteration 3" in said
-    expected, found = runs.records(straight_tp2), runs.records("TP2 to PP2")
+    check_continuation(runs.records(straight_tp2), runs.records("TP2 to PP2"))
+
+
+def test_experts_continue_at_another_layout(runs):
+    """With expert parallelism Megatron has two optimizers, and without it one: there and back."""
+    settings = (f"model.path={runs.folder / 'models' / 'qwen3_moe'}", "run.num_iterations=8")
+    runs.finish("EP2", 2, *settings, *EP2)
+    shutil.rmtree(runs.copy("EP2", "EP2 to PP2 to EP2") / "checkpoints" / LAST)
+    for layout, start, end in ((PP2, 3, 6), (EP2, 6, 8)):
+        changed = (*settings, *layout, f"run.num_iterations={end}")
+        said = runs.finish("EP2 to PP2 to EP2", 2, *changed)
+        assert f"resumed after iteration {start}" in said
+    check_continuation(runs.records("EP2"), runs.records("EP2 to PP2 to EP2"))
+
+
+def check_continuation(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     assert found[:3] == expected[:3]
-    assert len(found) == 6
+    assert len(found) == len(expected) >= 6
     for there, here in zip(expected[3:], found[3:], strict=True):
         for name in ("policy/loss", "policy/grad_norm", "policy/entropy_mean"):
             # float32 sums in another order
@@ -445,9 +461,7 @@ def export_on_ranks(model_dir: Path, folder: Path, tp: int, pp: int) -> None:
     ]
     stock, limit_of = export_module.plan_files, {"one": 1 << 30, "several": 100_000}
     for name, limit in limit_of.items():  # the second export replaces the first
-        export_module.plan_files = lambda shapes, itemsize, _, limit=limit: stock(
-            shapes, itemsize, limit
-        )
+        export_module.plan_files = lambda nbytes, _, limit=limit: stock(nbytes, limit)
         output = run.export()
         if dist.get_rank() == 0:
             shutil.copytree(output, folder / name)

@@ -12,12 +12,10 @@ from megatron_rl.weights.families.tables import FAMILIES
 def read_model_config(model_dir: Path) -> ModelArch:
     """The architecture in a Hugging Face directory; an InputError says what we cannot train."""
     path = model_dir / "config.json"
-    if not model_dir.is_dir():
-        raise InputError(f"model.path={str(model_dir)!r}: there is no such directory")
     if not path.is_file():
         raise InputError(
-            f"model.path={str(model_dir)!r}: it has no config.json, so it is not a Hugging Face "
-            "model directory. Name the directory that holds config.json and *.safetensors"
+            f"{model_dir}: it has no config.json, so it is not a Hugging Face model directory. "
+            "Name the directory that holds config.json and *.safetensors"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

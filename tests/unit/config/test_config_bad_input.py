@@ -224,6 +224,27 @@ def test_the_number_of_ranks_must_fit(case, parallel, rollout_tp, world_size, fi
     assert str(world_size) in problems[0]
 
 
+@pytest.mark.parametrize(
+    ("tp", "pp", "ep", "expert_tp", "rollout_tp", "smallest"),
+    [(2, 2, 1, None, 1, 4), (1, 2, 4, None, 1, 8), (4, 1, 2, 1, 1, 4), (2, 1, 3, 2, 4, 12)],
+)
+def test_experts_must_fit_the_ranks_of_a_stage(case, tp, pp, ep, expert_tp, rollout_tp, smallest):
+    parallel = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": expert_tp,
+        "sequence_parallel": tp > 1,
+    }
+    case.change(parallel=parallel, rollout={"tensor_model_parallel_size": rollout_tp})
+    config = load_config(case.write(), [])
+    assert config.smallest_world == smallest
+    assert not list(world_problems(config, smallest))
+    if ep > 1 and ep * (expert_tp or tp) > tp:
+        (problem,) = world_problems(config, math.lcm(tp * pp, rollout_tp))
+        assert f"must divide the {math.lcm(tp * pp, rollout_tp) // pp} ranks" in str(problem)
+
+
 def test_tensor_parallelism_must_divide_the_heads(case):
     case.change(parallel={"tensor_model_parallel_size": 4})
     problems = case.input_problems(world_size=4)
@@ -382,6 +403,64 @@ def test_prompts_that_are_too_long_are_counted_and_left_out_or_refused(case):
     assert "all 3 prompts are longer" in only(case.input_problems())
 
 
+def test_answers_that_no_response_could_meet_are_left_out_and_named(case):
+    rows = ({"prompt": "2+2?", "answer": "2 + 2 = 4 #### 4"}, {"prompt": "1?", "answer": "{1"})
+    case.change(prompts={"path": str(case.write_rows("odd.jsonl", *GOOD_ROWS, *rows))})
+    report = case.read().prompts.report
+    assert (report.num_read, report.num_used, report.num_hopeless) == (4, 2, 2)
+    assert report.hopeless_rows == (
+        "odd:3: '2 + 2 = 4 #### 4': it is a worked solution; use what stands after ####",
+        "odd:4: '{1': its braces are not balanced, so no box can hold it",
+    )
+    case.change(reward={"kind": "os.path:commonprefix"})  # a function may read anything
+    assert case.read().prompts.report.num_hopeless == 0
+    case.change(reward={"kind": "number"}, prompts={"answer_key": "prompt"})
+    problem = only(case.input_problems())
+    assert problem.startswith("prompts.answer_key: no response could be right by any of the 4")
+    assert "odd:1: '1+1?': the gold answer '1+1?' is not a number" in problem
+
+
+@pytest.mark.parametrize(
+    ("preset", "reward", "problem"),
+    [
+        (
+            "reinforce_rej",
+            {"wrong": 0.0, "parts": {"format": {"weight": 0.5}}},
+            "reward.parts='a correct response may earn 1, a wrong one 0.5': the selection "
+            "drop_uniform tells them apart by the sign",
+        ),
+        (
+            "raft",
+            {"parts": {"length_penalty": {"weight": 1.0, "free_tokens": 8, "max_tokens": 16}}},
+            "reward.parts='a correct response may earn 0, a wrong one -1': the selection positive",
+        ),
+        ("raft", {"correct": 2.0, "wrong": 1.0}, "reward.correct, wrong='a correct response may"),
+        (
+            "grpo",
+            {"parts": {"length_penalty": {"weight": 1.0, "free_tokens": 16, "max_tokens": 20}}},
+            "reward.parts.length_penalty.free_tokens=16: no response is longer than",
+        ),
+    ],
+)
+def test_a_sum_must_leave_right_and_wrong_apart(case, preset, reward, problem):
+    case.change(algorithm={"preset": preset}, reward=reward)
+    assert only(case.config_problems()).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("preset", "reward"),
+    [
+        ("grpo", {"wrong": 0.0, "parts": {"format": {"weight": 0.5}}}),
+        ("reinforce_rej", {"parts": {"format": {"weight": 0.5}}}),
+        ("reinforce_rej", {"wrong": 0.0}),
+        ("raft", {"kind": "os.path:commonprefix", "wrong": 0.5}),  # its floats are the rewards
+    ],
+)
+def test_a_sum_that_leaves_them_apart_is_fine(case, preset, reward):
+    case.change(algorithm={"preset": preset}, reward=reward)
+    case.read()
+
+
 # -- everything at once --------------------------------------------------------------------------
 
 
@@ -457,9 +536,11 @@ def test_the_critics_learning_rate_may_not_end_above_where_it_starts(case):
 
 def test_the_critic_starts_from_the_policys_model_or_from_another(case, model_dir):
     case.change(algorithm={"preset": "ppo"})
-    assert case.read().critic_dir == model_dir
+    inputs = case.read()
+    assert inputs.critic is inputs.model
+    assert inputs.model.config_dir == model_dir
     case.change(algorithm={"preset": "grpo"})
-    assert case.read().critic_dir is None
+    assert case.read().critic is None
 
 
 def test_a_critic_of_another_shape_is_refused(case, model_copy):

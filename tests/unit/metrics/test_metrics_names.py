@@ -27,6 +27,17 @@ def test_a_benchmark_has_the_meaning_of_its_kind(name):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
+    [
+        ("reward/verdict_no_answer_frac", "reward/verdict_<verdict>_frac"),
+        ("reward/part_length_penalty_mean", "reward/part_<name>_mean"),
+    ],
+)
+def test_metrics_of_verdicts_and_parts_have_the_meaning_of_their_kind(name, kind):
+    assert names.meaning(name) == names.METRICS[kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
     [("pass_at_16", "pass_at_k"), ("majority_at_4", "majority_at_k"), ("truncated_frac",) * 2],
 )
 def test_other_measures_of_a_benchmark(name, kind):

@@ -5,7 +5,7 @@ from megatron_rl.metrics import tally
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Verdict
 
 
-def rollout(verdict, length, *, reward, finish="stop", logprob=-0.5):
+def rollout(verdict, length, *, reward, finish="stop", logprob=-0.5, **parts):
     return Rollout(
         response_tokens=torch.ones(length, dtype=torch.int64),
         rollout_logprobs=torch.full((length,), logprob),
@@ -13,6 +13,7 @@ def rollout(verdict, length, *, reward, finish="stop", logprob=-0.5):
         policy_version=0,
         reward=reward,
         verdict=verdict,
+        reward_parts=parts,
     )
 
 
@@ -31,11 +32,11 @@ GROUPS = [
 ]
 
 
-def measured(parts):
-    counted = [tally.count(part) for part in parts]
+def measured(shares, parts=()):
+    counted = [tally.count(share, parts) for share in shares]
     total = [sum(column) for column in zip(*(counts for counts, _ in counted), strict=True)]
     longest = max(longest for _, longest in counted)
-    return tally.metrics(dict(zip(tally.COUNTS, total, strict=True)), longest)
+    return tally.metrics(dict(zip(tally.names(parts), total, strict=True)), longest)
 
 
 def test_metrics_match_hand_counts():
@@ -63,6 +64,19 @@ def test_metrics_match_hand_counts():
 
 def test_any_split_over_ranks_gives_the_same():
     assert measured([GROUPS[:1], [], GROUPS[1:]]) == pytest.approx(measured([GROUPS]))
+
+
+def test_parts_of_the_reward_are_averaged_over_all_responses():
+    groups = [
+        group(
+            rollout(Verdict.CORRECT, 2, reward=1.5, format=1.0, brevity=-0.5),
+            rollout(Verdict.WRONG, 2, reward=-1.0, format=0.0, brevity=-0.25),
+        ),
+        group(rollout(Verdict.WRONG, 2, reward=-0.5, format=1.0, brevity=0.0)),
+    ]
+    values = measured([groups[:1], groups[1:]], ("brevity", "format"))
+    assert values["reward/part_format_mean"] == pytest.approx(2 / 3)
+    assert values["reward/part_brevity_mean"] == pytest.approx(-0.25)
 
 
 def test_gold_responses_have_no_reward_metrics():

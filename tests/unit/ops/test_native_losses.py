@@ -261,17 +261,6 @@ def test_schemas_and_fakes_agree_with_the_ops(native_only):
     )
 
 
-def test_a_compiled_function_has_the_bits_of_the_ops(native_only):
-    logits, targets, _ = problem(3, 17, torch.float32)
-
-    def logprobs_twice(logits):
-        stats = ops.row_stats(logits * 2, targets, None, 0, 17, 1.0, True)
-        return ops.merge_stats(stats[None])[0]
-
-    compiled = torch.compile(logprobs_twice, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(logits), logprobs_twice(logits))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

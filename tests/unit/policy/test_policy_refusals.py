@@ -5,8 +5,8 @@ import pytest
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.platforms.base import detect
 from megatron_rl.policy.config import ModelConfig
-from megatron_rl.policy.refusals import OWNED, config_problems, model_problems
-from megatron_rl.weights.arch import ModelArch
+from megatron_rl.policy.refusals import OWNED, config_problems, engine_problems, model_problems
+from megatron_rl.weights.arch import MixtureArch, ModelArch
 
 # 28 layers, 12 heads over 2 key/value heads, as Qwen2.5-1.5B
 ARCH = ModelArch(
@@ -25,10 +25,13 @@ ARCH = ModelArch(
     qkv_bias=True,
     tied_embeddings=True,
 )
-TP, PP, VPP, ETP = (
+MIXTURE = MixtureArch(num_experts=60, ffn_hidden_size=768, top_k=4, renormalized=True)
+EXPERTS = replace(ARCH, model_type="qwen3_moe", mixture=MIXTURE)
+TP, PP, VPP, EP, ETP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
 
@@ -60,12 +63,27 @@ def test_layouts_that_work_are_not_refused(parallel):
 
 
 @pytest.mark.parametrize(
+    "parallel",
+    [
+        {EP: 4},
+        {EP: 4, ETP: 2},
+        {TP: 2, EP: 2, ETP: 1, "sequence_parallel": True},
+        {TP: 2, "sequence_parallel": True},
+        {TP: 2, EP: 2, PP: 2, "sequence_parallel": True},
+    ],
+)
+def test_layouts_of_experts_that_work_are_not_refused(parallel):
+    assert problems_of(parallel) == []
+    assert not list(model_problems(EXPERTS, ParallelConfig(**parallel)))
+
+
+@pytest.mark.parametrize(
     ("parallel", "field", "reason"),
     [
         ({TP: 0}, f"{TP}=0", "at least 1"),
         ({PP: -2}, f"{PP}=-2", "at least 1"),
         ({"context_parallel_size": 2}, "context_parallel_size=2", "not available yet"),
-        ({"expert_model_parallel_size": 8}, "expert_model_parallel_size=8", "not available yet"),
+        ({EP: 0}, f"{EP}=0", "at least 1"),
         ({TP: 2, ETP: 1}, f"{ETP}=1", "their gradients are wrong without an error"),
         ({"sequence_parallel": True}, "sequence_parallel=True", "has no effect"),
         ({VPP: 2}, f"{VPP}=2", f"has no effect at {PP}=1"),
@@ -179,3 +197,46 @@ def test_fewer_key_heads_than_ranks_are_fine(tp):
     """12 heads over 2 key/value heads; 8960 rows do not divide by 6 and 12."""
     arch = replace(ARCH, ffn_hidden_size=12 * 64)
     assert not list(model_problems(arch, ParallelConfig(**{TP: tp})))
+
+
+@pytest.mark.parametrize(
+    ("arch", "parallel", "field", "reason"),
+    [
+        (ARCH, {EP: 2}, f"{EP}=2", "the model has no experts"),
+        (EXPERTS, {EP: 8}, f"{EP}=8", "must divide the model's 60 experts"),
+        (EXPERTS, {EP: 2, ETP: 5}, f"{ETP}=5", "divide the model's 768 rows of an expert"),
+        (EXPERTS, {TP: 2}, "sequence_parallel=False", "does not train experts"),
+    ],
+)
+def test_a_layout_of_experts_is_refused_for_a_model(arch, parallel, field, reason):
+    (problem,) = [str(p) for p in model_problems(arch, ParallelConfig(**parallel))]
+    assert problem.startswith(f"parallel.{field}: ")
+    assert reason in problem
+
+
+def test_dense_rows_matter_only_where_a_layer_is_dense():
+    """Mixtral's intermediate_size is its experts'; Qwen3-MoE has one of its own."""
+    odd = replace(EXPERTS, ffn_hidden_size=8961)
+    parallel = ParallelConfig(**{TP: 2, "sequence_parallel": True})
+    assert not list(model_problems(odd, parallel))
+    mixed = replace(odd, mixture=replace(MIXTURE, dense_layers=frozenset({0})))
+    assert len(list(model_problems(mixed, parallel))) == 1
+
+
+def test_an_engine_cuts_every_expert():
+    assert not list(engine_problems(EXPERTS, 2))
+    thin = replace(EXPERTS, mixture=replace(MIXTURE, ffn_hidden_size=769))
+    (problem,) = [str(p) for p in engine_problems(thin, 2)]
+    assert "must divide the model's 769 rows of an expert" in problem
+
+
+@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+def test_auxiliary_losses_are_refused_with_their_reason(name):
+    (problem,) = problems_of(megatron={name: 0.01})
+    assert "multiplies auxiliary losses by the token count" in problem
+
+
+@pytest.mark.parametrize("name", ["moe_expert_capacity_factor", "moe_input_jitter_eps"])
+def test_what_would_route_otherwise_than_the_engine_is_refused(name):
+    (problem,) = problems_of(megatron={name: 0.5})
+    assert "must route tokens as the engine does" in problem

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +80,18 @@ def _allocate() -> bool:
     return bool(bytearray(8 << 30))
 
 
+def _allocate_on() -> bool:
+    kept = []
+    while True:
+        kept.append(bytearray(1 << 22))
+
+
+def _ignore_signals() -> bool:
+    for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN)
+    return _loop_in_c()
+
+
 def _garble() -> bool:
     """Write into every descriptor, the worker's own socket included."""
     for descriptor in range(3, 32):
@@ -118,6 +131,8 @@ ACTIONS = {
     "raise": _raise,
     "raise badly": _raise_badly,
     "allocate": _allocate,
+    "allocate on and on": _allocate_on,
+    "ignore signals": _ignore_signals,
     "recurse": lambda: misbehave("recurse", ""),
     "garble": _garble,
     "nan": lambda: float("nan"),

@@ -1,7 +1,16 @@
 import pytest
 
 from megatron_rl.reward import extract
-from megatron_rl.reward.extract import MAX_ANSWER_CHARS, MAX_OPENERS, TAIL_CHARS, last_box
+from megatron_rl.reward.extract import (
+    MAX_ANSWER_CHARS,
+    MAX_OPENERS,
+    TAIL_CHARS,
+    is_answer_form,
+    last_answer_tag,
+    last_box,
+    last_number,
+    whole_response,
+)
 
 THOUGHT = "<think>so \\boxed{5}"
 
@@ -66,3 +75,89 @@ def test_number_of_boxes_looked_at_is_bounded(response, monkeypatch):
     )
     assert last_box(response) is None
     assert len(looks) <= MAX_OPENERS
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("so <answer>4</answer>", "4"),
+        ("<answer> 4\n</answer>", "4"),
+        ("<answer>3</answer> no, <answer>4</answer> then", "4"),
+        ("<think>x</think><answer>4</answer>", "4"),
+        ("<answer>$\\boxed{4}$</answer>", "4"),
+        ("<answer>\\boxed{4</answer>", None),
+        ("<answer></answer>", None),
+        ("<answer>4", None),
+        ("<answer>3</answer><answer>4", None),
+        ("<think><answer>4</answer>", None),
+        ("4</answer>", None),
+        (f"<answer>{'7' * (MAX_ANSWER_CHARS + 1)}</answer>", None),
+        ("<answer>" * 100_000, None),
+    ],
+)
+def test_last_answer_tag(response, answer):
+    assert last_answer_tag(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (" 4\n", "4"),
+        ("<think>long</think> 4", "4"),
+        ("", None),
+        ("<think>4", None),
+        ("7" * (MAX_ANSWER_CHARS + 1), None),
+    ],
+)
+def test_whole_response(response, answer):
+    assert whole_response(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "number"),
+    [
+        ("5 apples and 7 pears", "7"),
+        ("it costs $1,234.50.", "1,234.50"),
+        ("#### 72", "72"),
+        ("x = -3", "-3"),
+        ("10-12", "12"),
+        ("from 3 to -12%", "-12%"),
+        ("about 3/4 of it", "3/4"),
+        (".5 or so", ".5"),
+        ("L is 4.5e33 or 4.5e-3", "4.5e-3"),
+        ("see 2e", "2"),
+        ("No.5", "5"),
+        ("a,5", "5"),
+        ("f(3)-2", "2"),
+        ("1,000, or not", "1,000"),
+        ("in 2024 she had 7", "7"),
+        ("<think>5</think> none", None),
+        ("none", None),
+        ("", None),
+        ("1" * 100_000, None),
+        ("1," * 50_000, None),
+    ],
+)
+def test_last_number(response, number):
+    assert last_number(response) == number
+
+
+@pytest.mark.parametrize(
+    ("response", "has_form"),
+    [
+        ("<think>a</think><answer>4</answer>", True),
+        ("<think>a</think>\n<answer>\n4\n</answer>\n", True),
+        ("a</think><answer>4</answer>", True),  # the prompt opened the reasoning
+        ("reasons <answer>4</answer>", True),
+        ("<answer>4</answer>", True),
+        ("<think>a<answer>4</answer>", False),
+        ("<think>a</think> well <answer>4</answer>", False),
+        ("<think>a</think><think>b</think><answer>4</answer>", False),
+        ("<answer>4</answer> and so on", False),
+        ("<answer>3</answer><answer>4</answer>", False),
+        ("<answer> </answer>", False),
+        ("4", False),
+    ],
+)
+def test_answer_form(response, has_form):
+    assert is_answer_form(response) is has_form

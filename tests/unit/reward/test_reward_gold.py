@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.gold import check_gold, with_percent_sign
 from megatron_rl.reward.math_grader import grade
 
@@ -22,6 +23,7 @@ def test_usable_golds(answer):
         (r"\boxed{4}", "box"),
         ("\u200b\u202e", "nothing is left"),
         ("1, 2, <think>", "against itself"),
+        ("She has 2 + 2. #### 4", "worked solution"),
     ],
 )
 def test_unusable_golds(answer, reason):
@@ -41,6 +43,25 @@ def test_unusable_golds(answer, reason):
 )
 def test_percent_sign_comes_from_the_question(question, answer, prepared):
     assert with_percent_sign(question, answer) == prepared
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer", "reason"),
+    [
+        ({"kind": "number"}, "1,080", None),
+        ({"kind": "number", "answer_in": "response"}, "4.5e33", None),
+        ({"kind": "number"}, "seventy", "'seventy' is not a number"),
+        ({"kind": "exact"}, "New York {", "against itself"),
+        ({"kind": "exact", "answer_in": "response"}, "New York {", None),
+        ({"kind": "exact", "answer_in": "answer_tag"}, "</answer>", "against itself"),
+        ({"kind": "format"}, "anything", None),
+        ({"kind": "a.b:c"}, "#### {", None),  # a function makes of it what it wants
+        ({"kind": "a.b:c"}, " ", "empty"),
+    ],
+)
+def test_golds_of_other_rewards(settings, answer, reason):
+    problem = check_gold(answer, RewardConfig(**settings))
+    assert problem is None if reason is None else reason in problem
 
 
 def test_percent_answer_counts_where_the_question_asked_for_it():

@@ -31,6 +31,10 @@ def make_scorer():
         scorer.close()
 
 
+def pool_of(scorer):
+    return scorer._verifiers[0]._pool
+
+
 def make_group(group_id, num_rollouts):
     rollout = Rollout(
         response_tokens=torch.tensor([7, 2]),
@@ -65,25 +69,25 @@ def test_scores_carry_verdict_reward_and_answer(make_scorer):
 
 def test_submit_and_poll_do_not_wait(make_scorer):
     scorer = make_scorer()
-    os.kill(scorer._pool.zygote_pid, signal.SIGSTOP)  # no worker can start: waiting would hang
+    os.kill(pool_of(scorer).zygote_pid, signal.SIGSTOP)  # no worker can start: waiting would hang
     for index in range(50):
         scorer.submit((0, index), f"\\boxed{{\\sqrt{{{index}}}+x}}", GOLD)
         scorer.poll()
-    assert scorer._pool.num_pending == 50
-    os.kill(scorer._pool.zygote_pid, signal.SIGCONT)
+    assert pool_of(scorer).num_pending == 50
+    os.kill(pool_of(scorer).zygote_pid, signal.SIGCONT)
     assert len(scorer.collect()) == 50
 
 
 def test_equal_pairs_are_compared_once(make_scorer, monkeypatch):
     scorer = make_scorer()
     submitted = []
-    submit = scorer._pool.submit
+    submit = pool_of(scorer).submit
     monkeypatch.setattr(
-        scorer._pool, "submit", lambda *args: submitted.append(args) or submit(*args)
+        pool_of(scorer), "submit", lambda *args: submitted.append(args) or submit(*args)
     )
     for index in range(8):
         scorer.submit((0, index), ROOTS, GOLD)
-    while scorer._claims:
+    while scorer._verifiers[0].is_busy:
         scorer.poll()
     scorer.submit((0, 8), ROOTS, GOLD)
     scores = scorer.collect()
@@ -93,7 +97,7 @@ def test_equal_pairs_are_compared_once(make_scorer, monkeypatch):
 
 def test_timeouts_get_their_verdict_and_are_listed(make_scorer):
     scorer = make_scorer(deadline_s=0.2)
-    scorer.submit((0, 0), "\\boxed{9^{9^{9}}}", "4")
+    scorer.submit((0, 0), "\\boxed{\\sin(9^{9^{9}})}", "4")
     scorer.submit((0, 1), "\\boxed{4}", "4")
     scores = scorer.collect()
     assert scores[0, 0].verdict is Verdict.TIMEOUT
@@ -101,7 +105,9 @@ def test_timeouts_get_their_verdict_and_are_listed(make_scorer):
     assert scores[0, 0].seconds > 0.1
     assert scores[0, 1].verdict is Verdict.CORRECT
     assert len(scorer.failures) == 1
-    assert scorer.failures[0].startswith("response (0, 0), answer '9^{9^{9}}': timeout, still")
+    assert scorer.failures[0].startswith(
+        r"response (0, 0), answer '\\sin(9^{9^{9}})': timeout, still"
+    )
 
 
 def test_empty_gold_is_our_error_and_not_the_response_s(make_scorer):
@@ -158,6 +164,71 @@ def test_unusable_functions_are_refused_before_any_work(make_scorer, function, m
 def test_function_may_fail_on_the_dummy(make_scorer):
     scorer = make_scorer(kind="reward_functions:needs_json")
     scorer.submit((0, 0), "yes", '{"accepted": ["yes"]}')
+    assert scorer.collect()[0, 0].verdict is Verdict.CORRECT
+
+
+PARTS = {
+    "format": {"weight": 0.5},
+    "brevity": {"kind": "length_penalty", "weight": 2.0, "free_tokens": 100, "max_tokens": 200},
+    "style": {"kind": "reward_functions:length_reward", "weight": -1.0},
+}
+
+
+def test_parts_are_weighed_and_the_verdict_is_not_theirs(make_scorer):
+    scorer = make_scorer(parts=PARTS)
+    scorer.submit((0, 0), "\\boxed{4}", "4", 150)
+    scorer.submit((0, 1), "\\boxed{5}", "4", 1000)
+    scorer.submit((0, 2), "4", "4", 20)
+    scorer.submit((0, 3), "\\boxed{4}xx", "4", 100)
+    scores = scorer.collect()
+    # verdict's reward + 0.5 format - 2 excess - 0.1 per character
+    assert [(str(scores[0, i].verdict), scores[0, i].reward) for i in range(3)] == [
+        ("correct", pytest.approx(1 + 0.5 - 2 * 0.5 - 0.9)),
+        ("wrong", pytest.approx(-1 + 0.5 - 2 * 1.0 - 0.9)),
+        ("no_answer", pytest.approx(-1 + 0.0 - 0.0 - 0.1)),
+    ]
+    assert scores[0, 3].verdict is Verdict.ERROR
+    assert scores[0, 0].parts == {"format": 1.0, "brevity": -0.5, "style": pytest.approx(0.9)}
+    assert scores[0, 1].parts["brevity"] == -1.0
+    assert scores[0, 2].parts == {"format": 0.0, "brevity": 0.0, "style": pytest.approx(0.1)}
+    assert scorer.failures == [
+        "response (0, 3), answer '4': error, part style: returned 1.1: must lie between -1 and 1, "
+        "the weight makes it count"
+    ]
+
+
+def test_a_part_that_fails_takes_the_reward_along(make_scorer):
+    parts = {"odd": {"kind": "reward_functions:misbehave", "weight": 0.1}}
+    scorer = make_scorer(parts=parts, deadline_s=0.3)
+    scorer.submit((0, 0), "raise", "4")
+    scorer.submit((0, 1), "loop in c", "4")
+    scorer.submit((0, 2), "\\boxed{4}", "4")
+    scores = scorer.collect()
+    assert [str(scores[0, i].verdict) for i in range(3)] == ["error", "timeout", "correct"]
+    assert scores[0, 2].reward == pytest.approx(1.1)
+    (group,) = attach([make_group(0, 3)], scores)
+    assert [rollout.reward for rollout in group.rollouts] == [None, None, pytest.approx(1.1)]
+    assert group.rollouts[2].reward_parts == {"odd": 1.0}
+    assert "error, part odd: ValueError: broken" in scorer.failures[0]
+
+
+def test_a_part_whose_function_cannot_be_used_is_named(make_scorer):
+    with pytest.raises(InputError, match=r"reward\.parts\.style\.kind='reward_functions:missing'"):
+        make_scorer(parts={"style": {"kind": "reward_functions:missing", "weight": 1.0}})
+
+
+def test_length_penalty_needs_the_number_of_tokens(make_scorer):
+    scorer = make_scorer(kind="exact", parts={"brevity": PARTS["brevity"]})
+    with pytest.raises(ValueError, match="number of tokens"):
+        scorer.submit((0, 0), "\\boxed{4}", "4")
+
+
+@pytest.mark.parametrize("kind", ["exact", "number", "format"])
+def test_kinds_that_need_no_worker_start_none(make_scorer, kind):
+    scorer = make_scorer(kind=kind)
+    assert pool_of(scorer) is None
+    scorer.submit((0, 0), "\\boxed{4}", "4")
+    scorer.poll()
     assert scorer.collect()[0, 0].verdict is Verdict.CORRECT
 
 

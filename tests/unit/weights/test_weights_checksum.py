@@ -37,11 +37,22 @@ def test_every_training_layout_has_the_same_totals(dtype, tp, pp, vpp):
     assert totals(tensors, shards) == {name: of(tensor) for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize(("world", "ep", "etp"), [(2, 2, 1), (4, 2, 2), (4, 4, 1)])
+def test_experts_have_the_same_totals_however_they_are_shared(world, ep, etp):
+    arch = ARCHS["qwen3_moe"]
+    tensors = hf_tensors(arch)
+    layout = Layout(world_size=world, tp=1, pp=1, ep=ep, expert_tp=etp)
+    shards = [megatron_pieces(arch, layout, layout.coordinates(rank)) for rank in range(world)]
+    assert totals(tensors, shards) == {name: of(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_every_engine_layout_has_the_same_totals(tp):
-    tensors = hf_tensors(ARCH)
+def test_every_engine_layout_has_the_same_totals(tp, name):
+    arch = ARCHS[name]
+    tensors = hf_tensors(arch)
     layout = EngineLayout(world_size=tp, tp=tp)
-    shards = [engine_pieces(ARCH, layout, rank) for rank in range(tp)]
+    shards = [engine_pieces(arch, layout, rank) for rank in range(tp)]
     assert totals(tensors, shards) == {name: of(tensor) for name, tensor in tensors.items()}
 
 

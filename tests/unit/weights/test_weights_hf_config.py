@@ -1,70 +1,20 @@
 import json
 
 import pytest
+from hub_configs import (
+    CONFIGS,
+    LLAMA,
+    LLAMA3_SCALING,
+    MISTRAL,
+    MIXTRAL,
+    NUM_PARAMETERS,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+)
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.families.registry import read_model_config
-
-QWEN2 = {  # Qwen2.5-Math-1.5B, as written by transformers 4
-    "architectures": ["Qwen2ForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151643,
-    "hidden_act": "silu",
-    "hidden_size": 1536,
-    "initializer_range": 0.02,
-    "intermediate_size": 8960,
-    "max_position_embeddings": 4096,
-    "max_window_layers": 21,
-    "model_type": "qwen2",
-    "num_attention_heads": 12,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 10000,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.44.0",
-    "use_cache": True,
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-LLAMA3_SCALING = {
-    "factor": 32.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-LLAMA = {  # Llama-3.2-3B-Instruct, as written by transformers 4
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 3072,
-    "initializer_range": 0.02,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 24,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 8,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": LLAMA3_SCALING,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.45.0",
-    "use_cache": True,
-    "vocab_size": 128256,
-}
 
 
 @pytest.fixture
@@ -95,30 +45,117 @@ def test_llama3_is_read(read):
     assert arch.num_parameters == 3_212_749_824  # the 3.21B of the model card
 
 
-def test_spellings_of_transformers_4_and_5_are_the_same_model(read):
-    old_fields = ("rope_theta", "rope_scaling", "torch_dtype")
-    new = {"dtype": "bfloat16", "transformers_version": "5.19.0"}
-    assert read(LLAMA) == read(
-        LLAMA,
-        without=old_fields,
-        rope_parameters={**LLAMA3_SCALING, "rope_theta": 500000.0},
-        **new,
-    )
-    assert read(QWEN2) == read(
-        QWEN2,
-        without=old_fields,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000},
-        layer_types=["full_attention"] * 28,
-        sliding_window=None,
-        **new,
-    )
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_models_of_the_hub_have_their_size(read, family):
+    assert read(CONFIGS[family]).num_parameters == NUM_PARAMETERS[family]
 
 
-def test_defaults_of_absent_fields(read):
-    assert read(LLAMA, without=("head_dim",)).head_dim == 3072 // 24
-    assert read(LLAMA, without=("num_key_value_heads",)).num_query_groups == 24
-    assert read(LLAMA, without=("tie_word_embeddings",)).tied_embeddings is False
+def test_mixtures_are_read(read):
+    mixture = read(QWEN3_MOE).mixture
+    assert (mixture.num_experts, mixture.top_k, mixture.ffn_hidden_size) == (128, 8, 768)
+    assert (mixture.renormalized, mixture.dense_layers) == (True, frozenset())
+    mixture = read(MIXTRAL).mixture
+    assert (mixture.num_experts, mixture.top_k, mixture.ffn_hidden_size) == (8, 2, 14336)
+    assert (mixture.renormalized, mixture.dense_layers) == (True, frozenset())
+    assert read(QWEN3_MOE, norm_topk_prob=False).mixture.renormalized is False
+
+
+@pytest.mark.parametrize(
+    ("step", "listed", "dense"),
+    [(1, [], []), (1, [0, 5], [0, 5]), (2, [], [0, 2, 4]), (3, [2], [0, 1, 2, 3, 4])],
+)
+def test_layers_without_experts(read, step, listed, dense):
+    """Six layers; transformers: experts iff not listed and step divides the number plus one."""
+    changes = {"num_hidden_layers": 6, "decoder_sparse_step": step, "mlp_only_layers": listed}
+    arch = read(QWEN3_MOE, **changes)
+    assert [layer for layer in range(6) if not arch.has_experts(layer)] == dense
+
+
+def as_transformers_5_writes(config):
+    """Another spelling of dtype, rope and the number of experts."""
+    old = ("rope_theta", "rope_scaling", "torch_dtype", "num_experts")
+    new = {name: value for name, value in config.items() if name not in old}
+    scaling = config.get("rope_scaling") or {"rope_type": "default"}
+    new["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
+    if "num_experts" in config:
+        new["num_local_experts"] = config["num_experts"]
+    if config["model_type"].startswith("qwen"):
+        layers = config["num_hidden_layers"]
+        new |= {"sliding_window": None, "layer_types": ["full_attention"] * layers}
+    return {**new, "dtype": config["torch_dtype"], "transformers_version": "5.19.0"}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_spellings_of_transformers_4_and_5_are_the_same_model(read, family):
+    assert read(CONFIGS[family]) == read(as_transformers_5_writes(CONFIGS[family]))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_parameters and rope_scaling are two spellings of one thing and differ",
+        ),
+        (
+            QWEN3_MOE,
+            {"num_local_experts": 64},
+            "num_experts=128 and num_local_experts=64 are two spellings of one thing and differ",
+        ),
+    ],
+)
+def test_two_spellings_that_disagree_are_refused(read, config, changes, message):
+    with pytest.raises(InputError, match=message):
+        read(config, **changes)
+
+
+OPTIONAL = (
+    "head_dim",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "use_sliding_window",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "absent"),
+    [(f, name) for f, config in CONFIGS.items() for name in OPTIONAL if name in config],
+)
+def test_an_absent_field_is_what_transformers_takes(read, tmp_path, family, absent):
+    """So that the policy is the model that transformers and vLLM build from the same file."""
+    from transformers import AutoConfig
+
+    heads = {"num_attention_heads": 32}  # which every default of key heads divides
+    arch = read(CONFIGS[family], without=(absent,), **heads)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    derived = theirs.hidden_size // theirs.num_attention_heads
+    assert arch.head_dim == (getattr(theirs, "head_dim", None) or derived)
+    assert arch.num_query_groups == theirs.num_key_value_heads
+    assert arch.rms_norm_eps == theirs.rms_norm_eps
+    assert arch.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert arch.tied_embeddings == theirs.tie_word_embeddings
+    if family == "qwen3_moe":
+        assert arch.mixture.renormalized == theirs.norm_topk_prob
+        assert not arch.mixture.dense_layers
+        assert (theirs.decoder_sparse_step, theirs.mlp_only_layers) == (1, [])
+
+
+def test_null_fields_are_derived(read):
     assert read(LLAMA, head_dim=None).head_dim == 128
+    assert read(LLAMA, num_key_value_heads=None).num_query_groups == 24
+    assert read(MIXTRAL).head_dim == 4096 // 32
+
+
+def test_an_absent_window_is_one_where_transformers_takes_it_so(read):
+    with pytest.raises(InputError, match=r"sliding_window=4096 \(so transformers takes an absent"):
+        read(MISTRAL, without=("sliding_window",))
+    assert read(MIXTRAL, without=("sliding_window",)) == read(MIXTRAL)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +173,24 @@ def test_defaults_of_absent_fields(read):
         (LLAMA, {"hidden_size": 3072.5}, "hidden_size=3072.5 must be a positive whole"),
         (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps=None must be a positive number"),
         (LLAMA, {"rope_theta": "high"}, "rope_theta='high' must be a positive number"),
+        (LLAMA, {"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
+        (LLAMA, {"num_key_value_heads": 5}, "num_key_value_heads=5 must divide"),
+        (LLAMA, {"use_mrope": False}, "use_mrope=False is not supported for llama.*not known"),
+        (LLAMA, {"num_experts": 8}, "num_experts=8 is not supported for llama.*not known"),
+        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2"),
+        (LLAMA, {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
+        (QWEN3, {"attention_bias": True}, "attention_bias=True"),
+        (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (MISTRAL, {"sliding_window": 4096}, "sliding_window=4096 is not supported for mistral"),
+        (MIXTRAL, {"sliding_window": 4096}, "sliding_window=4096 is not supported for mixtral"),
+        (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+        (MIXTRAL, {"num_local_experts": None}, "num_local_experts=None must be a positive whole"),
+        (MIXTRAL, {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_exp"),
+        (MIXTRAL, {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+        (QWEN3_MOE, {"n_shared_experts": 1}, "n_shared_experts=1"),
+        (QWEN3_MOE, {"norm_topk_prob": None}, "norm_topk_prob=None must be true or false"),
+        (QWEN3_MOE, {"mlp_only_layers": [48]}, r"mlp_only_layers=\[48\] must be a list of layers"),
+        (QWEN3_MOE, {"decoder_sparse_step": 50}, "leave no layer with experts"),
     ],
 )
 def test_what_would_be_another_model_is_refused(read, config, changes, message):
@@ -150,6 +205,20 @@ def test_what_would_be_another_model_is_refused(read, config, changes, message):
 def test_constants_that_megatron_has_built_in_are_checked(read, name, value):
     with pytest.raises(InputError, match=rf"{name}={value}: Megatron-Core's llama3"):
         read(LLAMA, rope_scaling={**LLAMA3_SCALING, name: value})
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "default", "factor": 2.0}, "rope of type 'default' has factor=2.0"),
+        ({**LLAMA3_SCALING, "beta_fast": 1}, "rope of type 'llama3' has beta_fast=1"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor other"),
+        ([1.0], r"rope_parameters=\[1.0\] must be an object"),
+    ],
+)
+def test_an_unknown_setting_of_a_rope_is_refused(read, rope, message):
+    with pytest.raises(InputError, match=message):
+        read(LLAMA, without=("rope_scaling",), rope_parameters=rope)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope"])
@@ -186,8 +255,6 @@ def test_a_window_whose_use_is_not_told_is_refused(read):
 
 
 def test_directories_without_a_usable_config(tmp_path):
-    with pytest.raises(InputError, match="there is no such directory"):
-        read_model_config(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"it has no config\.json"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')

@@ -9,10 +9,10 @@ from megatron_rl.errors import InputError
 from megatron_rl.weights.hf_files import (
     INDEX,
     HfCheckpoint,
+    copy_companions,
     file_name,
     plan_files,
-    write_companions,
-    write_tensors,
+    write_index,
 )
 from megatron_rl.weights.layouts import hf_pieces, hf_shapes
 
@@ -27,21 +27,57 @@ def opened(directory, arch=ARCH):
 def test_whole_tensors_are_read_from_one_file_or_many(tmp_path):
     tensors = hf_tensors(ARCH)
     single = write_checkpoint(tmp_path / "single", tensors)
-    files = plan_files(hf_shapes(ARCH), itemsize=4, limit_bytes=3000)
+    nbytes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    files = plan_files(nbytes, limit_bytes=3000)
     assert len(files) > 3
     assert [name for names in files for name in names] == list(tensors)
     many = tmp_path / "many"
     many.mkdir()
     for number, names in enumerate(files):
-        path = many / file_name(number, len(files))
-        write_tensors(path, {name: tensors[name] for name in names})
-        size = sum(4 * tensors[name].numel() for name in names)
-        assert size <= 3000 or len(names) == 1
-    write_companions(single, many, files, torch.float32)
+        save_file({name: tensors[name] for name in names}, many / file_name(number, len(files)))
+        assert sum(nbytes[name] for name in names) <= 3000 or len(names) == 1
+    write_index(many, files, sum(nbytes.values()))
     for directory in (single, many):
         params = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
         opened(directory).fill(params, hf_pieces(hf_shapes(ARCH)))
         assert all(torch.equal(params[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "box", [((3, 9), (0, 8)), ((0, 12), (2, 5)), ((5, 6), (7, 8)), ((0, 12), (0, 8))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_rectangle_is_read_and_cast(tmp_path, monkeypatch, box, dtype):
+    monkeypatch.setattr("megatron_rl.weights.tensor_file.STAGING_BYTES", 100)  # three rows
+    tensors = hf_tensors(ARCH)
+    checkpoint = opened(write_checkpoint(tmp_path, tensors))
+    (top, bottom), (left, right) = box
+    into = torch.full((bottom - top, right - left), torch.nan, dtype=dtype)
+    checkpoint.read(GATE, box, into)
+    assert torch.equal(into, tensors[GATE][top:bottom, left:right].to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({"torch_dtype": "bfloat16"}, {"torch_dtype": "float32"}),
+        ({"dtype": "bfloat16"}, {"dtype": "float32"}),
+        ({"dtype": "float32", "x": 1}, None),
+        ({"x": 1}, None),  # readers go by the weights then
+    ],
+)
+def test_config_json_names_the_dtype_that_is_written(tmp_path, written, expected):
+    source = tmp_path / "source"
+    source.mkdir()
+    text = json.dumps(written, separators=(" ,", " :"))
+    (source / "config.json").write_text(text)
+    (source / "merges.txt").write_bytes(b"a b\r\n")
+    (source / "notes.md").write_text("not part of a model")
+    copy_companions(source, tmp_path / "output", torch.float32)
+    copy = (tmp_path / "output" / "config.json").read_text()
+    assert copy == text if expected is None else json.loads(copy) == expected
+    assert (tmp_path / "output" / "merges.txt").read_bytes() == b"a b\r\n"
+    assert not (tmp_path / "output" / "notes.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -75,11 +111,35 @@ def test_stale_rope_buffers_are_let_be(tmp_path):
     opened(write_checkpoint(tmp_path, tensors))
 
 
-@pytest.mark.parametrize("kept_bytes", [4, 100, -1])
-def test_a_truncated_file_is_refused(tmp_path, kept_bytes):
+def retold(content, tensor, **fields):
+    """A safetensors file whose header says something else of one tensor."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[tensor] |= fields
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:4],
+        lambda content: content[:100],
+        lambda content: content[:-1],
+        lambda content: content + b"\0" * 64,
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content[:8] + b"[" + content[9:],
+        lambda content: content[:8] + b" " * 50 + content[58:],
+        lambda content: retold(content, GATE, data_offsets=[0, 384]),  # where another one stands
+        lambda content: retold(content, GATE, shape=[12, 9]),
+        lambda content: retold(content, GATE, shape=None),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, damage):
     path = write_checkpoint(tmp_path, hf_tensors(ARCH)) / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept_bytes])
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=r"model\.safetensors: not a readable safetensors file"):
         opened(tmp_path)
 
 
@@ -124,11 +184,43 @@ def test_a_pointer_instead_of_a_shard_is_refused(sharded):
 
 def test_an_index_that_names_the_wrong_shard_is_refused(sharded):
     directory, weight_map = sharded
-    weight_map[GATE] = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[
-        weight_map[GATE]
-    ]
+    found, said = "b.safetensors", "a.safetensors"
+    assert weight_map[GATE] == found
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map | {GATE: said}}))
+    with pytest.raises(InputError, match=f"it says that {GATE} is in {said}, .* it is in {found}"):
+        opened(directory)
+
+
+def test_an_index_without_a_tensor_that_a_shard_holds_is_refused(sharded):
+    """transformers takes such a directory and leaves the tensor at its initial value."""
+    directory, weight_map = sharded
+    del weight_map[GATE]
     (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(InputError, match=f"it has no tensor {GATE}"):
+    with pytest.raises(InputError, match=f"says that {GATE} is in no file, .* in b.safetensors"):
+        opened(directory)
+
+
+def test_an_index_with_a_tensor_that_no_shard_holds_is_refused(sharded):
+    directory, weight_map = sharded
+    more = weight_map | {"model.layers.99.ghost.weight": "a.safetensors"}
+    (directory / INDEX).write_text(json.dumps({"weight_map": more}))
+    with pytest.raises(InputError, match=r"layers\.99\.ghost\.weight is in a\.saf.* in no file"):
+        opened(directory)
+
+
+def test_an_index_that_leads_out_of_its_directory_is_refused(sharded):
+    directory, weight_map = sharded
+    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map | {GATE: "../a"}}))
+    with pytest.raises(InputError, match=r"'\.\./a' is no file of its directory"):
+        opened(directory)
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+    directory, _ = sharded
+    tensors = hf_tensors(ARCH)
+    names = list(tensors)[19:]
+    save_file({name: tensors[name] for name in names}, directory / "b.safetensors")
+    with pytest.raises(InputError, match=f"{names[0]} is also in a.safetensors"):
         opened(directory)
 
 

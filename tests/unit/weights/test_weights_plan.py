@@ -29,26 +29,44 @@ LAYOUTS = [
 ]
 
 
+# ... and the experts' ep and etp, for models that have some.
+EXPERT_LAYOUTS = [
+    (2, 1, 1, 1, 2, 2, 1),
+    (4, 1, 1, 1, 1, 2, 2),
+    (4, 2, 1, 1, 4, 4, 1),
+    (4, 2, 1, 1, 2, 2, 2),
+    (4, 1, 2, 2, 2, 2, 1),
+]
+MIXTURES = [name for name, arch in ARCHS.items() if arch.mixture is not None]
+
+
+def layouts_of(case):
+    """(training layout, engine layout)"""
+    world, tp, pp, vpp, engine_tp, ep, etp = (*case, 1, None)[:7]
+    return (
+        Layout(world_size=world, tp=tp, pp=pp, vpp=vpp, ep=ep, expert_tp=etp),
+        EngineLayout(world_size=world, tp=engine_tp),
+    )
+
+
 def plans(arch, case, *, bucket_bytes=1 << 30, ranks_per_node=8):
-    world, tp, pp, vpp, engine_tp = case
+    layout, engines = layouts_of(case)
     return [
         build_plan(
-            training_holders(arch, Layout(world_size=world, tp=tp, pp=pp, vpp=vpp)),
-            engine_holders(arch, EngineLayout(world_size=world, tp=engine_tp)),
+            training_holders(arch, layout),
+            engine_holders(arch, engines),
             rank=rank,
             itemsize=ITEMSIZE,
             bucket_bytes=bucket_bytes,
             node_of=lambda rank: rank // ranks_per_node,
         )
-        for rank in range(world)
+        for rank in range(layout.world_size)
     ]
 
 
 def pieces_of(arch, case, rank):
     """(training rank's, engine rank's)"""
-    world, tp, pp, vpp, engine_tp = case
-    layout = Layout(world_size=world, tp=tp, pp=pp, vpp=vpp)
-    engines = EngineLayout(world_size=world, tp=engine_tp)
+    layout, engines = layouts_of(case)
     return (
         megatron_pieces(arch, layout, layout.coordinates(rank)),
         engine_pieces(arch, engines, engines.tp_rank_of(rank)),
@@ -58,12 +76,15 @@ def pieces_of(arch, case, rank):
 def filled(pieces, tensors):
     params = {name: torch.zeros(shape) for name, shape in local_shapes(pieces).items()}
     for piece in pieces:
-        view(params[piece.param], piece.index).copy_(view(tensors[piece.hf], piece.box))
+        piece.of(params).copy_(view(tensors[piece.hf], piece.box))
     return params
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
-@pytest.mark.parametrize("name", ARCHS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name in ARCHS for case in LAYOUTS]
+    + [(name, case) for name in MIXTURES for case in EXPERT_LAYOUTS],
+)
 def test_every_engine_element_arrives(name, case):
     """Every rank's moves, made by hand in one process."""
     arch, world = ARCHS[name], case[0]
@@ -76,9 +97,9 @@ def test_every_engine_element_arrives(name, case):
         for move in (move for bucket in plan.buckets for move in bucket):
             assert rank in (move.sender, move.receiver)
             if move.receiver == rank:
-                place = view(arrived[rank][move.target.param], move.target.index)
+                place = move.target.of(arrived[rank])
                 assert place.isnan().all(), "received twice"
-                values = view(sources[move.sender][move.source.param], move.source.index)
+                values = move.source.of(sources[move.sender])
                 assert values.numel() == move.numel
                 place.copy_(values)
     for got, want in zip(arrived, wanted, strict=True):
@@ -98,9 +119,12 @@ def missing_bytes(arch, case, rank):
     return missing * ITEMSIZE
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
-def test_no_byte_travels_that_need_not(case):
-    arch = ARCHS["qwen2"]
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("qwen2", case) for case in LAYOUTS] + [("qwen3_moe", case) for case in EXPERT_LAYOUTS],
+)
+def test_no_byte_travels_that_need_not(name, case):
+    arch = ARCHS[name]
     needed = [missing_bytes(arch, case, rank) for rank in range(case[0])]
     stats = plans(arch, case)[0].stats
     assert stats.wire_total == sum(needed)

@@ -8,10 +8,15 @@ from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_piece
 from megatron_rl.weights.pieces import local_shapes, view
 
 SPLITS = [(tp, pp, vpp) for tp in (1, 2, 4) for pp, vpp in ((1, 1), (2, 1), (2, 2), (4, 1))]
+MIXTURES = [name for name, arch in ARCHS.items() if arch.mixture is not None]
 
 
 def of_all_ranks(arch, tp, pp, vpp):
     layout = Layout(world_size=tp * pp, tp=tp, pp=pp, vpp=vpp)
+    return of_ranks(arch, layout)
+
+
+def of_ranks(arch, layout):
     return [
         megatron_pieces(arch, layout, layout.coordinates(rank)) for rank in range(layout.world_size)
     ]
@@ -29,7 +34,7 @@ def gathered(arch, shards):
     for pieces, params in shards:
         for piece in pieces:
             place = view(result[piece.hf], piece.box)
-            values = view(params[piece.param], piece.index)
+            values = piece.of(params)
             assert (place.isnan() | (place == values)).all(), piece
             place.copy_(values)
     return result
@@ -38,10 +43,34 @@ def gathered(arch, shards):
 @pytest.mark.parametrize(("tp", "pp", "vpp"), SPLITS)
 @pytest.mark.parametrize("name", ARCHS)
 def test_what_is_loaded_comes_back_bit_for_bit(tmp_path, name, tp, pp, vpp):
-    arch = ARCHS[name]
+    check_round_trip(tmp_path, ARCHS[name], Layout(world_size=tp * pp, tp=tp, pp=pp, vpp=vpp))
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "pp", "vpp", "ep", "etp"),
+    [
+        (2, 1, 1, 1, 2, 1),
+        (4, 1, 1, 1, 4, 1),
+        (4, 1, 1, 1, 2, 2),  # four ranks: each expert over two, two of them
+        (4, 2, 1, 1, 2, 2),
+        (4, 2, 1, 1, 4, 1),
+        (4, 4, 1, 1, 2, 2),
+        (4, 1, 2, 1, 2, 1),
+        (8, 2, 2, 2, 2, 2),
+    ],
+)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_come_back_from_every_way_to_share_them(
+    tmp_path, name, world, tp, pp, vpp, ep, etp
+):
+    layout = Layout(world_size=world, tp=tp, pp=pp, vpp=vpp, ep=ep, expert_tp=etp)
+    check_round_trip(tmp_path, ARCHS[name], layout)
+
+
+def check_round_trip(tmp_path, arch, layout):
     tensors = hf_tensors(arch)
     checkpoint = HfCheckpoint(write_checkpoint(tmp_path, tensors), hf_shapes(arch))
-    shards = [(p, filled(checkpoint, p)) for p in of_all_ranks(arch, tp, pp, vpp)]
+    shards = [(p, filled(checkpoint, p)) for p in of_ranks(arch, layout)]
     for _, params in shards:
         assert not any(param.isnan().any() for param in params.values())
     back = gathered(arch, shards)

@@ -1,8 +1,11 @@
 import pytest
-from weights_models import QWEN2
+from weights_models import ARCHS, QWEN2
 
+from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.weights.arch import padded_vocab_size
 from megatron_rl.weights.families.rows import ATTENTION, DENSE, EMBEDDING, QKV_BIAS
+from megatron_rl.weights.layouts import check_filled, engine_pieces, megatron_pieces
+from megatron_rl.weights.pieces import local_shapes
 from megatron_rl.weights.rules import Copy, GateUp, Qkv
 
 LAYER = (*ATTENTION, *DENSE)
@@ -132,3 +135,65 @@ def test_norms_are_whole_on_every_rank():
         for rank in range(4):
             (piece,) = rule.megatron_pieces(QWEN2, 4, rank)
             assert piece.box == piece.index == ((0, 8),)
+
+
+MIXTRAL = ARCHS["mixtral"]  # four experts of 4 rows; 8 hidden
+AT_RANK_0 = Layout(world_size=1, tp=1, pp=1).coordinates(0)
+LAYER_0 = "model.layers.0.block_sparse_moe"
+
+
+def test_a_rank_counts_its_experts_from_zero():
+    layout = Layout(world_size=2, tp=1, pp=1, ep=2)
+    pieces = megatron_pieces(MIXTRAL, layout, layout.coordinates(1))
+    found = {p.param: p.hf for p in pieces if p.param.endswith("linear_fc2.weight")}
+    assert found["decoder.layers.3.mlp.experts.local_experts.0.linear_fc2.weight"] == (
+        "model.layers.3.block_sparse_moe.experts.2.w2.weight"
+    )
+    assert len(found) == 4 * 2
+
+
+def test_the_engine_stacks_experts():
+    """Rank 1 of 2: rows 2 and 3 of each expert's gate (w1) over those of its up (w3)."""
+    pieces = engine_pieces(MIXTRAL, EngineLayout(world_size=2, tp=2), 1)
+    w13 = f"{LAYER_0}.experts.routed_experts.w13_weight"
+    found = [(p.stack, p.hf, p.index[0], p.box[0]) for p in pieces if p.param == w13]
+    assert found[2:4] == [
+        ((1,), f"{LAYER_0}.experts.1.w1.weight", (0, 2), (2, 4)),
+        ((1,), f"{LAYER_0}.experts.1.w3.weight", (2, 4), (2, 4)),
+    ]
+    shapes = local_shapes(pieces)
+    assert shapes[w13] == (4, 4, 8)
+    assert shapes[f"{LAYER_0}.experts.routed_experts.w2_weight"] == (4, 8, 2)
+
+
+def test_layers_with_and_without_experts_take_their_own_rows():
+    """Layers 0 and 2 are dense."""
+    layout = Layout(world_size=1, tp=1, pp=1)
+    names = [p.param for p in megatron_pieces(ARCHS["qwen3_moe"], layout, layout.coordinates(0))]
+    for layer in range(4):
+        of_layer = [name for name in names if name.startswith(f"decoder.layers.{layer}.mlp.")]
+        assert any(".experts." in name for name in of_layer) == (layer % 2 == 1)
+        assert any(name.endswith("mlp.linear_fc1.weight") for name in of_layer) == (layer % 2 == 0)
+        assert any(".router." in name for name in of_layer) == (layer % 2 == 1)
+
+
+def test_a_model_that_is_not_as_its_table_says_is_found_out():
+    pieces = [
+        piece
+        for piece in megatron_pieces(QWEN2, Layout(world_size=1, tp=1, pp=1), AT_RANK_0)
+        if piece.param.startswith("decoder.layers.0.mlp.linear_fc2")
+    ]
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    check_filled({name: (8, 12)}, pieces)
+    for shapes in ({name: (8, 13)}, {}, {name: (8, 12), "decoder.layers.0.extra": (1,)}):
+        with pytest.raises(ValueError, match=r"the model has .* elements of it, the table"):
+            check_filled(shapes, pieces)
+
+
+def test_only_the_vocabulary_has_rows_that_nothing_fills():
+    layout = Layout(world_size=1, tp=1, pp=1)
+    pieces = megatron_pieces(QWEN2, layout, AT_RANK_0)
+    shapes = local_shapes(pieces)
+    check_filled({**shapes, EMBEDDING.megatron: (128, 8), "output_layer.weight": (128, 8)}, pieces)
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight: the model has 80 elements"):
+        check_filled({**shapes, EMBEDDING.megatron: (10, 8)}, pieces)

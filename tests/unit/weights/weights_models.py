@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.arch import MixtureArch, ModelArch
 from megatron_rl.weights.layouts import hf_shapes
 
 # 4 query heads of 2 rows in 2 groups: q has 8 rows, k and v have 4 each.
@@ -28,11 +28,22 @@ QWEN2 = ModelArch(
     tied_embeddings=False,
 )
 LLAMA = replace(QWEN2, model_type="llama", qkv_bias=False)
+QWEN3 = replace(LLAMA, model_type="qwen3", qk_norm=True, head_dim=6)
+FOUR_EXPERTS = MixtureArch(num_experts=4, ffn_hidden_size=4, top_k=2, renormalized=True)
 ARCHS = {
     "qwen2": QWEN2,
     "qwen2_tied": replace(QWEN2, tied_embeddings=True),
     "llama": LLAMA,
     "llama_tied": replace(LLAMA, tied_embeddings=True),
+    "mistral": replace(LLAMA, model_type="mistral", head_dim=6),
+    "qwen3": QWEN3,
+    "qwen3_moe": replace(
+        QWEN3,
+        model_type="qwen3_moe",
+        mixture=replace(FOUR_EXPERTS, dense_layers=frozenset({0, 2})),
+        tied_embeddings=True,
+    ),
+    "mixtral": replace(LLAMA, model_type="mixtral", mixture=FOUR_EXPERTS),
 }
 
 

@@ -1,0 +1,150 @@
+"""An output directory that is complete or not there, and goes on where it was stopped.
+
+Files are made in `<name>.partial`. Each finished one is a line of its journal, appended after the
+file is on disk; a second start does only what is not in there. At the end the journal goes and one
+rename gives the directory its name.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_rl.errors import InputError
+from megatron_rl.weights.disk import sync, sync_tree
+
+JOURNAL = "journal.jsonl"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Advance = Callable[[int], None]
+"""Told how many bytes more are done."""
+
+
+class PartialOutput:
+    """Use as a context; without complete() the work stays for the next start."""
+
+    def __init__(self, final: Path, identity: Mapping[str, Any]) -> None:
+        """Open or make the partial directory.
+
+        Args:
+            final: the directory to make.
+            identity: what the output depends on, as JSON. Files of another identity are discarded.
+
+        Raises:
+            InputError: final is there already, or somebody else is making it.
+        """
+        if final.exists():
+            raise InputError(f"{final}: it is there already. Remove it, or choose another output")
+        self._final = final
+        self.directory = final.with_name(f"{final.name}.partial")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._journal = (self.directory / JOURNAL).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{self.directory}: another process is writing it") from error
+        self.finished = self._read_journal(json.loads(json.dumps(identity)))
+        self._keeper = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> "PartialOutput":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._keeper.shutdown()
+        self._journal.close()
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise InputError(
+                f"{self.directory}: {error.strerror}. What is finished is kept: make room, and run "
+                "the same command again"
+            ) from error
+
+    def require_space(self, total_bytes: int) -> None:
+        """That the disk holds total_bytes, of which the finished files are a part.
+
+        Raises:
+            InputError: it does not.
+        """
+        done = sum((self.directory / name).stat().st_size for name in self.finished)
+        missing = total_bytes - done - shutil.disk_usage(self.directory).free
+        if missing > 0:
+            raise InputError(
+                f"{self.directory}: {missing / 2**30:.2f} GiB more disk space is needed"
+            )
+
+    def add(self, name: str, record: Any) -> None:
+        """File `name` is written in full; record is what a later start must know of it.
+
+        It is brought to disk, and then into the journal, while the next file is made.
+        """
+        self.finished[name] = record
+        self._wait()
+        self._pending = self._keeper.submit(self._keep, name, record)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def _keep(self, name: str, record: Any) -> None:
+        path = self.directory / name
+        sync(path)
+        self._append({"file": name, "size": path.stat().st_size, "record": record})
+
+    def complete(self) -> None:
+        """Make everything durable and give the directory its name."""
+        self._wait()
+        (self.directory / JOURNAL).unlink()
+        sync_tree(self.directory)
+        self.directory.rename(self._final)
+        sync(self._final.parent)
+
+    def _read_journal(self, identity: Any) -> dict[str, Any]:
+        """Records of the files that stand as they were finished."""
+        self._journal.seek(0)
+        lines: list[Any] = []
+        with contextlib.suppress(ValueError):  # a line that was cut off in the middle
+            for line in self._journal:
+                lines.append(json.loads(line))
+        if not lines or lines[0] != {"identity": identity}:
+            self._start_over(identity)
+            return {}
+        return {
+            line["file"]: line["record"]
+            for line in lines[1:]
+            if _size(self.directory / line["file"]) == line["size"]
+        }
+
+    def _start_over(self, identity: Any) -> None:
+        for path in self.directory.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != JOURNAL:
+                path.unlink()
+        self._journal.truncate(0)
+        self._append({"identity": identity})
+
+    def _append(self, line: Any) -> None:
+        self._journal.write(json.dumps(line) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+
+def describe_files(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change: what tells whether a source is the same as before."""
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

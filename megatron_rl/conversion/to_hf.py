@@ -1,0 +1,106 @@
+"""From a Megatron-Core checkpoint of any layout to a Hugging Face directory, chunk by chunk."""
+
+from collections import Counter
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megatron_rl.conversion.partial import Advance, PartialOutput, describe_files
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.dcp_files import METADATA
+from megatron_rl.weights.hf_files import (
+    HfCheckpoint,
+    copy_companions,
+    file_name,
+    plan_files,
+    write_index,
+)
+from megatron_rl.weights.layouts import hf_shapes
+from megatron_rl.weights.megatron_files import MegatronCheckpoint
+from megatron_rl.weights.tensor_file import TensorFileWriter
+
+FORMAT = 1  # of the journal
+
+
+def convert_to_hf(
+    checkpoint: MegatronCheckpoint,
+    config_dir: Path,
+    output: Path,
+    arch: ModelArch,
+    *,
+    dtype: torch.dtype | None,
+    file_bytes: int,
+    begin: Advance,
+    advance: Advance,
+) -> None:
+    """Write the directory `output`.
+
+    Args:
+        checkpoint: the weights.
+        config_dir: config.json, tokenizer and chat template, which are copied.
+        output: the directory to make.
+        arch: as config_dir says.
+        dtype: of all weights; None: as they are stored.
+        file_bytes: size of one safetensors file.
+        begin: told the bytes of all weights before the first is written.
+        advance: told the bytes that are done.
+
+    Raises:
+        InputError: the checkpoint cannot be used, or output not be written.
+    """
+    shapes = hf_shapes(arch)
+    dtypes = {name: dtype or checkpoint.dtypes[name] for name in shapes}
+    nbytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    files = plan_files(nbytes, file_bytes)
+    identity = {
+        "format": FORMAT,
+        "arch": repr(arch),
+        "source": describe_files([checkpoint.directory / METADATA]),
+        "files": files,
+        "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
+    }
+    with PartialOutput(output, identity) as partial:
+        partial.require_space(sum(nbytes.values()))
+        begin(sum(nbytes.values()))
+        for number, names in enumerate(files):
+            name = file_name(number, len(files))
+            if name in partial.finished:
+                advance(sum(nbytes[tensor] for tensor in names))
+                continue
+            tensors = {tensor: (dtypes[tensor], shapes[tensor]) for tensor in names}
+            _write_file(partial.directory / name, tensors, checkpoint, advance)
+            partial.add(name, None)
+        write_index(partial.directory, files, sum(nbytes.values()))
+        copy_companions(config_dir, partial.directory, _main_dtype(dtypes, nbytes))
+        HfCheckpoint(partial.directory, shapes)  # index, headers and table must agree
+        partial.complete()
+
+
+def _write_file(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    checkpoint: MegatronCheckpoint,
+    advance: Advance,
+) -> None:
+    """One safetensors file; each record that has a part of it is read once."""
+    writer = TensorFileWriter(path, tensors)
+    for mapped in checkpoint.chunks:
+        pieces = [piece for piece in mapped.pieces if piece.hf in tensors]
+        if not pieces:
+            continue
+        record = checkpoint.load(mapped.chunk)
+        for piece in pieces:
+            values = piece.of({piece.param: record})
+            writer.write(piece.hf, piece.box, values)
+            advance(values.numel() * tensors[piece.hf][0].itemsize)
+    writer.close()
+
+
+def _main_dtype(dtypes: Mapping[str, torch.dtype], nbytes: Mapping[str, int]) -> torch.dtype:
+    """What most of the weights are in."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, dtype in dtypes.items():
+        counts[dtype] += nbytes[name]
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,241 @@
+"""From a Hugging Face directory to a Megatron-Core checkpoint, a block of rows at a time.
+
+No model is built and no process group is needed: the tables of weights/families say which rows of
+which Hugging Face tensors make up a tensor of the checkpoint.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.conversion.partial import Advance, PartialOutput, describe_files
+from megatron_rl.errors import InputError
+from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.weights.dcp_files import (
+    Chunk,
+    StoredTensor,
+    append_chunk,
+    append_object,
+    write_metadata,
+)
+from megatron_rl.weights.disk import sync
+from megatron_rl.weights.hf_files import CONFIG, HfCheckpoint, copy_companions
+from megatron_rl.weights.layouts import MegatronParam, hf_shapes
+from megatron_rl.weights.megatron_files import MegatronCheckpoint
+from megatron_rl.weights.model_source import COMPANION_DIR, TRACKER
+from megatron_rl.weights.pieces import Box, blocks, size
+from megatron_rl.weights.stored_layout import (
+    StoredParams,
+    extra_state_keys,
+    stock_naming,
+    stored_params,
+)
+
+BLOCK_BYTES = 16 << 20
+"""Most bytes of one chunk, and so of what is in memory at a time."""
+
+ITERATION = 1  # Megatron-LM refuses 0
+FORMAT = 1  # of the journal
+IDENTITY = "conversion.json"  # what the checkpoint was made of
+DESCRIPTION = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# 3.0 is the order of rows in linear_qkv that Megatron-LM then leaves as it is.
+COMMON = {"iteration": ITERATION, "checkpoint_version": 3.0}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will stand where."""
+
+    tensors: Mapping[str, StoredParams]
+    shapes: Mapping[str, tuple[int, ...]]  # with rows that pad a vocabulary
+    dtypes: Mapping[str, torch.dtype]
+    files: Mapping[str, tuple[tuple[str, Box], ...]]  # chunks, by key and rectangle
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.chunk_bytes(key, box) for c in self.files.values() for key, box in c)
+
+    def chunk_bytes(self, key: str, box: Box) -> int:
+        return size(box) * self.dtypes[key].itemsize
+
+
+def convert_to_megatron(
+    source: Path,
+    output: Path,
+    arch: ModelArch,
+    *,
+    tp: int,
+    dtype: torch.dtype | None,
+    begin: Advance,
+    advance: Advance,
+) -> Path:
+    """Write the checkpoint; its directory, output/iter_0000001.
+
+    Args:
+        source: Hugging Face directory.
+        output: gets the checkpoint and the file that names the newest one.
+        arch: as source says.
+        tp: the layout it is meant for, which decides the padding of the vocabulary; any other one
+            loads it too.
+        dtype: of all weights; None: as they are stored.
+        begin: told the bytes of all weights before the first is written.
+        advance: told the bytes that are done.
+
+    Raises:
+        InputError: source cannot be used, or output not be written.
+    """
+    checkpoint = HfCheckpoint(source, hf_shapes(arch))
+    plan = _plan(arch, checkpoint, tp, dtype)
+    final = output / f"iter_{ITERATION:07d}"
+    identity = {
+        "format": FORMAT,
+        "arch": repr(arch),
+        "source": describe_files([*checkpoint.paths, source / CONFIG]),
+        "shapes": {key: list(shape) for key, shape in plan.shapes.items()},
+        "dtypes": {key: str(dtype) for key, dtype in plan.dtypes.items()},
+        "block_bytes": BLOCK_BYTES,
+    }
+    if _is_unnamed(final, identity):
+        _name_newest(output)
+        return final
+    with PartialOutput(final, identity) as partial:
+        partial.require_space(plan.nbytes)
+        begin(plan.nbytes)
+        for name, planned in plan.files.items():
+            if name in partial.finished:
+                advance(sum(plan.chunk_bytes(*chunk) for chunk in planned))
+                continue
+            chunks = _write_file(partial.directory / name, plan, name, checkpoint, advance)
+            partial.add(name, [_to_json(chunk) for chunk in chunks])
+        _write_descriptions(partial, plan, arch)
+        (partial.directory / IDENTITY).write_text(json.dumps(identity, indent=2))
+        copy_companions(source, partial.directory / COMPANION_DIR, dtype)
+        MegatronCheckpoint(partial.directory, arch)  # it must find all that it needs
+        partial.complete()
+    _name_newest(output)
+    return final
+
+
+def _plan(arch: ModelArch, checkpoint: HfCheckpoint, tp: int, dtype: torch.dtype | None) -> _Plan:
+    naming = stock_naming(arch)
+    tensors = stored_params(arch, lambda _: naming)
+    dtypes = {
+        key: dtype or _common_dtype(stored, checkpoint, key) for key, stored in tensors.items()
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    files: dict[str, list[tuple[str, Box]]] = defaultdict(list)
+    for key, stored in tensors.items():
+        for lead, param in stored.by_lead.items():
+            shape = _padded(param, arch, tp)
+            shapes[key] = (*stored.shape[: len(lead)], *shape)
+            for box in blocks(shape, dtypes[key].itemsize, BLOCK_BYTES):
+                files[_file_of(param, arch)].append((key, (*((n, n + 1) for n in lead), *box)))
+    return _Plan(tensors, shapes, dtypes, {name: tuple(files[name]) for name in sorted(files)})
+
+
+def _common_dtype(stored: StoredParams, checkpoint: HfCheckpoint, key: str) -> torch.dtype:
+    """The one dtype of all Hugging Face tensors that a tensor of the checkpoint is made of."""
+    names = stored.hf_names
+    odd = [name for name in names if checkpoint.dtypes[name] != checkpoint.dtypes[names[0]]]
+    if odd:
+        raise InputError(
+            f"{checkpoint.model_dir}: {names[0]} is {checkpoint.dtypes[names[0]]}, but {odd[0]} is "
+            f"{checkpoint.dtypes[odd[0]]}: Megatron-Core keeps both in {key}. Choose one with "
+            "--dtype"
+        )
+    return checkpoint.dtypes[names[0]]
+
+
+def _padded(param: MegatronParam, arch: ModelArch, tp: int) -> tuple[int, ...]:
+    if not param.is_vocabulary:
+        return param.shape
+    return (padded_vocab_size(arch.vocab_size, tp), *param.shape[1:])
+
+
+def _file_of(param: MegatronParam, arch: ModelArch) -> str:
+    """A file per layer: little enough to write again after an interruption."""
+    number = 0 if param.template.startswith("embedding.") else arch.num_layers + 1
+    if param.layer is not None:
+        number = param.layer + 1
+    return f"__0_{number:04d}.distcp"
+
+
+def _write_file(
+    path: Path, plan: _Plan, name: str, checkpoint: HfCheckpoint, advance: Advance
+) -> list[Chunk]:
+    chunks: list[Chunk] = []
+    with path.open("wb") as file:
+        for key, box in plan.files[name]:
+            tensor = torch.empty([hi - lo for lo, hi in box], dtype=plan.dtypes[key])
+            pieces = list(plan.tensors[key].pieces(box))
+            if sum(size(piece.box) for piece in pieces) < tensor.numel():
+                tensor.zero_()  # rows that pad a vocabulary
+            for piece in pieces:
+                checkpoint.read(piece.hf, piece.box, piece.of({piece.param: tensor}))
+            chunks.append(append_chunk(file, name, key, tuple(lo for lo, _ in box), tensor))
+            advance(tensor.nbytes)
+    return chunks
+
+
+def _write_descriptions(partial: PartialOutput, plan: _Plan, arch: ModelArch) -> None:
+    """All but the weights; metadata.json last, since Megatron-Core looks for it."""
+    directory = partial.directory
+    states = f"__0_{arch.num_layers + 2:04d}.distcp"
+    with (directory / states).open("wb") as file:
+        record = append_object(file, [None])
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
+    for name in plan.files:
+        for fields in partial.finished[name]:
+            chunk = _from_json(fields)
+            chunks[chunk.key].append(chunk)
+    write_metadata(
+        directory,
+        [StoredTensor(shape, tuple(chunks[key])) for key, shape in plan.shapes.items()],
+        dict.fromkeys(extra_state_keys(arch, stock_naming(arch)), (states, *record)),
+    )
+    torch.save(COMMON, directory / "common.pt")
+    (directory / "metadata.json").write_text(json.dumps(DESCRIPTION))
+
+
+def _is_unnamed(final: Path, identity: dict[str, Any]) -> bool:
+    """Whether this very conversion is complete but for the tracker."""
+    if (final.parent / TRACKER).exists() or not (final / IDENTITY).is_file():
+        return False
+    return bool(json.loads((final / IDENTITY).read_text()) == json.loads(json.dumps(identity)))
+
+
+def _name_newest(output: Path) -> None:
+    temporary = output / f".{TRACKER}"
+    temporary.write_text(str(ITERATION))
+    sync(temporary)
+    temporary.rename(output / TRACKER)
+    sync(output)
+
+
+def _to_json(chunk: Chunk) -> dict[str, Any]:
+    return asdict(chunk) | {"dtype": str(chunk.dtype).removeprefix("torch.")}
+
+
+def _from_json(fields: dict[str, Any]) -> Chunk:
+    return Chunk(
+        **fields
+        | {
+            # Equal strings as one object: the bytes of a pickle depend on which are.
+            "key": sys.intern(fields["key"]),
+            "file": sys.intern(fields["file"]),
+            "dtype": getattr(torch, fields["dtype"]),
+            "offsets": tuple(fields["offsets"]),
+            "sizes": tuple(fields["sizes"]),
+        }
+    )

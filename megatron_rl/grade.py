@@ -1,0 +1,200 @@
+"""`python -m megatron_rl grade`: the reward of a recipe on responses that came from anywhere.
+
+So that people can see what their reward says of their own data before they spend GPUs on it.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_rl.errors import InputError
+from megatron_rl.prompts.rows import Problems, RowError, answer_text, column_list, preview
+from megatron_rl.prompts.source import read_json_lines
+from megatron_rl.reward.config import RewardConfig
+from megatron_rl.reward.gold import check_gold
+from megatron_rl.reward.scorer import RewardScorer, Score
+from megatron_rl.types import Verdict
+
+_LINES_AT_A_TIME = 2048
+_MAX_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradeFields:
+    """Names of the fields of a line."""
+
+    response: str = "response"
+    answer: str = "answer"
+    tokens: str | None = None  # its number of tokens, for a length penalty
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    number: int  # in the file, from 1
+    fields: dict[str, Any]
+    response: str
+    answer: str
+    num_tokens: int | None
+
+
+@dataclass(slots=True)
+class _Tally:
+    verdicts: Counter[Verdict] = field(default_factory=Counter)
+    reward: float = 0.0
+    failures: list[str] = field(default_factory=list)
+    answers: dict[str, str | None] = field(default_factory=dict)  # why none could match it
+
+
+def grade_file(
+    source: Path, output: Path, config: RewardConfig, fields: GradeFields = GradeFields()
+) -> None:
+    """Write every line of a JSONL file back with verdict, extracted, reward and seconds.
+
+    The output is there as a whole or not at all. Raises InputError with every bad line, by number,
+    before anything is graded.
+    """
+    _check_paths(source, output)
+    if fields.tokens is None and "length_penalty" in config.kinds.values():
+        raise InputError(
+            "grade: length_penalty needs the number of tokens of each response. Name the field "
+            "that holds it with --tokens-key, or leave the part out"
+        )
+    num_lines = _check_lines(source, fields)
+    started = time.monotonic()
+    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        tally = _grade_lines(source, partial, config, fields, num_lines)
+        partial.replace(output)
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written ({error.strerror})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    _report(tally, time.monotonic() - started, output)
+
+
+def _check_paths(source: Path, output: Path) -> None:
+    if not source.is_file():
+        raise InputError(f"{source}: there is no such file. Name a JSONL file to grade")
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: its directory is not there. Make it first")
+    if output.is_dir() or (output.exists() and output.samefile(source)):
+        what = "a directory" if output.is_dir() else "the file to grade"
+        raise InputError(f"--output {output}: it is {what}. Name another file")
+
+
+def _check_lines(source: Path, fields: GradeFields) -> int:
+    problems, num_lines = Problems(str(source)), 0
+    for number, parsed in read_json_lines(source):
+        num_lines += 1
+        try:
+            _line(number, parsed, fields)
+        except RowError as error:
+            problems.add(f"line {number}", str(error))
+    problems.raise_if_any(
+        "Mend or remove these lines; name the fields with --response-key and --answer-key"
+    )
+    if num_lines == 0:
+        raise InputError(f"{source}: it has no line to grade")
+    return num_lines
+
+
+def _line(number: int, parsed: object, names: GradeFields) -> _Line:
+    if isinstance(parsed, RowError):
+        raise parsed
+    if not isinstance(parsed, dict):
+        raise RowError(f"{preview(parsed)} is not a JSON object")
+    for name in (names.response, names.answer, names.tokens):
+        if name is not None and name not in parsed:
+            raise RowError(f"no field {name!r}; it has {column_list(parsed)}")
+    response = parsed[names.response]
+    if not isinstance(response, str):
+        raise RowError(f"{names.response}={preview(response)}: must be text")
+    num_tokens = None if names.tokens is None else parsed[names.tokens]
+    if names.tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
+        raise RowError(f"{names.tokens}={preview(num_tokens)}: must be a number of tokens")
+    answer = answer_text(names.answer, parsed[names.answer])
+    return _Line(number, parsed, response, answer, num_tokens)
+
+
+def _grade_lines(
+    source: Path, partial: Path, config: RewardConfig, fields: GradeFields, num_lines: int
+) -> _Tally:
+    tally = _Tally()
+    scorer = RewardScorer(config)
+    lines = (_line(number, parsed, fields) for number, parsed in read_json_lines(source))
+    console = Console(stderr=True)
+    try:
+        with partial.open("x", encoding="utf-8") as file, Progress(
+            console=console, transient=True, disable=not console.is_terminal
+        ) as progress:  # fmt: skip
+            task = progress.add_task("grading", total=num_lines)
+            while chunk := list(islice(lines, _LINES_AT_A_TIME)):
+                for line, score in _scored(chunk, scorer, config, tally):
+                    file.write(json.dumps(line.fields | _graded(score, config)) + "\n")
+                progress.advance(task, len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        scorer.close()
+    return tally
+
+
+def _scored(
+    chunk: list[_Line], scorer: RewardScorer, config: RewardConfig, tally: _Tally
+) -> Iterator[tuple[_Line, Score]]:
+    for line in chunk:
+        scorer.submit((line.number, 0), line.response, line.answer, line.num_tokens)
+    scores = scorer.collect()
+    for line in chunk:
+        score = scores[line.number, 0]
+        tally.verdicts[score.verdict] += 1
+        if score.has_failed:
+            tally.failures.append(f"  line {line.number}: {score.verdict}, {score.reason}")
+        else:
+            tally.reward += score.reward
+        if line.answer not in tally.answers:
+            problem = check_gold(line.answer, config)
+            place = f"  line {line.number}: {preview(line.answer)}: {problem}"
+            tally.answers[line.answer] = place if problem else None
+        yield line, score
+
+
+def _graded(score: Score, config: RewardConfig) -> dict[str, Any]:
+    graded: dict[str, Any] = {
+        "verdict": str(score.verdict),
+        "extracted": score.extracted,
+        "reward": None if score.has_failed else score.reward,
+        "seconds": round(score.seconds, 6),
+    }
+    return graded | ({"reward_parts": dict(score.parts)} if config.parts else {})
+
+
+def _report(tally: _Tally, seconds: float, output: Path) -> None:
+    total = tally.verdicts.total()
+    print(f"{total} responses graded in {seconds:.1f} s")
+    for verdict in Verdict:
+        count = tally.verdicts[verdict]
+        print(f"  {verdict:10} {count:8}  {count / total:7.2%}")
+    judged = total - tally.verdicts[Verdict.TIMEOUT] - tally.verdicts[Verdict.ERROR]
+    if judged:
+        print(f"mean reward {tally.reward / judged:.4f}")
+    _print_first("failed verifications", tally.failures)
+    _print_first(
+        "answers by which no response could be right",
+        [problem for problem in tally.answers.values() if problem],
+    )
+    print(f"written to {output}")
+
+
+def _print_first(what: str, lines: list[str]) -> None:
+    if lines:
+        print(f"{len(lines)} {what}:", *lines[:_MAX_SHOWN], sep="\n")

@@ -1,0 +1,128 @@
+"""One reward on its way: what it says at once, and the workers that say the rest."""
+
+import math
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from megatron_rl.errors import InputError, RunError
+from megatron_rl.reward.kinds import Judge
+from megatron_rl.reward.math_grader import VerdictName
+from megatron_rl.reward.pool import Outcome, WorkerPool
+
+_DUMMY = ("The answer is \\boxed{0}.", "0")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one reward says of one response: a verdict, or a value alone."""
+
+    extracted: str | None
+    seconds: float  # CPU time
+    verdict: VerdictName | None = None
+    value: float | None = None
+    reason: str | None = None  # of a timeout or an error
+
+    @property
+    def has_failed(self) -> bool:
+        return self.verdict in ("timeout", "error")
+
+    @property
+    def points(self) -> float:
+        """The value, or 1 for a right answer and 0 for any other."""
+        return float(self.verdict == "correct") if self.value is None else self.value
+
+
+class Verifier:
+    """Computes one reward of many responses, each known by a key; never waits in `submit`."""
+
+    def __init__(self, judge: Judge | None, pool: WorkerPool | None) -> None:
+        """judge: what is said at once, None for a user's function; pool: who says the rest."""
+        self._judge, self._pool = judge, pool
+        self._results: dict[Hashable, Result] = {}
+        # Rollouts of a prompt repeat each other: equal pairs are compared once until `take`.
+        self._jobs: dict[tuple[str, str], int] = {}
+        self._outcomes: dict[int, Outcome] = {}
+        self._claims: dict[int, list[tuple[Hashable, str | None]]] = {}
+        self._num_jobs = 0
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._claims)
+
+    def submit(self, key: Hashable, response: str, answer: str, num_tokens: int | None) -> None:
+        """Start on a response."""
+        if self._judge is None:
+            self._claim(self._new_job(response, answer), key, None)
+            return
+        started = time.thread_time()
+        graded = self._judge(response, answer, num_tokens)
+        if graded.pair is None:
+            seconds = time.thread_time() - started
+            self._results[key] = Result(
+                graded.extracted, seconds, graded.verdict, graded.value, graded.reason
+            )
+            return
+        job = self._jobs.get(graded.pair)
+        if job is None:
+            job = self._jobs[graded.pair] = self._new_job(*graded.pair)
+        self._claim(job, key, graded.extracted)
+
+    def advance(self, wait_s: float) -> None:
+        """Hand out and take in work; waits at most wait_s for something to happen."""
+        if self._pool is None:
+            return
+        for job, outcome in self._pool.poll(wait_s):
+            self._outcomes[job] = outcome
+            for key, extracted in self._claims.pop(job):
+                self._results[key] = _result(extracted, outcome)
+
+    def take(self) -> dict[Hashable, Result]:
+        """All results since the last call; call it when the verifier is not busy."""
+        assert not self.is_busy
+        results = self._results
+        self._results, self._jobs, self._outcomes = {}, {}, {}
+        return results
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _new_job(self, left: str, right: str) -> int:
+        assert self._pool is not None
+        self._num_jobs += 1
+        self._claims[self._num_jobs] = []
+        self._pool.submit(self._num_jobs, left, right)
+        return self._num_jobs
+
+    def _claim(self, job: int, key: Hashable, extracted: str | None) -> None:
+        if job in self._outcomes:
+            self._results[key] = _result(extracted, self._outcomes[job])
+        else:
+            self._claims[job].append((key, extracted))
+
+
+def try_function(pool: WorkerPool, setting: str, path: str) -> None:
+    """Call a user's function once; what it says of a dummy is only judged by its type.
+
+    Raises InputError when the function cannot be used.
+    """
+    try:
+        pool.submit(0, *_DUMMY)
+        while not (finished := pool.poll(math.inf)):
+            pass
+    except (InputError, RunError):
+        pool.close()
+        raise
+    outcome = finished[0][1]
+    if outcome.is_misuse:
+        pool.close()
+        raise InputError(
+            f"{setting}={path!r}: called with a dummy response and answer it {outcome.reason}. It "
+            "must return a bool or a float for any two strings"
+        )
+
+
+def _result(extracted: str | None, outcome: Outcome) -> Result:
+    return Result(extracted, outcome.seconds, outcome.verdict, outcome.reward, outcome.reason)

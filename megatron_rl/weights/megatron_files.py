@@ -1,0 +1,139 @@
+"""Megatron-Core checkpoints on disk as Hugging Face tensors, saved at whatever layout."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import InputError
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.dcp_files import (
+    Chunk,
+    StoredTensor,
+    check_cover,
+    read_chunk,
+    read_stored_tensors,
+)
+from megatron_rl.weights.layouts import MegatronParam
+from megatron_rl.weights.pieces import Piece, Tensors, intersection
+from megatron_rl.weights.stored_layout import NAMINGS, Naming, StoredParams, stored_params
+
+MAIN_WEIGHTS = re.compile(r"(?:.*\.)?optimizer\.state\.param\.(.+)")
+# What a trainer keeps beside the model.
+NOT_THE_MODEL = re.compile(r"optimizer\.|chained_\d+\.|rng_state|rerun_state|opt_param_scheduler")
+
+
+@dataclass(frozen=True)
+class MappedChunk:
+    """One record, and what of which Hugging Face tensor is in it."""
+
+    chunk: Chunk
+    pieces: tuple[Piece, ...]  # record[piece.stack][piece.index] = hf[piece.box]
+
+
+class MegatronCheckpoint:
+    """The weights of a distributed checkpoint, checked against what the model must have."""
+
+    def __init__(self, directory: Path, arch: ModelArch, *, main_weights: bool = False) -> None:
+        """Read the index of all tensors.
+
+        Args:
+            directory: it holds `.metadata`.
+            main_weights: read the optimizer's float32 weights instead of the model's.
+
+        Raises:
+            InputError: damaged, hostile, or not a checkpoint of this model.
+        """
+        self.directory = directory
+        self._stored = read_stored_tensors(directory)
+        if main_weights:
+            self._stored = _main_weights(directory, self._stored)
+        params = stored_params(arch, lambda param: self._naming_of(param, arch))
+        self._check_keys(params)
+        self.chunks = tuple(
+            MappedChunk(chunk, tuple(stored.pieces(chunk.box)))
+            for key, stored in params.items()
+            for chunk in self._stored[key].chunks
+        )
+        self.dtypes = {
+            name: self._stored[key].dtype
+            for key, stored in params.items()
+            for name in stored.hf_names
+        }
+        self._holders: dict[str, list[tuple[Chunk, Piece]]] = defaultdict(list)
+        for mapped in self.chunks:
+            for piece in mapped.pieces:
+                self._holders[piece.hf].append((mapped.chunk, piece))
+        self._last: tuple[Chunk | None, Tensor] = (None, torch.empty(0))
+
+    def load(self, chunk: Chunk) -> Tensor:
+        """The tensor of one record."""
+        return read_chunk(self.directory, chunk)
+
+    @torch.no_grad()
+    def fill(self, params: Tensors, pieces: Sequence[Piece]) -> None:
+        """Copy hf[box] to params[index] for every piece; only chunks that hold some are read."""
+        copies: dict[Chunk, list[tuple[Piece, Piece]]] = defaultdict(list)
+        for piece in pieces:
+            for chunk, held in self._holders[piece.hf]:
+                box = intersection(held.box, piece.box)
+                if box is not None:
+                    copies[chunk].append((held.within(box), piece.within(box)))
+        for chunk, pairs in copies.items():
+            tensor = self._loaded(chunk)
+            for source, target in pairs:
+                target.of(params).copy_(source.of({source.param: tensor}))
+
+    def _loaded(self, chunk: Chunk) -> Tensor:
+        """The last chunk is kept: its tensors are often asked for one after the other."""
+        if self._last[0] != chunk:
+            self._last = (None, torch.empty(0))  # never two at a time
+            self._last = (chunk, self.load(chunk))
+        return self._last[1]
+
+    def _naming_of(self, param: MegatronParam, arch: ModelArch) -> Naming:
+        for naming in NAMINGS:
+            if naming.key(param, arch) in self._stored:
+                return naming
+        raise InputError(
+            f"{self.directory}: it has no {param.name}, of which {', '.join(param.hf_names)} is "
+            "made. It is a checkpoint of another model than its config.json says, or incomplete"
+        )
+
+    def _check_keys(self, params: dict[str, StoredParams]) -> None:
+        extra = [key for key in self._stored if key not in params and not NOT_THE_MODEL.match(key)]
+        if extra:
+            raise InputError(
+                f"{self.directory}: {len(extra)} tensors are not known {sorted(extra)[:4]}: "
+                "config.json means a model without them"
+            )
+        for key, stored in params.items():
+            found, wanted = self._stored[key].shape, stored.shape
+            if found != wanted and not (stored.first.is_vocabulary and _is_padded(found, wanted)):
+                raise InputError(
+                    f"{self.directory}: {key} has shape {list(found)}, but config.json means "
+                    f"{list(wanted)}"
+                )
+            check_cover(self.directory, key, self._stored[key])
+
+
+def _is_padded(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(found) == len(wanted) and found[0] >= wanted[0] and found[1:] == wanted[1:]
+
+
+def _main_weights(directory: Path, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The optimizer's weights under the model's keys."""
+    found = {
+        match.group(1): tensor
+        for key, tensor in stored.items()
+        if (match := MAIN_WEIGHTS.fullmatch(key))
+    }
+    if not found:
+        raise InputError(
+            f"{directory}: it holds no main weights of an optimizer. Leave the option out"
+        )
+    return found

@@ -1,0 +1,127 @@
+"""Where the parameters of a model stand in the tensors of a Megatron-Core checkpoint.
+
+A checkpoint has other names than a model. The layers of a stack that are alike are one tensor with
+the layer as its first axis, their experts a second axis; where dense and mixture layers alternate,
+every layer has its own. Norms are kept under the linear that follows, as Transformer Engine fuses
+them.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.layouts import MegatronParam, megatron_params
+from megatron_rl.weights.pieces import Box, Piece
+
+INPUT_NORM = ("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj")
+DENSE_LINEARS = ("mlp.linear_fc1", "mlp.linear_fc2")
+EXPERT_LINEARS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+# Of Transformer Engine's layers; the local ones do not ask for it.
+ATTENTION_STATE = "self_attention.core_attention"
+
+Lead = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How one writer names the tensors of a checkpoint."""
+
+    is_stacked: bool
+    """Whether the layer is an axis; else its number is in the name."""
+
+    fuses_mixture_norm: bool = False
+    """Whether the norm before a mixture is under its linears, as stock local layers save it."""
+
+    def key(self, param: MegatronParam, arch: ModelArch) -> str:
+        """The name of the tensor that holds a parameter."""
+        name = param.template.replace(*INPUT_NORM).replace(".local_experts.{e}.", ".experts.")
+        is_dense = param.layer is not None and not arch.has_experts(param.layer)
+        if is_dense or self.fuses_mixture_norm:
+            name = name.replace(*MLP_NORM)
+        if self.is_stacked:
+            return name.replace(".layers.{i}.", ".layers.")
+        return name.replace("{i}", str(param.layer))
+
+    def lead(self, param: MegatronParam) -> Lead:
+        """Where on the leading axes of that tensor it stands."""
+        layer = (param.layer,) if self.is_stacked and param.layer is not None else ()
+        return layer if param.expert is None else (*layer, param.expert)
+
+
+def stock_naming(arch: ModelArch) -> Naming:
+    """As Megatron-Core with Transformer Engine saves this model, and we with either layers."""
+    kinds = {arch.has_experts(layer) for layer in range(arch.num_layers)}
+    return Naming(is_stacked=len(kinds) == 1)
+
+
+NAMINGS = tuple(
+    Naming(is_stacked, fuses) for is_stacked in (True, False) for fuses in (False, True)
+)
+"""All that are read."""
+
+
+@dataclass(frozen=True)
+class StoredParams:
+    """The parameters that stand in one tensor of a checkpoint."""
+
+    by_lead: dict[Lead, MegatronParam]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor, without rows that pad a vocabulary."""
+        leads = list(self.by_lead)
+        counts = tuple(1 + max(axis) for axis in zip(*leads, strict=True))
+        return counts + self.first.shape
+
+    @property
+    def first(self) -> MegatronParam:
+        return next(iter(self.by_lead.values()))
+
+    @property
+    def hf_names(self) -> list[str]:
+        return [name for param in self.by_lead.values() for name in param.hf_names]
+
+    def pieces(self, box: Box) -> Iterator[Piece]:
+        """What a rectangle of the tensor holds: rectangle[piece.stack][piece.index] = hf[box]."""
+        axes = len(next(iter(self.by_lead)))
+        for lead in itertools.product(*(range(lo, hi) for lo, hi in box[:axes])):
+            stack = tuple(at - lo for at, (lo, _) in zip(lead, box[:axes], strict=True))
+            for piece in self.by_lead[lead].pieces:
+                part = piece.cut(box[axes:])
+                if part is not None:
+                    yield replace(part, stack=stack)
+
+
+def stored_params(
+    arch: ModelArch, naming_of: Callable[[MegatronParam], Naming]
+) -> dict[str, StoredParams]:
+    """Tensors of a checkpoint by key, with the parameters in each, in the order of the network."""
+    tensors: dict[str, StoredParams] = {}
+    for param in megatron_params(arch):
+        naming = naming_of(param)
+        stored = tensors.setdefault(naming.key(param, arch), StoredParams({}))
+        stored.by_lead[naming.lead(param)] = param
+    return tensors
+
+
+def extra_state_keys(arch: ModelArch, naming: Naming) -> Iterator[str]:
+    """The byte entries that stock layers ask for when they load: one per linear, all empty."""
+    for layer in range(arch.num_layers):
+        prefix = "decoder.layers." if naming.is_stacked else f"decoder.layers.{layer}."
+        at: Lead = (layer,) if naming.is_stacked else ()
+        of: Lead = (arch.num_layers,) if naming.is_stacked else ()
+        has_experts = arch.has_experts(layer)
+        for module in (*LINEARS, ATTENTION_STATE, *(() if has_experts else DENSE_LINEARS)):
+            yield _extra_state(prefix + module, at or (0,), of or (1,))
+        count = arch.mixture.num_experts if arch.mixture and has_experts else 0
+        for expert in range(count):
+            for module in EXPERT_LINEARS:
+                yield _extra_state(prefix + module, (*at, expert), (*of, count))
+
+
+def _extra_state(module: str, at: Lead, of: Lead) -> str:
+    """Megatron-Core's name of one shard of a non-tensor."""
+    return f"{module}._extra_state/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, of))}"

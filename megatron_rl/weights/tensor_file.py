@@ -1,0 +1,229 @@
+"""safetensors files by positioned reads and writes, a rectangle at a time.
+
+The format (https://huggingface.co/docs/safetensors#format): 8 bytes of header length,
+little-endian, a JSON header, the tensors. Nothing is mapped: mapped pages count as resident memory
+until they are dropped, which doubles the peak of a conversion.
+"""
+
+import errno
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.errors import InputError
+from megatron_rl.weights.pieces import Box, view, whole
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
+STAGING_BYTES = 16 << 20
+"""Of a read whose columns are cut or whose values are cast."""
+
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # said by some file systems
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file."""
+
+    dtype: str  # as the header spells it
+    shape: tuple[int, ...]
+    start: int  # in bytes from the start of the file
+    nbytes: int
+
+
+class TensorFile:
+    """An open safetensors file whose header fits its size."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and check.
+
+        Raises:
+            InputError: missing, truncated, longer than its header says, or no safetensors at all.
+        """
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+            self.entries = _read_header(path, self._file.fileno())
+        except OSError as error:
+            raise InputError(
+                f"{path}: not a readable safetensors file ({error.strerror}). Is it missing, or "
+                "not downloaded yet?"
+            ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def read(self, name: str, box: Box, into: Tensor) -> None:
+        """Copy tensor[box] to `into`, which has the box's shape and any dtype and device."""
+        entry = self.entries[name]
+        dtype = DTYPES[entry.dtype]
+        is_whole_rows = box[1:] == whole(entry.shape[1:])
+        if is_whole_rows and into.dtype == dtype and into.is_contiguous() and into.is_cpu:
+            self._read_rows(entry, box[0], into)
+            return
+        row_bytes = entry.nbytes // max(1, entry.shape[0])
+        step = max(1, STAGING_BYTES // max(1, row_bytes))
+        first, end = box[0]
+        for lo in range(first, end, step):
+            hi = min(lo + step, end)
+            rows = torch.empty((hi - lo, *entry.shape[1:]), dtype=dtype)
+            self._read_rows(entry, (lo, hi), rows)
+            into[lo - first : hi - first].copy_(view(rows, ((0, hi - lo), *box[1:])))
+
+    def _read_rows(self, entry: Entry, rows: tuple[int, int], into: Tensor) -> None:
+        row_bytes = entry.nbytes // max(1, entry.shape[0])
+        buffer = byte_view(into)
+        at = entry.start + rows[0] * row_bytes
+        while len(buffer):
+            count = os.preadv(self._file.fileno(), [buffer], at)
+            if count == 0:
+                raise InputError(f"{self.path}: it became shorter while it was read")
+            buffer, at = buffer[count:], at + count
+
+
+class TensorFileWriter:
+    """A safetensors file of known tensors, written a rectangle at a time in any order."""
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
+        """Write the header and take the disk space, so that a full disk shows before any work."""
+        header, self._entries = _plan(tensors)
+        self._path = path
+        self._missing = {name: math.prod(entry.shape) for name, entry in self._entries.items()}
+        self._file = path.open("wb", buffering=0)
+        _reserve(self._file.fileno(), len(header) + sum(e.nbytes for e in self._entries.values()))
+        _write_all(self._file.fileno(), memoryview(header), 0)
+
+    def write(self, name: str, box: Box, values: Tensor) -> None:
+        """tensor[box] = values, cast to the tensor's dtype; no element is written twice."""
+        entry = self._entries[name]
+        values = values.to("cpu", DTYPES[entry.dtype]).contiguous()
+        self._missing[name] -= values.numel()
+        row_bytes = entry.nbytes // entry.shape[0]
+        at = entry.start + box[0][0] * row_bytes
+        if box[1:] == whole(entry.shape[1:]):
+            _write_all(self._file.fileno(), byte_view(values), at)
+            return
+        (first, _), *rest = box[1:]
+        assert not rest  # no rule cuts a tensor of three dimensions
+        for number, row in enumerate(values):
+            start = at + number * row_bytes + first * values.element_size()
+            _write_all(self._file.fileno(), byte_view(row), start)
+
+    def close(self) -> None:
+        """End the file.
+
+        Raises:
+            ValueError: an element was not written. A fault of the caller.
+        """
+        self._file.close()
+        unwritten = [name for name, count in self._missing.items() if count]
+        if unwritten:
+            raise ValueError(f"{self._path}: not all of {unwritten[:4]} was written")
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, in place."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _read_header(path: Path, file: int) -> dict[str, Entry]:
+    """The tensors a file holds.
+
+    Raises:
+        InputError: the header does not describe exactly this file.
+    """
+    total = os.fstat(file).st_size
+    length = os.pread(file, 8, 0)
+    header_bytes = struct.unpack("<Q", length)[0] if len(length) == 8 else MAX_HEADER_BYTES
+    start = 8 + header_bytes
+    if header_bytes > MAX_HEADER_BYTES or start > total:
+        raise InputError(
+            f"{path}: not a readable safetensors file: {total} bytes do not hold a header. Is it "
+            "truncated, or a git-lfs pointer?"
+        )
+    try:
+        header: dict[str, Any] = json.loads(os.pread(file, header_bytes, 8))
+        header.pop("__metadata__", None)
+        entries = {
+            name: Entry(
+                str(fields["dtype"]),
+                tuple(int(n) for n in fields["shape"]),
+                start + int(fields["data_offsets"][0]),
+                int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
+            )
+            for name, fields in header.items()
+        }
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error!r}") from error
+    _check_extent(path, entries, start, total)
+    return entries
+
+
+def _check_extent(path: Path, entries: Mapping[str, Entry], start: int, total: int) -> None:
+    """Tensors stand one after the other, without gaps, up to the end of the file."""
+    at = start
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        known = DTYPES.get(entry.dtype)
+        wanted = entry.nbytes if known is None else math.prod(entry.shape) * known.itemsize
+        if entry.start != at or entry.nbytes != wanted:
+            raise InputError(
+                f"{path}: not a readable safetensors file: {name} of shape {list(entry.shape)} "
+                f"{entry.dtype} stands in {entry.nbytes} bytes from {entry.start}"
+            )
+        at += entry.nbytes
+    if at != total:
+        raise InputError(
+            f"{path}: not a readable safetensors file: it has {total} bytes where its header asks "
+            f"for {at}. Is it truncated, or not downloaded to its end?"
+        )
+
+
+def _plan(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, Entry]]:
+    """The header of a file, and where its tensors will stand."""
+    entries: dict[str, Entry] = {}
+    at = 0
+    for name, (dtype, shape) in tensors.items():
+        entries[name] = Entry(NAMES[dtype], shape, at, math.prod(shape) * dtype.itemsize)
+        at += entries[name].nbytes
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, entry in entries.items():
+        offsets = [entry.start, entry.start + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    placed = {name: replace(entry, start=start + entry.start) for name, entry in entries.items()}
+    return struct.pack("<Q", len(text)) + text, placed
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+    except OSError as error:
+        if error.errno not in CANNOT_RESERVE:
+            raise
+        os.ftruncate(file, nbytes)
+
+
+def _write_all(file: int, data: memoryview, at: int) -> None:
+    while len(data):
+        count = os.pwrite(file, data, at)
+        data, at = data[count:], at + count

@@ -1,0 +1,124 @@
+"""Converted checkpoints load in Megatron-Core at every layout, and saved ones convert back.
+
+Every comparison is of bits, with the tensors that transformers wrote.
+"""
+
+import shutil
+
+import pytest
+from cases import Layout
+from harness import run_on_ranks
+from safetensors.torch import load_file
+from tiny_models import MIXTURES, write_model
+from torch import Tensor, equal
+
+from megatron_rl.conversion.to_hf import convert_to_hf
+from megatron_rl.conversion.to_megatron import convert_to_megatron
+from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.megatron_files import MegatronCheckpoint
+
+pytestmark = pytest.mark.slow
+
+MODELS = (
+    "qwen2",
+    "qwen2_tied",
+    "llama3_rope",
+    "mistral",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_moe_mixed",
+    "mixtral",
+)
+LAYOUTS = (
+    Layout(name="TP2", world=2, tp=2),
+    Layout(name="PP2", world=2, pp=2),
+    Layout(name="PP2 VPP2", world=2, pp=2, vpp=2),
+    Layout(name="EP2", world=2, ep=2),
+    Layout(name="TP2 PP2", world=4, tp=2, pp=2),
+    Layout(name="PP4", world=4, pp=4),
+    Layout(name="TP2 SP EP2", world=4, tp=2, ep=2, sequence_parallel=True),
+)
+CASES = [
+    (layout.name, model)
+    for layout in LAYOUTS
+    for model in (
+        MODELS
+        if layout.ep == 1 and layout.vpp is None
+        else ("qwen2_tied",)
+        if layout.vpp
+        else tuple(name for name in MODELS if name in MIXTURES)
+    )
+]
+
+
+def models_of(layout: Layout) -> tuple[str, ...]:
+    return tuple(model for name, model in CASES if name == layout.name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """models/, converted/ from them in one process; saved/ and exported/ by ranks at layouts."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name in MODELS:
+        source = folder / "models" / name
+        write_model(name, source)
+        convert_to_megatron(
+            source,
+            folder / "converted" / name,
+            read_model_config(source),
+            tp=1,
+            dtype=None,
+            begin=_ignore,
+            advance=_ignore,
+        )
+    for world in (2, 4):
+        layouts = tuple(layout for layout in LAYOUTS if layout.world == world)
+        run_on_ranks(world, use, layouts, folder, timeout_s=500.0)
+    return folder
+
+
+def use(layouts: tuple[Layout, ...], folder) -> None:
+    from checkpoints_on_ranks import use_checkpoints
+
+    use_checkpoints(layouts, models_of, folder)
+
+
+def _ignore(nbytes: int) -> None:
+    pass
+
+
+def tensors_of(directory) -> dict[str, Tensor]:
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_what_ranks_saved_is_converted_by_one_process(folder, tmp_path, layout, model):
+    """(That the ranks loaded what one process had converted, they have checked themselves.)"""
+    source = folder / "models" / model
+    arch = read_model_config(source)
+    convert_to_hf(
+        MegatronCheckpoint(folder / "saved" / layout / model, arch),
+        source,
+        tmp_path / "hf",
+        arch,
+        dtype=None,
+        file_bytes=1 << 30,
+        begin=_ignore,
+        advance=_ignore,
+    )
+    expected, found = tensors_of(source), tensors_of(tmp_path / "hf")
+    assert found.keys() == expected.keys()
+    assert all(equal(found[name], expected[name]) for name in expected)
+    shutil.rmtree(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES)
+def test_what_ranks_exported_is_the_source(folder, layout, model):
+    expected = tensors_of(folder / "models" / model)
+    output = folder / "exported" / layout / model
+    found = tensors_of(output)
+    assert found.keys() == expected.keys()
+    assert all(equal(found[name], expected[name]) for name in expected)
+    assert len(list(output.glob("*.safetensors"))) > 4
+    assert not list(output.parent.glob(".*"))

@@ -1,0 +1,163 @@
+"""The tools as a user runs them, and what transformers and vLLM make of their output."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from engine_models import write_model
+from safetensors.torch import load_file, save_file
+from vllm_greedy import NEW_TOKENS, generate
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+MODELS = ("qwen2_tied", "llama3_rope", "qwen3_moe")
+
+
+def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run from elsewhere: nothing may depend on the working directory."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)],
+        cwd=Path(sys.executable).parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Model -> folder with hf/, megatron/ from it, and back/ from that."""
+    done: dict[str, Path] = {}
+
+    def convert(model: str) -> Path:
+        if model not in done:
+            folder = tmp_path_factory.mktemp(model)
+            write_model(model, folder / "hf")
+            there = tool(
+                "convert_hf_to_megatron",
+                *("--hf", folder / "hf", "--output", folder / "megatron"),
+                *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+            )
+            assert there.returncode == 0, there.stderr
+            assert there.stdout.strip() == str(folder / "megatron" / "iter_0000001")
+            back = tool(
+                "convert_megatron_to_hf",
+                *("--megatron", folder / "megatron", "--output", folder / "back"),
+                *("--file-mib", "1"),
+            )
+            assert back.returncode == 0, back.stderr
+            done[model] = folder
+        return done[model]
+
+    return convert
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_both_kinds_hold_the_same_weights_and_give_the_same_logits(converted, model):
+    folder = converted(model)
+    result = tool("verify_checkpoint", folder / "hf", folder / "megatron")
+    assert result.returncode == 0, result.stdout + result.stderr
+    tensors, logits = result.stdout.splitlines()
+    assert "equal bit for bit" in tensors
+    assert "the likeliest token differs in 0 of" in logits
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_vllm_and_transformers_continue_alike(converted, tmp_path, model):
+    """vLLM with what came back, transformers with the source."""
+    from transformers import AutoModelForCausalLM
+
+    folder, out = converted(model), tmp_path / "greedy.pt"
+    assert len(list((folder / "back").glob("*.safetensors"))) > 1
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 60, (5 + n,), generator=generator).tolist() for n in range(4)]
+    in_a_vllm_process(folder / "back", prompts, out)
+    source = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    back = AutoModelForCausalLM.from_pretrained(folder / "back", dtype=torch.float32)
+    for prompt, (ids, logprobs) in zip(prompts, torch.load(out), strict=True):
+        assert len(ids) == NEW_TOKENS
+        tokens = torch.tensor([prompt + ids])
+        with torch.no_grad():
+            logits = source(tokens).logits[0, len(prompt) - 1 : -1]
+            assert torch.equal(back(tokens).logits[0, len(prompt) - 1 : -1], logits)
+        assert logits.argmax(-1).tolist() == ids
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        # seen: 1.2e-6; a random model soon repeats one token, so this is the sharper check
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
+
+
+def in_a_vllm_process(model_dir: Path, prompts: list[list[int]], out: Path) -> None:
+    if "preload_vllm" not in harness.PRELOAD:
+        harness.PRELOAD.append("preload_vllm")  # of use only if no rank has started yet
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(harness.PRELOAD)
+    with harness._our_path_for_the_server():
+        process = context.Process(target=generate, args=(model_dir, prompts, out))
+        process.start()
+    process.join(300)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def test_the_first_difference_is_named(converted, tmp_path):
+    folder = converted("qwen2_tied")
+    other = shutil.copytree(folder / "hf", tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    for name in ("model.layers.2.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.bias"):
+        tensors[name].view(-1)[5] += 0.25
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    result = tool("verify_checkpoint", folder / "megatron", other)
+    assert result.returncode == 1, result.stderr
+    found, first, logits = result.stdout.splitlines()
+    assert f"2 of {len(tensors)} differ, by up to 0.25" in found
+    value = tensors["model.layers.1.self_attn.k_proj.bias"][5].item()
+    assert f"first: model.layers.1.self_attn.k_proj.bias[5] is {value - 0.25:.5}"[:60] in first
+    assert "the likeliest token differs in 0 of" not in logits
+    within = tool(
+        "verify_checkpoint", "--skip-logits", "--tolerance", "0.3", folder / "megatron", other
+    )
+    assert within.returncode == 0, within.stdout
+
+
+def test_mistakes_are_one_line_and_a_code(converted, tmp_path):
+    folder = converted("qwen2_tied")
+    into = ("--output", tmp_path / "out")
+    for arguments, said in (
+        (("--hf", tmp_path / "nowhere", *into), "--hf=.*nowhere.*: there is no such directory"),
+        (("--hf", tmp_path, *into), "it has no config.json"),
+        (("--hf", folder / "megatron", *into), "it is a Megatron-Core checkpoint already"),
+        (
+            ("--hf", folder / "hf", *into, "--tensor-model-parallel-size", "3"),
+            "tensor_model_parallel_size=3: must divide the model's 4 attention heads",
+        ),
+        (
+            ("--hf", folder / "hf", "--output", folder / "megatron"),
+            "iter_0000001: it is there already",
+        ),
+    ):
+        refused(tool("convert_hf_to_megatron", *arguments), said)
+    refused(
+        tool("convert_megatron_to_hf", "--megatron", folder / "hf", *into),
+        "no Megatron-Core checkpoint is there",
+    )
+    refused(
+        tool("verify_checkpoint", folder / "hf", tmp_path / "nowhere"),
+        "B=.*nowhere.*: there is no such directory",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def refused(result: subprocess.CompletedProcess[str], said: str) -> None:
+    import re
+
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert re.search(said, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,233 @@
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conversion_models import (
+    COMPANIONS,
+    CONFIGS,
+    are_equal,
+    read_tensors,
+    rename_key,
+    save_tensors,
+    to_hf,
+    to_megatron,
+    write_model,
+)
+
+from megatron_rl.conversion import to_megatron as to_megatron_module
+from megatron_rl.errors import InputError
+from megatron_rl.weights.dcp_files import read_stored_tensors
+from megatron_rl.weights.families.registry import read_model_config
+from megatron_rl.weights.megatron_files import MegatronCheckpoint
+
+LAYER = "model.layers.1."
+
+
+def stored(directory, *keys):
+    """Tensors of a checkpoint as torch's own reader gives them."""
+    metadata = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    state = {
+        key: torch.full(metadata[key].size, torch.nan, dtype=metadata[key].properties.dtype)
+        for key in keys
+    }
+    dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_files", "tp"),
+    [(torch.float32, 1, 1), (torch.bfloat16, 3, 2)],
+    ids=["fp32 one file", "bf16 three files"],
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back_nothing_has_changed(tmp_path, name, num_files, tp, dtype):
+    tensors = write_model(name, tmp_path / "hf", dtype, num_files=num_files)
+    final = to_megatron(tmp_path / "hf", tmp_path / "megatron", tp=tp)
+    assert final == tmp_path / "megatron" / "iter_0000001"
+    for output, file_bytes in ((tmp_path / "one", 1 << 30), (tmp_path / "many", 5000)):
+        to_hf(tmp_path / "megatron", output, file_bytes=file_bytes)
+        assert are_equal(read_tensors(output), tensors)
+        for file in ("config.json", *COMPANIONS):
+            assert (output / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) >= 4
+    assert (tmp_path / "one" / "model.safetensors").exists()
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1000])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe_mixed"])
+def test_blocks_of_few_rows_make_the_same_model(tmp_path, monkeypatch, name, block_bytes):
+    monkeypatch.setattr(to_megatron_module, "BLOCK_BYTES", block_bytes)
+    tensors = write_model(name, tmp_path / "hf")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", tp=2)
+    found = read_stored_tensors(tmp_path / "megatron" / "iter_0000001")
+    chunks = found["embedding.word_embeddings.weight"].chunks
+    assert len(chunks) == (128 if block_bytes == 1 else 9)  # 15 rows of 64 bytes, or one
+    to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert are_equal(read_tensors(tmp_path / "back"), tensors)
+
+
+def test_what_is_stored_where_in_a_dense_model(tmp_path):
+    tensors = write_model("qwen2", tmp_path / "hf")
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    qkv = "decoder.layers.self_attention.linear_qkv"
+    fc1 = "decoder.layers.mlp.linear_fc1"
+    found = stored(
+        directory,
+        *(f"{qkv}.{part}" for part in ("weight", "bias", "layer_norm_weight")),
+        *(f"{fc1}.{part}" for part in ("weight", "layer_norm_weight")),
+        "decoder.layers.self_attention.linear_proj.weight",
+        "decoder.layers.mlp.linear_fc2.weight",
+        "decoder.final_layernorm.weight",
+        "embedding.word_embeddings.weight",
+        "output_layer.weight",
+    )
+    kept = {key for key in read_stored_tensors(directory) if "_extra_state" not in key}
+    assert kept == set(found)
+    layers = {
+        f"{qkv}.layer_norm_weight": "input_layernorm.weight",
+        f"{fc1}.layer_norm_weight": "post_attention_layernorm.weight",
+        "decoder.layers.self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+        "decoder.layers.mlp.linear_fc2.weight": "mlp.down_proj.weight",
+    }
+    for key, name in layers.items():
+        expected = torch.stack([tensors[f"model.layers.{i}.{name}"] for i in range(3)])
+        assert torch.equal(found[key], expected), key
+    gate, up = (tensors[f"{LAYER}mlp.{half}_proj.weight"] for half in ("gate", "up"))
+    assert torch.equal(found[f"{fc1}.weight"][1], torch.cat([gate, up]))
+    for kind in ("weight", "bias"):  # each group: 2 query heads of 4 rows, its key, its value
+        q, k, v = (tensors[f"{LAYER}self_attn.{p}_proj.{kind}"] for p in "qkv")
+        groups = [
+            torch.cat([q[8 * g : 8 * g + 8], k[4 * g : 4 * g + 4], v[4 * g : 4 * g + 4]])
+            for g in range(3)
+        ]
+        assert torch.equal(found[f"{qkv}.{kind}"][1], torch.cat(groups))
+    for key, name in (
+        ("decoder.final_layernorm.weight", "model.norm.weight"),
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
+        rows = len(tensors[name])
+        assert torch.equal(found[key][:rows], tensors[name])
+        assert not found[key][rows:].any()  # 70 rows are padded to 128
+        assert len(found[key]) == (128 if rows == 70 else 16)
+
+
+def test_what_is_stored_where_in_a_mixture(tmp_path):
+    tensors = write_model("qwen3_moe", tmp_path / "hf")
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    experts = "decoder.layers.mlp.experts.experts"
+    found = stored(
+        directory,
+        f"{experts}.linear_fc1.weight",
+        f"{experts}.linear_fc2.weight",
+        "decoder.layers.mlp.router.weight",
+        "decoder.layers.pre_mlp_layernorm.weight",
+        "decoder.layers.self_attention.q_layernorm.weight",
+        "decoder.layers.self_attention.k_layernorm.weight",
+    )
+    assert found[f"{experts}.linear_fc1.weight"].shape == (3, 4, 24, 16)
+    for layer in range(3):
+        hf = f"model.layers.{layer}."
+        for expert in range(4):
+            gate, up, down = (
+                tensors[f"{hf}mlp.experts.{expert}.{part}_proj.weight"]
+                for part in ("gate", "up", "down")
+            )
+            fc1 = found[f"{experts}.linear_fc1.weight"][layer, expert]
+            assert torch.equal(fc1, torch.cat([gate, up]))
+            assert torch.equal(found[f"{experts}.linear_fc2.weight"][layer, expert], down)
+        for key, name in (
+            ("mlp.router.weight", "mlp.gate.weight"),
+            ("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+            ("self_attention.q_layernorm.weight", "self_attn.q_norm.weight"),
+            ("self_attention.k_layernorm.weight", "self_attn.k_norm.weight"),
+        ):
+            assert torch.equal(found[f"decoder.layers.{key}"][layer], tensors[hf + name])
+
+
+def test_layers_of_two_kinds_are_stored_one_by_one(tmp_path):
+    tensors = write_model("qwen3_moe_mixed", tmp_path / "hf")
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    dense, mixture = "decoder.layers.0.", "decoder.layers.1."
+    norms = f"{dense}mlp.linear_fc1.layer_norm_weight", f"{mixture}pre_mlp_layernorm.weight"
+    found = stored(directory, *norms, f"{mixture}mlp.experts.experts.linear_fc2.weight")
+    for layer, key in enumerate(norms):
+        name = f"model.layers.{layer}.post_attention_layernorm.weight"
+        assert torch.equal(found[key], tensors[name])
+    assert found[f"{mixture}mlp.experts.experts.linear_fc2.weight"].shape == (4, 16, 12)
+    keys = set(read_stored_tensors(directory))
+    assert f"{dense}mlp.router.weight" not in keys
+    assert f"{mixture}mlp.linear_fc1.weight" not in keys
+
+
+def test_stock_layers_find_an_empty_state_of_every_linear(tmp_path):
+    write_model("qwen3_moe", tmp_path / "hf")
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    metadata = dcp.FileSystemReader(directory).read_metadata()
+    states = {key for key in metadata.state_dict_metadata if "_extra_state" in key}
+    assert "decoder.layers.self_attention.linear_qkv._extra_state/shard_2_3" in states
+    assert "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_2.3_3.4" in states
+    assert len(states) == 3 * (3 + 4 * 2)  # attention's three modules, two linears an expert
+    state = dict.fromkeys(states, "untouched")
+    dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    assert all(value == [None] for value in state.values())
+
+
+def test_a_tied_head_is_not_stored_and_not_exported(tmp_path):
+    tensors = write_model("qwen2_tied", tmp_path / "hf")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # as some files do
+    save_tensors(tmp_path / "hf", tensors)
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    assert "output_layer.weight" not in read_stored_tensors(directory)
+    to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert "lm_head.weight" not in read_tensors(tmp_path / "back")
+
+
+def test_weights_are_cast_where_a_dtype_is_asked_for(tmp_path):
+    tensors = write_model("qwen2", tmp_path / "hf")
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    to_megatron(tmp_path / "hf", tmp_path / "in", dtype=torch.bfloat16)
+    to_hf(tmp_path / "in", tmp_path / "cast first")
+    to_megatron(tmp_path / "hf", tmp_path / "as stored")
+    to_hf(tmp_path / "as stored", tmp_path / "cast last", dtype=torch.bfloat16)
+    for output in ("cast first", "cast last"):
+        assert are_equal(read_tensors(tmp_path / output), expected)
+        config = json.loads((tmp_path / output / "config.json").read_text())
+        assert config["torch_dtype"] == "bfloat16"
+
+
+def test_parts_of_one_tensor_in_two_dtypes_need_a_choice(tmp_path):
+    tensors = write_model("qwen2", tmp_path / "hf")
+    odd = f"{LAYER}self_attn.k_proj.weight"
+    save_tensors(tmp_path / "hf", tensors | {odd: tensors[odd].to(torch.bfloat16)})
+    with pytest.raises(
+        InputError, match=rf"q_proj.weight is torch.float32, but {odd} is .*--dtype"
+    ):
+        to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", dtype=torch.float32)
+
+
+def test_the_local_layers_name_of_a_mixtures_norm_is_read_too(tmp_path):
+    """Stock local layers save it under the linear that they would fuse it with, if they could."""
+    tensors = write_model("qwen3_moe", tmp_path / "hf")
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    rename_key(
+        directory,
+        "decoder.layers.pre_mlp_layernorm.weight",
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+    )
+    to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert are_equal(read_tensors(tmp_path / "back"), tensors)
+
+
+def test_every_byte_is_counted_once(tmp_path):
+    write_model("qwen3_moe_mixed", tmp_path / "hf")
+    counts = []
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron", advance=counts.append)
+    arch = read_model_config(tmp_path / "hf")
+    chunks = MegatronCheckpoint(directory, arch).chunks
+    assert sum(counts) == sum(4 * torch.Size(mapped.chunk.sizes).numel() for mapped in chunks)

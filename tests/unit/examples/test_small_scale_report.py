@@ -1,0 +1,65 @@
+"""The report's numbers are what the records say, worked out by hand."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+REPORT = Path(__file__).parents[3] / "examples" / "small_scale" / "report.py"
+ACCURACY = "evaluation/arithmetic/average_at_16"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("report", REPORT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_run(output, method, seed, *, end, kl, tokens, finished=True):
+    """Forty iterations; entropy 0.5 until the last ten, then 0.1."""
+    run = output / method / f"seed{seed}"
+    run.mkdir(parents=True)
+    records = [{"iteration": 0, ACCURACY: 0.4}]
+    for iteration in range(1, 41):
+        records.append(
+            {
+                "iteration": iteration,
+                "policy/kl_initial_k1": kl,
+                "rollout/entropy_estimate": 0.5 if iteration <= 30 else 0.1,
+                "algorithms/kept_responses_frac": 0.25,
+                "policy/trained_tokens": tokens,
+                "time/update_s": 0.5,
+            }
+        )
+    records[20][ACCURACY], records[40][ACCURACY] = 0.6, end
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if finished:
+        (run / "finished").touch()
+
+
+def test_table_and_costs(report, tmp_path, capsys):
+    write_run(tmp_path, "grpo", 0, end=0.8, kl=0.02, tokens=100)
+    write_run(tmp_path, "grpo", 1, end=0.9, kl=0.05, tokens=100)
+    write_run(tmp_path, "raft", 0, end=0.7, kl=0.1, tokens=25)
+    write_run(tmp_path, "raft", 1, end=0.1, kl=0.1, tokens=25, finished=False)
+    assert report.main([str(tmp_path)]) == 0
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in lines}
+    # 0.4 to 0.8 at 0.02 nats and 0.4 to 0.9 at 0.05 nats: 2000 and 1000 points a nat
+    assert "| grpo | 2 | 60.0 [60.0, 60.0] | 85.0 [80.0, 90.0] | 0.0350 [0.0200, 0.0500] |" in str(
+        lines
+    )
+    assert "1500 [1000, 2000] | 0.1000 [0.1000, 0.1000] | 0.5000 [0.5000, 0.5000]" in str(lines)
+    assert "| raft | 1 | 60.0 | 70.0 | 0.1000 | 300 | 0.1000 | 0.5000 | 0.25 |" in lines
+    assert "| raft | 1,000 | 0.25 | 20.0 | 1.00 |" in lines
+    assert cells["grpo"][1:] == ["4,000", "1.00", "20.0", "1.00"]  # the costs come last
+    assert (tmp_path / "methods.png").stat().st_size > 10_000
+    assert (tmp_path / "methods_by_tokens.png").exists()
+
+
+def test_nothing_finished_is_said(report, tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert "no finished run" in capsys.readouterr().out

@@ -1,0 +1,207 @@
+"""torch.compile over the ops and over what autograd sees of them: one graph, the same numbers.
+
+fullgraph=True makes an error of every break of the graph; where there is one, it is counted. Of the
+definitions, which are plain torch, the chunked head stands for all: it calls every other one.
+"""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from megatron_rl.ops.group_stats import group_stats
+from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
+from megatron_rl.ops.policy_loss import policy_loss
+from megatron_rl.ops.token_loss import LossSpec, token_loss
+from megatron_rl.ops.vocab_parallel import vocab_parallel_logprobs
+
+COMPILER = os.environ.get("CXX", "g++")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"inductor needs {COMPILER}"),
+]
+ops = torch.ops.megatron_rl
+
+ROWS, VOCAB, HIDDEN = 5, 33, 8
+SHARD = {"tp_group": None, "vocab_start": 0, "valid_vocab": 30, "temperature": 0.7}
+SPEC = LossSpec(kind="clipped_ratio", kl_coef=0.1, entropy_coef=0.05)
+# Inductor fuses the definitions anew, and contracts a product and a sum to one rounding.
+CLOSE = {"reference": {"atol": 2e-6, "rtol": 1e-5}, "native": {"atol": 0, "rtol": 0}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    """Nothing compiled by an earlier run, and nothing left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    torch._dynamo.reset()
+
+
+def problem():
+    torch.manual_seed(0)
+    targets = torch.randint(0, 30, (ROWS,))
+    inputs = {
+        name: -2 * torch.rand(ROWS) for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs")
+    }
+    inputs |= {"advantages": torch.randn(ROWS), "weights": torch.rand(ROWS)}
+    inputs["weights"][1] = 0.0
+    return targets, inputs
+
+
+def assert_compiles(run, shapes, close):
+    """run(*leaves) -> (loss, results); its compiled form has the same loss, results, gradients."""
+    torch.manual_seed(1)
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    found = []
+    for function in (run, torch.compile(run, fullgraph=True)):
+        loss, *results = function(*leaves)
+        gradients = torch.autograd.grad(loss, leaves)
+        found.append([loss.detach(), *results, *gradients])
+    torch.testing.assert_close(found[1], found[0], **close)
+    assert all(gradient.abs().sum() > 0 for gradient in found[1][-len(leaves) :])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_policy_loss(native_only, overwrite):
+    targets, inputs = problem()
+
+    def run(logits):
+        result, logprobs = policy_loss(
+            logits * 1.5, targets, spec=SPEC, with_entropy=True, overwrite_logits=overwrite,
+            **inputs, **SHARD,
+        )  # fmt: skip
+        return result.loss * 2.0, logprobs, result.sums, result.extrema
+
+    assert_compiles(run, [(ROWS, VOCAB)], CLOSE["native"])
+
+
+def test_chunked_head(ops_backend):
+    targets, inputs = problem()
+
+    def run(hidden, weight):
+        result, logprobs = linear_policy_loss(
+            hidden * 1.5, weight, targets, spec=SPEC, with_entropy=True, chunk_rows=2,
+            **inputs, **SHARD,
+        )  # fmt: skip
+        return result.loss * 2.0, logprobs, result.sums
+
+    assert_compiles(run, [(ROWS, HIDDEN), (VOCAB, HIDDEN)], CLOSE[ops_backend])
+
+
+def test_a_gradient_in_main_grad(native_only):
+    """Graphs know no sparse gradient, so the head runs between two of them."""
+    targets, inputs = problem()
+    hidden, start = torch.randn(ROWS, HIDDEN), torch.randn(VOCAB, HIDDEN)
+
+    def gradients(compiles):
+        weight = torch.nn.Parameter(start.clone())
+        weight.main_grad = torch.ones(VOCAB, HIDDEN)
+        weight.grad_added_to_main_grad = False
+        leaf = hidden.clone().requires_grad_()
+
+        def run(leaf):
+            result, _ = linear_policy_loss(
+                leaf * 1.5, weight, targets, spec=SPEC, with_entropy=True, into_main_grad=True,
+                chunk_rows=2, **inputs, **SHARD,
+            )  # fmt: skip
+            return result.loss
+
+        compiled = torch.compile(run) if compiles else run
+        for _ in range(2):
+            compiled(leaf).backward()
+            assert weight.grad_added_to_main_grad
+            weight.grad, weight.grad_added_to_main_grad = None, False  # as Megatron's DDP does
+        return leaf.grad, weight.main_grad
+
+    expected = gradients(compiles=False)
+    assert expected[1].std() > 0
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(gradients(compiles=True), expected, atol=0, rtol=0)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert len(breaks) == 1
+    assert "sparse" in next(iter(breaks))
+
+
+def test_logprobs_for_any_loss(ops_backend):
+    targets, _ = problem()
+
+    def run(logits):
+        logprobs, entropy = vocab_parallel_logprobs(
+            logits * 1.5, targets, with_entropy=True, **SHARD
+        )
+        return (logprobs.square() + entropy).sum(), logprobs.detach(), entropy.detach()
+
+    assert_compiles(run, [(ROWS, VOCAB)], CLOSE[ops_backend])
+
+
+def test_token_loss(native_only):
+    _, inputs = problem()
+
+    def run(logits):
+        logprobs = logits.log_softmax(-1)[:, 0]
+        result = token_loss(logprobs, -logprobs, spec=SPEC, **inputs)
+        return result.loss * 2.0, result.sums, result.extrema
+
+    # what surrounds the op is inductor's own log_softmax
+    assert_compiles(run, [(ROWS, VOCAB)], CLOSE["reference"])
+
+
+def test_passes_without_gradient(native_only):
+    targets, _ = problem()
+
+    def run(hidden, weight):
+        return linear_logprobs(hidden, weight, targets, chunk_rows=2, with_entropy=True, **SHARD)
+
+    leaves = torch.randn(ROWS, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    compiled = torch.compile(run, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, run(*leaves), **CLOSE["native"])
+
+
+def test_group_stats(native_only):
+    """The definition needs the sizes of the groups, which are data: no single graph holds it."""
+    offsets = torch.tensor([0, 2, 5])
+
+    def run(rewards):
+        stats = group_stats(rewards, offsets, keep=["drop_uniform"], advantage="group_norm")
+        return stats.keep, stats.advantages
+
+    rewards = torch.tensor([1.0, -1.0, 0.3, 0.3, 0.3])
+    compiled = torch.compile(run, fullgraph=True)(rewards)
+    torch.testing.assert_close(compiled, run(rewards), atol=0, rtol=0)
+
+
+def test_every_native_op(native_only):
+    targets, inputs = problem()
+    columns = [inputs[name] for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs")]
+    arguments = (
+        *columns, inputs["advantages"], inputs["weights"],
+        1, 0.2, 0.28, None, 0.1, 2, 0.05, None, True,
+    )  # fmt: skip
+
+    def everything(logits, rewards, offsets, factor):
+        logits = logits * 1.5
+        stats = ops.row_stats(logits, targets, None, 0, 30, 1.0, True)
+        merged = ops.merge_stats(stats[None])
+        losses = ops.token_loss(stats[None], *arguments, 1.0)
+        gradient = ops.dlogits(logits, targets, losses[2], None, 0, 30, 1.0)
+        in_place, one_pass = logits.clone(), logits.clone()
+        ops.dlogits_(in_place, targets, losses[2], None, 0, 30, 1.0)
+        in_one_pass = ops.policy_loss_onepass_(one_pass, targets, *arguments, 30, 1.0, 1.0)
+        ops.rescale_if_(one_pass, factor, 1.0)
+        judged = ops.group_stats(rewards, offsets, 1, 6, 4, 1e-6)
+        return merged, losses, gradient, in_place, one_pass, in_one_pass, judged
+
+    tensors = (
+        torch.randn(ROWS, VOCAB), torch.randn(ROWS).double(), torch.tensor([0, 2, 5]),
+        torch.tensor(0.5),
+    )  # fmt: skip
+    compiled = torch.compile(everything, fullgraph=True)(*tensors)
+    expected = everything(*tensors)
+    torch.testing.assert_close(compiled, expected, atol=0, rtol=0)
+    assert torch.equal(expected[4], 0.5 * expected[2])
