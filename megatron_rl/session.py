@@ -106,7 +106,7 @@ def evaluate_session(config: RunConfig) -> None:
 
 
 def _engine_with_weights(config: RunConfig, inputs: Inputs, groups: Groups) -> "VllmEngine":
-    """It reads Hugging Face files itself; Megatron-Core's come through the policy and the bridge."""
+    """It reads Hugging Face files itself; others come through the policy and the bridge."""
     from megatron_rl.policy.policy import Policy
     from megatron_rl.run import build_engine, build_sync
 
