@@ -18,6 +18,7 @@ def run_iteration(run: Run, iteration: int) -> IterationMetrics:
     with run.timer.phase("reward"):  # reward/: the last verdicts
         graded = run.rollouts.grade(groups)
     measured = run.observe(graded)  # metrics/: of everything sampled
+    run.rollout_log.keep(graded, prompts, iteration)  # metrics/: responses to be read
     selection = run.select(graded, prompts, iteration)  # algorithms/: kept samples, advantages
     batches = run.packer.pack(selection, run.num_updates)  # batching/: rows, shares of the loss
     with run.timer.phase("logprob"):  # policy/: old_logprobs, ref_logprobs, where needed

@@ -19,6 +19,7 @@ from megatron_rl.errors import ConfigErrors, InputError, RunError
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.votes import MathEquality
 from megatron_rl.metrics import tally
+from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
@@ -73,6 +74,7 @@ class Run:
     evaluator: Evaluator | None
     store: CheckpointStore
     timer: PhaseTimer
+    rollout_log: RolloutLog
     stop: StopRequest
     say: Callable[[str], None]
     done_iterations: int = 0
@@ -361,6 +363,7 @@ def build_run(
             output_dir / "checkpoints", groups, keep_last=config.checkpoint.keep_last
         ),
         timer=PhaseTimer(synchronize=platform.synchronize),
+        rollout_log=RolloutLog(config.metrics, output_dir, groups),
         stop=StopRequest(),
         say=say,
     )
@@ -448,10 +451,14 @@ def _build_sampling(config: RunConfig, inputs: Inputs, groups: Groups) -> Sampli
         engine=engine,
         sampler=Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed),
         scorer=scorer,
-        sync=WeightSync(
-            inputs.arch, groups, config.weights, engine.weights, DTYPES[config.engine_dtype]
-        ),
+        sync=build_sync(config, inputs, groups, engine),
     )
+
+
+def build_sync(config: RunConfig, inputs: Inputs, groups: Groups, engine: VllmEngine) -> WeightSync:
+    """The bridge from the policy's weights to the engine's."""
+    dtype = DTYPES[config.engine_dtype]
+    return WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype)
 
 
 def _rollout_source(config: RunConfig, groups: Groups, sampling: Sampling | None) -> RolloutSource:

@@ -21,12 +21,13 @@ from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.writers import MetricsWriter, open_writers
-from megatron_rl.parallel.groups import init_distributed
+from megatron_rl.parallel.groups import Groups, init_distributed
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import read_inputs
+from megatron_rl.preflight import Inputs, read_inputs
 from megatron_rl.types import IterationMetrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
+    from megatron_rl.rollout.vllm_engine import VllmEngine
     from megatron_rl.run import Run
 
 PACKAGES = (
@@ -69,7 +70,7 @@ def train_session(config: RunConfig) -> None:
 
 
 def evaluate_session(config: RunConfig) -> None:
-    """`evaluate`: the weights of model.path, straight from its files, on the benchmarks."""
+    """`evaluate`: the weights of model.path, of either kind of checkpoint, on the benchmarks."""
     if not config.evaluation.benchmarks:
         raise InputError(
             "evaluation.benchmarks={}: nothing to evaluate on. Set "
@@ -77,22 +78,16 @@ def evaluate_session(config: RunConfig) -> None:
         )
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if inputs.model.megatron_dir is not None:
-        raise InputError(
-            f"model.path={config.model.path!r}: the engine that is evaluated reads Hugging Face "
-            "files. Convert it with tools/convert_megatron_to_hf.py"
-        )
     platform.prepare_megatron()
     init_distributed(platform)
 
     from megatron_rl.parallel.groups import make_groups
     from megatron_rl.reward.scorer import RewardScorer
     from megatron_rl.rollout.sampler import Sampler
-    from megatron_rl.run import build_engine, build_evaluator
+    from megatron_rl.run import build_evaluator
 
     groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
-    # The one place that decides where the weights come from: the files of model.path.
-    engine = build_engine(config, inputs, groups, load_weights=True)
+    engine = _engine_with_weights(config, inputs, groups)
     evaluator = build_evaluator(config, inputs, groups)
     assert evaluator is not None
     scorer = RewardScorer(config.reward)
@@ -108,6 +103,28 @@ def evaluate_session(config: RunConfig) -> None:
         engine.shutdown()
 
     _leave(close)
+
+
+def _engine_with_weights(config: RunConfig, inputs: Inputs, groups: Groups) -> "VllmEngine":
+    """It reads Hugging Face files itself; others come through the policy and the bridge."""
+    from megatron_rl.policy.policy import Policy
+    from megatron_rl.run import build_engine, build_sync
+
+    if inputs.model.megatron_dir is None:
+        return build_engine(config, inputs, groups, load_weights=True)
+    policy = Policy(
+        inputs.arch,
+        config.model,
+        config.parallel,
+        config.optimizer,
+        groups,
+        temperature=config.rollout.temperature,
+        run_updates=1,  # none is taken
+    )
+    policy.load(inputs.model)
+    engine = build_engine(config, inputs, groups, load_weights=False)
+    build_sync(config, inputs, groups, engine).push(policy.named_parameters())
+    return engine
 
 
 class _Early:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_rl.evaluation.measures import TOKENS, TRUNCATED, BenchmarkResult, Measured
 from megatron_rl.evaluation.problem import Problem
+from megatron_rl.prompts.rows import json_line
 
 OVERALL = "overall"
 
@@ -78,8 +79,7 @@ class Evaluation:
 
 def write_problems(problems: Sequence[Problem], file: Path) -> None:
     """A JSON object a line, one a problem; text stays readable, whatever its language."""
-    lines = [json.dumps(_fields(problem), ensure_ascii=False) + "\n" for problem in problems]
-    _write(file, "".join(lines))
+    _write(file, "".join(json_line(_fields(problem)) for problem in problems))
 
 
 def write_summary(summary: Mapping[str, object], file: Path) -> None:

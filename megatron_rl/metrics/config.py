@@ -39,6 +39,13 @@ class MetricsConfig(Settings):
     """Over how many rollouts that KL is measured. They are drawn from all rollouts of the iteration
     before selection, so that methods which train on different responses stay comparable."""
 
+    rollouts_every: int = Field(default=0, ge=0)
+    """Keep some responses every this many iterations, in rollouts.jsonl in the run's directory;
+    tools/show_rollouts.py makes a page of it. 0: never."""
+
+    rollouts_groups: int = Field(default=16, ge=1)
+    """Prompts of such an iteration whose responses are kept, all of each group."""
+
     @model_validator(mode="after")
     def _check_wandb(self) -> Self:
         if self.wandb_mode == "online" and self.wandb_project is None:

@@ -43,18 +43,23 @@ class JsonlWriter:
 
     def truncate_after(self, iteration: int) -> None:
         """Forget the iterations that a resumed run repeats; the file is replaced in one step."""
-        kept = [record for record in read_jsonl(self._path) if record["iteration"] <= iteration]
         self._file.close()
-        replacement = self._path.with_suffix(".jsonl.new")
-        with replacement.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.replace(self._path)
+        truncate_jsonl(self._path, iteration)
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
+
+
+def truncate_jsonl(path: Path, iteration: int) -> None:
+    """Leave out the records of later iterations; the file is replaced in one step."""
+    kept = [record for record in read_jsonl(path) if record["iteration"] <= iteration]
+    replacement = path.with_suffix(".jsonl.new")
+    with replacement.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    replacement.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

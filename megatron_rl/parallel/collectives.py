@@ -90,6 +90,14 @@ def all_gather_objects(item: Item, group: dist.ProcessGroup) -> list[Item]:
     return items
 
 
+def gather_objects(item: Item, group: dist.ProcessGroup) -> list[Item]:
+    """Python objects of all ranks, in rank order, on the group's first rank; [] on the others."""
+    is_first = dist.get_rank(group) == 0
+    items: list[Item] | None = [item] * dist.get_world_size(group) if is_first else None
+    dist.gather_object(item, items, group=group, group_dst=0)
+    return items or []
+
+
 def send_rows(rows: Sequence[Tensor], to_ranks: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Send row k to rank to_ranks[k]; returns what arrives, in order of (sender, sender's order).
 

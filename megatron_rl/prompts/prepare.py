@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.published import Chosen, Published, choose_columns, find_published
-from megatron_rl.prompts.rows import Columns, Row, RowError, to_row
+from megatron_rl.prompts.rows import Columns, Row, RowError, json_line, to_row
 from megatron_rl.prompts.source import SUFFIXES, OpenedData, open_data
 from megatron_rl.prompts.token_table import ENCODE_CHUNK
 from megatron_rl.prompts.tokenizer import Tokenizer
@@ -249,7 +249,7 @@ def _write(
 def _write_jsonl(rows: Sequence[Row], file: Path) -> None:
     with file.open("w", encoding="utf-8") as lines:
         for row in rows:
-            lines.write(json.dumps(_fields(row), ensure_ascii=False) + "\n")
+            lines.write(json_line(_fields(row)))
 
 
 def _write_parquet(rows: Sequence[Row], file: Path) -> None:

@@ -1,5 +1,6 @@
 """One usable row of a data set, and the words for a row that is not."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from megatron_rl.errors import InputError
 
 MAX_SHOWN = 10
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,14 @@ def to_row(fields: object, columns: Columns, source: str, line: int) -> Row:
         source=source,
         line=line,
     )
+
+
+def json_line(fields: Mapping[str, object]) -> str:
+    """The object on one line of JSON that people can read, whatever its language.
+
+    Characters that only some readers take for the end of a line are escaped.
+    """
+    return json.dumps(fields, ensure_ascii=False).translate(_LINE_ENDS) + "\n"
 
 
 def column_list(fields: Mapping[str, object]) -> str:

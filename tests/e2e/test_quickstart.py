@@ -110,6 +110,19 @@ def evaluations(quickstart, tmp_path_factory):
     ]
 
 
+def test_a_megatron_checkpoint_is_evaluated_like_the_model_it_was_made_of(
+    quickstart, evaluations, tmp_path
+):
+    output, _, _ = quickstart
+    convert = [sys.executable, "tools/convert_hf_to_megatron.py", "--hf", str(output / "rl/hf")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*convert, "--output", str(tmp_path / "megatron")]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    folder, _ = evaluate(tmp_path / "megatron", tmp_path / "evaluated")
+    (first, _), _ = evaluations
+    assert (folder / "arithmetic.jsonl").read_bytes() == (first / "arithmetic.jsonl").read_bytes()
+
+
 def evaluate(model, output):
     overrides = {
         "model.path": model,

@@ -69,7 +69,7 @@ def test_written_problems_are_readable_and_survive_any_text(tmp_path):
     write_problems([problem], file)
     text = file.read_text(encoding="utf-8")
     assert "求 ½ 的值" in text
-    (row,) = [json.loads(line) for line in text.split("\n") if line]
+    (row,) = [json.loads(line) for line in text.splitlines()]
     assert row["responses"] == ["线 \u2028 line\nend", "half \ud800 pair"]
     assert row["num_correct"] == 1
     assert row["extracted"] == ["1", None]

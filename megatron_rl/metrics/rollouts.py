@@ -1,0 +1,80 @@
+"""Some responses of a run, kept to be read: rollouts.jsonl in its directory.
+
+tools/show_rollouts.py makes a page of it. One line is one prompt's group:
+{"iteration": 3, "prompt": "1+1?", "answer": "2", "source": "train", "group": 12, "responses":
+[{"text": "...", "verdict": "correct", "extracted": "2", "reward": 1.0, "tokens": 9,
+"truncated": false}]}
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.metrics.config import MetricsConfig
+from megatron_rl.metrics.writers import truncate_jsonl
+from megatron_rl.parallel.collectives import gather_objects
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.types import Prompt, RolloutGroup
+
+ROLLOUTS_NAME = "rollouts.jsonl"
+
+Record = dict[str, Any]
+
+
+class RolloutLog:
+    """A sample of the groups of iterations that ask; on every rank, the main one writes."""
+
+    def __init__(self, config: MetricsConfig, directory: Path, groups: Groups) -> None:
+        """directory: of the run."""
+        self._config, self._groups = config, groups
+        self._path = directory / ROLLOUTS_NAME
+        self._is_continued = False
+
+    def keep(
+        self, graded: Sequence[RolloutGroup], prompts: Sequence[Prompt], iteration: int
+    ) -> None:
+        """Write some of this iteration's groups; every rank calls it.
+
+        graded: this rank's groups. prompts: the whole batch; evenly drawn from it, the kept ones
+        are the same at every layout.
+        """
+        if not self._config.rollouts_every or iteration % self._config.rollouts_every:
+            return
+        step = max(1, -(-len(prompts) // self._config.rollouts_groups))
+        chosen = {prompt.group_id for prompt in prompts[::step]}
+        own = [to_record(group, iteration) for group in graded if group.prompt.group_id in chosen]
+        gathered = gather_objects(own, self._groups.host)
+        if self._groups.is_main:
+            self._write(iteration, [record for part in gathered for record in part])
+
+    def _write(self, iteration: int, records: Sequence[Record]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._is_continued and self._path.exists():
+            truncate_jsonl(self._path, iteration - 1)  # what a resumed run repeats
+        self._is_continued = True
+        ordered = sorted(records, key=lambda record: int(record["group"]))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in ordered)
+
+
+def to_record(group: RolloutGroup, iteration: int) -> Record:
+    """A line of the file."""
+    return {
+        "iteration": iteration,
+        "prompt": group.prompt.text,
+        "answer": group.prompt.answer,
+        "source": group.prompt.source,
+        "group": group.prompt.group_id,
+        "responses": [
+            {
+                "text": rollout.text,
+                "verdict": None if rollout.verdict is None else str(rollout.verdict),
+                "extracted": rollout.extracted,
+                "reward": rollout.reward,
+                "tokens": len(rollout.response_tokens),
+                "truncated": rollout.finish_reason == "length",
+            }
+            for rollout in group.rollouts
+        ],
+    }
