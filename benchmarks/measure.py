@@ -16,17 +16,19 @@ class Device:
     def __init__(self, kind: str) -> None:
         self.is_gpu = kind == "cuda"
 
-    def milliseconds(self, call: Callable[[], Tensor]) -> float:
+    def milliseconds(self, call: Callable[[], Tensor]) -> tuple[float, float]:
+        """Until it is done, and of processors: the same on a CPU that does nothing else."""
         if not self.is_gpu:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             call()
-            return 1e3 * (time.perf_counter() - start)
+            return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - used)
+        used = time.process_time()
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
         call()
         end_event.record()
         end_event.synchronize()
-        return float(start_event.elapsed_time(end_event))
+        return float(start_event.elapsed_time(end_event)), 1e3 * (time.process_time() - used)
 
     def peak_extra_mib(self, call: Callable[[], Tensor]) -> float:
         """Most memory held during the call, less what was held before."""
@@ -53,11 +55,15 @@ def describe_machine(kind: str) -> dict[str, str]:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return told | {
         "device": f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads",
-        "load before": load,
+        "load before": load_average(),
     }
+
+
+def load_average() -> str:
+    """Processes that run or wait, on average over 1, 5 and 15 minutes."""
+    return ", ".join(f"{value:.1f}" for value in os.getloadavg())
 
 
 def _status_kib(name: str) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_rl.ops import native
+from megatron_rl.ops import backend, native
 from megatron_rl.ops.group_stats import (
     GROUP_ADVANTAGES,
     KEEP_RULES,
@@ -142,6 +142,56 @@ def test_chunked_head_agrees_with_the_cpu_and_with_the_pass_without_gradient(dty
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
     for on_cpu, on_gpu in zip(*grads, strict=True):
         assert (on_cpu - on_gpu).norm() <= tolerance * on_cpu.norm()
+
+
+@pytest.mark.parametrize("ops_backend", ["native", "reference"])
+def test_the_gradient_of_the_head_goes_into_main_grad_and_nowhere_else(ops_backend):
+    torch.manual_seed(0)
+    rows, vocab, hidden_size, chunk = 64, 50_000, 512, 16
+    hidden = torch.randn(rows, hidden_size).bfloat16()
+    weight = (torch.randn(vocab, hidden_size) / 22).bfloat16()
+    _, targets, inputs = problem(rows, vocab, torch.float32)
+    settings = {
+        "tp_group": None, "vocab_start": 0, "valid_vocab": vocab, "temperature": 1.0,
+        "spec": PLAIN, "with_entropy": False, "chunk_rows": chunk,
+    }  # fmt: skip
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    result, _ = linear_policy_loss(*exact, targets, **inputs, **settings)
+    result.loss.backward()
+
+    backend.choose(ops_backend, GPU)
+    on_gpu = {name: value.to(GPU) for name, value in inputs.items()}
+    leaves = [x.to(GPU).requires_grad_() for x in (hidden, weight)]
+    leaves[1].main_grad = torch.ones(vocab, hidden_size, device=GPU)
+    targets = targets.to(GPU)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error" if ops_backend == "native" else "default")
+    try:
+        result, _ = linear_policy_loss(*leaves, targets, into_main_grad=True, **on_gpu, **settings)
+        result.loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        backend.choose("auto", GPU)
+    extra = torch.cuda.max_memory_allocated() - before
+    assert extra < vocab * hidden_size * 2  # one of the head's own size, in 16 bits
+    assert leaves[1].grad_added_to_main_grad
+    assert leaves[1].grad._nnz() == 0
+    added = (leaves[1].main_grad - 1).double().cpu()
+    assert (added - exact[1].grad).norm() <= 0.05 * exact[1].grad.norm()
+
+
+def test_a_scaled_loss_makes_main_grad_nan():
+    _, targets, inputs = problem(8, 1000, torch.float32)
+    weight = torch.randn(1000, 64, device=GPU).bfloat16().requires_grad_()
+    weight.main_grad = torch.zeros(1000, 64, device=GPU)
+    result, _ = linear_policy_loss(
+        torch.randn(8, 64, device=GPU).bfloat16(), weight, targets.to(GPU), tp_group=None,
+        vocab_start=0, valid_vocab=1000, temperature=1.0, spec=PLAIN, with_entropy=False,
+        into_main_grad=True, **{name: value.to(GPU) for name, value in inputs.items()},
+    )  # fmt: skip
+    (result.loss / 2).backward()
+    assert weight.main_grad.isnan().all()
 
 
 @pytest.mark.parametrize("rules", [(), *((rule,) for rule in KEEP_RULES)])

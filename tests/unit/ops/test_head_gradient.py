@@ -3,14 +3,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_rl.ops.head_gradient import BLOCK_ROWS, add_product
+from megatron_rl.ops import head_gradient
+from megatron_rl.ops.head_gradient import add_product
 from megatron_rl.ops.linear_loss import differentiable_linear_logprobs, linear_policy_loss
 from megatron_rl.ops.token_loss import LossSpec
 
-ROWS, VOCAB, HIDDEN, CHUNK = 20, 3 * BLOCK_ROWS + 5, 32, 4
+BLOCK = 1000  # rows of a product, made small so that a small head has several
+ROWS, VOCAB, HIDDEN, CHUNK = 20, 3 * BLOCK + 5, 32, 4
 SHARD = {"tp_group": None, "vocab_start": 0, "valid_vocab": VOCAB, "temperature": 1.0}
 SPEC = LossSpec(kind="likelihood")
 BEFORE = 3.0  # what others have added to main_grad
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(head_gradient, "BLOCK_ELEMENTS", BLOCK * HIDDEN)
 
 
 class Allocations(TorchDispatchMode):
@@ -152,9 +159,9 @@ def test_a_weight_without_main_grad_is_refused(loss):
 
 
 def test_products_of_half_precision_are_added_in_single():
-    total = torch.ones(BLOCK_ROWS + 3, 2)
-    left = torch.full((BLOCK_ROWS + 3, 1), 2.0**-12, dtype=torch.bfloat16)
-    right = torch.ones(1, 2, dtype=torch.bfloat16)
+    total = torch.ones(VOCAB, HIDDEN)
+    left = torch.full((VOCAB, 1), 2.0**-12, dtype=torch.bfloat16)
+    right = torch.ones(1, HIDDEN, dtype=torch.bfloat16)
     for _ in range(4):  # each would be lost in bfloat16, and the last one in float16
         add_product(total, left, right)
     assert torch.equal(total, torch.full_like(total, 1 + 2.0**-10))
