@@ -8,6 +8,7 @@ _OTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])|\b(?:and|or)\b")
 _TEXT = re.compile(r"\\(?:text|textrm|mbox|mathrm|operatorname)\s*\{([^{}]*)\}")
 _WHOLE_TEXT = re.compile(_TEXT.pattern + r"\s*")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ,.'\-]*")
+_LONG_WORD = re.compile(r"[A-Za-z]{3}|^no\b", re.IGNORECASE)  # R - r is no prose
 _FUNCTIONS = frozenset(("sinh", "cosh", "tanh", "sqrt", "frac", "infty", "theta", "infinity"))
 _MONTH = re.compile(
     r"\b(?:january|february|march|april|may|june|july|august|september|october|november|december)\b"
@@ -35,9 +36,10 @@ def same_prose(gold: str, answer: str) -> bool | None:
     """Words are compared without case, articles and punctuation."""
     if _is_prose(gold):
         return _words(gold) == _words(answer)
-    if _WHOLE_TEXT.fullmatch(answer):
-        return False
-    return True if _WORDS.fullmatch(gold) and _words(gold) == _words(answer) else None
+    is_word = _WORDS.fullmatch(gold) and _LONG_WORD.search(gold)
+    if is_word and _words(gold) == _words(answer):
+        return True
+    return False if _WHOLE_TEXT.fullmatch(answer) else None
 
 
 def _is_prose(text: str) -> bool:
