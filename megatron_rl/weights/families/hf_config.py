@@ -133,7 +133,7 @@ def read_arch(family: Family, config: Mapping[str, object], where: str) -> Model
             f"{where}: num_key_value_heads={groups} must divide num_attention_heads={heads}"
         )
     layers = fields.number("num_hidden_layers")
-    theta, factor = _rope(fields)
+    theta, factor = _rope(fields, config.get("rope_theta"))
     return ModelArch(
         model_type=family.model_type,
         num_layers=layers,
@@ -160,7 +160,7 @@ def _refuse_unhonoured(family: Family, config: Mapping[str, object], where: str)
     if family.mixture is not None:
         harmless |= USED_BY_MIXTURES | IGNORED_OF_MIXTURES
     settings = {**family.defaults, **config}
-    if settings.get("use_sliding_window") is False:
+    if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
         harmless |= {"sliding_window"}
     for name, value in settings.items():
         if name in harmless or (name in neutral and value in neutral[name]):
@@ -200,6 +200,14 @@ def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
         raise InputError(
             f"{fields.where}: num_experts_per_tok={top_k} is more than {spelling}={num_experts}"
         )
+    renormalized = names.renormalized
+    if renormalized is None:
+        renormalized = fields.flag("norm_topk_prob")
+    if top_k == 1 and renormalized:
+        raise InputError(
+            f"{fields.where}: num_experts_per_tok=1 with probabilities that are scaled to sum to 1 "
+            "weighs every expert with 1: Megatron-Core does not train such a router"
+        )
     dense_layers = _dense_layers(fields, layers) if names.has_dense_layers else frozenset()
     if len(dense_layers) == layers:
         raise InputError(
@@ -210,9 +218,7 @@ def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
         num_experts=num_experts,
         ffn_hidden_size=fields.number(names.ffn_hidden_size),
         top_k=top_k,
-        renormalized=(
-            fields.flag("norm_topk_prob") if names.renormalized is None else names.renormalized
-        ),
+        renormalized=renormalized,
         dense_layers=dense_layers,
     )
 
@@ -229,9 +235,9 @@ def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
     return frozenset(i for i in range(layers) if i in listed or (i + 1) % step)
 
 
-def _rope(fields: _Fields) -> tuple[float, float | None]:
+def _rope(fields: _Fields, told_theta: object) -> tuple[float, float | None]:
     """Base and llama3 factor, from the fields of transformers 4 or 5."""
-    rope = _rope_settings(fields)
+    rope = _rope_settings(fields, told_theta)
     theta = _Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
     kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
     rope.pop("type", None)
@@ -255,7 +261,7 @@ def _rope(fields: _Fields) -> tuple[float, float | None]:
     return theta, _llama3_factor(rope, fields.where) if kind == "llama3" else None
 
 
-def _rope_settings(fields: _Fields) -> dict[str, object]:
+def _rope_settings(fields: _Fields, told_theta: object) -> dict[str, object]:
     """rope_parameters of transformers 5, or rope_theta and rope_scaling of 4."""
     theta: dict[str, object] = {"rope_theta": fields.values["rope_theta"]}
     found: list[dict[str, object]] = []
@@ -265,10 +271,12 @@ def _rope_settings(fields: _Fields) -> dict[str, object]:
             raise InputError(f"{fields.where}: {name}={value!r} must be an object")
         if value is not None:
             found.append({**theta, **value})
-    if len(found) == 2 and found[0] != found[1]:
+    if found and told_theta is not None:
+        found.append({**found[0], **theta})
+    if any(other != found[0] for other in found):
         raise InputError(
-            f"{fields.where}: rope_parameters and rope_scaling are two spellings of one thing and "
-            f"differ: {found[0]} and {found[1]}. Remove the wrong one"
+            f"{fields.where}: rope_theta, rope_scaling and rope_parameters are two spellings of "
+            f"one thing and differ: {found}. Remove the wrong one"
         )
     return found[0] if found else theta
 

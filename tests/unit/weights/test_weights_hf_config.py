@@ -96,7 +96,12 @@ def test_spellings_of_transformers_4_and_5_are_the_same_model(read, family):
         (
             LLAMA,
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-            "rope_parameters and rope_scaling are two spellings of one thing and differ",
+            "rope_scaling and rope_parameters are two spellings of one thing and differ",
+        ),
+        (
+            QWEN3,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_theta, rope_scaling and rope_parameters are two spellings of one thing",
         ),
         (
             QWEN3_MOE,
@@ -183,6 +188,12 @@ def test_an_absent_window_is_one_where_transformers_takes_it_so(read):
         (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (MISTRAL, {"sliding_window": 4096}, "sliding_window=4096 is not supported for mistral"),
         (MIXTRAL, {"sliding_window": 4096}, "sliding_window=4096 is not supported for mixtral"),
+        (
+            MISTRAL,  # transformers does not ask this field of it
+            {"sliding_window": 4096, "use_sliding_window": False},
+            "sliding_window=4096 is not supported for mistral",
+        ),
+        (MIXTRAL, {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with probabilities"),
         (MIXTRAL, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         (MIXTRAL, {"num_local_experts": None}, "num_local_experts=None must be a positive whole"),
         (MIXTRAL, {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_local_exp"),
