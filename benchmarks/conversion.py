@@ -2,23 +2,24 @@
 
 python benchmarks/conversion.py --scratch DIR [--models dense,experts] [--repeats 3]
 
-Makes each synthetic model under DIR (about three times its size of disk), and removes everything at
-the end. Copies and conversions take turns; all are followed by fsync, and read from the page cache,
-which a first pass fills. A conversion is a process of its own, timed from the start of its work;
-what Python and torch take to start is a column of its own.
+Makes each synthetic model under DIR (about four times its size of disk), and removes everything at
+the end. Copies and conversions take turns, and a ratio is to the mean of the copies before and
+after; all read from the page cache and end with fsync. A conversion is a process of its own, timed
+from the start of its work: Python, torch and their imports take some seconds more.
 """
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -64,21 +65,19 @@ EXPERTS = {  # 4.0 GB: three layers of Qwen3-30B-A3B's sizes
     "moe_intermediate_size": 768,
     "norm_topk_prob": True,
 }
-SMALL_EXPERTS = {
+SMALL_EXPERTS = {  # 1.0 GB in many small tensors, of 0.5 MB each
     **EXPERTS,
     "num_hidden_layers": 4,
     "hidden_size": 1024,
-    "moe_intermediate_size": 512,
+    "moe_intermediate_size": 256,
 }
 MODELS = {"dense": DENSE, "experts": EXPERTS, "small experts": SMALL_EXPERTS}
 
-# What a conversion process runs: the work of a tool, timed.
+# What a conversion process runs: a tool, timed from the start of its work.
 CHILD = """
-import json, sys, time
-from pathlib import Path
+import importlib, json, sys, time
 sys.path.insert(0, "tools")
-import convert_hf_to_megatron, convert_megatron_to_hf
-tool = {"in": convert_hf_to_megatron, "out": convert_megatron_to_hf}[sys.argv[1]]
+tool = importlib.import_module(sys.argv[1])
 started = time.perf_counter()
 code = tool.main(sys.argv[2:])
 seconds = time.perf_counter() - started
@@ -86,6 +85,10 @@ status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps({"seconds": seconds, "peak_mb": int(status["VmHWM"].split()[0]) * 1024 / 1e6}))
 sys.exit(code)
 """
+WAYS = {
+    "Hugging Face to Megatron-Core": "convert_hf_to_megatron",
+    "Megatron-Core to Hugging Face": "convert_megatron_to_hf",
+}
 
 
 def main() -> None:
@@ -95,49 +98,55 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(json.dumps(describe_machine("cpu")))
+    print("| model | GB | cp + fsync, s | way | s | ratio | peak resident, MB |")
+    print("|---|---|---|---|---|---|---|")
     for name in options.models.split(","):
         folder = options.scratch / name.replace(" ", "_")
         try:
-            for line in measure(name, folder, options.repeats):
-                print(line, flush=True)
+            for row in measure(name, folder, options.repeats):
+                print("| " + " | ".join(row) + " |", flush=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(name: str, folder: Path, repeats: int) -> Iterator[str]:
-    """Rows of the table of one model."""
-    source = folder / "source"
+def measure(name: str, folder: Path, repeats: int) -> Iterator[tuple[str, ...]]:
+    """Rows of the table of one model; a ratio is the median of those of each turn."""
+    source, there, back = folder / "source", folder / "megatron", folder / "back"
     nbytes = make_model(MODELS[name], source)
-    copy(source, folder)  # fills the page cache
-    times: dict[str, list[float]] = {"copy": [], "in": [], "out": []}
-    peaks: dict[str, list[float]] = {"in": [], "out": []}
+    arguments = {
+        "convert_hf_to_megatron": ["--hf", source, "--output", there],
+        "convert_megatron_to_hf": [
+            *("--megatron", there, "--output", back),
+            *("--file-mib", FILE_BYTES >> 20),
+        ],
+    }
+    copies = [copy(source, folder), copy(source, folder)][1:]  # the first fills the page cache
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    ratios: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(repeats):
-        times["copy"].append(copy(source, folder))
-        there, back = folder / "megatron", folder / "back"
-        for way, arguments in (
-            ("in", ["--hf", str(source), "--output", str(there)]),
-            ("out", ["--megatron", str(there), "--output", str(back)]),
-        ):
-            result = convert(way, arguments)
-            times[way].append(result["seconds"])
-            peaks[way].append(result["peak_mb"])
-            if way == "in":
-                times["copy"].append(copy(source, folder))
-        assert is_same(source, back), "the round trip changed a tensor"
+        for way, tool in WAYS.items():
+            result = convert(tool, [str(argument) for argument in arguments[tool]])
+            copies.append(copy(source, folder))
+            results[way].append(result)
+            ratios[way].append(result["seconds"] / mean(copies[-2:]))
+        if not is_same(source, back):
+            raise SystemExit("the round trip changed something")
         shutil.rmtree(there)
         shutil.rmtree(back)
-    base = statistics.median(times["copy"])
-    yield f"{name}: {nbytes / 1e9:.2f} GB; cp + fsync {spread(times['copy'])} s"
-    for way, label in (("in", "Hugging Face to Megatron"), ("out", "Megatron to Hugging Face")):
-        ratio = statistics.median(times[way]) / base
+    for way in WAYS:
         yield (
-            f"  {label:26s} {spread(times[way])} s, ratio {ratio:.2f}, "
-            f"peak {max(peaks[way]):.0f} MB"
+            name,
+            f"{nbytes / 1e9:.2f}",
+            spread(copies),
+            way,
+            spread([result["seconds"] for result in results[way]]),
+            spread(ratios[way]),
+            f"{max(result['peak_mb'] for result in results[way]):.0f}",
         )
 
 
 def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def make_model(config: dict[str, Any], folder: Path) -> int:
@@ -177,12 +186,14 @@ def copy(source: Path, folder: Path) -> float:
     return seconds
 
 
-def convert(way: str, arguments: list[str]) -> dict[str, float]:
+def convert(tool: str, arguments: list[str]) -> dict[str, float]:
+    """What CHILD prints."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, way, *arguments],
+        [sys.executable, "-c", CHILD, tool, *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
         check=True,
     )
@@ -191,8 +202,11 @@ def convert(way: str, arguments: list[str]) -> dict[str, float]:
 
 
 def is_same(source: Path, back: Path) -> bool:
-    """Whether the files are equal but for their headers."""
-    return True
+    """Whether all files are, byte for byte: they were written by the same plan."""
+    names = sorted(path.name for path in source.iterdir())
+    return names == sorted(path.name for path in back.iterdir()) and all(
+        filecmp.cmp(source / name, back / name, shallow=False) for name in names
+    )
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ def convert(options: argparse.Namespace) -> int:
             arch,
             tp=parallel.tensor_model_parallel_size,
             dtype=DTYPES.get(options.dtype),
-            begin=bar.begin,
-            advance=bar.advance,
+            progress=bar,
         )
     print(made)
     return 0

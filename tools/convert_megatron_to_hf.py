@@ -49,8 +49,7 @@ def convert(options: argparse.Namespace) -> int:
             arch,
             dtype=DTYPES.get(options.dtype),
             file_bytes=options.file_mib << 20,
-            begin=bar.begin,
-            advance=bar.advance,
+            progress=bar,
         )
     print(options.output)
     return 0

@@ -66,8 +66,7 @@ def has_same_tensors(sources: list[ModelSource], arch: ModelArch, tolerance: flo
             sources[1].open_weights(arch),
             arch,
             tolerance=tolerance,
-            begin=bar.begin,
-            advance=bar.advance,
+            progress=bar,
         )
     if not found.differing:
         how = "bit for bit" if tolerance is None else f"within {tolerance:g}"

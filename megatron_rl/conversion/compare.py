@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from megatron_rl.conversion.partial import Advance
+from megatron_rl.conversion.partial import Progress
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.checksum import INTEGER_OF
 from megatron_rl.weights.hf_files import WeightFiles
@@ -45,8 +45,7 @@ def compare_weights(
     arch: ModelArch,
     *,
     tolerance: float | None,
-    begin: Advance,
-    advance: Advance,
+    progress: Progress,
 ) -> Comparison:
     """Compare every tensor.
 
@@ -56,11 +55,10 @@ def compare_weights(
         arch: of both.
         tolerance: largest absolute difference that counts as equal, whatever the dtypes; None:
             dtypes and bits must be equal.
-        begin: told the bytes of all tensors, counted once.
-        advance: told the bytes that are compared.
+        progress: told the bytes that are compared, counted once.
     """
     shapes = hf_shapes(arch)
-    begin(sum(_nbytes(box, one.dtypes[name]) for name, box in _boxes(shapes, one)))
+    progress.begin(sum(_nbytes(box, one.dtypes[name]) for name, box in _boxes(shapes, one)))
     found = Comparison(num_tensors=len(shapes))
     for name, box in _boxes(shapes, one):
         dtypes = one.dtypes[name], other.dtypes[name]
@@ -68,7 +66,7 @@ def compare_weights(
             _note(found, name, f"{name} is {dtypes[0]} and {dtypes[1]}")
         values = [_read(files, name, box) for files in (one, other)]
         _compare(found, name, box, values, tolerance)
-        advance(_nbytes(box, dtypes[0]))
+        progress.advance(_nbytes(box, dtypes[0]))
     return found
 
 

@@ -1,8 +1,8 @@
 """An output directory that is complete or not there, and goes on where it was stopped.
 
 Files are made in `<name>.partial`. Each finished one is a line of its journal, appended after the
-file is on disk; a second start does only what is not in there. At the end the journal goes and one
-rename gives the directory its name.
+file is on disk; a second start does only what is not in there. At the end one rename gives the
+directory its name.
 """
 
 import contextlib
@@ -11,11 +11,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.disk import sync, sync_tree
@@ -23,12 +23,20 @@ from megatron_rl.weights.disk import sync, sync_tree
 JOURNAL = "journal.jsonl"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-Advance = Callable[[int], None]
-"""Told how many bytes more are done."""
+
+class Progress(Protocol):
+    """Told how far a conversion is; a bar, for example."""
+
+    def begin(self, total_bytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
 
 
 class PartialOutput:
-    """Use as a context; without complete() the work stays for the next start."""
+    """Use as a context; without complete() the work stays for the next start.
+
+    The journal is locked as long, so that two processes do not write one output.
+    """
 
     def __init__(self, final: Path, identity: Mapping[str, Any]) -> None:
         """Open or make the partial directory.
@@ -45,6 +53,10 @@ class PartialOutput:
         self._final = final
         self.directory = final.with_name(f"{final.name}.partial")
         self.directory.mkdir(parents=True, exist_ok=True)
+        if any(self.directory.iterdir()) and not (self.directory / JOURNAL).is_file():
+            raise InputError(
+                f"{self.directory}: it is not of a conversion, whose place it has. Move it away"
+            )
         self._journal = (self.directory / JOURNAL).open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,10 +117,10 @@ class PartialOutput:
     def complete(self) -> None:
         """Make everything durable and give the directory its name."""
         self._wait()
-        (self.directory / JOURNAL).unlink()
         sync_tree(self.directory)
         self.directory.rename(self._final)
         sync(self._final.parent)
+        (self._final / JOURNAL).unlink()  # not before: its lock keeps others out
 
     def _read_journal(self, identity: Any) -> dict[str, Any]:
         """Records of the files that stand as they were finished."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.conversion.partial import Advance, PartialOutput, describe_files
+from megatron_rl.conversion.partial import PartialOutput, Progress, describe_files
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.dcp_files import METADATA
 from megatron_rl.weights.hf_files import (
@@ -32,8 +32,7 @@ def convert_to_hf(
     *,
     dtype: torch.dtype | None,
     file_bytes: int,
-    begin: Advance,
-    advance: Advance,
+    progress: Progress,
 ) -> None:
     """Write the directory `output`.
 
@@ -44,8 +43,7 @@ def convert_to_hf(
         arch: as config_dir says.
         dtype: of all weights; None: as they are stored.
         file_bytes: size of one safetensors file.
-        begin: told the bytes of all weights before the first is written.
-        advance: told the bytes that are done.
+        progress: told the bytes of the weights as they are written.
 
     Raises:
         InputError: the checkpoint cannot be used, or output not be written.
@@ -63,14 +61,14 @@ def convert_to_hf(
     }
     with PartialOutput(output, identity) as partial:
         partial.require_space(sum(nbytes.values()))
-        begin(sum(nbytes.values()))
+        progress.begin(sum(nbytes.values()))
         for number, names in enumerate(files):
             name = file_name(number, len(files))
             if name in partial.finished:
-                advance(sum(nbytes[tensor] for tensor in names))
+                progress.advance(sum(nbytes[tensor] for tensor in names))
                 continue
             tensors = {tensor: (dtypes[tensor], shapes[tensor]) for tensor in names}
-            _write_file(partial.directory / name, tensors, checkpoint, advance)
+            _write_file(partial.directory / name, tensors, checkpoint, progress)
             partial.add(name, None)
         write_index(partial.directory, files, sum(nbytes.values()))
         copy_companions(config_dir, partial.directory, _main_dtype(dtypes, nbytes))
@@ -82,7 +80,7 @@ def _write_file(
     path: Path,
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     checkpoint: MegatronCheckpoint,
-    advance: Advance,
+    progress: Progress,
 ) -> None:
     """One safetensors file; each record that has a part of it is read once."""
     writer = TensorFileWriter(path, tensors)
@@ -94,7 +92,7 @@ def _write_file(
         for piece in pieces:
             values = piece.of({piece.param: record})
             writer.write(piece.hf, piece.box, values)
-            advance(values.numel() * tensors[piece.hf][0].itemsize)
+            progress.advance(values.numel() * tensors[piece.hf][0].itemsize)
     writer.close()
 
 

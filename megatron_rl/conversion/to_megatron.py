@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_rl.conversion.partial import Advance, PartialOutput, describe_files
+from megatron_rl.conversion.partial import JOURNAL, PartialOutput, Progress, describe_files
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.dcp_files import (
@@ -77,8 +77,7 @@ def convert_to_megatron(
     *,
     tp: int,
     dtype: torch.dtype | None,
-    begin: Advance,
-    advance: Advance,
+    progress: Progress,
 ) -> Path:
     """Write the checkpoint; its directory, output/iter_0000001.
 
@@ -89,8 +88,7 @@ def convert_to_megatron(
         tp: the layout it is meant for, which decides the padding of the vocabulary; any other one
             loads it too.
         dtype: of all weights; None: as they are stored.
-        begin: told the bytes of all weights before the first is written.
-        advance: told the bytes that are done.
+        progress: told the bytes of the weights as they are written.
 
     Raises:
         InputError: source cannot be used, or output not be written.
@@ -107,16 +105,19 @@ def convert_to_megatron(
         "block_bytes": BLOCK_BYTES,
     }
     if _is_unnamed(final, identity):
+        (final / JOURNAL).unlink(missing_ok=True)
         _name_newest(output)
         return final
+    if (output / TRACKER).exists():
+        raise InputError(f"{output}: it holds Megatron-Core checkpoints. Choose another output")
     with PartialOutput(final, identity) as partial:
         partial.require_space(plan.nbytes)
-        begin(plan.nbytes)
+        progress.begin(plan.nbytes)
         for name, planned in plan.files.items():
             if name in partial.finished:
-                advance(sum(plan.chunk_bytes(*chunk) for chunk in planned))
+                progress.advance(sum(plan.chunk_bytes(*chunk) for chunk in planned))
                 continue
-            chunks = _write_file(partial.directory / name, plan, name, checkpoint, advance)
+            chunks = _write_file(partial.directory / name, plan, name, checkpoint, progress)
             partial.add(name, [_to_json(chunk) for chunk in chunks])
         _write_descriptions(partial, plan, arch)
         (partial.directory / IDENTITY).write_text(json.dumps(identity, indent=2))
@@ -172,7 +173,7 @@ def _file_of(param: MegatronParam, arch: ModelArch) -> str:
 
 
 def _write_file(
-    path: Path, plan: _Plan, name: str, checkpoint: HfCheckpoint, advance: Advance
+    path: Path, plan: _Plan, name: str, checkpoint: HfCheckpoint, progress: Progress
 ) -> list[Chunk]:
     chunks: list[Chunk] = []
     with path.open("wb") as file:
@@ -184,7 +185,7 @@ def _write_file(
             for piece in pieces:
                 checkpoint.read(piece.hf, piece.box, piece.of({piece.param: tensor}))
             chunks.append(append_chunk(file, name, key, tuple(lo for lo, _ in box), tensor))
-            advance(tensor.nbytes)
+            progress.advance(tensor.nbytes)
     return chunks
 
 

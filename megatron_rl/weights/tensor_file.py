@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,16 +57,14 @@ class TensorFile:
         """
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
-            self.entries = _read_header(path, self._file.fileno())
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            self.entries = _read_header(path, self._file)
         except OSError as error:
             raise InputError(
                 f"{path}: not a readable safetensors file ({error.strerror}). Is it missing, or "
                 "not downloaded yet?"
             ) from error
-
-    def close(self) -> None:
-        self._file.close()
 
     def read(self, name: str, box: Box, into: Tensor) -> None:
         """Copy tensor[box] to `into`, which has the box's shape and any dtype and device."""
@@ -89,7 +88,7 @@ class TensorFile:
         buffer = byte_view(into)
         at = entry.start + rows[0] * row_bytes
         while len(buffer):
-            count = os.preadv(self._file.fileno(), [buffer], at)
+            count = os.preadv(self._file, [buffer], at)
             if count == 0:
                 raise InputError(f"{self.path}: it became shorter while it was read")
             buffer, at = buffer[count:], at + count

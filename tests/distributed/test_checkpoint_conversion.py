@@ -68,8 +68,7 @@ def folder(tmp_path_factory):
             read_model_config(source),
             tp=1,
             dtype=None,
-            begin=_ignore,
-            advance=_ignore,
+            progress=Silent(),
         )
     for world in (2, 4):
         layouts = tuple(layout for layout in LAYOUTS if layout.world == world)
@@ -83,8 +82,12 @@ def use(layouts: tuple[Layout, ...], folder) -> None:
     use_checkpoints(layouts, models_of, folder)
 
 
-def _ignore(nbytes: int) -> None:
-    pass
+class Silent:
+    def begin(self, total_bytes: int) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
 
 
 def tensors_of(directory) -> dict[str, Tensor]:
@@ -104,8 +107,7 @@ def test_what_ranks_saved_is_converted_by_one_process(folder, tmp_path, layout, 
         arch,
         dtype=None,
         file_bytes=1 << 30,
-        begin=_ignore,
-        advance=_ignore,
+        progress=Silent(),
     )
     expected, found = tensors_of(source), tensors_of(tmp_path / "hf")
     assert found.keys() == expected.keys()

@@ -140,7 +140,7 @@ def test_mistakes_are_one_line_and_a_code(converted, tmp_path):
         ),
         (
             ("--hf", folder / "hf", "--output", folder / "megatron"),
-            "iter_0000001: it is there already",
+            "it holds Megatron-Core checkpoints",
         ),
     ):
         refused(tool("convert_hf_to_megatron", *arguments), said)

@@ -127,8 +127,21 @@ def are_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
-def _ignore(nbytes: int) -> None:
-    pass
+class Told:
+    """What a conversion says of its progress."""
+
+    def __init__(self, on_advance: Callable[[int], object] | None = None) -> None:
+        self.totals: list[int] = []
+        self.counts: list[int] = []
+        self._on_advance = on_advance
+
+    def begin(self, total_bytes: int) -> None:
+        self.totals.append(total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        self.counts.append(nbytes)
+        if self._on_advance is not None:
+            self._on_advance(nbytes)
 
 
 def to_megatron(
@@ -137,7 +150,7 @@ def to_megatron(
     *,
     tp: int = 1,
     dtype: torch.dtype | None = None,
-    advance: Callable[[int], None] = _ignore,
+    progress: Told | None = None,
 ) -> Path:
     return convert_to_megatron(
         source,
@@ -145,8 +158,7 @@ def to_megatron(
         read_model_config(source),
         tp=tp,
         dtype=dtype,
-        begin=_ignore,
-        advance=advance,
+        progress=progress or Told(),
     )
 
 
@@ -157,6 +169,7 @@ def to_hf(
     dtype: torch.dtype | None = None,
     file_bytes: int = 1 << 30,
     main_weights: bool = False,
+    progress: Told | None = None,
 ) -> None:
     source = find_model(str(megatron), "--megatron")
     assert source.megatron_dir is not None
@@ -168,8 +181,7 @@ def to_hf(
         arch,
         dtype=dtype,
         file_bytes=file_bytes,
-        begin=_ignore,
-        advance=_ignore,
+        progress=progress or Told(),
     )
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conversion_models import save_tensors, to_megatron, write_model
+from conversion_models import Told, save_tensors, to_megatron, write_model
 
 from megatron_rl.conversion import compare as compare_module
 from megatron_rl.conversion.compare import compare_weights, differences_of_arch
@@ -23,15 +23,15 @@ def models(tmp_path):
         if not (tmp_path / "other").exists():
             write_model("qwen2", tmp_path / "other")
         save_tensors(tmp_path / "other", changed)
-        told = []
+        told = Told()
         found = compare_weights(
             *(find_model(str(tmp_path / n), n).open_weights(arch) for n in ("one", "other")),
             arch,
             tolerance=tolerance,
-            begin=told.append,
-            advance=told.append,
+            progress=told,
         )
-        assert told[0] == sum(told[1:]) == sum(tensor.nbytes for tensor in tensors.values())
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        assert told.totals == [sum(told.counts)] == [nbytes]
         return found
 
     return tmp_path / "one", tensors, compare
@@ -107,9 +107,8 @@ def test_either_kind_compares_with_either(models, tmp_path):
     }
 
     def differing(one, other):
-        ignore = [].append
         return compare_weights(
-            weights[one], weights[other], arch, tolerance=None, begin=ignore, advance=ignore
+            weights[one], weights[other], arch, tolerance=None, progress=Told()
         ).differing
 
     assert differing("one", "changed") == []  # the directory holds the changed weights now

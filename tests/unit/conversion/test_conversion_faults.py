@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conversion_models import (
+    Told,
     edited_metadata,
     rename_key,
     save_tensors,
@@ -100,15 +101,18 @@ def test_a_source_that_shrinks_while_it_is_read_is_an_error(tmp_path):
         os.truncate(tmp_path / "hf" / "model.safetensors", 5000)
 
     with pytest.raises(InputError, match="became shorter while it was read"):
-        to_megatron(tmp_path / "hf", tmp_path / "megatron", advance=shrink)
+        to_megatron(tmp_path / "hf", tmp_path / "megatron", progress=Told(shrink))
     assert not (tmp_path / "megatron" / "iter_0000001").exists()
 
 
 def test_an_output_that_is_there_is_left_alone(model, converted, tmp_path):
     before = (converted / "metadata.json").stat().st_mtime_ns
-    with pytest.raises(InputError, match="iter_0000001: it is there already"):
+    with pytest.raises(InputError, match="it holds Megatron-Core checkpoints"):
         to_megatron(model, converted.parent)
     assert (converted / "metadata.json").stat().st_mtime_ns == before
+    (tmp_path / "iter_0000001").mkdir()  # somebody else's: no tracker, nothing of ours in it
+    with pytest.raises(InputError, match="iter_0000001: it is there already"):
+        to_megatron(model, tmp_path)
     with pytest.raises(InputError, match="it is there already"):
         to_hf(converted, tmp_path)
 

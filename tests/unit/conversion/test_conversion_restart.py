@@ -84,6 +84,7 @@ STAGES_IN = {
     "before the check": (to_megatron_module, "MegatronCheckpoint", 1),
     "before the last fsync": (partial_module, "sync_tree", 1),
     "before the name": (Path, "rename", 1),
+    "before the journal's end": (Path, "unlink", 1),
     "between name and tracker": (to_megatron_module, "_name_newest", 1),
     "in the tracker": (Path, "rename", 2),
 }
@@ -103,7 +104,8 @@ def test_killed_on_the_way_in_and_started_again(model, converted, tmp_path, stag
     assert killed == -signal.SIGKILL
     final, tracker = output / "iter_0000001", output / "latest_checkpointed_iteration.txt"
     assert not tracker.exists()
-    assert not final.exists() or contents(final) == contents(converted)  # whole, if there
+    if final.exists():  # it is whole
+        assert {**contents(final), JOURNAL: b""} == {**contents(converted), JOURNAL: b""}
     kept = finished_files(output / "iter_0000001.partial")
     to_megatron(model, output)
     assert contents(final) == contents(converted)
@@ -232,6 +234,15 @@ def test_what_does_not_stand_as_it_was_finished_is_made_again(model, converted, 
         (partial / "__0_0002.distcp").unlink()
     to_megatron(model, tmp_path / "megatron")
     assert contents(tmp_path / "megatron" / "iter_0000001") == contents(converted)
+
+
+def test_a_directory_of_somebody_elses_is_left_alone(model, tmp_path):
+    notes = tmp_path / "out.partial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(InputError, match=r"out\.partial: it is not of a conversion"):
+        PartialOutput(tmp_path / "out", {})
+    assert notes.read_text() == "mine"
 
 
 def test_two_at_once_do_not_disturb_each_other(tmp_path):

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch.distributed.checkpoint as dcp
 from conversion_models import (
     COMPANIONS,
     CONFIGS,
+    Told,
     are_equal,
     read_tensors,
     rename_key,
@@ -70,9 +72,11 @@ def test_blocks_of_few_rows_make_the_same_model(tmp_path, monkeypatch, name, blo
     assert are_equal(read_tensors(tmp_path / "back"), tensors)
 
 
-def test_what_is_stored_where_in_a_dense_model(tmp_path):
+def test_what_is_stored_where_in_a_dense_model(tmp_path, monkeypatch):
     tensors = write_model("qwen2", tmp_path / "hf")
-    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    with monkeypatch.context() as patch:  # memory that was not written is not 0 by luck
+        patch.setattr(torch, "empty", partial(torch.full, fill_value=torch.nan))
+        directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
     qkv = "decoder.layers.self_attention.linear_qkv"
     fc1 = "decoder.layers.mlp.linear_fc1"
     found = stored(
@@ -225,9 +229,12 @@ def test_the_local_layers_name_of_a_mixtures_norm_is_read_too(tmp_path):
 
 
 def test_every_byte_is_counted_once(tmp_path):
-    write_model("qwen3_moe_mixed", tmp_path / "hf")
-    counts = []
-    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron", advance=counts.append)
-    arch = read_model_config(tmp_path / "hf")
-    chunks = MegatronCheckpoint(directory, arch).chunks
-    assert sum(counts) == sum(4 * torch.Size(mapped.chunk.sizes).numel() for mapped in chunks)
+    tensors = write_model("qwen3_moe_mixed", tmp_path / "hf")
+    told_in, told_out = Told(), Told()
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron", progress=told_in)
+    chunks = MegatronCheckpoint(directory, read_model_config(tmp_path / "hf")).chunks
+    written = sum(4 * torch.Size(mapped.chunk.sizes).numel() for mapped in chunks)
+    assert told_in.totals == [sum(told_in.counts)] == [written]
+    to_hf(directory, tmp_path / "back", progress=told_out)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert told_out.totals == [sum(told_out.counts)] == [nbytes]
