@@ -57,9 +57,14 @@ def _soup(rng: random.Random, answers: Sequence[str]) -> str:
     return "".join(rng.choice(FRAGMENTS) for _ in range(rng.randrange(1, 30)))
 
 
-def _repeated(rng: random.Random, answers: Sequence[str]) -> str:
+def repeated(rng: random.Random, length: int = 500) -> str:
+    """A few fragments over and over."""
     unit = "".join(rng.choice(FRAGMENTS) for _ in range(rng.randrange(1, 4)))
-    return unit * rng.choice((2, 10, 100, 3000))
+    return unit * max(1, length // len(unit))
+
+
+def _repeated(rng: random.Random, answers: Sequence[str]) -> str:
+    return repeated(rng, rng.choice((20, 100, 500, 20_000)))
 
 
 def _mutated(rng: random.Random, answers: Sequence[str]) -> str:

@@ -87,21 +87,14 @@ def table(records: dict[str, list[Records]]) -> list[str]:
 
 
 def costs(records: dict[str, list[Records]]) -> list[str]:
-    """What training cost, against GRPO that runs every response through the policy."""
-    lines = [
-        "| method | response tokens trained | against grpo | seconds of update | against grpo |",
-        "|---|---|---|---|---|",
-    ]
-    names = ("policy/trained_tokens", "time/update_s")
-    totals = {
-        name: [sum(total(run, metric) for run in runs) / len(runs) for metric in names]
-        for name, runs in records.items()
-    }
-    base = totals.get("grpo")
-    for name, values in totals.items():
-        ratios = [f"{v / b:.2f}" for v, b in zip(values, base, strict=True)] if base else ["", ""]
-        tokens, seconds = values
-        lines.append(f"| {name} | {tokens:,.0f} | {ratios[0]} | {seconds:.1f} | {ratios[1]} |")
+    """What training cost: response tokens of the update's passes, of those that were sampled."""
+    lines = ["| method | response tokens trained | of those sampled |", "|---|---|---|"]
+    for name, runs in records.items():
+        trained = [total(run, "policy/trained_tokens") for run in runs]
+        shares = [
+            count / total(run, "rollout/tokens") for count, run in zip(trained, runs, strict=True)
+        ]
+        lines.append(f"| {name} | {spread(trained, 0)} | {spread(shares, 2)} |")
     return lines
 
 

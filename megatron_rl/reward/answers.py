@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from megatron_rl.reward.approximate import surely_differ
 from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
+from megatron_rl.reward.extract import MAX_ANSWER_CHARS
 from megatron_rl.reward.normalize import compact, normalize
 from megatron_rl.reward.relations import Pair, strip_names
 from megatron_rl.reward.units import Quantity, same_unit, split_unit
@@ -74,7 +75,7 @@ def _normalized_gold(gold: str) -> str:
 def _decide(gold: str, answer: str) -> Outcome:
     if not answer:
         return False
-    for rule in (_same_text, _pattern, _hedged, same_choice, same_prose):
+    for rule in (_same_text, _overgrown, _pattern, _hedged, same_choice, same_prose):
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict
@@ -90,6 +91,11 @@ def _decide(gold: str, answer: str) -> Outcome:
 
 def _same_text(gold: str, answer: str) -> bool | None:
     return True if compact(gold) == compact(answer) else None
+
+
+def _overgrown(gold: str, answer: str) -> bool | None:
+    """Short in Unicode, but spelled out longer than any answer."""
+    return False if len(answer) > 2 * MAX_ANSWER_CHARS else None
 
 
 def _pattern(gold: str, answer: str) -> bool | None:

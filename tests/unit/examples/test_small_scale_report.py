@@ -31,7 +31,7 @@ def write_run(output, method, seed, *, end, kl, tokens, finished=True):
                 "rollout/entropy_estimate": 0.5 if iteration <= 30 else 0.1,
                 "algorithms/kept_responses_frac": 0.25,
                 "policy/trained_tokens": tokens,
-                "time/update_s": 0.5,
+                "rollout/tokens": 200.0,
             }
         )
     records[20][ACCURACY], records[40][ACCURACY] = 0.6, end
@@ -54,8 +54,8 @@ def test_table_and_costs(report, tmp_path, capsys):
     )
     assert "1500 [1000, 2000] | 0.1000 [0.1000, 0.1000] | 0.5000 [0.5000, 0.5000]" in str(lines)
     assert "| raft | 1 | 60.0 | 70.0 | 0.1000 | 300 | 0.1000 | 0.5000 | 0.25 |" in lines
-    assert "| raft | 1,000 | 0.25 | 20.0 | 1.00 |" in lines
-    assert cells["grpo"][1:] == ["4,000", "1.00", "20.0", "1.00"]  # the costs come last
+    assert "| raft | 1000 | 0.12 |" in lines
+    assert cells["grpo"][1:] == ["4000 [4000, 4000]", "0.50 [0.50, 0.50]"]  # the costs come last
     assert (tmp_path / "methods.png").stat().st_size > 10_000
     assert (tmp_path / "methods_by_tokens.png").exists()
 

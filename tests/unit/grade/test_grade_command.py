@@ -1,7 +1,9 @@
 """The command as people call it, in this process: files in, files out, lines on the terminal."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +69,23 @@ def test_a_reward_and_overrides_after_the_options(run):
     settings = ("reward.tolerance=0.01", "reward.answer_in=response")
     code, graded, _ = run(lines, "--reward", "number", *settings)
     assert (code, graded[0]["verdict"], graded[0]["extracted"]) == (0, "correct", "101")
+
+
+def test_the_reward_of_the_documentation(run, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text("utf-8")
+    folder = tmp_path.with_name(tmp_path.name + "_rewards")
+    folder.mkdir()
+    (folder / "my_rewards.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(str(folder))
+    lines = [
+        {"response": "New York", "answer": "New York"},
+        {"response": "It is New York", "answer": "New York"},
+        {"response": "It is Rome", "answer": "New York"},
+    ]
+    code, graded, said = run(lines, "--reward", "my_rewards:shorter_is_better")
+    assert code == 0, said
+    assert [line["reward"] for line in graded] == [1.0, pytest.approx(1 / 3), -1.0]
+    assert [line["verdict"] for line in graded] == ["correct", "wrong", "wrong"]
 
 
 def test_the_reward_of_a_recipe(run, tmp_path):

@@ -3,10 +3,13 @@
 Times are CPU times, so that a busy machine does not fail the tests.
 """
 
-import sys
+import importlib.util
+import itertools
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -49,6 +52,16 @@ HOSTILE = {
 }
 
 
+@cache
+def fuzz():
+    """benchmarks/grading_fuzz.py."""
+    path = Path(__file__).parents[3] / "benchmarks" / "grading_fuzz.py"
+    spec = importlib.util.spec_from_file_location("grading_fuzz", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def make_scorer():
     scorers = []
@@ -68,6 +81,17 @@ def test_the_trainer_loses_no_time(name):
     for gold in GOLDS:
         grade(HOSTILE[name], gold)
     assert time.thread_time() - started < 0.25  # most take microseconds, a megabyte 2 ms
+
+
+def test_no_answer_costs_the_trainer_much():
+    # Answers as long as any may be, of fragments repeated: where a regex or a split is not linear.
+    answers = [fuzz().repeated(Random(seed)) for seed in range(300)]
+    slowest = 0.0
+    for answer, gold in itertools.product(answers, ("4", r"5\text{ cm}", "x^2-1")):
+        started = time.thread_time()
+        grade(f"\\boxed{{{answer}}}", gold)
+        slowest = max(slowest, time.thread_time() - started)
+    assert slowest < 0.1  # the slowest takes some 5 ms
 
 
 def test_hostile_responses_are_all_counted_within_their_deadline(make_scorer):
@@ -117,13 +141,8 @@ def test_a_function_that_misbehaves_is_counted_and_stops_the_run(make_scorer, ac
 
 
 def test_fuzzed_responses_raise_nothing(make_scorer):
-    benchmarks = str(Path(__file__).parents[3] / "benchmarks")
-    sys.path.insert(0, benchmarks)
-    import grading_fuzz
-
-    sys.path.remove(benchmarks)
-    responses = list(grading_fuzz.make_responses(1000, seed=1))
-    scores = grading_fuzz.grade_all(responses, make_scorer())
+    responses = list(fuzz().make_responses(1000, seed=1))
+    scores = fuzz().grade_all(responses, make_scorer())
     assert len(scores) == 1000
     assert [score.reason for score in scores if score.verdict is Verdict.ERROR] == []
     assert sum(score.verdict is Verdict.TIMEOUT for score in scores) < 10
