@@ -48,6 +48,7 @@ ROWS = [
         {"question": "p?", "answer": r"First \boxed{3}. So $\boxed{p - q}.$The answer is: p - q"},
         ("p?", "p - q"),
     ),
+    ("math500", {"question": "p?", "answer": "So it is half.The answer is: 0.5"}, ("p?", "0.5")),
     ("minerva_math", {"question": "m?", "answer": "4.5e33"}, ("m?", "4.5e33")),
     (
         "minerva_math",
