@@ -7,9 +7,10 @@ from torch import Tensor
 
 from megatron_rl.ops.vocab_parallel import compute_dtype
 
-BLOCK_ELEMENTS = 2**23
-"""Of a product that a CPU adds up at a time: 48 MB with their conversion, instead of all of it.
-Smaller blocks are no faster, and wait more often for a thread that another job has displaced."""
+BLOCK_ELEMENTS = 2**22
+"""Of a product that a CPU adds up at a time. A whole product, and the copy of it that a sum of two
+dtypes makes, are so large that the system gives fresh memory for them every time, which costs more
+than the product; 8 and 16 MB are used again. Smaller blocks wait more often for a second thread."""
 
 
 class HeadGradient:
@@ -29,9 +30,11 @@ class HeadGradient:
         if self._total is None and self._num_chunks == 1:
             self._total = logits_grad.T @ hidden  # rounded once, like a sum over chunks
             return
+        is_first = self._total is None
         if self._total is None:
-            self._total = self._zeros(compute_dtype(self._weight.dtype))
-        add_product(self._total, logits_grad.T, hidden)
+            dtype = compute_dtype(self._weight.dtype)
+            self._total = torch.empty_like(self._weight, dtype=dtype, requires_grad=False)
+        add_product(self._total, logits_grad.T, hidden, overwrites=is_first)
 
     def rescale(self, grad: Tensor) -> None:
         """Times grad, which almost always is 1; then nothing is done. Native ops only.
@@ -54,7 +57,7 @@ class HeadGradient:
         """
         if not self._into_main_grad:
             total = self._total
-            return self._zeros() if total is None else total.to(self._weight.dtype)
+            return torch.zeros_like(self._weight) if total is None else total.to(self._weight.dtype)
         self._weight.grad_added_to_main_grad = True
         if getattr(self._weight, "zero_out_wgrad", False):
             return None
@@ -63,20 +66,18 @@ class HeadGradient:
             weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo
         )
 
-    def _zeros(self, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.zeros_like(self._weight, dtype=dtype, requires_grad=False)
 
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to total in place, whose dtype may be a wider one."""
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool = False) -> None:
+    """Add left @ right to total in place, whose dtype may be a wider one; or write it there."""
+    beta = 0 if overwrites else 1
     if total.dtype == right.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=beta)
     elif right.is_cuda:  # not rounded in between
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
         size = max(1, BLOCK_ELEMENTS // right.size(1))
         for part, rows in zip(total.split(size), left.split(size), strict=True):
-            part += rows @ right
+            part.copy_(rows @ right) if overwrites else part.add_(rows @ right)
 
 
 def main_grad_of(weight: Any) -> Tensor:

@@ -165,3 +165,11 @@ def test_products_of_half_precision_are_added_in_single():
     for _ in range(4):  # each would be lost in bfloat16, and the last one in float16
         add_product(total, left, right)
     assert torch.equal(total, torch.full_like(total, 1 + 2.0**-10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_product_takes_the_place_of_whatever_was_there(dtype):
+    total = torch.full((VOCAB, HIDDEN), torch.nan)
+    left, right = torch.ones(VOCAB, 2, dtype=dtype), torch.ones(2, HIDDEN, dtype=dtype)
+    add_product(total, left, right, overwrites=True)
+    assert torch.equal(total, torch.full_like(total, 2.0))
