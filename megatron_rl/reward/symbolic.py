@@ -1,7 +1,7 @@
 """Equality of two answers that only a computer algebra system can compare.
 
-Everything here may run for ever or take all memory, so only workers import it. The order: numbers
-where numbers settle it, math-verify for the rest, and its yes is checked once more.
+Everything here may run for ever or take all memory, so only workers import it. Values decide where
+there are any, math-verify decides the rest.
 """
 
 import logging
@@ -29,7 +29,7 @@ _REWRITTEN = (
     (re.compile(r"\)\s*\("), r") \\cdot ("),
     (re.compile(r"\\gamma(?![a-zA-Z])(?!\s*\()"), r"\\varpi "),
     (re.compile(r"\^\s*\{?\s*\\prime\s*\}?"), "'"),
-    (re.compile(r"(?<=[a-zA-Z])'"), "_{prime}"),
+    (re.compile(r"(?<=[a-zA-Z])\s*'"), "_{prime}"),
 )
 # It gives a constant for a gcd, whatever it is of, and overlooks what is attached to a number.
 _UNREADABLE = re.compile(r"\\(?:gcd|lcm|operatorname|bmod|pmod|mod)(?![a-zA-Z])|[0-9]\s*[_']")
@@ -44,8 +44,11 @@ _DIGITS = 50
 _MANY_DIGITS = 1000
 _SAME_AT_POINT = sympy.Float("1e-25")  # evalf may lose digits to cancellation
 _TOO_SMALL = sympy.Float("1e-20")
-# Constant between jumps: equal at a few points says nothing about the jumps.
-_STEPS = (sympy.floor, sympy.ceiling, sympy.Mod, sympy.Piecewise, sympy.sign)
+# Made of pieces: equal at a few points says nothing about the other pieces.
+_PIECEWISE = (
+    *(sympy.floor, sympy.ceiling, sympy.Mod, sympy.Piecewise),
+    *(sympy.Abs, sympy.sign, sympy.Max, sympy.Min),
+)
 # Points with every symbol positive, where logarithms and roots are what a problem means by them;
 # then points with both signs, which tell |x| from x.
 _SIGNS = ((1, 1, 1), (1, 1, 1), (-1, 1, -1), (-1, -1, 1))
@@ -145,8 +148,8 @@ def _verify(gold: Any, answer: Any) -> bool:
 def _compare(gold: Any, answer: Any) -> bool | None:
     """Equality by values; None where values cannot tell.
 
-    math-verify simplifies instead: slower by an order of magnitude where the sides differ, blind
-    to identities that simplify() misses, and with absolute tolerances on numbers.
+    math-verify simplifies instead: that takes several times as long where the sides differ, is
+    blind to identities that simplify() misses, and has absolute tolerances on numbers.
     """
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
         return _compare_expressions(_exactly(gold), _exactly(answer))
@@ -174,9 +177,9 @@ def _compare_expressions(gold: Any, answer: Any) -> bool | None:
     ]
     if False in outcomes:
         return False
-    is_stepped = gold.has(*_STEPS) or answer.has(*_STEPS)
+    is_in_pieces = gold.has(*_PIECEWISE) or answer.has(*_PIECEWISE)
     # Beside the positive points a side may not be real: that says nothing.
-    return None if is_stepped or None in outcomes[:2] else True
+    return None if is_in_pieces or None in outcomes[:2] else True
 
 
 def _compare_numbers(gold: Any, answer: Any) -> bool | None:
@@ -192,11 +195,12 @@ def _compare_numbers(gold: Any, answer: Any) -> bool | None:
 
 
 def _point(symbols: Sequence[Any], number: int, signs: tuple[int, ...]) -> dict[Any, Any]:
-    """Values between 1/5 and 4 in size, that no problem has in mind."""
+    """Values that no problem has in mind, between 1/5 and 4 or 6 and 120 in size."""
+    scale = 29 if number % 2 else 1
+    sizes = ((7919 * index + 3571 * number + 619) % 3797 + 211 for index in range(len(symbols)))
     return {
-        symbol: signs[index % 3]
-        * sympy.Rational((7919 * (index + 1) + 3571 * (number + 1)) % 3797 + 211, 1009)
-        for index, symbol in enumerate(symbols)
+        symbol: signs[index % 3] * scale * sympy.Rational(size, 1009)
+        for index, (symbol, size) in enumerate(zip(symbols, sizes, strict=True))
     }
 
 
