@@ -19,10 +19,8 @@ from torch import Tensor
 
 import megatron_rl.weights.export as export_module
 from megatron_rl.checkpoint import store
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.policy import Policy
 from megatron_rl.weights.export import export_hf
-from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import ModelSource
 
 
@@ -49,16 +47,7 @@ def save_with_optimizer(source: Path, output: Path) -> None:
     """A bfloat16 policy and its float32 main weights, as a run's checkpoint holds them."""
     multiprocessing.current_process()._config["daemon"] = False
     with groups_at(Layout(name="TP2", world=2, tp=2)) as (parallel, groups):
-        policy = Policy(
-            read_model_config(source),
-            ModelConfig(path=str(source), dtype="bfloat16"),
-            parallel,
-            OptimizerConfig(),
-            groups,
-            temperature=1.0,
-            run_updates=1,
-        )
-        policy.load(ModelSource(config_dir=source))
+        policy = loaded_policy(source, parallel, groups, dtype="bfloat16")
         policy.prepare_training()
         for group in policy.optimizer.param_groups:  # what bfloat16 cannot hold
             for main in group["params"]:
