@@ -18,6 +18,7 @@ from policy_on_ranks import groups_at
 from torch import Tensor
 
 import megatron_rl.weights.export as export_module
+from megatron_rl.checkpoint import store
 from megatron_rl.policy.policy import Policy
 from megatron_rl.weights.export import export_hf
 from megatron_rl.weights.model_source import ModelSource
@@ -38,6 +39,21 @@ def use_checkpoints(layouts: tuple[Layout, ...], models_of: Any, folder: Path) -
                 _on_main(lambda saved=saved: saved.mkdir(parents=True))
                 dist_checkpointing.save(_sharded_state(policy), str(saved))
                 _export(policy, source, folder / "exported" / layout.name / name)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def save_with_optimizer(source: Path, output: Path) -> None:
+    """A bfloat16 policy and its float32 main weights, as a run's checkpoint holds them."""
+    multiprocessing.current_process()._config["daemon"] = False
+    with groups_at(Layout(name="TP2", world=2, tp=2)) as (parallel, groups):
+        policy = loaded_policy(source, parallel, groups, dtype="bfloat16")
+        policy.prepare_training()
+        for group in policy.optimizer.param_groups:  # what bfloat16 cannot hold
+            for main in group["params"]:
+                main.data.add_(main.data.abs() * 2**-10)
+        _on_main(lambda: output.mkdir(parents=True))
+        dist_checkpointing.save(store._sharded_state(policy, is_loading=False), str(output))
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -38,12 +38,13 @@ def loaded_policy(
     groups: Groups,
     change_arch: ChangeArch | None = None,
     change_pieces: ChangePieces | None = None,
+    dtype: str = "float32",
 ) -> Policy:
     """Every parameter is NaN before the files are read: none may keep what it was born with."""
     arch = read_model_config(model_dir)
     policy = Policy(
         arch if change_arch is None else change_arch(arch),
-        ModelConfig(path=str(model_dir), dtype="float32"),
+        ModelConfig(path=str(model_dir), dtype=dtype),
         parallel,
         OptimizerConfig(),
         groups,

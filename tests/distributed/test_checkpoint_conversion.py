@@ -95,6 +95,34 @@ def tensors_of(directory) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def test_a_trained_checkpoint_gives_model_and_main_weights(folder, tmp_path):
+    source, saved = folder / "models" / "qwen2", tmp_path / "saved"
+    run_on_ranks(2, save_trained, source, saved, timeout_s=200.0)
+    arch, expected = read_model_config(source), tensors_of(source)
+    for main_weights, factor in ((False, 0.0), (True, 2**-10)):
+        output = tmp_path / f"main={main_weights}"
+        checkpoint = MegatronCheckpoint(saved, arch, main_weights=main_weights)
+        convert_to_hf(
+            checkpoint,
+            source,
+            output,
+            arch,
+            dtype=None,
+            file_bytes=1 << 30,
+            progress=Silent(),
+        )
+        for name, tensor in tensors_of(output).items():
+            rounded = expected[name].bfloat16()
+            main = rounded.float() + rounded.float().abs() * factor
+            assert equal(tensor, main if main_weights else rounded), name
+
+
+def save_trained(source, output) -> None:
+    from checkpoints_on_ranks import save_with_optimizer
+
+    save_with_optimizer(source, output)
+
+
 @pytest.mark.parametrize(("layout", "model"), CASES)
 def test_what_ranks_saved_is_converted_by_one_process(folder, tmp_path, layout, model):
     """(That the ranks loaded what one process had converted, they have checked themselves.)"""

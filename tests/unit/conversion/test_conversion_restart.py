@@ -1,5 +1,6 @@
 """Conversions that end early: killed, out of disk, stopped; and that the next one makes it good."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -179,6 +180,16 @@ def test_a_disk_that_is_full_on_the_way_out(converted, exported, tmp_path):
     assert not output.exists()
     export()
     assert contents(output) == contents(exported)
+
+
+def test_a_disk_that_fails_after_the_last_write(converted, tmp_path):
+    """What is written is brought to disk behind the conversion; its error is not lost."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    failing = mock.patch.object(partial_module, "sync", side_effect=full)
+    with failing, pytest.raises(InputError, match=r"No space left on device.*same command again"):
+        to_hf(converted, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+    to_hf(converted, tmp_path / "hf")
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(model, converted, tmp_path):

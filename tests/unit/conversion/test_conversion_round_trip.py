@@ -1,4 +1,5 @@
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from conversion_models import (
     CONFIGS,
     Told,
     are_equal,
+    edited_metadata,
     read_tensors,
     rename_key,
     save_tensors,
@@ -16,6 +18,7 @@ from conversion_models import (
     to_megatron,
     write_model,
 )
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_rl.conversion import to_megatron as to_megatron_module
 from megatron_rl.errors import InputError
@@ -202,6 +205,28 @@ def test_weights_are_cast_where_a_dtype_is_asked_for(tmp_path):
         assert are_equal(read_tensors(tmp_path / output), expected)
         config = json.loads((tmp_path / output / "config.json").read_text())
         assert config["torch_dtype"] == "bfloat16"
+
+
+def test_main_weights_are_the_optimizers(tmp_path):
+    """A checkpoint whose model is 1, with the weights in question as the optimizer's."""
+    tensors = write_model("qwen2", tmp_path / "hf")
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    with pytest.raises(InputError, match="it holds no main weights"):
+        to_hf(directory, tmp_path / "none", main_weights=True)
+    save_tensors(tmp_path / "hf", {name: torch.ones_like(t) for name, t in tensors.items()})
+    ones = to_megatron(tmp_path / "hf", tmp_path / "ones")
+    for file in directory.glob("*.distcp"):
+        shutil.copy(file, ones / f"optimizer_{file.name}")
+    with edited_metadata(directory) as main, edited_metadata(ones) as model:
+        for index, place in main.storage_data.items():
+            place.relative_path = f"optimizer_{place.relative_path}"
+            key = f"optimizer.state.param.{index.fqn}"
+            model.state_dict_metadata[key] = main.state_dict_metadata[index.fqn]
+            model.storage_data[MetadataIndex(key, index.offset)] = place
+    to_hf(ones, tmp_path / "model")
+    assert all((tensor == 1).all() for tensor in read_tensors(tmp_path / "model").values())
+    to_hf(ones, tmp_path / "main", main_weights=True)
+    assert are_equal(read_tensors(tmp_path / "main"), tensors)
 
 
 def test_parts_of_one_tensor_in_two_dtypes_need_a_choice(tmp_path):
