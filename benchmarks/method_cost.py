@@ -38,6 +38,7 @@ from megatron_rl.policy.policy import Policy  # noqa: E402
 from megatron_rl.policy.trainer import Trainer  # noqa: E402
 from megatron_rl.types import Prompt, Rollout, RolloutGroup  # noqa: E402
 from megatron_rl.weights.families.registry import read_model_config  # noqa: E402
+from megatron_rl.weights.model_source import find_model  # noqa: E402
 
 GROUPS, PROMPT_TOKENS, RESPONSE_TOKENS, VOCAB = 16, 32, 96, 4096
 REWARDS = ((1.0, -1.0, -1.0, 1.0), (1.0,) * 4, (-1.0, 1.0, -1.0, -1.0), (-1.0,) * 4)
@@ -69,7 +70,7 @@ class Bench:
         self.policy = Policy(*shared, temperature=1.0, run_updates=1000)
         self.critic = Critic(*shared, run_updates=1000)
         for model in (self.policy, self.critic):
-            model.load_hf(model_dir)
+            model.load(find_model(str(model_dir), "model.path"))
             model.prepare_training()
         self.rollouts = synthetic_groups()
 

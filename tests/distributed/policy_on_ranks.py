@@ -123,7 +123,7 @@ def critic_beside(
         policy.groups,
         run_updates=10,
     )
-    critic.load_hf(problem.model_dir)
+    critic.load(ModelSource(config_dir=problem.model_dir))
     critic.prepare_training()
     return critic
 
