@@ -123,29 +123,35 @@ class PartialOutput:
         (self._final / JOURNAL).unlink()  # not before: its lock keeps others out
 
     def _read_journal(self, identity: Any) -> dict[str, Any]:
-        """Records of the files that stand as they were finished."""
+        """Records of the files that stand as they were finished; the journal then has no others."""
+        lines = self._lines()
+        if not lines or lines[0] != {"identity": identity}:
+            self._clear()
+            lines = [{"identity": identity}]
+        standing = [line for line in lines[1:] if self._stands(line)]
+        self._journal.truncate(0)
+        for line in (lines[0], *standing):
+            self._append(line)
+        return {line["file"]: line["record"] for line in standing}
+
+    def _lines(self) -> list[Any]:
         self._journal.seek(0)
-        lines: list[Any] = []
+        lines = []
         with contextlib.suppress(ValueError):  # a line that was cut off in the middle
             for line in self._journal:
                 lines.append(json.loads(line))
-        if not lines or lines[0] != {"identity": identity}:
-            self._start_over(identity)
-            return {}
-        return {
-            line["file"]: line["record"]
-            for line in lines[1:]
-            if _size(self.directory / line["file"]) == line["size"]
-        }
+        return lines
 
-    def _start_over(self, identity: Any) -> None:
+    def _stands(self, line: dict[str, Any]) -> bool:
+        path = self.directory / line["file"]
+        return path.is_file() and bool(path.stat().st_size == line["size"])
+
+    def _clear(self) -> None:
         for path in self.directory.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != JOURNAL:
                 path.unlink()
-        self._journal.truncate(0)
-        self._append({"identity": identity})
 
     def _append(self, line: Any) -> None:
         self._journal.write(json.dumps(line) + "\n")
@@ -156,7 +162,3 @@ class PartialOutput:
 def describe_files(paths: list[Path]) -> list[tuple[str, int, int]]:
     """Name, size and time of change: what tells whether a source is the same as before."""
     return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None

@@ -247,6 +247,22 @@ def test_what_does_not_stand_as_it_was_finished_is_made_again(model, converted, 
     assert contents(tmp_path / "megatron" / "iter_0000001") == contents(converted)
 
 
+def test_a_file_that_is_made_again_counts_when_it_is_finished(converted, exported, tmp_path):
+    """Its space is taken at once, so that its size says nothing."""
+    output, partial = tmp_path / "hf", tmp_path / "hf.partial"
+
+    def export() -> None:
+        to_hf(converted, output, file_bytes=FILE_BYTES)
+
+    in_a_process(killed_at, *STAGES_OUT["before the index"], export)
+    first = sorted(finished_files(partial))[0]
+    os.truncate(partial / first, 100)
+    in_a_process(killed_at, TensorFileWriter, "write", 2, export)
+    assert (partial / first).stat().st_size == (exported / first).stat().st_size
+    export()
+    assert contents(output) == contents(exported)
+
+
 def test_a_directory_of_somebody_elses_is_left_alone(model, tmp_path):
     notes = tmp_path / "out.partial" / "notes.txt"
     notes.parent.mkdir()
