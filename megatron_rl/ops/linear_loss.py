@@ -72,24 +72,13 @@ def linear_policy_loss(
     """
     chunks = _row_chunks(hidden, weight, targets, chunk_rows)
     if into_main_grad:
-        main_grad_of(weight)
+        main_grad_of(weight)  # or raise before any work
     if backend.is_native("policy_loss_onepass_", hidden) and hidden.dtype == weight.dtype:
-        entropy_if_any = hidden if with_entropy or spec.entropy_coef != 0 else None
-        check_inputs(spec, entropy=entropy_if_any, ref=ref_logprobs, rollout=rollout_logprobs)
-        loss, logprobs, sums, extrema = LinearPolicyLossFunction.apply(
-            hidden,
-            weight,
-            targets.contiguous(),
-            LossInputs(
-                old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec,
-                with_entropy,
-            ),
-            Shard(tp_group, vocab_start, valid_vocab, 1.0 / temperature),
-            chunks,
-            into_main_grad,
-            torch.is_grad_enabled(),
-        )  # fmt: skip
-        return TokenLoss(loss=loss, sums=sums, extrema=extrema), logprobs
+        inputs = LossInputs(
+            old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec, with_entropy
+        )
+        shard = Shard(tp_group, vocab_start, valid_vocab, 1.0 / temperature)
+        return _native_loss(hidden, weight, targets, inputs, shard, chunks, into_main_grad)
     logprobs, entropy = differentiable_linear_logprobs(
         hidden,
         weight,
@@ -114,6 +103,33 @@ def linear_policy_loss(
     return result, logprobs.detach().where(weights != 0, 0.0)
 
 
+def _native_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inputs: LossInputs,
+    shard: Shard,
+    chunks: list[slice],
+    into_main_grad: bool,
+) -> tuple[TokenLoss, Tensor]:
+    spec = inputs.spec
+    entropy_if_any = hidden if inputs.with_entropy or spec.entropy_coef != 0 else None
+    check_inputs(
+        spec, entropy=entropy_if_any, ref=inputs.ref_logprobs, rollout=inputs.rollout_logprobs
+    )
+    loss, logprobs, sums, extrema = LinearPolicyLossFunction.apply(
+        hidden,
+        weight,
+        targets.contiguous(),
+        inputs,
+        shard,
+        chunks,
+        into_main_grad,
+        torch.is_grad_enabled(),
+    )
+    return TokenLoss(loss=loss, sums=sums, extrema=extrema), logprobs
+
+
 def differentiable_linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -133,7 +149,7 @@ def differentiable_linear_logprobs(
     """
     chunks = _row_chunks(hidden, weight, targets, chunk_rows)
     if into_main_grad:
-        main_grad_of(weight)
+        main_grad_of(weight)  # or raise before any work
     num_valid = shard_columns(len(weight), vocab_start, valid_vocab)
     logprobs, entropy = _LinearLogprobs.apply(
         hidden,
