@@ -64,29 +64,21 @@ def linear_policy_loss(
         with_entropy: measure the entropy even if spec.entropy_coef is 0.
         chunk_rows: most rows of logits alive at a time; changes results by rounding only. None: as
             many as fit into LOGITS_BYTES.
-        into_main_grad: in all losses of a step or in none, add the gradient of weight to
-            weight.main_grad, as Megatron's fused accumulation does. The loss must then be
-            backpropagated once and as it is: native ops add the gradient in the forward, and
-            make main_grad NaN where the loss gets another gradient than 1.
+        into_main_grad: add the gradient of weight to weight.main_grad, as Megatron's fused gradient
+            accumulation does, rather than make a tensor of it for autograd; in all losses of a step
+            or in none. Then the loss must be backpropagated exactly once and as it is: native
+            ops add the gradient in the forward, and if the loss gets another gradient than 1 they
+            make main_grad NaN.
     """
-    chunks = _row_chunks(hidden, weight, targets, chunk_rows, into_main_grad=into_main_grad)
+    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
+    if into_main_grad:
+        main_grad_of(weight)  # or raise before any work
     if backend.is_native("policy_loss_onepass_", hidden) and hidden.dtype == weight.dtype:
-        entropy = hidden if with_entropy or spec.entropy_coef != 0 else None  # given, if any
-        check_inputs(spec, entropy=entropy, ref=ref_logprobs, rollout=rollout_logprobs)
-        loss, logprobs, sums, extrema = LinearPolicyLossFunction.apply(
-            hidden,
-            weight,
-            targets.contiguous(),
-            LossInputs(
-                old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec,
-                with_entropy,
-            ),
-            Shard(tp_group, vocab_start, valid_vocab, 1.0 / temperature),
-            chunks,
-            into_main_grad,
-            torch.is_grad_enabled(),
-        )  # fmt: skip
-        return TokenLoss(loss=loss, sums=sums, extrema=extrema), logprobs
+        inputs = LossInputs(
+            old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec, with_entropy
+        )
+        shard = Shard(tp_group, vocab_start, valid_vocab, 1.0 / temperature)
+        return _native_loss(hidden, weight, targets, inputs, shard, chunks, into_main_grad)
     logprobs, entropy = differentiable_linear_logprobs(
         hidden,
         weight,
@@ -111,6 +103,33 @@ def linear_policy_loss(
     return result, logprobs.detach().where(weights != 0, 0.0)
 
 
+def _native_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inputs: LossInputs,
+    shard: Shard,
+    chunks: list[slice],
+    into_main_grad: bool,
+) -> tuple[TokenLoss, Tensor]:
+    spec = inputs.spec
+    entropy_if_any = hidden if inputs.with_entropy or spec.entropy_coef != 0 else None
+    check_inputs(
+        spec, entropy=entropy_if_any, ref=inputs.ref_logprobs, rollout=inputs.rollout_logprobs
+    )
+    loss, logprobs, sums, extrema = LinearPolicyLossFunction.apply(
+        hidden,
+        weight,
+        targets.contiguous(),
+        inputs,
+        shard,
+        chunks,
+        into_main_grad,
+        torch.is_grad_enabled(),
+    )
+    return TokenLoss(loss=loss, sums=sums, extrema=extrema), logprobs
+
+
 def differentiable_linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -128,7 +147,9 @@ def differentiable_linear_logprobs(
     Arguments, gradients and memory as in linear_policy_loss, but that a loss of them may get any
     gradient, into_main_grad or not. Collectives: one, in the forward.
     """
-    chunks = _row_chunks(hidden, weight, targets, chunk_rows, into_main_grad=into_main_grad)
+    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
+    if into_main_grad:
+        main_grad_of(weight)  # or raise before any work
     num_valid = shard_columns(len(weight), vocab_start, valid_vocab)
     logprobs, entropy = _LinearLogprobs.apply(
         hidden,
@@ -234,11 +255,9 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _row_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None, *, into_main_grad: bool
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None
 ) -> list[slice]:
-    """The fewest chunks of N rows, of about the same size; none of zero rows. Checks the inputs."""
-    if into_main_grad:
-        main_grad_of(weight)
+    """The fewest chunks of N rows, of about the same size; none of zero rows."""
     if (
         hidden.dim() != 2
         or weight.dim() != 2

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
+from megatron_rl.ops import linear_loss
 from megatron_rl.ops.linear_loss import (
     differentiable_linear_logprobs,
     linear_logprobs,
     linear_policy_loss,
 )
 from megatron_rl.ops.token_loss import LossSpec, metrics_from
-from megatron_rl.ops.vocab_parallel import vocab_parallel_logprobs
+from megatron_rl.ops.vocab_parallel import shard_stats, vocab_parallel_logprobs
 
 SHARD = {"tp_group": None, "vocab_start": 0, "valid_vocab": 10, "temperature": 0.7}
 SPEC = LossSpec(kind="clipped_ratio", kl_coef=0.1, entropy_coef=0.05)
@@ -62,6 +63,32 @@ def test_chunks_change_nothing_but_rounding(chunk_rows):
     torch.testing.assert_close(chunked[0].loss, whole[0].loss, **close)
     torch.testing.assert_close(chunked[0].sums, whole[0].sums, **close)
     torch.testing.assert_close(chunked[1:], whole[1:], **close)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fit", "sizes"),
+    [
+        (0, 4, []),
+        (4, 4, [4]),
+        (5, 4, [3, 2]),  # not 4 and 1: a chunk costs the same whatever its size
+        (9, 4, [3, 3, 3]),
+        (3, 0, [1, 1, 1]),  # one row is always possible
+    ],
+)
+def test_there_are_as_few_chunks_as_fit(monkeypatch, rows, fit, sizes):
+    hidden, weight, targets, _ = problem(rows)
+    monkeypatch.setattr(linear_loss, "LOGITS_BYTES", fit * 12 * 8)
+    seen = []
+
+    def stats_of(logits, targets, **shard):
+        seen.append(len(logits))
+        return shard_stats(logits, targets, **shard)
+
+    monkeypatch.setattr(linear_loss, "shard_stats", stats_of)
+    logprobs, _ = linear_logprobs(hidden, weight, targets, **SHARD)
+    assert seen == sizes
+    whole, _ = linear_logprobs(hidden, weight, targets, chunk_rows=100, **SHARD)
+    torch.testing.assert_close(logprobs, whole, atol=1e-14, rtol=1e-13)
 
 
 def test_equals_the_loss_of_whole_logits():
