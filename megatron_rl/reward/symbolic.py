@@ -171,9 +171,15 @@ def _compare_expressions(gold: Any, answer: Any) -> bool | None:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if not symbols:
         return _compare_numbers(gold, answer)
-    outcomes = [
-        _compare_at(gold, answer, _point(symbols, number, signs), is_positive=min(signs) > 0)
+    # Far points find what is in pieces, but a tower of exponents never ends there.
+    scale = 1 if _has_symbolic_power(gold) or _has_symbolic_power(answer) else 29
+    points = [
+        _point(symbols, number, signs, scale if number % 2 else 1)
         for number, signs in enumerate(_SIGNS)
+    ]
+    outcomes = [
+        _compare_at(gold, answer, point, is_positive=min(signs) > 0)
+        for point, signs in zip(points, _SIGNS, strict=True)
     ]
     if False in outcomes:
         return False
@@ -194,9 +200,14 @@ def _compare_numbers(gold: Any, answer: Any) -> bool | None:
     return True
 
 
-def _point(symbols: Sequence[Any], number: int, signs: tuple[int, ...]) -> dict[Any, Any]:
-    """Values that no problem has in mind, between 1/5 and 4 or 6 and 120 in size."""
-    scale = 29 if number % 2 else 1
+def _has_symbolic_power(expression: Any) -> bool:
+    return any(power.exp.free_symbols for power in expression.atoms(sympy.Pow, sympy.exp))
+
+
+def _point(
+    symbols: Sequence[Any], number: int, signs: tuple[int, ...], scale: int
+) -> dict[Any, Any]:
+    """Values that no problem has in mind, between 1/5 and 4 in size, times scale."""
     sizes = ((7919 * index + 3571 * number + 619) % 3797 + 211 for index in range(len(symbols)))
     return {
         symbol: signs[index % 3] * scale * sympy.Rational(size, 1009)
