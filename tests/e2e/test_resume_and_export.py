@@ -3,8 +3,10 @@
 Supervised, so that no engine is needed; runs are started as a user starts them.
 """
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -278,6 +280,33 @@ def test_all_ranks_stop_where_no_checkpoint_is_good(damaged):
         assert "no usable checkpoint" in error
 
 
+def test_a_checkpoint_that_would_run_code_is_refused(damaged, runs):
+    """Its manifest is in order; Megatron-Core would open the pickle."""
+    for error in damaged["hostile"]:
+        assert error.startswith("InputError: ")
+        assert "posix.mkdir, which has no place there" in error
+    assert not (runs.folder / "ran").exists()
+
+
+class Hostile:
+    """A pickle of it makes a directory when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = str(mark)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.mark,)
+
+
+def make_hostile(checkpoint: Path, mark: Path) -> None:
+    content = pickle.dumps(Hostile(mark))
+    (checkpoint / "policy" / ".metadata").write_bytes(content)
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"]["policy/.metadata"] = [len(content), digest]
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
 # -- export --------------------------------------------------------------------------------------
 
 EXPORTS = [
@@ -467,6 +496,9 @@ def load_damaged(folder: Path, straight: str, out: Path) -> None:
         }
     change(lambda: (directory / "iteration_000003" / "MANIFEST.json").unlink())
     found["all bad"] = everywhere(error_of(lambda: checkpoints.load(run.models), RunError))
+    directory, checkpoints = store("hostile")
+    change(lambda: make_hostile(directory / LAST, folder / "ran"))
+    found["hostile"] = everywhere(error_of(lambda: checkpoints.load(run.models), InputError))
     never = run.config.run.model_copy(update={"resume": "never"})
     run.config = run.config.model_copy(update={"run": never})
     found["never"] = error_of(run.resume, InputError)
