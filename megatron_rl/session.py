@@ -266,16 +266,13 @@ def _leave(close: Callable[[], None]) -> None:
     """End the process without destructors: an engine's and a group's may wait for other ranks.
 
     close comes late, since vLLM's shutdown takes the process groups with it. Megatron-Core's
-    checkpoint writer leaves a manager process, which would outlive us and hold our output open.
+    checkpoint writer leaves a manager process, which only destructors would have ended, and which
+    would outlive us and hold our output open.
     """
     dist.barrier()
     close()
     for child in multiprocessing.active_children():
         child.kill()
-    # Megatron's checkpoint writer keeps a manager process; only destructors would have ended it,
-    # and it would hold the terminal's pipe open.
-    for child in multiprocessing.active_children():
-        child.terminate()
         child.join()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -421,19 +421,6 @@ def test_a_run_starts_from_a_checkpoint_as_from_its_export(runs, straight_tp2):
     assert one[0]["policy/loss"] < 0.9 * runs.records(straight_tp2)[0]["policy/loss"]
 
 
-def test_an_evaluation_asks_for_hugging_face_files(runs, straight_tp2):
-    code, said = runs.start(
-        "evaluate",
-        "evaluated",
-        1,
-        f"model.path={runs.folder / straight_tp2 / 'checkpoints'}",
-        "algorithm.preset=reinforce",
-        f"evaluation.benchmarks.heldout.path={QUICKSTART / 'data' / 'heldout.jsonl'}",
-    )
-    assert code != 0
-    assert "Convert it with tools/convert_megatron_to_hf.py" in said
-
-
 # -- on the ranks --------------------------------------------------------------------------------
 
 

@@ -119,7 +119,8 @@ def test_it_trained(runs):
     if kind == "iterative_dpo":
         assert all(row["policy/pairs"] >= 1 for row in rows)
         assert all(0.1 < row["algorithms/kept_responses_frac"] < 0.6 for row in rows)
-        assert rows[-1]["policy/pair_margin_mean"] > rows[0]["policy/pair_margin_mean"]
+        # Exactly 0 in each iteration's first update, whose reference is the policy itself.
+        assert all(row["policy/pair_margin_mean"] > 1 for row in rows)
 
 
 def test_the_critic_learns_first_and_its_coefficient_follows(runs):

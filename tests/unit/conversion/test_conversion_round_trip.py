@@ -1,6 +1,5 @@
 import json
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -75,10 +74,14 @@ def test_blocks_of_few_rows_make_the_same_model(tmp_path, monkeypatch, name, blo
     assert are_equal(read_tensors(tmp_path / "back"), tensors)
 
 
+def filled_with_nan(*size, **options):
+    return torch.full(torch.Size(size) if isinstance(size[0], int) else size[0], torch.nan, **options)
+
+
 def test_what_is_stored_where_in_a_dense_model(tmp_path, monkeypatch):
     tensors = write_model("qwen2", tmp_path / "hf")
     with monkeypatch.context() as patch:  # memory that was not written is not 0 by luck
-        patch.setattr(torch, "empty", partial(torch.full, fill_value=torch.nan))
+        patch.setattr(torch, "empty", filled_with_nan)
         directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
     qkv = "decoder.layers.self_attention.linear_qkv"
     fc1 = "decoder.layers.mlp.linear_fc1"
