@@ -75,7 +75,7 @@ def test_blocks_of_few_rows_make_the_same_model(tmp_path, monkeypatch, name, blo
 
 
 def filled_with_nan(*size, **options):
-    return torch.full(torch.Size(size) if isinstance(size[0], int) else size[0], torch.nan, **options)
+    return torch.zeros(*size, **options).fill_(torch.nan)
 
 
 def test_what_is_stored_where_in_a_dense_model(tmp_path, monkeypatch):
