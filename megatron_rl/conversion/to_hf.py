@@ -1,15 +1,17 @@
 """From a Megatron-Core checkpoint of any layout to a Hugging Face directory, chunk by chunk."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_rl.conversion.partial import PartialOutput, Progress, describe_files
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.dcp_files import METADATA
+from megatron_rl.weights.dcp_files import METADATA, Chunk
 from megatron_rl.weights.hf_files import (
     HfCheckpoint,
     copy_companions,
@@ -22,6 +24,8 @@ from megatron_rl.weights.megatron_files import MegatronCheckpoint
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
 FORMAT = 1  # of the journal
+AHEAD_BYTES = 64 << 20
+"""Of the largest record that is read while another one is written."""
 
 
 def convert_to_hf(
@@ -84,16 +88,29 @@ def _write_file(
 ) -> None:
     """One safetensors file; each record that has a part of it is read once."""
     writer = TensorFileWriter(path, tensors)
-    for mapped in checkpoint.chunks:
-        pieces = [piece for piece in mapped.pieces if piece.hf in tensors]
-        if not pieces:
-            continue
-        record = checkpoint.load(mapped.chunk)
+    found = [
+        (mapped.chunk, pieces)
+        for mapped in checkpoint.chunks
+        if (pieces := [piece for piece in mapped.pieces if piece.hf in tensors])
+    ]
+    records = _read_ahead(checkpoint, [chunk for chunk, _ in found])
+    for (_, pieces), record in zip(found, records, strict=True):
         for piece in pieces:
             values = piece.of({piece.param: record})
             writer.write(piece.hf, piece.box, values)
             progress.advance(values.numel() * tensors[piece.hf][0].itemsize)
     writer.close()
+
+
+def _read_ahead(checkpoint: MegatronCheckpoint, chunks: Sequence[Chunk]) -> Iterator[Tensor]:
+    """The records in order; a small one is read while the caller writes the one before."""
+    with ThreadPoolExecutor(1) as reader:
+        coming: Future[Tensor] | None = None
+        for number, chunk in enumerate(chunks, 1):
+            record = coming.result() if coming else checkpoint.load(chunk)
+            is_small = number < len(chunks) and chunks[number].length <= AHEAD_BYTES
+            coming = reader.submit(checkpoint.load, chunks[number]) if is_small else None
+            yield record
 
 
 def _main_dtype(dtypes: Mapping[str, torch.dtype], nbytes: Mapping[str, int]) -> torch.dtype:
