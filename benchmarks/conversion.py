@@ -5,7 +5,9 @@ python benchmarks/conversion.py --scratch DIR [--models dense,experts] [--repeat
 Makes each synthetic model under DIR (about four times its size of disk), and removes everything at
 the end. Copies and conversions take turns, and a ratio is to the mean of the copies before and
 after; all read from the page cache and end with fsync. A conversion is a process of its own, timed
-from the start of its work: Python, torch and their imports take some seconds more.
+from the start of its work: Python, torch and their imports take some seconds more. The machine
+rests before each of them: a virtual machine gives pages that stay free for seconds back to its
+host, and getting them again takes longer than a copy into pages that were freed just now.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from megatron_rl.weights.tensor_file import TensorFileWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE_BYTES = 2 << 30
+REST_S = 10
 DENSE = {  # 4.0 GB; the largest tensors have 0.53 GB
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -175,6 +178,7 @@ def make_model(config: dict[str, Any], folder: Path) -> int:
 def copy(source: Path, folder: Path) -> float:
     """Seconds of cp and fsync."""
     target = folder / "copy"
+    time.sleep(REST_S)
     started = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     for path in target.iterdir():
@@ -188,6 +192,7 @@ def copy(source: Path, folder: Path) -> float:
 
 def convert(tool: str, arguments: list[str]) -> dict[str, float]:
     """What CHILD prints."""
+    time.sleep(REST_S)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, tool, *arguments],
         cwd=ROOT,

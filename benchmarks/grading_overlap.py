@@ -100,10 +100,10 @@ def measure(
     platform.prepare_megatron()
     init_distributed(platform)
 
+    from megatron_rl.build import build_run
     from megatron_rl.loop import run_iteration
     from megatron_rl.rollout.sampler import SamplingPlan
     from megatron_rl.rollout.source import SampledRollouts
-    from megatron_rl.run import build_run
 
     run = build_run(config, inputs, platform, say=lambda message: None)
     assert run.sampling is not None

@@ -55,8 +55,8 @@ def train_session(config: RunConfig) -> None:
         _write_description(config, output, platform)
     early = _Early()
 
+    from megatron_rl.build import build_run
     from megatron_rl.loop import train
-    from megatron_rl.run import build_run
 
     run = build_run(config, inputs, platform, say=early.say)
     for line in _start_lines(run):
@@ -81,10 +81,10 @@ def evaluate_session(config: RunConfig) -> None:
     platform.prepare_megatron()
     init_distributed(platform)
 
+    from megatron_rl.build import build_evaluator
     from megatron_rl.parallel.groups import make_groups
     from megatron_rl.reward.scorer import RewardScorer
     from megatron_rl.rollout.sampler import Sampler
-    from megatron_rl.run import build_evaluator
 
     groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
     engine = _engine_with_weights(config, inputs, groups)
@@ -107,8 +107,8 @@ def evaluate_session(config: RunConfig) -> None:
 
 def _engine_with_weights(config: RunConfig, inputs: Inputs, groups: Groups) -> "VllmEngine":
     """It reads Hugging Face files itself; others come through the policy and the bridge."""
+    from megatron_rl.build import build_engine, build_sync
     from megatron_rl.policy.policy import Policy
-    from megatron_rl.run import build_engine, build_sync
 
     if inputs.model.megatron_dir is None:
         return build_engine(config, inputs, groups, load_weights=True)

@@ -15,9 +15,9 @@ COMMANDS = sorted((ROOT / "tools").rglob("*.py"))
 
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
-    "__main__", "session", "plan", "grade", "loop", "run", "preflight", "config", "evaluation",
-    "checkpoint", "conversion", "rollout", "policy", "weights", "batching", "prompts", "reward",
-    "algorithms", "metrics", "parallel", "ops", "platforms", "types", "settings", "errors",
+    "__main__", "session", "plan", "grade", "build", "loop", "run", "preflight", "config",
+    "evaluation", "checkpoint", "conversion", "rollout", "policy", "weights", "batching", "prompts",
+    "reward", "algorithms", "metrics", "parallel", "ops", "platforms", "types", "settings", "errors",
 ]  # fmt: skip
 
 MAX_FILE_LINES = 500

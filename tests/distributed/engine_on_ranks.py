@@ -14,14 +14,15 @@ import preload_vllm  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
 
-import megatron_rl.run as run_module
+import megatron_rl.build as build_module
+from megatron_rl.build import build_run
 from megatron_rl.config import RunConfig
 from megatron_rl.parallel.groups import _free_port
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_inputs
 from megatron_rl.rollout.engine import Request, Response
 from megatron_rl.rollout.sampler import SamplingPlan
-from megatron_rl.run import Run, build_run
+from megatron_rl.run import Run
 from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, Sample
 from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
 from megatron_rl.weights.pieces import view
@@ -83,8 +84,8 @@ def build(config: RunConfig) -> tuple[Run, bool]:
     """The run, and whether building its engine left the global generators as they were."""
     join_as_torchrun_would()
     platform = detect()
-    run_module.RewardScorer = lambda config: None  # type: ignore
-    build_engine, untouched = run_module.build_engine, []
+    build_module.RewardScorer = lambda config: None  # type: ignore
+    build_engine, untouched = build_module.build_engine, []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         before = rng_bytes(platform.rng_state())
@@ -92,7 +93,7 @@ def build(config: RunConfig) -> tuple[Run, bool]:
         untouched.append(before == rng_bytes(platform.rng_state()))
         return engine
 
-    run_module.build_engine = watched
+    build_module.build_engine = watched
     inputs = read_inputs(config, dist.get_world_size())
     run = build_run(config, inputs, platform, say=lambda line: None)
     return run, untouched == [True]

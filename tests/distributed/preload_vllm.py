@@ -12,4 +12,4 @@ import vllm.model_executor.models.qwen2
 import vllm.v1.engine.llm_engine
 import vllm.v1.worker.cpu_worker  # noqa: F401
 
-import megatron_rl.run  # noqa: F401
+import megatron_rl.build  # noqa: F401

@@ -18,7 +18,7 @@ def test_ranks_with_different_ops_all_stop():
 
 
 def check_choices() -> None:
-    from megatron_rl.run import choose_ops
+    from megatron_rl.build import choose_ops
 
     device = torch.device("cpu")
     platform = SimpleNamespace(current_device=lambda: device)

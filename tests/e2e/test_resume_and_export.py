@@ -428,10 +428,10 @@ def build(model_dir: Path, output_dir: Path, tp: int, pp: int) -> Any:
     import preload_megatron  # noqa: F401
     import torch.distributed as dist
 
+    from megatron_rl.build import build_run
     from megatron_rl.config import RunConfig
     from megatron_rl.platforms.base import detect
     from megatron_rl.preflight import read_inputs
-    from megatron_rl.run import build_run
 
     recipe = recipe_of(model_dir, output_dir)
     recipe["parallel"] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
