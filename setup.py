@@ -225,5 +225,5 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
     # An isolated build brings its own torch only where the environment has none.
-    setup_requires=[] if MODE == "off" or find_torch() else ["torch>=2.13,<2.14"],
+    setup_requires=[] if MODE == "off" or find_torch() else ["torch>=2.11,<2.14"],
 )

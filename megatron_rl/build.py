@@ -52,16 +52,7 @@ def build_run(
         critic_warmup=config.critic.warmup_updates,
     )
     run_updates = config.run.num_iterations * config.num_updates * config.optimizer.epochs
-    policy = Policy(
-        inputs.arch,
-        config.model,
-        config.parallel,
-        config.optimizer,
-        groups,
-        temperature=config.rollout.temperature,
-        run_updates=run_updates,
-    )
-    policy.load(inputs.model)
+    policy = build_policy(config, inputs, groups, run_updates)
     keeps_reference = passes.ref or (config.metrics.kl_every and not config.is_supervised)
     reference = policy.snapshot() if keeps_reference else None
     policy.prepare_training()
@@ -103,6 +94,21 @@ def build_run(
         stop=StopRequest(),
         say=say,
     )
+
+
+def build_policy(config: RunConfig, inputs: Inputs, groups: Groups, run_updates: int) -> Policy:
+    """The policy with the weights of model.path; run_updates is how many it will get."""
+    policy = Policy(
+        inputs.arch,
+        config.model,
+        config.parallel,
+        config.optimizer,
+        groups,
+        temperature=config.rollout.temperature,
+        run_updates=run_updates,
+    )
+    policy.load(inputs.model)
+    return policy
 
 
 def _build_critic(

@@ -107,21 +107,11 @@ def evaluate_session(config: RunConfig) -> None:
 
 def _engine_with_weights(config: RunConfig, inputs: Inputs, groups: Groups) -> "VllmEngine":
     """It reads Hugging Face files itself; others come through the policy and the bridge."""
-    from megatron_rl.build import build_engine, build_sync
-    from megatron_rl.policy.policy import Policy
+    from megatron_rl.build import build_engine, build_policy, build_sync
 
     if inputs.model.megatron_dir is None:
         return build_engine(config, inputs, groups, load_weights=True)
-    policy = Policy(
-        inputs.arch,
-        config.model,
-        config.parallel,
-        config.optimizer,
-        groups,
-        temperature=config.rollout.temperature,
-        run_updates=1,  # none is taken
-    )
-    policy.load(inputs.model)
+    policy = build_policy(config, inputs, groups, run_updates=1)  # none is taken
     engine = build_engine(config, inputs, groups, load_weights=False)
     build_sync(config, inputs, groups, engine).push(policy.named_parameters())
     return engine

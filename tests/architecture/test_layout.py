@@ -17,7 +17,8 @@ COMMANDS = sorted((ROOT / "tools").rglob("*.py"))
 ROOMS = [
     "__main__", "session", "plan", "grade", "build", "loop", "run", "preflight", "config",
     "evaluation", "checkpoint", "conversion", "rollout", "policy", "weights", "batching", "prompts",
-    "reward", "algorithms", "metrics", "parallel", "ops", "platforms", "types", "settings", "errors",
+    "reward", "algorithms", "metrics", "parallel", "ops", "platforms", "types", "settings",
+    "errors",
 ]  # fmt: skip
 
 MAX_FILE_LINES = 500

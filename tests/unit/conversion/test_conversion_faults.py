@@ -28,18 +28,6 @@ FC1 = "decoder.layers.mlp.linear_fc1.weight"
 LAYER_FILE = "__0_0002.distcp"  # of layer 1
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    write_model("qwen2", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def converted(model, tmp_path_factory):
-    return to_megatron(model, tmp_path_factory.mktemp("converted"))
-
-
 @pytest.fixture
 def checkpoint(converted, tmp_path):
     """One's own copy, to be damaged."""

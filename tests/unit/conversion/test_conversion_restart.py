@@ -27,18 +27,6 @@ FILE_BYTES = 5000  # of safetensors: several files
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "hf"
-    write_model("qwen2", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def converted(model, tmp_path_factory):
-    return to_megatron(model, tmp_path_factory.mktemp("converted"))
-
-
-@pytest.fixture(scope="module")
 def exported(converted, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "hf"
     to_hf(converted, folder, file_bytes=FILE_BYTES)
