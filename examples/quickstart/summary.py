@@ -26,6 +26,7 @@ def main() -> None:
     for what, path in (
         ("curves", "rl/plot.png"),
         ("metrics", "rl/metrics.jsonl"),
+        ("responses, to read", "rl/rollouts.html"),
         ("held-out responses", "rl/evaluation/"),
         ("Hugging Face model", "rl/hf/"),
         ("resolved recipe", "rl/config.yaml"),

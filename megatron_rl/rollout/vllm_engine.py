@@ -1,6 +1,5 @@
 """vLLM inside the training processes, one engine per rollout tensor-parallel group."""
 
-import glob
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.shared_memory import private_shared_memory
 from megatron_rl.rollout.vllm_weights import VllmWeights
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.layouts import engine_pieces
@@ -85,8 +85,11 @@ class VllmEngine:
             settings["enable_sleep_mode"] = True
         if kv_cache is not None:
             settings["kv_cache_memory_bytes"] = kv_cache << 20
-        with groups.platform.preserved_rng():
-            self._llm = _build(settings)
+        os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+        from vllm import LLM
+
+        with groups.platform.preserved_rng(), private_shared_memory(groups.host):
+            self._llm: Any = LLM(**settings)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         pieces = engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank))
         self.weights = VllmWeights(worker.model_runner.get_model(), self._llm, pieces, dtype)
@@ -139,8 +142,6 @@ class VllmEngine:
 
     def shutdown(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
-        for segment in glob.glob(f"/dev/shm/{_job_name()}-*"):
-            Path(segment).unlink(missing_ok=True)
 
 
 def _response(key: tuple[int, int], completion: Any) -> Response:
@@ -153,33 +154,3 @@ def _response(key: tuple[int, int], completion: Any) -> Response:
         logprobs=torch.tensor(logprobs, dtype=torch.float32),
         finish_reason=completion.finish_reason,
     )
-
-
-def _build(settings: dict[str, Any]) -> Any:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from vllm import LLM
-
-    _name_shared_memory_by_job()
-    return LLM(**settings)
-
-
-def _name_shared_memory_by_job() -> None:
-    """vLLM's CPU all-reduce names its shared memory after the init method, which under
-    external_launcher is the same for every job of a host: two jobs would share it, and a killed
-    one would block the next. Put the job's port in front.
-    """
-    from vllm.distributed.device_communicators import cpu_communicator
-
-    communicator = getattr(cpu_communicator, "_CPUSHMDistributed", None)
-    if communicator is None or hasattr(communicator, "stock_group_name"):
-        return
-    stock = communicator.make_group_name
-    communicator.stock_group_name = staticmethod(stock)
-    communicator.make_group_name = staticmethod(
-        lambda communicator: f"{_job_name()}-{stock(communicator).lstrip('/-')}"
-    )
-
-
-def _job_name() -> str:
-    return f"megatron_rl-{os.environ['MASTER_PORT']}"

@@ -44,7 +44,7 @@ class NoGrader:
 
 
 def join_as_torchrun_would() -> None:
-    """The variables that vLLM's external launcher reads; the port names its shared memory."""
+    """The variables that vLLM's external launcher reads."""
     port = [_free_port()]
     dist.broadcast_object_list(port, src=0)
     os.environ |= {
@@ -137,7 +137,14 @@ def measure(run: Run) -> dict[str, Any]:
         "tokens": tokens,
         "bytes": everywhere(sent),
         "generate_left_rng": all(everywhere(left_rng)),
+        "shared_memory": everywhere(shared_memory()),
     }
+
+
+def shared_memory() -> list[str]:
+    """What this process has mapped of the engine's, as the kernel names it."""
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in mapped if "/dev/shm/megatron_rl-" in line]
 
 
 # -- sampling and scoring ----------------------------------------------------------------------

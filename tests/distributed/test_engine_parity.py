@@ -150,6 +150,14 @@ def test_the_engine_leaves_the_global_generators_alone(case, measured):
     assert found["generate_left_rng"]
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_engine_s_shared_memory_has_no_name(case, measured):
+    """A killed job leaves nothing that would block one which gets its port."""
+    for mapped in measured(case)["shared_memory"]:
+        assert (len(mapped) > 0) == (case.rollout_tp > 1)
+        assert all(line.endswith(" (deleted)") for line in mapped)
+
+
 @having("stale_tied_head")
 def test_without_the_repair_of_a_tied_head_the_gap_shows_it(case, measured):
     assert measured(case)["stale_tied_head"] > MOVED_BOUND

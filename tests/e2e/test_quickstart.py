@@ -94,6 +94,8 @@ def test_curves_and_records_are_there(quickstart):
         assert sum(name in record for record in records) >= 70, name
     assert (output / "rl/plot.png").stat().st_size > 20_000
     assert (output / "rl/config.yaml").is_file()
+    page = (output / "rl/rollouts.html").read_text()
+    assert page.count("\\\\boxed{") > 1000  # eight iterations of 16 groups of 8 were kept
 
 
 @pytest.fixture(scope="module")
