@@ -20,6 +20,7 @@ from megatron_rl.ops.vocab_parallel import (
     compute_dtype,
     gather_stats,
     merge_stats,
+    row_slices,
     shard_columns,
     shard_gradient,
     shard_stats,
@@ -70,7 +71,7 @@ def linear_policy_loss(
             ops add the gradient in the forward, and if the loss gets another gradient than 1 they
             make main_grad NaN.
     """
-    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
+    size = _chunk_size(hidden, weight, targets, chunk_rows)
     if into_main_grad:
         main_grad_of(weight)  # or raise before any work
     if backend.is_native("policy_loss_onepass_", hidden) and hidden.dtype == weight.dtype:
@@ -78,7 +79,7 @@ def linear_policy_loss(
             old_logprobs, ref_logprobs, rollout_logprobs, advantages, weights, spec, with_entropy
         )
         shard = Shard(tp_group, vocab_start, valid_vocab, 1.0 / temperature)
-        return _native_loss(hidden, weight, targets, inputs, shard, chunks, into_main_grad)
+        return _native_loss(hidden, weight, targets, inputs, shard, size, into_main_grad)
     logprobs, entropy = differentiable_linear_logprobs(
         hidden,
         weight,
@@ -109,7 +110,7 @@ def _native_loss(
     targets: Tensor,
     inputs: LossInputs,
     shard: Shard,
-    chunks: list[slice],
+    chunk_size: int,
     into_main_grad: bool,
 ) -> tuple[TokenLoss, Tensor]:
     spec = inputs.spec
@@ -123,7 +124,7 @@ def _native_loss(
         targets.contiguous(),
         inputs,
         shard,
-        chunks,
+        chunk_size,
         into_main_grad,
         torch.is_grad_enabled(),
     )
@@ -147,7 +148,7 @@ def differentiable_linear_logprobs(
     Arguments, gradients and memory as in linear_policy_loss, but that a loss of them may get any
     gradient, into_main_grad or not. Collectives: one, in the forward.
     """
-    chunks = _row_chunks(hidden, weight, targets, chunk_rows)
+    size = _chunk_size(hidden, weight, targets, chunk_rows)
     if into_main_grad:
         main_grad_of(weight)  # or raise before any work
     num_valid = shard_columns(len(weight), vocab_start, valid_vocab)
@@ -159,7 +160,7 @@ def differentiable_linear_logprobs(
         num_valid,
         vocab_start,
         temperature,
-        chunks,
+        size,
         into_main_grad,
     )
     return logprobs, entropy
@@ -206,7 +207,7 @@ class _LinearLogprobs(torch.autograd.Function):
         num_valid: int,
         vocab_start: int,
         temperature: float,
-        chunks: list[slice],
+        chunk_size: int,
         into_main_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.shard = {
@@ -214,10 +215,10 @@ class _LinearLogprobs(torch.autograd.Function):
             "vocab_start": vocab_start,
             "temperature": temperature,
         }
-        ctx.chunks, ctx.into_main_grad = chunks, into_main_grad
+        ctx.chunk_size, ctx.into_main_grad = chunk_size, into_main_grad
         ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
         stats = hidden.new_empty(len(hidden), 4, dtype=compute_dtype(hidden.dtype))
-        for rows in chunks:
+        for rows in row_slices(len(hidden), chunk_size):
             stats[rows] = shard_stats(hidden[rows] @ weight.T, targets[rows], **ctx.shard)
         logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, tp_group))
         ctx.save_for_backward(hidden, weight, targets, log_sum_exp, entropy)
@@ -230,13 +231,14 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_sum_exp, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        chunks = row_slices(len(hidden), ctx.chunk_size)
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
         head_grad = (
-            HeadGradient(weight, num_chunks=len(ctx.chunks), into_main_grad=ctx.into_main_grad)
+            HeadGradient(weight, num_chunks=len(chunks), into_main_grad=ctx.into_main_grad)
             if wants_weight
             else None
         )
-        for rows in ctx.chunks:
+        for rows in chunks:
             logits_grad = shard_gradient(
                 hidden[rows] @ weight.T,
                 targets[rows],
@@ -254,10 +256,8 @@ class _LinearLogprobs(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None, None, None, None
 
 
-def _row_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None
-) -> list[slice]:
-    """The fewest chunks of N rows, of about the same size; none of zero rows."""
+def _chunk_size(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> int:
+    """Rows of a chunk: chunks are as few as may be, and of about the same size."""
     if (
         hidden.dim() != 2
         or weight.dim() != 2
@@ -272,7 +272,5 @@ def _row_chunks(
         chunk_rows = max(1, LOGITS_BYTES // (len(weight) * hidden.element_size()))
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows}: must be >= 1, since a chunk holds whole rows")
-    num_rows = len(hidden)
-    num_chunks = -(-num_rows // chunk_rows)
-    size = -(-num_rows // max(num_chunks, 1))
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(size, 1))]
+    num_chunks = -(-len(hidden) // chunk_rows)
+    return -(-len(hidden) // max(num_chunks, 1))

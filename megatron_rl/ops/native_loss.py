@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.head_gradient import HeadGradient
-from megatron_rl.ops.vocab_parallel import compute_dtype, gather_stats
+from megatron_rl.ops.vocab_parallel import compute_dtype, gather_stats, row_slices
 
 if TYPE_CHECKING:
     from megatron_rl.ops.token_loss import LossSpec
@@ -178,13 +178,14 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         targets: Tensor,
         inputs: LossInputs,
         shard: Shard,
-        chunks: list[slice],
+        chunk_size: int,
         into_main_grad: bool,
         has_grad: bool,
     ) -> Results:
         wants_hidden, wants_weight = (has_grad and wants for wants in ctx.needs_input_grad[:2])
         dtype = compute_dtype(hidden.dtype)
         inputs = inputs.to(dtype)
+        chunks = row_slices(len(hidden), chunk_size)
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
         head_grad = (
             HeadGradient(weight, num_chunks=len(chunks), into_main_grad=into_main_grad)
@@ -193,7 +194,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         )
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         chunks = chunks or [slice(0, 0)]  # zero rows have their sums too
-        memory = hidden.new_empty(chunks[0].stop, len(weight))  # no chunk is larger than the first
+        memory = hidden.new_empty(chunk_size, len(weight))
         parts = []
         for rows in chunks:
             logits = torch.mm(hidden[rows], weight.T, out=memory[: rows.stop - rows.start])

@@ -70,6 +70,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def row_slices(num_rows: int, size: int) -> list[slice]:
+    """Chunks of `size` rows, the last one of what is left; none of zero rows."""
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(size, 1))]
+
+
 def shard_stats(
     logits: Tensor,
     targets: Tensor,
