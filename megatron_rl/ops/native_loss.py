@@ -49,18 +49,31 @@ class LossInputs:
             self.with_entropy or self.spec.entropy_coef != 0,
         )
 
-    def arguments(self, rows: slice = slice(None)) -> tuple[Any, ...]:
+    def at(self, rows: slice) -> "LossInputs":
+        """Those of some rows."""
+
+        def optional(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[rows]
+
+        return LossInputs(
+            optional(self.old_logprobs),
+            optional(self.ref_logprobs),
+            optional(self.rollout_logprobs),
+            self.advantages[rows],
+            self.weights[rows],
+            self.spec,
+            self.with_entropy,
+        )
+
+    def arguments(self) -> tuple[Any, ...]:
         """Of token_loss and policy_loss_onepass_, in their order."""
-        tensors = (
+        spec = self.spec
+        return (
             self.old_logprobs,
             self.ref_logprobs,
             self.rollout_logprobs,
             self.advantages,
             self.weights,
-        )
-        spec = self.spec
-        return (
-            *(None if values is None else values[rows] for values in tensors),
             KINDS[spec.kind],
             spec.eps_low,
             spec.eps_high,
@@ -199,7 +212,7 @@ class LinearPolicyLossFunction(torch.autograd.Function):
         for rows in chunks:
             logits = torch.mm(hidden[rows], weight.T, out=memory[: rows.stop - rows.start])
             logprobs[rows], sums, extrema = _turn_into_gradient(
-                logits, targets[rows], inputs, rows, shard, wants=wants_hidden or wants_weight
+                logits, targets[rows], inputs.at(rows), shard, wants=wants_hidden or wants_weight
             )
             parts.append((sums, extrema))
             if hidden_grad is not None:
@@ -250,20 +263,20 @@ def write_gradient(
 
 
 def _measure(
-    logits: Tensor, targets: Tensor, inputs: LossInputs, shard: Shard, rows: slice = slice(None)
+    logits: Tensor, targets: Tensor, inputs: LossInputs, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprobs, params, loss, sums, extrema) of logits, which stay; joins one all-gather."""
     stats = torch.ops.megatron_rl.row_stats(
         logits,
         targets,
-        inputs.weights[rows],
+        inputs.weights,
         shard.vocab_start,
         shard.valid_vocab,
         shard.inv_temp,
         inputs.with_entropy,
     )
     logprobs, _, params, loss, sums, extrema = torch.ops.megatron_rl.token_loss(
-        gather_stats(stats, shard.tp_group), *inputs.arguments(rows), shard.inv_temp
+        gather_stats(stats, shard.tp_group), *inputs.arguments(), shard.inv_temp
     )
     return logprobs, params, loss, sums, extrema
 
@@ -272,7 +285,6 @@ def _turn_into_gradient(
     logits: Tensor,
     targets: Tensor,
     inputs: LossInputs,
-    rows: slice,
     shard: Shard,
     *,
     wants: bool,
@@ -280,10 +292,10 @@ def _turn_into_gradient(
     """(logprobs, sums, extrema) of a chunk; its logits are their gradient afterwards, if wanted."""
     if wants and shard.is_whole:
         logprobs, _, _, sums, extrema = torch.ops.megatron_rl.policy_loss_onepass_(
-            logits, targets, *inputs.arguments(rows), shard.valid_vocab, shard.inv_temp, 1.0
+            logits, targets, *inputs.arguments(), shard.valid_vocab, shard.inv_temp, 1.0
         )
         return logprobs, sums, extrema
-    logprobs, params, _, sums, extrema = _measure(logits, targets, inputs, shard, rows)
+    logprobs, params, _, sums, extrema = _measure(logits, targets, inputs, shard)
     if wants:
         write_gradient(logits, targets, params, None, shard, overwrite=True)
     return logprobs, sums, extrema

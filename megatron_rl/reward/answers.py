@@ -45,6 +45,7 @@ _REFUSED = tuple(
         r"[0-9]{41}",
         r"\^\s*[{(\s]*[+-]?[0-9]{5}",
         r"\^\s*\{[^{}]*\^\s*\{[^{}]*\^",
+        r"(?:\^\s*\{[^{}]*){3}\^",  # higher than a gold that is a tower
         r"!.*!",
         r"\\sum",
         r"\\prod",

@@ -36,8 +36,11 @@ _UNREADABLE = re.compile(r"\\(?:gcd|lcm|operatorname|bmod|pmod|mod)(?![a-zA-Z])|
 _NAME = re.compile(r"\\?[a-zA-Z]+")
 
 # What sympy raises for values it cannot have: roots of matrices that are not square, the order of
-# complex numbers, functions it does not know.
-_UNABLE = (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError)
+# complex numbers, functions it does not know. Digits of half a matrix it seeks without end.
+_UNABLE = (
+    *(ArithmeticError, AttributeError, NotImplementedError, RecursionError),
+    *(TypeError, ValueError),
+)
 
 _DIGITS = 50
 # Both sides are exact: they agree in all digits or differ, if late: (2^2005 + 1) / 2^2005 is not 1.
