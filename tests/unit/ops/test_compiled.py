@@ -123,9 +123,8 @@ def test_a_gradient_in_main_grad(native_only):
     assert expected[1].std() > 0
     torch._dynamo.utils.counters.clear()
     torch.testing.assert_close(gradients(compiles=True), expected, atol=0, rtol=0)
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    assert len(breaks) == 1
-    assert "sparse" in next(iter(breaks))
+    # In one place; torch 2.13 says that its gradient is sparse, 2.11 that it writes to main_grad.
+    assert len(torch._dynamo.utils.counters["graph_break"]) == 1
 
 
 def test_logprobs_for_any_loss(ops_backend):
