@@ -3,8 +3,6 @@
 
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 RUN := .venv/bin/python -m
-# Two files of tests at a time: many wait for ranks, workers and engines more than they compute.
-PYTEST := $(RUN) pytest -n 2 --dist loadfile
 
 .PHONY: install quickstart test test-fast lint types clean
 
@@ -15,10 +13,10 @@ quickstart: install
 	@bash examples/quickstart/run.sh
 
 test: install
-	$(PYTEST)
+	$(RUN) pytest
 
 test-fast: install
-	$(PYTEST) -m "not slow and not gpu"
+	$(RUN) pytest -m "not slow and not gpu"
 
 lint: install
 	$(RUN) ruff check .
