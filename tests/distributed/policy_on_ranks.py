@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from reference import Recipe, Values
 from tiny_models import MAX_RESPONSE_TOKENS, VOCAB_SIZE
 from torch import Tensor
+from torch.distributed.distributed_c10d import _world
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
@@ -72,10 +73,25 @@ class Measurement:
 def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
     """The configuration of a layout, and Megatron's groups for as long as they are used."""
     parallel = _parallel(layout)
-    try:
-        yield parallel, make_groups(detect(), parallel, 1)
-    finally:
-        parallel_state.destroy_model_parallel()
+    with _groups_destroyed():
+        try:
+            yield parallel, make_groups(detect(), parallel, 1)
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def _groups_destroyed() -> Iterator[None]:
+    """Destroy the process groups made inside.
+
+    Each gloo group has threads, one of which wakes up every 10 ms: those of a dozen layouts
+    together leave no time to compute.
+    """
+    alive = set(_world.pg_map)
+    yield
+    dist.barrier()
+    for group in set(_world.pg_map) - alive:
+        dist.destroy_process_group(group)
 
 
 def _parallel(layout: Layout) -> ParallelConfig:
