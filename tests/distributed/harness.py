@@ -20,10 +20,11 @@ PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
 """What the server imports before it forks; append to it in a conftest.py."""
 
 GRACE_S = 5.0
+STUCK_S = 900.0  # far from what any test takes, on a busy machine too
 
 
 def run_on_ranks(
-    world_size: int, fn: Callable[..., None], *args: object, timeout_s: float = 120.0
+    world_size: int, fn: Callable[..., None], *args: object, timeout_s: float = STUCK_S
 ) -> None:
     """Run fn(*args) on gloo ranks, one thread each.
 

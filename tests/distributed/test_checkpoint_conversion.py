@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
         )
     for world in (2, 4):
         layouts = tuple(layout for layout in LAYOUTS if layout.world == world)
-        run_on_ranks(world, use, layouts, folder, timeout_s=500.0)
+        run_on_ranks(world, use, layouts, folder)
     return folder
 
 
@@ -97,7 +97,7 @@ def tensors_of(directory) -> dict[str, Tensor]:
 
 def test_a_trained_checkpoint_gives_model_and_main_weights(folder, tmp_path):
     source, saved = folder / "models" / "qwen2", tmp_path / "saved"
-    run_on_ranks(2, save_trained, source, saved, timeout_s=200.0)
+    run_on_ranks(2, save_trained, source, saved)
     arch, expected = read_model_config(source), tensors_of(source)
     for main_weights, factor in ((False, 0.0), (True, 2**-10)):
         output = tmp_path / f"main={main_weights}"

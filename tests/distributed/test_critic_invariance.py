@@ -84,7 +84,7 @@ def measured(problems, critics, tmp_path_factory):
     found = {}
     for world in NAMES:
         out = tmp_path_factory.mktemp("values") / f"{world}.json"
-        run_on_ranks(world, measure_on_ranks, problems, critics, out, timeout_s=300.0)
+        run_on_ranks(world, measure_on_ranks, problems, critics, out)
         found |= json.loads(out.read_text())
     return found
 

@@ -108,7 +108,7 @@ def measured(directory):
         if case.name not in found:
             out = directory / f"{case.name}.json"
             try:
-                run_on_ranks(case.world, on_ranks, case, directory, out, timeout_s=480.0)
+                run_on_ranks(case.world, on_ranks, case, directory, out)
                 found[case.name] = json.loads(out.read_text())
             except AssertionError as error:
                 found[case.name] = str(error)

@@ -22,7 +22,7 @@ BOUND = 1e-7
 @pytest.fixture(scope="module")
 def slopes(problems, tmp_path_factory):
     out = tmp_path_factory.mktemp("slopes") / "slopes.json"
-    run_on_ranks(1, measure_slopes, problems, out, timeout_s=200.0)
+    run_on_ranks(1, measure_slopes, problems, out)
     return json.loads(out.read_text())
 
 

@@ -51,7 +51,7 @@ def errors(problems, tmp_path_factory):
     found = {}
     for world in (2, 4):
         out = tmp_path_factory.mktemp("controls") / f"{world}.json"
-        run_on_ranks(world, measure_faults, problems, out, timeout_s=300.0)
+        run_on_ranks(world, measure_faults, problems, out)
         found |= json.loads(out.read_text())
     return found
 

@@ -28,7 +28,7 @@ def measurements(problems, tmp_path_factory):
     for world in (1, 2, 4):
         out = tmp_path_factory.mktemp("measured") / f"{world}.json"
         layouts = [layout for layout in LAYOUTS if layout.world == world]
-        harness.run_on_ranks(world, measure_layouts, problems, layouts, out, timeout_s=400.0)
+        harness.run_on_ranks(world, measure_layouts, problems, layouts, out)
         for row in json.loads(out.read_text()):
             results.setdefault(row["layout"], []).append(row)
     return results

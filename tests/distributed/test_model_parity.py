@@ -58,7 +58,7 @@ def errors(tmp_path_factory):
     found: dict[str, float] = {}
     for world in (1, 2, 4):
         out = folder / f"{world}.json"
-        run_on_ranks(world, measure_layouts, folder, out, timeout_s=400.0)
+        run_on_ranks(world, measure_layouts, folder, out)
         found |= json.loads(out.read_text())
     return found
 

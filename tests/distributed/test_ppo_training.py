@@ -123,7 +123,7 @@ def errors(problems, answers, tmp_path_factory):
     found = {}
     for world in NAMES:
         out = tmp_path_factory.mktemp("ppo") / f"{world}.json"
-        run_on_ranks(world, train_on_ranks, problems, answers, out, timeout_s=300.0)
+        run_on_ranks(world, train_on_ranks, problems, answers, out)
         found |= json.loads(out.read_text())
     return found
 

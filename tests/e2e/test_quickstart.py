@@ -120,7 +120,7 @@ def test_a_megatron_checkpoint_is_evaluated_like_the_model_it_was_made_of(
     convert = [sys.executable, "tools/convert_hf_to_megatron.py", "--hf", str(output / "rl/hf")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*convert, "--output", str(tmp_path / "megatron")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
     folder, _ = evaluate(tmp_path / "megatron", tmp_path / "evaluated")
     (first, _), _ = evaluations
     assert (folder / "arithmetic.jsonl").read_bytes() == (first / "arithmetic.jsonl").read_bytes()
@@ -157,7 +157,7 @@ def evaluate(model, output, **others):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
     return output / "evaluation", finished.stdout

@@ -83,7 +83,7 @@ class Runs:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=400,
+            timeout=900,
         )
         return done.returncode, done.stdout
 
@@ -253,7 +253,7 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def damaged(runs, straight_tp2):
     out = runs.folder / "damaged.json"
-    run_on_ranks(2, load_damaged, runs.folder, straight_tp2, out, timeout_s=400.0)
+    run_on_ranks(2, load_damaged, runs.folder, straight_tp2, out)
     return json.loads(out.read_text())
 
 
@@ -327,7 +327,7 @@ def exports(runs):
             folder = runs.folder / f"export {model} {layout}"
             sizes = (2, 1) if layout == "TP2" else (1, 2)
             args = (runs.folder / "models" / model, folder, *sizes)
-            run_on_ranks(2, export_on_ranks, *args, timeout_s=300.0)
+            run_on_ranks(2, export_on_ranks, *args)
             done[model, layout] = folder
         return done[model, layout]
 

@@ -87,7 +87,7 @@ def launch(recipe: dict[str, Any], path: Path, *, ranks: int) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": importable},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stdout

@@ -504,7 +504,7 @@ def test_the_command_prints_one_message_and_exits_with_two(case):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 2
     assert done.stdout == ""

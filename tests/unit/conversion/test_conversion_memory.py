@@ -72,7 +72,7 @@ def memory_of(tool: str, *arguments: str | Path) -> float:
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return float(done.stdout.splitlines()[-1])
