@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -17,10 +18,29 @@ import torch
 import torch.distributed as dist
 
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
-"""What the server imports before it forks; append to it in a conftest.py."""
+"""What the server imports before it forks; a conftest.py may append to it."""
 
 GRACE_S = 5.0
 STUCK_S = 900.0  # far from what any test takes, on a busy machine too
+
+
+@contextmanager
+def preloaded(module: str) -> Iterator[None]:
+    """Ranks started inside come from a server that has imported module too."""
+    PRELOAD.append(module)
+    forkserver._forkserver._stop()  # the next rank starts a new one
+    try:
+        yield
+    finally:
+        PRELOAD.remove(module)
+        forkserver._forkserver._stop()
+
+
+def server() -> multiprocessing.context.ForkServerContext:
+    """What starts processes that have imported all of PRELOAD."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 def run_on_ranks(
@@ -31,8 +51,7 @@ def run_on_ranks(
     An exception or a time-out on any rank fails the test with every failing rank's traceback, the
     first to fail first. fn must be importable: a function at the head of its module.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)  # takes effect until the first rank starts
+    context = server()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(
@@ -42,7 +61,7 @@ def run_on_ranks(
             )
             for rank in range(world_size)
         ]
-        with _our_path_for_the_server():
+        with our_path_for_the_server():
             for process in ranks:
                 process.start()
         _wait_for_all(ranks, deadline=time.monotonic() + timeout_s + GRACE_S)
@@ -51,7 +70,7 @@ def run_on_ranks(
 
 
 @contextmanager
-def _our_path_for_the_server() -> Iterator[None]:
+def our_path_for_the_server() -> Iterator[None]:
     """Python 3.11 gives the server no sys.path; what it cannot import it leaves out silently."""
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)

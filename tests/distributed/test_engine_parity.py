@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 from engine_models import MODELS, write_model
-from harness import run_on_ranks
+from harness import preloaded, run_on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +93,8 @@ def directory(tmp_path_factory):
         for k in range(40)
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if "preload_vllm" not in harness.PRELOAD:
-        harness.PRELOAD.append("preload_vllm")  # of use only if no rank has started yet
-    return folder
+    with preloaded("preload_vllm"):
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The tools as a user runs them, and what transformers and vLLM make of their output."""
 
-import multiprocessing
 import os
 import re
 import shutil
@@ -71,7 +70,14 @@ def test_both_kinds_hold_the_same_weights_and_give_the_same_logits(converted, mo
     assert "the likeliest token differs in 0 of" in logits
 
 
+@pytest.fixture(scope="module")
+def vllm_is_preloaded():
+    with harness.preloaded("preload_vllm"):
+        yield
+
+
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.usefixtures("vllm_is_preloaded")
 def test_vllm_and_transformers_continue_alike(converted, tmp_path, model):
     """vLLM with what came back, transformers with the source."""
     from transformers import AutoModelForCausalLM
@@ -96,14 +102,10 @@ def test_vllm_and_transformers_continue_alike(converted, tmp_path, model):
 
 
 def in_a_vllm_process(model_dir: Path, prompts: list[list[int]], out: Path) -> None:
-    if "preload_vllm" not in harness.PRELOAD:
-        harness.PRELOAD.append("preload_vllm")  # of use only if no rank has started yet
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(harness.PRELOAD)
-    with harness._our_path_for_the_server():
-        process = context.Process(target=generate, args=(model_dir, prompts, out))
+    with harness.our_path_for_the_server():
+        process = harness.server().Process(target=generate, args=(model_dir, prompts, out))
         process.start()
-    process.join(300)
+    process.join(harness.STUCK_S)
     process.kill()
     assert process.exitcode == 0
 
