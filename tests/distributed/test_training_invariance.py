@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, MANY_ROWS, PAIR_ROWS, TEMPERATURE, owned
+from cases import LAYOUTS, PAIR_ROWS, TEMPERATURE, owned
 from harness import run_on_ranks
 from reference import Measured, Recipe, Reference, loss_of
 
@@ -235,7 +235,7 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
             algorithm,
             owned(groups, "by turns", dist.get_rank(), dist.get_world_size()),
             update_of=update_of(groups, run),
-            row_tokens=PAIR_ROWS if algorithm.preset.trains_pairs else MANY_ROWS,
+            row_tokens=PAIR_ROWS,
         )
         passes = plan_passes(algorithm, num_updates=len(batches), epochs=run.epochs)
         assert passes.old == (not algorithm.preset.trains_pairs)
