@@ -199,7 +199,7 @@ def test_failures_and_hopeless_answers_are_named(run):
         {"response": "\\boxed{\\sin(9^{9^{9}})}", "answer": "4"},
         {"response": "\\boxed{4}", "answer": "He has 2 + 2. #### 4"},
     ]
-    code, graded, said = run(lines, "reward.deadline_s=0.2")
+    code, graded, said = run(lines, "reward.deadline_s=1")
     assert code == 0
     assert [(line["verdict"], line["reward"]) for line in graded] == [
         ("timeout", None),

@@ -124,6 +124,7 @@ ACTIONS = {
     "burn": lambda: _burn(0.4),
     "no": lambda: False,
     "nap": lambda: time.sleep(2.0) is None,
+    "long nap": lambda: time.sleep(5.0) is None,
     "fork": _fork_and_return,
     "sys.exit": lambda: sys.exit(0),
     "os._exit": lambda: os._exit(0),
