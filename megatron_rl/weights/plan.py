@@ -9,10 +9,15 @@ update without a word.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_rl.weights.pieces import Box, Piece, intersection, size
+
+Ranks = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,48 +75,79 @@ def build_plan(
         ValueError: a destination rectangle that no source covers, or sources that overlap
             without being equal. Both are faults of a layout.
     """
-    moves = _choose_senders(_match(sources, targets), node_of, itemsize)
-    units = sorted({move.unit for move in moves}, key=_natural)
-    bucket_of = _cut_buckets(moves, units, itemsize, bucket_bytes)
-    num_buckets = 1 + max(bucket_of.values(), default=-1)
-    buckets: list[list[Move]] = [[] for _ in range(num_buckets)]
-    for move in moves:
-        if rank in (move.sender, move.receiver):
-            buckets[bucket_of[move.unit]].append(move)
+    world = 1 + max((r for holder in (*sources, *targets) for r in holder.ranks), default=-1)
+    nodes = np.array([node_of(r) for r in range(world)], dtype=np.int64)
+    traffic = _Traffic(nodes)
+    moves: list[tuple[int, Move]] = []
+    ways: dict[_Ends, _Way] = {}
+    for load in sorted(_match(sources, targets), key=lambda load: _natural(load.unit)):
+        if load.ends not in ways:
+            ways[load.ends] = _Way(load.ends, nodes)
+        way = ways[load.ends]
+        senders = way.senders(traffic.sent)
+        unit = traffic.add(load.unit, senders, way.receivers, load.numel * itemsize)
+        moves += [(unit, move) for move in load.moves_of(rank, senders)]
+    bucket_of = traffic.cut(bucket_bytes)
+    buckets: list[list[Move]] = [[] for _ in range(1 + max(bucket_of, default=-1))]
+    for unit, move in moves:
+        buckets[bucket_of[unit]].append(move)
     need = max((sum(size(p.box) for p in holder.pieces) for holder in targets), default=0)
     return Plan(
         buckets=tuple(tuple(bucket) for bucket in buckets),
-        stats=_stats(moves, need * itemsize, num_buckets, itemsize, node_of),
+        stats=traffic.stats(need * itemsize, len(buckets)),
     )
 
 
 @dataclass(frozen=True)
-class _Match:
+class _Ends:
+    """The ranks that want something, and those that hold it, replicas of a holder together."""
+
     receivers: tuple[int, ...]
-    target: Piece
-    candidates: tuple[tuple[int, Piece], ...]  # (rank, source piece) that hold the whole of it
+    holders: tuple[tuple[int, ...], ...]
 
 
-def _match(sources: Sequence[Holders], targets: Sequence[Holders]) -> list[_Match]:
+@dataclass
+class _Load:
+    """What one destination module gets between the same ends."""
+
+    unit: str
+    ends: _Ends
+    numel: int = 0
+    rectangles: list[tuple[Piece, tuple[Piece, ...]]] = field(default_factory=list)
+    """What is wanted, and the piece of each holder."""
+
+    def moves_of(self, rank: int, senders: Ranks) -> Iterator[Move]:
+        """The moves that rank takes part in, given the sender of each receiver."""
+        receivers = np.array(self.ends.receivers)
+        for number in np.flatnonzero((senders == rank) | (receivers == rank)).tolist():
+            sender, receiver = int(senders[number]), int(receivers[number])
+            holder = next(n for n, ranks in enumerate(self.ends.holders) if sender in ranks)
+            for target, pieces in self.rectangles:
+                yield Move(sender, receiver, pieces[holder], target, self.unit, size(target.box))
+
+
+def _match(sources: Sequence[Holders], targets: Sequence[Holders]) -> list[_Load]:
     """Every destination rectangle, cut along the edges of the sources that cover it."""
     owners: dict[str, list[tuple[tuple[int, ...], Piece]]] = defaultdict(list)
     for holder in sources:
         for piece in holder.pieces:
             owners[piece.hf].append((holder.ranks, piece))
-    matches: list[_Match] = []
+    loads: dict[tuple[str, _Ends], _Load] = {}
     for holder in targets:
         for piece in holder.pieces:
-            parts: dict[Box, list[tuple[int, Piece]]] = defaultdict(list)
+            unit = piece.param.rpartition(".")[0]
+            parts: dict[Box, list[tuple[tuple[int, ...], Piece]]] = defaultdict(list)
             for ranks, owned in owners[piece.hf]:
                 box = intersection(piece.box, owned.box)
                 if box is not None:
-                    parts[box].extend((rank, owned.within(box)) for rank in ranks)
+                    parts[box].append((ranks, owned.within(box)))
             _check_cover(piece, list(parts))
-            matches += [
-                _Match(holder.ranks, piece.within(box), tuple(sorted(found, key=lambda f: f[0])))
-                for box, found in sorted(parts.items())
-            ]
-    return matches
+            for box, found in sorted(parts.items(), key=lambda part: part[0]):
+                ends = _Ends(holder.ranks, tuple(ranks for ranks, _ in found))
+                load = loads.setdefault((unit, ends), _Load(unit, ends))
+                load.numel += size(box)
+                load.rectangles.append((piece.within(box), tuple(held for _, held in found)))
+    return list(loads.values())
 
 
 def _check_cover(piece: Piece, boxes: list[Box]) -> None:
@@ -126,73 +162,77 @@ def _check_cover(piece: Piece, boxes: list[Box]) -> None:
         )
 
 
-def _choose_senders(
-    matches: list[_Match], node_of: Callable[[int], int], itemsize: int
-) -> list[Move]:
-    sent: dict[int, int] = defaultdict(int)
-    moves: list[Move] = []
-    for match in matches:
-        numel = size(match.target.box)
-        unit = match.target.param.rpartition(".")[0]
-        for receiver in match.receivers:
-            sender, source = min(
-                match.candidates,
-                key=lambda c: (
-                    c[0] != receiver,
-                    node_of(c[0]) != node_of(receiver),
-                    sent[c[0]],
-                    c[0],
-                ),
-            )
-            if sender != receiver:
-                sent[sender] += numel * itemsize
-            moves.append(Move(sender, receiver, source, match.target, unit, numel))
-    return moves
+class _Way:
+    """Between two ends: who sends is decided load by load."""
+
+    def __init__(self, ends: _Ends, nodes: Ranks) -> None:
+        self.receivers = np.array(ends.receivers)
+        candidates = np.unique([rank for ranks in ends.holders for rank in ranks])
+        missing = np.flatnonzero(~np.isin(self.receivers, candidates))
+        near = np.isin(nodes[self.receivers[missing]], nodes[candidates])
+        # Receivers that lack it, and those who may send it to them: of their node, or, where none
+        # of their node has it, anybody.
+        self._choices = [] if near.all() else [(missing[~near], candidates)]
+        for node in np.unique(nodes[self.receivers[missing[near]]]):
+            on_node = missing[nodes[self.receivers[missing]] == node]
+            self._choices.append((on_node, candidates[nodes[candidates] == node]))
+
+    def senders(self, sent: Ranks) -> Ranks:
+        """Of each receiver: itself, else in turns those who may, beginning with who sent least."""
+        senders = self.receivers.copy()
+        for missing, candidates in self._choices:
+            turns = candidates[np.argsort(sent[candidates], kind="stable")]
+            senders[missing] = np.resize(turns, len(missing))
+        return senders
 
 
-def _cut_buckets(
-    moves: list[Move], units: list[str], itemsize: int, bucket_bytes: int
-) -> dict[str, int]:
-    """Bucket of each unit; a new one where any rank's bytes in or out would pass the limit."""
-    traffic: dict[str, dict[tuple[str, int], int]] = {unit: defaultdict(int) for unit in units}
-    for move in moves:
-        if move.sender != move.receiver:
-            traffic[move.unit]["out", move.sender] += move.numel * itemsize
-            traffic[move.unit]["in", move.receiver] += move.numel * itemsize
-    bucket_of: dict[str, int] = {}
-    load: dict[tuple[str, int], int] = defaultdict(int)
-    bucket = 0
-    for unit in units:
-        if load and any(load[k] + n > bucket_bytes for k, n in traffic[unit].items()):
-            load.clear()
-            bucket += 1
-        for k, n in traffic[unit].items():
-            load[k] += n
-        bucket_of[unit] = bucket
-    return bucket_of
+class _Traffic:
+    """Bytes out of and into every rank, by destination module."""
 
+    def __init__(self, nodes: Ranks) -> None:
+        self._nodes = nodes
+        self.sent = np.zeros_like(nodes)
+        self._between_nodes = 0
+        self._units: list[str] = []
+        self._rows: list[Ranks] = []  # of each unit: out of each rank, then into each
 
-def _stats(
-    moves: list[Move], need: int, num_buckets: int, itemsize: int, node_of: Callable[[int], int]
-) -> PlanStats:
-    received: dict[int, int] = defaultdict(int)
-    sent: dict[int, int] = defaultdict(int)
-    between = 0
-    for move in moves:
-        if move.sender == move.receiver:
-            continue
-        received[move.receiver] += move.numel * itemsize
-        sent[move.sender] += move.numel * itemsize
-        if node_of(move.sender) != node_of(move.receiver):
-            between += move.numel * itemsize
-    return PlanStats(
-        received_max=max(received.values(), default=0),
-        sent_max=max(sent.values(), default=0),
-        wire_total=sum(received.values()),
-        between_nodes=between,
-        need_max=need,
-        num_buckets=num_buckets,
-    )
+    def add(self, unit: str, senders: Ranks, receivers: Ranks, nbytes: int) -> int:
+        """Count nbytes from each sender to its receiver; the number of the unit."""
+        if not self._units or self._units[-1] != unit:
+            self._units.append(unit)
+            self._rows.append(np.zeros(2 * len(self._nodes), dtype=np.int64))
+        travels = senders != receivers
+        senders, receivers = senders[travels], receivers[travels]
+        out = nbytes * np.bincount(senders, minlength=len(self._nodes))
+        self.sent += out
+        self._rows[-1][: len(out)] += out
+        self._rows[-1][len(out) + receivers] += nbytes
+        crossing = self._nodes[senders] != self._nodes[receivers]
+        self._between_nodes += nbytes * int(crossing.sum())
+        return len(self._units) - 1
+
+    def cut(self, bucket_bytes: int) -> list[int]:
+        """Bucket of each unit; a new one where any rank's bytes in or out would pass the limit."""
+        buckets: list[int] = []
+        bucket, load = 0, np.zeros(2 * len(self._nodes), dtype=np.int64)
+        for row in self._rows:
+            if load.any() and (load + row)[row > 0].max(initial=0) > bucket_bytes:
+                load[:] = 0
+                bucket += 1
+            load += row
+            buckets.append(bucket)
+        return buckets
+
+    def stats(self, need: int, num_buckets: int) -> PlanStats:
+        received = sum((row[len(self._nodes) :] for row in self._rows), np.zeros_like(self._nodes))
+        return PlanStats(
+            received_max=int(received.max(initial=0)),
+            sent_max=int(self.sent.max(initial=0)),
+            wire_total=int(self.sent.sum()),
+            between_nodes=self._between_nodes,
+            need_max=need,
+            num_buckets=num_buckets,
+        )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,7 @@ from weights_models import ARCHS, hf_tensors
 
 from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
-from megatron_rl.weights.pieces import local_shapes, view
+from megatron_rl.weights.pieces import local_shapes, size, view
 from megatron_rl.weights.plan import Holders, build_plan
 from megatron_rl.weights.sync import engine_holders, training_holders
 
@@ -158,6 +159,76 @@ def test_a_neighbour_on_the_node_is_preferred():
     stats = plans(ARCHS["qwen2"], (4, 2, 1, 1, 1), ranks_per_node=2)[0].stats
     assert stats.wire_total > 0
     assert stats.between_nodes == 0
+
+
+def sent_by(per_rank):
+    """Bytes that each rank sends, by its own plan."""
+    return [
+        sum(m.numel * ITEMSIZE for b in plan.buckets for m in b if rank == m.sender != m.receiver)
+        for rank, plan in enumerate(per_rank)
+    ]
+
+
+@pytest.mark.parametrize("ranks_per_node", [4, 64])
+def test_replicas_share_the_sending_of_many_modules(ranks_per_node):
+    """Sixteen of each shard: none sends more than another by more than the largest module."""
+    case = (64, 2, 2, 1, 4)
+    layout, engines = layouts_of(case)
+    arch = ARCHS["qwen2"]
+    per_rank = plans(arch, case, ranks_per_node=ranks_per_node)
+    sent = sent_by(per_rank)
+    assert sum(sent) == per_rank[0].stats.wire_total
+    assert max(sent) == per_rank[0].stats.sent_max
+    modules = {}
+    for piece in engine_pieces(arch, engines, 0):
+        module = piece.param.rpartition(".")[0]
+        modules[module] = modules.get(module, 0) + size(piece.box) * ITEMSIZE
+    for holder in training_holders(arch, layout):
+        shares = [sent[rank] for rank in holder.ranks]
+        assert min(shares) > 0
+        assert max(shares) - min(shares) <= max(modules.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("qwen2", (8, 2, 2, 1, 1)), ("qwen2", (8, 4, 1, 1, 2)), ("qwen3_moe", EXPERT_LAYOUTS[1])],
+)
+def test_both_ends_expect_the_same_moves_in_the_same_order(name, case):
+    """Nothing but values travels: sender and receiver must agree on what follows what."""
+    per_rank = plans(ARCHS[name], case, bucket_bytes=1500, ranks_per_node=2)
+    travelling = 0
+    for buckets in zip(*(plan.buckets for plan in per_rank), strict=True):
+        for sender, receiver in itertools.permutations(range(case[0]), 2):
+            sent, received = (
+                [m for m in buckets[rank] if (m.sender, m.receiver) == (sender, receiver)]
+                for rank in (sender, receiver)
+            )
+            assert sent == received
+            travelling += len(sent)
+    assert travelling > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [("qwen2", (1024, 2, 2, 1, 4)), ("qwen3_moe", (1024, 2, 1, 1, 2, 4, 1))],
+)
+def test_a_thousand_ranks_are_planned_like_a_few(name, case):
+    """One rank's plan costs what that rank moves, not what all do."""
+    layout, engines = layouts_of(case)
+    for rank in (0, 777, 1023):
+        plan = build_plan(
+            training_holders(ARCHS[name], layout),
+            engine_holders(ARCHS[name], engines),
+            rank=rank,
+            itemsize=ITEMSIZE,
+            bucket_bytes=1 << 30,
+            node_of=lambda rank: rank // 8,
+        )
+        moves = [move for bucket in plan.buckets for move in bucket]
+        received = sum(m.numel for m in moves if rank == m.receiver != m.sender) * ITEMSIZE
+        assert received == missing_bytes(ARCHS[name], case, rank)
+        assert plan.stats.received_max >= received
+        assert plan.stats.sent_max <= 1.5 * plan.stats.wire_total / case[0]
 
 
 def test_buckets_are_alike_on_all_ranks_and_keep_the_limit():
