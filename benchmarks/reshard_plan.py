@@ -26,6 +26,7 @@ from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.sync import plan_sync
 
+RANKS_PER_NODE = 8
 QWEN2_72B = QWEN2 | {
     "hidden_size": 8192,
     "intermediate_size": 29568,
@@ -76,7 +77,10 @@ def main() -> None:
     args = parser.parse_args()
     for name, value in describe_machine("cpu").items():
         print(f"{name}: {value}")
-    print(f"\n{'':34s}{'ranks':>6s}{'median s':>10s}{'received':>10s}{'sent GB':>9s}{'needs':>7s}")
+    print(
+        f"\n{'':34s}{'ranks':>6s}{'median s':>10s}{'received':>10s}{'sent GB':>9s}{'needs':>7s}"
+        f"{'in by node':>12s}"
+    )
     for problem in PROBLEMS:
         arch = arch_of(problem.config)
         for world in args.ranks:
@@ -85,12 +89,21 @@ def main() -> None:
             times = []
             for _ in range(args.samples):
                 start = time.perf_counter()
-                plan = plan_sync(arch, layout, engines, rank=world - 1, itemsize=2, mib=256)
+                plan = plan_sync(
+                    arch,
+                    layout,
+                    engines,
+                    rank=world - 1,
+                    itemsize=2,
+                    mib=256,
+                    node_of=lambda rank: rank // RANKS_PER_NODE,
+                )
                 times.append(time.perf_counter() - start)
             stats = plan.stats
             print(
                 f"{problem.name:34s}{world:6d}{median(times):10.2f}{stats.received_max / 1e9:10.1f}"
                 f"{stats.sent_max / 1e9:9.1f}{stats.need_max / 1e9:7.1f}"
+                f"{stats.between_nodes / 1e9 / (world / RANKS_PER_NODE):12.1f}"
             )
     print(f"load after: {load_average()}")
 

@@ -17,6 +17,7 @@ from megatron_rl.weights.sync import plan_sync
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
 GIB = 2**30
+RANKS_PER_NODE = 8
 
 
 def print_plan(config: RunConfig) -> None:
@@ -185,13 +186,14 @@ def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
         rank=0,
         itemsize=ITEMSIZE[config.engine_dtype],
         mib=config.weights.bucket_mib,
+        node_of=lambda rank: rank // RANKS_PER_NODE,
     ).stats
     for name, nbytes in (
         ("engine shard", stats.need_max),
         ("received by the busiest rank", stats.received_max),
         ("sent by the busiest rank", stats.sent_max),
         ("on the wire, all ranks", stats.wire_total),
-        ("between nodes of 8", stats.between_nodes),
+        (f"between nodes of {RANKS_PER_NODE}", stats.between_nodes),
     ):
         yield name, f"{nbytes / 2**20:.3f} MiB"
     yield "buckets", f"{stats.num_buckets} of up to {config.weights.bucket_mib} MiB"

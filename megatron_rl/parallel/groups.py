@@ -1,6 +1,7 @@
 """The process groups of a run, made once."""
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -24,6 +25,10 @@ class Groups:
     host: dist.ProcessGroup  # gloo over the whole world, for CPU tensors and objects
     bridge: dist.ProcessGroup  # weight sync, apart from everybody else's collectives
     engine: dist.ProcessGroup  # gloo, the ranks of this rank's rollout engine
+    nodes: tuple[int, ...]  # of every rank, the number of its node
+
+    def node_of(self, global_rank: int) -> int:
+        return self.nodes[global_rank]
 
     @property
     def here(self) -> Coordinates:
@@ -80,20 +85,29 @@ def make_groups(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -
         dist.new_group([engine * rollout_tp + tp for tp in range(rollout_tp)], backend="gloo")
         for engine in range(engines.num_engines)
     ]
+    host = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Groups(
         platform=platform,
         layout=layout,
         engines=engines,
         rank=rank,
-        host=dist.new_group(backend="gloo", timeout=TIMEOUT),
+        host=host,
         bridge=dist.new_group(timeout=TIMEOUT),
         engine=engine_groups[engines.engine_of(rank)],
+        nodes=_nodes(host),
     )
 
 
-def _free_port() -> int:
-    import socket
+def _nodes(host: dist.ProcessGroup) -> tuple[int, ...]:
+    """Of every rank, its node: a machine, or what one torchrun agent started on it."""
+    names = [""] * dist.get_world_size(host)
+    own = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
+    dist.all_gather_object(names, own, group=host)
+    number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return tuple(number_of[name] for name in names)
 
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -29,7 +29,7 @@ from megatron_rl.weights.hf_files import (
 from megatron_rl.weights.layouts import hf_pieces, hf_shapes
 from megatron_rl.weights.pieces import whole
 from megatron_rl.weights.plan import Holders, Plan, build_plan
-from megatron_rl.weights.sync import RANKS_PER_NODE, training_holders
+from megatron_rl.weights.sync import training_holders
 from megatron_rl.weights.tensor_file import TensorFileWriter
 from megatron_rl.weights.transfer import execute
 
@@ -88,7 +88,7 @@ def export_hf(
         own = {name: shapes[name] for name in names_of[groups.rank]}
         tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in own.items()}
         execute(
-            _plan(sources, names_of, shapes, groups.rank, dtype),
+            _plan(sources, names_of, shapes, groups, dtype),
             params,
             tensors,
             group=groups.bridge,
@@ -152,7 +152,7 @@ def _plan(
     sources: Sequence[Holders],
     names_of: Sequence[Sequence[str]],
     shapes: Shapes,
-    rank: int,
+    groups: Groups,
     dtype: torch.dtype,
 ) -> Plan:
     targets = [
@@ -162,8 +162,8 @@ def _plan(
     return build_plan(
         sources,
         targets,
-        rank=rank,
+        rank=groups.rank,
         itemsize=dtype.itemsize,
         bucket_bytes=BATCH_BYTES,
-        node_of=lambda rank: rank // RANKS_PER_NODE,
+        node_of=groups.node_of,
     )

@@ -1,10 +1,11 @@
 """The static reshard plan: which rectangle of whose parameter goes to which rectangle of whose.
 
 Computed once per (source layout, destination layout), from sizes alone and identically on every
-rank. A byte that a rank already holds is never received; a missing byte is received once, from
-the same node where possible, else from the replica that has sent least. Completeness is checked
-here: a destination element without a source is an error at plan time, since vLLM accepts half an
-update without a word.
+rank. A byte that a rank already holds is never received; a missing byte is received once. It comes
+from a rank of the node that holds it; where there is none, the replica elsewhere that has sent
+least sends it to one rank of the node, which hands it on to the others there. Completeness is
+checked here: a destination element without a source is an error at plan time, since vLLM accepts
+half an update without a word.
 """
 
 import re
@@ -34,10 +35,11 @@ class Move:
 
     sender: int
     receiver: int
-    source: Piece
+    source: Piece  # of the sender's policy, or, in hop 1, of its engine
     target: Piece
     unit: str  # destination module, committed as a whole
     numel: int
+    hop: int = 0  # 1: handed on within a node, once hop 0 of the bucket has arrived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Plan:
     """The moves of one rank, bucket by bucket, and what all ranks move together."""
 
     buckets: tuple[tuple[Move, ...], ...]
+    num_hops: int  # of every rank: 1 where nobody hands anything on, else 2
     stats: PlanStats
 
 
@@ -86,7 +89,7 @@ def build_plan(
         way = ways[load.ends]
         senders = way.senders(traffic.sent)
         unit = traffic.add(load.unit, senders, way.receivers, load.numel * itemsize)
-        moves += [(unit, move) for move in load.moves_of(rank, senders)]
+        moves += [(unit, move) for move in load.moves_of(rank, senders, way.holders)]
     bucket_of = traffic.cut(bucket_bytes)
     buckets: list[list[Move]] = [[] for _ in range(1 + max(bucket_of, default=-1))]
     for unit, move in moves:
@@ -94,6 +97,7 @@ def build_plan(
     need = max((sum(size(p.box) for p in holder.pieces) for holder in targets), default=0)
     return Plan(
         buckets=tuple(tuple(bucket) for bucket in buckets),
+        num_hops=1 + any(way.hands_on for way in ways.values()),
         stats=traffic.stats(need * itemsize, len(buckets)),
     )
 
@@ -116,14 +120,18 @@ class _Load:
     rectangles: list[tuple[Piece, tuple[Piece, ...]]] = field(default_factory=list)
     """What is wanted, and the piece of each holder."""
 
-    def moves_of(self, rank: int, senders: Ranks) -> Iterator[Move]:
-        """The moves that rank takes part in, given the sender of each receiver."""
+    def moves_of(self, rank: int, senders: Ranks, holders: Ranks) -> Iterator[Move]:
+        """The moves that rank takes part in, given the sender of each receiver.
+
+        holders: of each rank, which holder it is; -1 for those that are none.
+        """
         receivers = np.array(self.ends.receivers)
         for number in np.flatnonzero((senders == rank) | (receivers == rank)).tolist():
             sender, receiver = int(senders[number]), int(receivers[number])
-            holder = next(n for n, ranks in enumerate(self.ends.holders) if sender in ranks)
+            holder = int(holders[sender])
             for target, pieces in self.rectangles:
-                yield Move(sender, receiver, pieces[holder], target, self.unit, size(target.box))
+                source, hop = (target, 1) if holder < 0 else (pieces[holder], 0)
+                yield Move(sender, receiver, source, target, self.unit, size(target.box), hop)
 
 
 def _match(sources: Sequence[Holders], targets: Sequence[Holders]) -> list[_Load]:
@@ -167,23 +175,50 @@ class _Way:
 
     def __init__(self, ends: _Ends, nodes: Ranks) -> None:
         self.receivers = np.array(ends.receivers)
-        candidates = np.unique([rank for ranks in ends.holders for rank in ranks])
-        missing = np.flatnonzero(~np.isin(self.receivers, candidates))
-        near = np.isin(nodes[self.receivers[missing]], nodes[candidates])
-        # Receivers that lack it, and those who may send it to them: of their node, or, where none
-        # of their node has it, anybody.
-        self._choices = [] if near.all() else [(missing[~near], candidates)]
-        for node in np.unique(nodes[self.receivers[missing[near]]]):
-            on_node = missing[nodes[self.receivers[missing]] == node]
-            self._choices.append((on_node, candidates[nodes[candidates] == node]))
+        self.holders = np.full(len(nodes), -1)
+        for number, ranks in reversed(list(enumerate(ends.holders))):
+            self.holders[list(ranks)] = number
+        held = np.flatnonzero(self.holders >= 0)
+        missing = np.flatnonzero(self.holders[self.receivers] < 0)
+        self._elsewhere = held
+        # Of each node with receivers that lack it: those, and the ranks of the node that hold it.
+        self._near: list[tuple[Ranks, Ranks]] = []
+        far: dict[int, list[Ranks]] = defaultdict(list)  # by how many there are on the node
+        for node in np.unique(nodes[self.receivers[missing]]):
+            wants = missing[nodes[self.receivers[missing]] == node]
+            has = held[nodes[held] == node]
+            if has.size:
+                self._near.append((wants, has))
+            else:
+                far[len(wants)].append(wants)
+        self._far = [np.stack(rows) for _, rows in sorted(far.items())]  # [nodes, receivers]
+
+    @property
+    def hands_on(self) -> bool:
+        return any(grid.shape[1] > 1 for grid in self._far)
 
     def senders(self, sent: Ranks) -> Ranks:
-        """Of each receiver: itself, else in turns those who may, beginning with who sent least."""
+        """Of each receiver: itself, else in turns those who may, beginning with who sent least.
+
+        Where no rank of a node holds it, one gets it from elsewhere and hands it on to the others.
+        """
         senders = self.receivers.copy()
-        for missing, candidates in self._choices:
-            turns = candidates[np.argsort(sent[candidates], kind="stable")]
-            senders[missing] = np.resize(turns, len(missing))
+        for wants, has in self._near:
+            senders[wants] = _turns(has, sent, len(wants))
+        first = 0
+        turns = _turns(self._elsewhere, sent, sum(len(grid) for grid in self._far))
+        for grid in self._far:
+            relays = np.argmin(sent[self.receivers[grid]], axis=1)
+            rows = np.arange(len(grid))
+            senders[grid] = self.receivers[grid[rows, relays]][:, None]
+            senders[grid[rows, relays]] = turns[first : first + len(grid)]
+            first += len(grid)
         return senders
+
+
+def _turns(ranks: Ranks, sent: Ranks, count: int) -> Ranks:
+    """count of the ranks, again and again, beginning with the one that has sent least."""
+    return np.resize(ranks[np.argsort(sent[ranks], kind="stable")], count)
 
 
 class _Traffic:

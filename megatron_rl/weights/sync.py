@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,8 +26,6 @@ from megatron_rl.weights.layouts import (
 from megatron_rl.weights.pieces import Box, Piece
 from megatron_rl.weights.plan import Holders, Move, Plan, PlanStats, build_plan
 from megatron_rl.weights.transfer import execute
-
-RANKS_PER_NODE = 8
 
 
 class EngineWeights(Protocol):
@@ -94,7 +92,14 @@ def engine_holders(arch: ModelArch, engines: EngineLayout) -> list[Holders]:
 
 
 def plan_sync(
-    arch: ModelArch, layout: Layout, engines: EngineLayout, *, rank: int, itemsize: int, mib: int
+    arch: ModelArch,
+    layout: Layout,
+    engines: EngineLayout,
+    *,
+    rank: int,
+    itemsize: int,
+    mib: int,
+    node_of: Callable[[int], int],
 ) -> Plan:
     """The plan of every sync of a run; needs no process group."""
     return build_plan(
@@ -103,7 +108,7 @@ def plan_sync(
         rank=rank,
         itemsize=itemsize,
         bucket_bytes=mib << 20,
-        node_of=lambda rank: rank // RANKS_PER_NODE,
+        node_of=node_of,
     )
 
 
@@ -126,6 +131,7 @@ class WeightSync:
             rank=groups.rank,
             itemsize=dtype.itemsize,
             mib=config.bucket_mib,
+            node_of=groups.node_of,
         )
         self._names = list(hf_shapes(arch))
         self._sources = _owned(training_holders(arch, groups.layout), groups.rank)

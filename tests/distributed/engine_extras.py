@@ -4,6 +4,7 @@ Imported on ranks only.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from engine_on_ranks import (
     error_of,
     everywhere,
     gap,
+    missing_bytes,
     patched,
     push,
     requests_of,
@@ -24,7 +26,6 @@ from engine_on_ranks import (
 import megatron_rl.weights.sync as sync_module
 from megatron_rl.errors import RunError
 from megatron_rl.run import Run
-from megatron_rl.weights.plan import Plan
 
 
 def stale_tied_head(run: Run) -> float:
@@ -94,17 +95,33 @@ def skipped_commit(run: Run) -> list[str]:
 def skipped_moves(run: Run) -> list[str]:
     """A plan without the moves of one module, on all ranks."""
     sync = run.sampling.sync
-    less = Plan(
+    less = replace(
+        sync._plan,
         buckets=tuple(
             tuple(m for m in bucket if m.unit != "model.layers.3.self_attn.qkv_proj")
             for bucket in sync._plan.buckets
         ),
-        stats=sync._plan.stats,
     )
     with patched(sync, "_plan", less):
         error = error_of(lambda: push(run), RunError)
     push(run)
     return everywhere(error)
+
+
+def handed_on(run: Run) -> list[dict[str, int]]:
+    """Bytes that come to each rank from other nodes, and that its node lacks of its engine."""
+    nodes, rank = run.groups.nodes, run.groups.rank
+    stock, came = dist.all_to_all_single, []
+
+    def counting(arrived: Any, packed: Any, in_sizes: Any, out_sizes: Any, group: Any) -> Any:
+        foreign = (n for sender, n in enumerate(in_sizes) if nodes[sender] != nodes[rank])
+        came.append(sum(foreign) * arrived.element_size())
+        return stock(arrived, packed, in_sizes, out_sizes, group=group)
+
+    with patched(dist, "all_to_all_single", counting):
+        push(run)
+    lacking = missing_bytes(run, on_node=True)
+    return everywhere({"node": nodes[rank], "came": sum(came), "lacking": lacking})
 
 
 def probe(run: Run) -> dict[str, Any]:
@@ -198,6 +215,7 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
         corruption,
         skipped_commit,
         skipped_moves,
+        handed_on,
         probe,
         seeds,
         many_prompt_tokens,

@@ -234,13 +234,18 @@ def counted_wire() -> Iterator[list[int]]:
         transfer.dist.all_to_all_single = stock
 
 
-def missing_bytes(run: Run) -> int:
-    """What this rank's engine shard has and its policy shard has not: nobody can send it less."""
+def missing_bytes(run: Run, *, on_node: bool = False) -> int:
+    """What this rank's engine shard has and its policy shard has not: nobody can send it less.
+
+    on_node: and no policy shard of its node has.
+    """
     arch, groups = run.policy.arch, run.groups
     held = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in hf_shapes(arch).items()}
     needed = {name: torch.zeros_like(mask) for name, mask in held.items()}
-    for piece in megatron_pieces(arch, groups.layout, groups.here):
-        view(held[piece.hf], piece.box).fill_(True)
+    for rank in range(len(groups.nodes)):
+        if rank == groups.rank or (on_node and groups.nodes[rank] == groups.nodes[groups.rank]):
+            for piece in megatron_pieces(arch, groups.layout, groups.layout.coordinates(rank)):
+                view(held[piece.hf], piece.box).fill_(True)
     for piece in engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank)):
         view(needed[piece.hf], piece.box).fill_(True)
     return sum(int((needed[name] & ~held[name]).sum()) for name in held) * 4

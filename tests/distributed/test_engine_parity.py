@@ -5,6 +5,7 @@ holds one engine; whatever needs an engine is tested in one of them.
 """
 
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Case:
     pp: int
     rollout_tp: int
     ep: int = 1
+    ranks_per_node: int | None = None  # None: all on one
     extras: tuple[str, ...] = ()
 
     @property
@@ -66,7 +68,14 @@ CASES = (
     Case(model="qwen2", tp=1, pp=2, rollout_tp=1, extras=("probe",)),
     Case(model="qwen2_tied", tp=1, pp=2, rollout_tp=1, extras=("corruption",)),
     Case(model="qwen2", tp=2, pp=2, rollout_tp=2, extras=("spread", "corruption", "probe")),
-    Case(model="qwen2_tied", tp=2, pp=2, rollout_tp=2),
+    Case(
+        model="qwen2_tied",
+        tp=2,
+        pp=2,
+        rollout_tp=1,
+        ranks_per_node=2,  # a node has a stage and two engines: the other stage is handed on
+        extras=("handed_on", "corruption"),
+    ),
     Case(model="llama", tp=2, pp=1, rollout_tp=2),
     Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1),
     Case(model="mistral", tp=1, pp=2, rollout_tp=1),
@@ -188,6 +197,16 @@ def test_a_module_that_never_arrives_is_named(case, measured):
         assert "model.layers.3.self_attn.k_proj.weight" in error
 
 
+@having("handed_on")
+def test_what_a_node_lacks_comes_to_it_once(case, measured):
+    """Both ranks of a node lack the same, get a part of it each, and the rest from each other."""
+    found = measured(case)["handed_on"]
+    assert [rank["node"] for rank in found] == [0, 0, 1, 1]
+    for ranks in (found[:2], found[2:]):
+        assert ranks[0]["lacking"] == ranks[1]["lacking"] == sum(rank["came"] for rank in ranks)
+        assert all(rank["came"] > 0.3 * rank["lacking"] for rank in ranks)
+
+
 @having("probe")
 def test_the_start_up_probe_sees_other_weights_on_all_ranks(case, measured):
     found = measured(case)["probe"]
@@ -238,6 +257,8 @@ def on_ranks(case: Case, directory: Path, out: Path) -> None:
     from engine_extras import EXTRAS
     from engine_on_ranks import build, config_of, leave, measure
 
+    if case.ranks_per_node:
+        os.environ["GROUP_RANK"] = str(dist.get_rank() // case.ranks_per_node)  # as torchrun does
     config = config_of(
         directory / case.model, directory / "prompts.jsonl", case.rollout_tp, case.parallel
     )

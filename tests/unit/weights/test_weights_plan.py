@@ -81,12 +81,13 @@ def filled(pieces, tensors):
     return params
 
 
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 8])
 @pytest.mark.parametrize(
     ("name", "case"),
     [(name, case) for name in ARCHS for case in LAYOUTS]
     + [(name, case) for name in MIXTURES for case in EXPERT_LAYOUTS],
 )
-def test_every_engine_element_arrives(name, case):
+def test_every_engine_element_arrives(name, case, ranks_per_node):
     """Every rank's moves, made by hand in one process."""
     arch, world = ARCHS[name], case[0]
     tensors = hf_tensors(arch)
@@ -94,17 +95,54 @@ def test_every_engine_element_arrives(name, case):
     sources = [filled(train, tensors) for train, _ in own]
     wanted = [filled(engine, tensors) for _, engine in own]
     arrived = [{k: torch.full_like(v, torch.nan) for k, v in w.items()} for w in wanted]
-    for rank, plan in enumerate(plans(arch, case)):
-        for move in (move for bucket in plan.buckets for move in bucket):
+    per_rank = plans(arch, case, ranks_per_node=ranks_per_node)
+    (hops,) = {plan.num_hops for plan in per_rank}
+    for hop, (rank, plan) in itertools.product(range(hops), enumerate(per_rank)):
+        for move in (move for bucket in plan.buckets for move in bucket if move.hop == hop):
             assert rank in (move.sender, move.receiver)
             if move.receiver == rank:
                 place = move.target.of(arrived[rank])
                 assert place.isnan().all(), "received twice"
-                values = move.source.of(sources[move.sender])
+                values = move.source.of((arrived if hop else sources)[move.sender])
                 assert values.numel() == move.numel
                 place.copy_(values)
     for got, want in zip(arrived, wanted, strict=True):
         assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("qwen2", (4, 2, 2, 1, 1)),  # either node lacks a stage, and has two engines
+        ("qwen2", (8, 2, 2, 1, 1)),
+        ("qwen2", (8, 1, 4, 1, 2)),
+        ("qwen2", (8, 4, 1, 1, 4)),
+        ("qwen2", (8, 4, 2, 1, 1)),  # more engines on a node than ranks elsewhere that hold it
+        ("qwen3_moe", (8, 2, 2, 1, 1, 4, 1)),
+        ("mixtral", (8, 1, 2, 1, 2, 2, 2)),
+    ],
+)
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+def test_what_a_node_lacks_comes_to_it_once(name, case, ranks_per_node):
+    """For each shard of an engine; counted element by element."""
+    arch, (layout, engines) = ARCHS[name], layouts_of(case)
+    nodes = range(case[0] // ranks_per_node)
+    held = {
+        n: {k: torch.zeros(s, dtype=torch.bool) for k, s in hf_shapes(arch).items()} for n in nodes
+    }
+    for rank in range(case[0]):
+        for piece in megatron_pieces(arch, layout, layout.coordinates(rank)):
+            view(held[rank // ranks_per_node][piece.hf], piece.box).fill_(True)
+    lacking = 0
+    for node, shard in itertools.product(nodes, range(engines.tp)):
+        ranks = range(node * ranks_per_node, (node + 1) * ranks_per_node)
+        if shard in map(engines.tp_rank_of, ranks):
+            for piece in engine_pieces(arch, engines, shard):
+                lacking += int((~view(held[node][piece.hf], piece.box)).sum()) * ITEMSIZE
+    per_rank = plans(arch, case, ranks_per_node=ranks_per_node)
+    assert per_rank[0].stats.between_nodes == lacking
+    needed = [missing_bytes(arch, case, rank) for rank in range(case[0])]
+    assert per_rank[0].stats.wire_total == sum(needed)  # and to each rank once, as ever
 
 
 def missing_bytes(arch, case, rank):
