@@ -22,11 +22,11 @@ from hub_configs import QWEN2, QWEN3_MOE
 from measure import describe_machine, load_average
 
 from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.plan import RANKS_PER_NODE
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.sync import plan_sync
 
-RANKS_PER_NODE = 8
 QWEN2_72B = QWEN2 | {
     "hidden_size": 8192,
     "intermediate_size": 29568,
@@ -96,7 +96,7 @@ def main() -> None:
                     rank=world - 1,
                     itemsize=2,
                     mib=256,
-                    node_of=lambda rank: rank // RANKS_PER_NODE,
+                    nodes=[rank // RANKS_PER_NODE for rank in range(world)],
                 )
                 times.append(time.perf_counter() - start)
             stats = plan.stats

@@ -186,7 +186,7 @@ def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
         rank=0,
         itemsize=ITEMSIZE[config.engine_dtype],
         mib=config.weights.bucket_mib,
-        node_of=lambda rank: rank // RANKS_PER_NODE,
+        nodes=[rank // RANKS_PER_NODE for rank in range(layout.world_size)],
     ).stats
     for name, nbytes in (
         ("engine shard", stats.need_max),

@@ -27,9 +27,6 @@ class Groups:
     engine: dist.ProcessGroup  # gloo, the ranks of this rank's rollout engine
     nodes: tuple[int, ...]  # of every rank, the number of its node
 
-    def node_of(self, global_rank: int) -> int:
-        return self.nodes[global_rank]
-
     @property
     def here(self) -> Coordinates:
         return self.layout.coordinates(self.rank)

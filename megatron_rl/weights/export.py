@@ -165,5 +165,5 @@ def _plan(
         rank=groups.rank,
         itemsize=dtype.itemsize,
         bucket_bytes=BATCH_BYTES,
-        node_of=groups.node_of,
+        nodes=groups.nodes,
     )

@@ -10,7 +10,7 @@ half an update without a word.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,26 +70,27 @@ def build_plan(
     rank: int,
     itemsize: int,
     bucket_bytes: int,
-    node_of: Callable[[int], int],
+    nodes: Sequence[int],
 ) -> Plan:
     """Plan one reshard; `rank` keeps only the moves it takes part in.
+
+    nodes: of every rank, the number of its node.
 
     Raises:
         ValueError: a destination rectangle that no source covers, or sources that overlap
             without being equal. Both are faults of a layout.
     """
-    world = 1 + max((r for holder in (*sources, *targets) for r in holder.ranks), default=-1)
-    nodes = np.array([node_of(r) for r in range(world)], dtype=np.int64)
-    traffic = _Traffic(nodes)
+    node_of = np.array(nodes)
+    traffic = _Traffic(node_of)
     moves: list[tuple[int, Move]] = []
-    ways: dict[_Ends, _Way] = {}
-    for load in sorted(_match(sources, targets), key=lambda load: _natural(load.unit)):
-        if load.ends not in ways:
-            ways[load.ends] = _Way(load.ends, nodes)
-        way = ways[load.ends]
-        senders = way.senders(traffic.sent)
-        unit = traffic.add(load.unit, senders, way.receivers, load.numel * itemsize)
-        moves += [(unit, move) for move in load.moves_of(rank, senders, way.holders)]
+    routes: dict[_Ends, _Route] = {}
+    for shipment in sorted(_match(sources, targets), key=lambda s: _natural(s.unit)):
+        if shipment.ends not in routes:
+            routes[shipment.ends] = _Route(shipment.ends, node_of)
+        route = routes[shipment.ends]
+        senders = route.senders(traffic.sent)
+        unit = traffic.add(shipment.unit, senders, route.receivers, shipment.numel * itemsize)
+        moves += [(unit, move) for move in shipment.moves_of(rank, senders, route)]
     bucket_of = traffic.cut(bucket_bytes)
     buckets: list[list[Move]] = [[] for _ in range(1 + max(bucket_of, default=-1))]
     for unit, move in moves:
@@ -97,7 +98,7 @@ def build_plan(
     need = max((sum(size(p.box) for p in holder.pieces) for holder in targets), default=0)
     return Plan(
         buckets=tuple(tuple(bucket) for bucket in buckets),
-        num_hops=1 + any(way.hands_on for way in ways.values()),
+        num_hops=1 + any(route.hands_on for route in routes.values()),
         stats=traffic.stats(need * itemsize, len(buckets)),
     )
 
@@ -111,7 +112,7 @@ class _Ends:
 
 
 @dataclass
-class _Load:
+class _Shipment:
     """What one destination module gets between the same ends."""
 
     unit: str
@@ -120,27 +121,23 @@ class _Load:
     rectangles: list[tuple[Piece, tuple[Piece, ...]]] = field(default_factory=list)
     """What is wanted, and the piece of each holder."""
 
-    def moves_of(self, rank: int, senders: Ranks, holders: Ranks) -> Iterator[Move]:
-        """The moves that rank takes part in, given the sender of each receiver.
-
-        holders: of each rank, which holder it is; -1 for those that are none.
-        """
-        receivers = np.array(self.ends.receivers)
-        for number in np.flatnonzero((senders == rank) | (receivers == rank)).tolist():
-            sender, receiver = int(senders[number]), int(receivers[number])
-            holder = int(holders[sender])
+    def moves_of(self, rank: int, senders: Ranks, route: "_Route") -> Iterator[Move]:
+        """The moves that rank takes part in, given the sender of each receiver."""
+        for number in np.flatnonzero((senders == rank) | (route.receivers == rank)).tolist():
+            sender, receiver = int(senders[number]), int(route.receivers[number])
+            holder = int(route.holder_of[sender])
             for target, pieces in self.rectangles:
                 source, hop = (target, 1) if holder < 0 else (pieces[holder], 0)
                 yield Move(sender, receiver, source, target, self.unit, size(target.box), hop)
 
 
-def _match(sources: Sequence[Holders], targets: Sequence[Holders]) -> list[_Load]:
+def _match(sources: Sequence[Holders], targets: Sequence[Holders]) -> list[_Shipment]:
     """Every destination rectangle, cut along the edges of the sources that cover it."""
     owners: dict[str, list[tuple[tuple[int, ...], Piece]]] = defaultdict(list)
     for holder in sources:
         for piece in holder.pieces:
             owners[piece.hf].append((holder.ranks, piece))
-    loads: dict[tuple[str, _Ends], _Load] = {}
+    shipments: dict[tuple[str, _Ends], _Shipment] = {}
     for holder in targets:
         for piece in holder.pieces:
             unit = piece.param.rpartition(".")[0]
@@ -152,10 +149,10 @@ def _match(sources: Sequence[Holders], targets: Sequence[Holders]) -> list[_Load
             _check_cover(piece, list(parts))
             for box, found in sorted(parts.items(), key=lambda part: part[0]):
                 ends = _Ends(holder.ranks, tuple(ranks for ranks, _ in found))
-                load = loads.setdefault((unit, ends), _Load(unit, ends))
-                load.numel += size(box)
-                load.rectangles.append((piece.within(box), tuple(held for _, held in found)))
-    return list(loads.values())
+                shipment = shipments.setdefault((unit, ends), _Shipment(unit, ends))
+                shipment.numel += size(box)
+                shipment.rectangles.append((piece.within(box), tuple(held for _, held in found)))
+    return list(shipments.values())
 
 
 def _check_cover(piece: Piece, boxes: list[Box]) -> None:
@@ -170,28 +167,29 @@ def _check_cover(piece: Piece, boxes: list[Box]) -> None:
         )
 
 
-class _Way:
-    """Between two ends: who sends is decided load by load."""
+class _Route:
+    """Between two ends; who sends is decided shipment by shipment.
 
-    def __init__(self, ends: _Ends, nodes: Ranks) -> None:
+    Receivers are told by their place in `receivers`.
+    """
+
+    def __init__(self, ends: _Ends, node_of: Ranks) -> None:
         self.receivers = np.array(ends.receivers)
-        self.holders = np.full(len(nodes), -1)
-        for number, ranks in reversed(list(enumerate(ends.holders))):
-            self.holders[list(ranks)] = number
-        held = np.flatnonzero(self.holders >= 0)
-        missing = np.flatnonzero(self.holders[self.receivers] < 0)
-        self._elsewhere = held
-        # Of each node with receivers that lack it: those, and the ranks of the node that hold it.
-        self._near: list[tuple[Ranks, Ranks]] = []
-        far: dict[int, list[Ranks]] = defaultdict(list)  # by how many there are on the node
-        for node in np.unique(nodes[self.receivers[missing]]):
-            wants = missing[nodes[self.receivers[missing]] == node]
-            has = held[nodes[held] == node]
-            if has.size:
-                self._near.append((wants, has))
+        self.holder_of = np.full(len(node_of), -1)  # of each rank; -1: it holds nothing of this
+        for number, ranks in enumerate(ends.holders):
+            self.holder_of[list(ranks)] = number
+        self._holding = np.flatnonzero(self.holder_of >= 0)
+        lacking = np.flatnonzero(self.holder_of[self.receivers] < 0)
+        self._near: list[tuple[Ranks, Ranks]] = []  # a node's receivers, and its ranks that hold it
+        far: dict[int, list[Ranks]] = defaultdict(list)  # receivers of a node, by their number
+        for node in np.unique(node_of[self.receivers[lacking]]):
+            here = lacking[node_of[self.receivers[lacking]] == node]
+            holding = self._holding[node_of[self._holding] == node]
+            if holding.size:
+                self._near.append((here, holding))
             else:
-                far[len(wants)].append(wants)
-        self._far = [np.stack(rows) for _, rows in sorted(far.items())]  # [nodes, receivers]
+                far[len(here)].append(here)
+        self._far = [np.stack(rows) for _, rows in sorted(far.items())]  # [nodes, receivers] each
 
     @property
     def hands_on(self) -> bool:
@@ -203,16 +201,13 @@ class _Way:
         Where no rank of a node holds it, one gets it from elsewhere and hands it on to the others.
         """
         senders = self.receivers.copy()
-        for wants, has in self._near:
-            senders[wants] = _turns(has, sent, len(wants))
-        first = 0
-        turns = _turns(self._elsewhere, sent, sum(len(grid) for grid in self._far))
+        for here, holding in self._near:
+            senders[here] = _turns(holding, sent, len(here))
+        turns = _turns(self._holding, sent, sum(len(grid) for grid in self._far))
         for grid in self._far:
-            relays = np.argmin(sent[self.receivers[grid]], axis=1)
-            rows = np.arange(len(grid))
-            senders[grid] = self.receivers[grid[rows, relays]][:, None]
-            senders[grid[rows, relays]] = turns[first : first + len(grid)]
-            first += len(grid)
+            first = grid[np.arange(len(grid)), np.argmin(sent[self.receivers[grid]], axis=1)]
+            senders[grid] = self.receivers[first][:, None]
+            senders[first], turns = turns[: len(grid)], turns[len(grid) :]
         return senders
 
 
@@ -224,9 +219,9 @@ def _turns(ranks: Ranks, sent: Ranks, count: int) -> Ranks:
 class _Traffic:
     """Bytes out of and into every rank, by destination module."""
 
-    def __init__(self, nodes: Ranks) -> None:
-        self._nodes = nodes
-        self.sent = np.zeros_like(nodes)
+    def __init__(self, node_of: Ranks) -> None:
+        self._node_of = node_of
+        self.sent = np.zeros(len(node_of), dtype=np.int64)
         self._between_nodes = 0
         self._units: list[str] = []
         self._rows: list[Ranks] = []  # of each unit: out of each rank, then into each
@@ -235,21 +230,21 @@ class _Traffic:
         """Count nbytes from each sender to its receiver; the number of the unit."""
         if not self._units or self._units[-1] != unit:
             self._units.append(unit)
-            self._rows.append(np.zeros(2 * len(self._nodes), dtype=np.int64))
+            self._rows.append(np.zeros(2 * len(self._node_of), dtype=np.int64))
         travels = senders != receivers
         senders, receivers = senders[travels], receivers[travels]
-        out = nbytes * np.bincount(senders, minlength=len(self._nodes))
+        out = nbytes * np.bincount(senders, minlength=len(self._node_of))
         self.sent += out
         self._rows[-1][: len(out)] += out
         self._rows[-1][len(out) + receivers] += nbytes
-        crossing = self._nodes[senders] != self._nodes[receivers]
+        crossing = self._node_of[senders] != self._node_of[receivers]
         self._between_nodes += nbytes * int(crossing.sum())
         return len(self._units) - 1
 
     def cut(self, bucket_bytes: int) -> list[int]:
         """Bucket of each unit; a new one where any rank's bytes in or out would pass the limit."""
         buckets: list[int] = []
-        bucket, load = 0, np.zeros(2 * len(self._nodes), dtype=np.int64)
+        bucket, load = 0, np.zeros(2 * len(self._node_of), dtype=np.int64)
         for row in self._rows:
             if load.any() and (load + row)[row > 0].max(initial=0) > bucket_bytes:
                 load[:] = 0
@@ -259,7 +254,7 @@ class _Traffic:
         return buckets
 
     def stats(self, need: int, num_buckets: int) -> PlanStats:
-        received = sum((row[len(self._nodes) :] for row in self._rows), np.zeros_like(self._nodes))
+        received = sum((row[len(self._node_of) :] for row in self._rows), np.zeros_like(self.sent))
         return PlanStats(
             received_max=int(received.max(initial=0)),
             sent_max=int(self.sent.max(initial=0)),

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,7 +99,7 @@ def plan_sync(
     rank: int,
     itemsize: int,
     mib: int,
-    node_of: Callable[[int], int],
+    nodes: Sequence[int],
 ) -> Plan:
     """The plan of every sync of a run; needs no process group."""
     return build_plan(
@@ -108,7 +108,7 @@ def plan_sync(
         rank=rank,
         itemsize=itemsize,
         bucket_bytes=mib << 20,
-        node_of=node_of,
+        nodes=nodes,
     )
 
 
@@ -131,7 +131,7 @@ class WeightSync:
             rank=groups.rank,
             itemsize=dtype.itemsize,
             mib=config.bucket_mib,
-            node_of=groups.node_of,
+            nodes=groups.nodes,
         )
         self._names = list(hf_shapes(arch))
         self._sources = _owned(training_holders(arch, groups.layout), groups.rank)

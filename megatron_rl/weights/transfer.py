@@ -25,11 +25,11 @@ def execute(
     ends order a bucket's moves alike, so no headers travel. after_bucket gets the moves that have
     arrived here, local ones included.
     """
+    rank = dist.get_rank(group)
     for bucket in plan.buckets:
         for hop in range(plan.num_hops):
             moves = [move for move in bucket if move.hop == hop]
             _exchange(moves, target if hop else sources, target, group, dtype, device)
-        rank = dist.get_rank(group)
         after_bucket(tuple(move for move in bucket if move.receiver == rank))
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from engine_on_ranks import (
     answers,
+    counted_wire,
     error_of,
     everywhere,
     gap,
@@ -110,18 +111,12 @@ def skipped_moves(run: Run) -> list[str]:
 
 def handed_on(run: Run) -> list[dict[str, int]]:
     """Bytes that come to each rank from other nodes, and that its node lacks of its engine."""
-    nodes, rank = run.groups.nodes, run.groups.rank
-    stock, came = dist.all_to_all_single, []
-
-    def counting(arrived: Any, packed: Any, in_sizes: Any, out_sizes: Any, group: Any) -> Any:
-        foreign = (n for sender, n in enumerate(in_sizes) if nodes[sender] != nodes[rank])
-        came.append(sum(foreign) * arrived.element_size())
-        return stock(arrived, packed, in_sizes, out_sizes, group=group)
-
-    with patched(dist, "all_to_all_single", counting):
+    nodes = run.groups.nodes
+    own = nodes[run.groups.rank]
+    with counted_wire([rank for rank, node in enumerate(nodes) if node != own]) as came:
         push(run)
     lacking = missing_bytes(run, on_node=True)
-    return everywhere({"node": nodes[rank], "came": sum(came), "lacking": lacking})
+    return everywhere({"node": own, "came": sum(came), "lacking": lacking})
 
 
 def probe(run: Run) -> dict[str, Any]:

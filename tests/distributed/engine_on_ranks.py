@@ -4,7 +4,7 @@ Imported on ranks only.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -215,14 +215,22 @@ def train_once(run: Run, groups: Sequence[RolloutGroup], prompts: Sequence[Promp
 
 
 @contextmanager
-def counted_wire() -> Iterator[list[int]]:
-    """Bytes that the bridge's collectives bring to this rank from others, one entry a call."""
+def counted_wire(senders: Collection[int] | None = None) -> Iterator[list[int]]:
+    """Bytes that the bridge's collectives bring to this rank, one entry a call.
+
+    From other ranks, or from those named.
+    """
     import megatron_rl.weights.transfer as transfer
 
     stock, counted = transfer.dist.all_to_all_single, []
 
     def counting(arrived: Any, packed: Any, in_sizes: Any, out_sizes: Any, group: Any) -> Any:
-        foreign = sum(in_sizes) - in_sizes[dist.get_rank(group)]
+        rank = dist.get_rank(group)
+        foreign = sum(
+            numel
+            for sender, numel in enumerate(in_sizes)
+            if sender != rank and (senders is None or sender in senders)
+        )
         assert len(arrived) == sum(in_sizes)
         counted.append(foreign * arrived.element_size())
         return stock(arrived, packed, in_sizes, out_sizes, group=group)

@@ -5,6 +5,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 import harness
+import pytest
+from engine_models import write_model
+from training_runs import TP2, Runs
 
 if "preload_megatron" not in harness.PRELOAD:
     harness.PRELOAD.append("preload_megatron")
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("qwen2", "qwen2_tied", "qwen3_moe"):
+        write_model(name, folder / "models" / name)
+    return Runs(folder)
+
+
+@pytest.fixture(scope="session")
+def straight_tp2(runs):
+    return runs.straight("TP2", 2, *TP2)

@@ -28,7 +28,7 @@ def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=harness.STUCK_S,
     )
 
 

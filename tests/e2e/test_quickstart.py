@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_models import write_model
+from harness import STUCK_S
 
 ROOT = Path(__file__).parents[2]
 ACCURACY = "evaluation/arithmetic/average_at_4"
@@ -30,7 +31,7 @@ def quickstart(tmp_path_factory):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=STUCK_S,
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
     records = [json.loads(line) for line in (output / "rl/metrics.jsonl").read_text().splitlines()]
@@ -120,7 +121,9 @@ def test_a_megatron_checkpoint_is_evaluated_like_the_model_it_was_made_of(
     convert = [sys.executable, "tools/convert_hf_to_megatron.py", "--hf", str(output / "rl/hf")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*convert, "--output", str(tmp_path / "megatron")]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=900)
+    subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=STUCK_S
+    )
     folder, _ = evaluate(tmp_path / "megatron", tmp_path / "evaluated")
     (first, _), _ = evaluations
     assert (folder / "arithmetic.jsonl").read_bytes() == (first / "arithmetic.jsonl").read_bytes()
@@ -157,7 +160,7 @@ def evaluate(model, output, **others):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=STUCK_S,
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
     return output / "evaluation", finished.stdout

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from engine_models import QUICKSTART, write_model
+from harness import STUCK_S
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,7 @@ def launch(recipe: dict[str, Any], path: Path, *, ranks: int) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": importable},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=STUCK_S,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stdout

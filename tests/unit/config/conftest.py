@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import yaml
+from bad_input import GOOD_ROWS
 
 from megatron_rl.config import load_config
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.preflight import Inputs, read_inputs
 
 QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
-GOOD_ROWS = ({"prompt": "1+1?", "answer": "2"}, {"prompt": "3-1?", "answer": "2"})
 
 
 @pytest.fixture(scope="module")

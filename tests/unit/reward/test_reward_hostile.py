@@ -3,10 +3,12 @@
 Times are CPU times, so that a busy machine does not fail the tests.
 """
 
+import gc
 import importlib.util
 import itertools
 import time
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -18,7 +20,7 @@ from megatron_rl.reward.math_grader import grade
 from megatron_rl.reward.scorer import RewardScorer, check_failures
 from megatron_rl.types import Verdict
 
-DEADLINE_S = 0.5
+DEADLINE_S = 0.3
 AMPLE_S = 30.0  # so that another limit is met first, on a slow machine too
 GOLDS = ("4", "x^2+1", r"(1,2)\cup(3,4)")
 MEGABYTE = "We compute the next step carefully, $x = \\frac{3}{4}$ and so on. " * 16_000
@@ -76,12 +78,24 @@ def make_scorer():
         scorer.close()
 
 
+@contextmanager
+def no_garbage_collection():
+    """Which takes longer than what is timed, in a process with this many objects."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_the_trainer_loses_no_time(name):
-    started = time.thread_time()
-    for gold in GOLDS:
-        grade(HOSTILE[name], gold)
-    assert time.thread_time() - started < 0.5  # most take microseconds, a megabyte 2 ms
+    with no_garbage_collection():
+        started = time.thread_time()
+        for gold in GOLDS:
+            grade(HOSTILE[name], gold)
+        taken = time.thread_time() - started
+    assert taken < 0.25  # most take microseconds, a megabyte 2 ms
 
 
 def test_no_answer_costs_the_trainer_much():
@@ -89,10 +103,11 @@ def test_no_answer_costs_the_trainer_much():
     answers = [fuzz().repeated(Random(seed)) for seed in range(300)]
     slowest = 0.0
     for answer, gold in itertools.product(answers, ("4", r"5\text{ cm}", "x^2-1")):
-        started = time.thread_time()
-        grade(f"\\boxed{{{answer}}}", gold)
-        slowest = max(slowest, time.thread_time() - started)
-    assert slowest < 0.5  # the slowest takes some 5 ms
+        with no_garbage_collection():
+            started = time.thread_time()
+            grade(f"\\boxed{{{answer}}}", gold)
+            slowest = max(slowest, time.thread_time() - started)
+    assert slowest < 0.1  # the slowest takes some 5 ms
 
 
 def test_hostile_responses_are_all_counted_within_their_deadline(make_scorer):
@@ -148,7 +163,8 @@ def test_a_function_that_misbehaves_is_counted_and_stops_the_run(make_scorer, ac
 
 def test_fuzzed_responses_raise_nothing(make_scorer):
     responses = list(fuzz().make_responses(1000, seed=1))
-    scores = fuzz().grade_all(responses, make_scorer(deadline_s=5.0))
+    scores = fuzz().grade_all(responses, make_scorer(deadline_s=RewardConfig().deadline_s))
     assert len(scores) == 1000
     assert [score.reason for score in scores if score.verdict is Verdict.ERROR] == []
-    assert sum(score.verdict is Verdict.TIMEOUT for score in scores) < 10
+    # None here; five on a machine three times slower.
+    assert sum(score.verdict is Verdict.TIMEOUT for score in scores) < 6

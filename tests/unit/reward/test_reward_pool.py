@@ -128,7 +128,7 @@ def test_large_and_odd_text_goes_through_without_blocking(make_pool):
     ],
 )
 def test_functions_that_misbehave(make_pool, action, verdict, reason):
-    pool = make_pool("reward_functions:misbehave", deadline_s=1.0)
+    pool = make_pool("reward_functions:misbehave", deadline_s=0.5)
     hostile, after = run_all(pool, [(action, ""), ("no", "")])
     assert hostile.verdict == verdict
     assert hostile.reason is None if reason is None else reason in hostile.reason

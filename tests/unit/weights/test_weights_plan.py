@@ -50,7 +50,8 @@ def layouts_of(case):
     )
 
 
-def plans(arch, case, *, bucket_bytes=1 << 30, ranks_per_node=8):
+def plans(arch, case, *, bucket_bytes=1 << 30, ranks_per_node=8, ranks=None):
+    """Of all ranks, or of those asked for."""
     layout, engines = layouts_of(case)
     return [
         build_plan(
@@ -59,9 +60,9 @@ def plans(arch, case, *, bucket_bytes=1 << 30, ranks_per_node=8):
             rank=rank,
             itemsize=ITEMSIZE,
             bucket_bytes=bucket_bytes,
-            node_of=lambda rank: rank // ranks_per_node,
+            nodes=[rank // ranks_per_node for rank in range(layout.world_size)],
         )
-        for rank in range(layout.world_size)
+        for rank in (range(layout.world_size) if ranks is None else ranks)
     ]
 
 
@@ -252,16 +253,8 @@ def test_both_ends_expect_the_same_moves_in_the_same_order(name, case):
 )
 def test_a_thousand_ranks_are_planned_like_a_few(name, case):
     """One rank's plan costs what that rank moves, not what all do."""
-    layout, engines = layouts_of(case)
-    for rank in (0, 777, 1023):
-        plan = build_plan(
-            training_holders(ARCHS[name], layout),
-            engine_holders(ARCHS[name], engines),
-            rank=rank,
-            itemsize=ITEMSIZE,
-            bucket_bytes=1 << 30,
-            node_of=lambda rank: rank // 8,
-        )
+    ranks = (0, 777, 1023)
+    for rank, plan in zip(ranks, plans(ARCHS[name], case, ranks=ranks), strict=True):
         moves = [move for bucket in plan.buckets for move in bucket]
         received = sum(m.numel for m in moves if rank == m.receiver != m.sender) * ITEMSIZE
         assert received == missing_bytes(ARCHS[name], case, rank)
@@ -298,9 +291,7 @@ def test_a_module_is_in_one_bucket():
 
 
 def build(sources, targets):
-    return build_plan(
-        sources, targets, rank=0, itemsize=4, bucket_bytes=1 << 20, node_of=lambda rank: 0
-    )
+    return build_plan(sources, targets, rank=0, itemsize=4, bucket_bytes=1 << 20, nodes=[0, 0])
 
 
 def broken(change):

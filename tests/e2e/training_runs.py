@@ -1,0 +1,128 @@
+"""Supervised runs, so that no engine is needed: started as a user starts them, or on ranks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from engine_models import QUICKSTART
+from harness import STUCK_S
+
+ROOT = Path(__file__).parents[2]
+LAST = "iteration_000006"
+TP2 = ("parallel.tensor_model_parallel_size=2",)
+PP2 = ("parallel.pipeline_model_parallel_size=2",)
+RUN_ON_CLOCK = ("time/", "memory/", "tokens_per_s")
+
+
+def recipe_of(model_dir: Path, output_dir: Path) -> dict[str, Any]:
+    """Six iterations of two updates each; the learning rate changes at every update."""
+    return {
+        "run": {"output_dir": str(output_dir), "num_iterations": 6, "seed": 7},
+        "model": {"path": str(model_dir), "dtype": "float32"},
+        "prompts": {
+            "path": str(QUICKSTART / "data" / "train.jsonl"),
+            "prompts_per_iteration": 12,
+            "max_prompt_tokens": 64,
+        },
+        "rollout": {"max_response_tokens": 96},
+        "algorithm": {"preset": "sft"},
+        "batching": {"max_tokens_per_microbatch": 160},
+        "optimizer": {
+            "lr": 1e-3,
+            "lr_schedule": "cosine",
+            "lr_warmup_updates": 2,
+            "lr_decay_updates": 13,
+            "prompts_per_update": 6,
+        },
+        "checkpoint": {"save_every": 3},
+    }
+
+
+class Runs:
+    """Starts runs in a folder; a run is its output directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def train(self, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
+        return self.start("train", name, ranks, *overrides)
+
+    def start(self, command: str, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
+        """Exit code and everything printed."""
+        recipe = self.folder / f"{name}.yaml"
+        recipe.write_text(
+            yaml.safe_dump(recipe_of(self.folder / "models" / "qwen2", self.folder / name))
+        )
+        start = ["-m", "megatron_rl"]
+        if ranks > 1:
+            start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            start += ["-m", "megatron_rl"]
+        # A pipe, as `| tee` is: it closes when the last process of the run has ended.
+        done = subprocess.run(
+            [sys.executable, *start, command, str(recipe), *overrides],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=STUCK_S,
+        )
+        return done.returncode, done.stdout
+
+    def finish(self, name: str, ranks: int, *overrides: str) -> str:
+        code, said = self.train(name, ranks, *overrides)
+        assert code == 0, said
+        return said
+
+    def straight(self, layout: str, ranks: int, *overrides: str) -> str:
+        """The run of a layout from start to end, made once."""
+        name = f"straight {layout}"
+        if not (self.folder / name).exists():
+            self.finish(name, ranks, *overrides)
+        return name
+
+    def copy(self, name: str, as_name: str) -> Path:
+        shutil.copytree(self.folder / name, self.folder / as_name)
+        return self.folder / as_name
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Metrics, without what a clock or the machine says."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in json.loads(line).items() if not any(c in k for c in RUN_ON_CLOCK)}
+            for line in lines
+        ]
+
+    def files(self, name: str) -> dict[str, list[Any]]:
+        """Size and digest of every file of the last checkpoint but the index of tensors, a pickle
+        whose bytes depend on addresses."""
+        manifest = self.folder / name / "checkpoints" / LAST / "MANIFEST.json"
+        files = json.loads(manifest.read_text())["files"]
+        del files["policy/.metadata"]
+        return files
+
+
+def exported(output_dir: Path) -> bytes:
+    return (output_dir / "hf" / "model.safetensors").read_bytes()
+
+
+def build(model_dir: Path, output_dir: Path, tp: int, pp: int) -> Any:
+    import preload_megatron  # noqa: F401
+    import torch.distributed as dist
+
+    from megatron_rl.build import build_run
+    from megatron_rl.config import RunConfig
+    from megatron_rl.platforms.base import detect
+    from megatron_rl.preflight import read_inputs
+
+    recipe = recipe_of(model_dir, output_dir)
+    recipe["parallel"] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    config = RunConfig.model_validate(recipe)
+    inputs = read_inputs(config, dist.get_world_size())
+    return build_run(config, inputs, detect(), say=lambda line: None)
