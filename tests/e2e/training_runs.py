@@ -50,9 +50,6 @@ class Runs:
         self.folder = folder
 
     def train(self, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
-        return self.start("train", name, ranks, *overrides)
-
-    def start(self, command: str, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
         """Exit code and everything printed."""
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(
@@ -64,7 +61,7 @@ class Runs:
             start += ["-m", "megatron_rl"]
         # A pipe, as `| tee` is: it closes when the last process of the run has ended.
         done = subprocess.run(
-            [sys.executable, *start, command, str(recipe), *overrides],
+            [sys.executable, *start, "train", str(recipe), *overrides],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
