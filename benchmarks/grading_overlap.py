@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -102,20 +103,11 @@ def measure(
 
     from megatron_rl.build import build_run
     from megatron_rl.loop import run_iteration
-    from megatron_rl.rollout.sampler import SamplingPlan
-    from megatron_rl.rollout.source import SampledRollouts
 
     run = build_run(config, inputs, platform, say=lambda message: None)
-    assert run.sampling is not None
-    run.push_weights()
-    plan = SamplingPlan(
-        purpose="train", group_size=8, temperature=1.0, max_response_tokens=args.tokens
-    )
+    run.rollouts.receive(run.policy)
     scorers = {"dealt": Dealt(), "graded": Graded(RewardScorer(RewardConfig()), responses)}
-    sources = {
-        name: SampledRollouts(run.sampling.engine, run.sampling.sampler, scorer, plan)
-        for name, scorer in scorers.items()
-    }
+    sources = {name: replace(run.rollouts, scorer=scorer) for name, scorer in scorers.items()}
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in scorers}
     for iteration, name in zip(
         range(1, 2 * args.iterations + 3), itertools.cycle(scorers), strict=False

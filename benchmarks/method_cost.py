@@ -85,10 +85,12 @@ class Bench:
             max_response_tokens=RESPONSE_TOKENS,
             dtype=torch.float32,
         )
+        metrics: dict[str, float] = {}
         trainer = Trainer(
             self.policy,
             algorithm,
             plan_passes(algorithm, num_updates=self.num_updates, epochs=1),
+            metrics.update,
             epochs=1,
             reference=self.policy.snapshot(),
             critic=self.critic if algorithm.preset.needs_critic else None,
@@ -100,8 +102,7 @@ class Bench:
         start = time.perf_counter()
         selection = algorithm.select(self.rollouts, update_of=update_of, seed=(0,))
         batches = trainer.add_logprobs(packer.pack(selection, self.num_updates))
-        batches, _ = trainer.add_advantages(batches)
-        metrics = trainer.update(batches)
+        trainer.update(trainer.add_advantages(batches))
         seconds = time.perf_counter() - start
         return seconds, metrics["policy/trained_tokens"], len(selection.samples)
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 
 from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.votes import MathEquality
+from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
-from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
 from megatron_rl.parallel.collectives import agree_or_raise, same_or_raise
@@ -24,17 +25,23 @@ from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import Platform
 from megatron_rl.policy.critic import Critic
+from megatron_rl.policy.initial_kl import InitialKl
 from megatron_rl.policy.model import DTYPES
 from megatron_rl.policy.passes import plan_passes
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.reward.scorer import RewardScorer
-from megatron_rl.rollout.sampler import Sampler, SamplingPlan
-from megatron_rl.rollout.source import GoldRollouts, RolloutSource, SampledRollouts
+from megatron_rl.rollout.gold import GoldRollouts
+from megatron_rl.rollout.sampled import SampledRollouts
+from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.rollout.vllm_engine import VllmEngine
-from megatron_rl.run import Run, Sampling
+from megatron_rl.run import Run
+from megatron_rl.types import Draw
 from megatron_rl.weights.sync import WeightSync
+
+DEFAULT_GAP = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.5}
+"""rollout.max_logprob_gap by the engine's dtype, in nats."""
 
 
 def build_run(
@@ -44,6 +51,7 @@ def build_run(
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
     groups = make_groups(platform, config.parallel, rollout_tp)
     say(choose_ops(config.ops.backend, groups))
+    meter = Meter(groups)
     algorithm = Algorithm(config.algorithm)
     passes = plan_passes(
         algorithm,
@@ -53,46 +61,70 @@ def build_run(
     )
     run_updates = config.run.num_iterations * config.num_updates * config.optimizer.epochs
     policy = build_policy(config, inputs, groups, run_updates)
-    keeps_reference = passes.ref or (config.metrics.kl_every and not config.is_supervised)
-    reference = policy.snapshot() if keeps_reference else None
+    # Where all responses go through the reference pass, the loss or the reward measures this KL.
+    is_measured_anyway = passes.ref and algorithm.preset.selection == ("all",)
+    kl_every = 0 if config.is_supervised or is_measured_anyway else config.metrics.kl_every
+    initial = policy.snapshot() if passes.ref or kl_every else None
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, run_updates)
-    sampling = None if config.is_supervised else _build_sampling(config, inputs, groups)
+    packer = build_packer(config, algorithm, groups, policy.dtype)
     output_dir = Path(config.run.output_dir)
     return Run(
         config=config,
         inputs=inputs,
         groups=groups,
+        meter=meter,
         prompts=inputs.prompts,
-        policy=policy,
-        algorithm=algorithm,
-        packer=Packer(
-            groups,
-            algorithm,
-            row_tokens=config.row_tokens,
-            row_multiple=groups.layout.tp if config.parallel.sequence_parallel else 1,
-            max_response_tokens=config.rollout.max_response_tokens,
-            dtype=torch.float64 if policy.dtype == torch.float64 else torch.float32,
+        rollouts=GoldRollouts(groups, meter)
+        if config.is_supervised
+        else build_sampled(config, inputs, groups, meter, say, load_weights=False),
+        rollout_log=RolloutLog(config.metrics, output_dir, groups),
+        selector=Selector(
+            algorithm=algorithm,
+            world=groups.host,
+            prompts_per_update=config.optimizer.prompts_per_update,
+            run_seed=config.run.seed,
+            report=meter.report,
         ),
+        packer=packer,
+        policy=policy,
         trainer=Trainer(
             policy,
             algorithm,
             passes,
+            meter.report,
             epochs=config.optimizer.epochs,
-            reference=reference,
+            reference=initial if passes.ref else None,
             critic=critic,
             critic_config=config.critic,
         ),
-        rollouts=_rollout_source(config, groups, sampling),
-        sampling=sampling,
-        evaluator=build_evaluator(config, inputs, groups) if sampling else None,
+        initial_kl=InitialKl(
+            policy,
+            packer,
+            initial,
+            meter.report,
+            every=kl_every,
+            num_rollouts=config.metrics.kl_rollouts,
+        ),
         store=CheckpointStore(
             output_dir / "checkpoints", groups, keep_last=config.checkpoint.keep_last
         ),
-        timer=PhaseTimer(synchronize=platform.synchronize),
-        rollout_log=RolloutLog(config.metrics, output_dir, groups),
         stop=StopRequest(),
         say=say,
+    )
+
+
+def build_packer(
+    config: RunConfig, algorithm: Algorithm, groups: Groups, dtype: torch.dtype
+) -> Packer:
+    """dtype: of the policy."""
+    return Packer(
+        groups,
+        algorithm,
+        row_tokens=config.row_tokens,
+        row_multiple=groups.layout.tp if config.parallel.sequence_parallel else 1,
+        max_response_tokens=config.rollout.max_response_tokens,
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )
 
 
@@ -170,10 +202,8 @@ def build_engine(
     )
 
 
-def build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evaluator | None:
-    """The recipe's benchmarks, or None."""
-    if not config.evaluation.benchmarks:
-        return None
+def build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evaluator:
+    """The recipe's benchmarks, of which there may be none."""
     return Evaluator(
         config.evaluation,
         inputs.benchmarks,
@@ -186,30 +216,34 @@ def build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evalua
     )
 
 
-def _build_sampling(config: RunConfig, inputs: Inputs, groups: Groups) -> Sampling:
+def build_sampled(
+    config: RunConfig,
+    inputs: Inputs,
+    groups: Groups,
+    meter: Meter,
+    say: Callable[[str], None],
+    *,
+    load_weights: bool,
+) -> SampledRollouts:
+    """The engine and all that hangs on it; load_weights: the engine reads the checkpoint itself."""
     scorer = RewardScorer(config.reward)
-    engine = build_engine(config, inputs, groups, load_weights=False)
-    return Sampling(
+    engine = build_engine(config, inputs, groups, load_weights=load_weights)
+    dtype = DTYPES[config.engine_dtype]
+    return SampledRollouts(
         engine=engine,
         sampler=Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed),
         scorer=scorer,
-        sync=build_sync(config, inputs, groups, engine),
+        sync=WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype),
+        evaluator=build_evaluator(config, inputs, groups),
+        reward=config.reward,
+        draw=Draw(
+            purpose="train",
+            group_size=config.rollout.group_size,
+            temperature=config.rollout.temperature,
+            max_response_tokens=config.rollout.max_response_tokens,
+        ),
+        max_logprob_gap=config.rollout.max_logprob_gap or DEFAULT_GAP[config.engine_dtype],
+        groups=groups,
+        meter=meter,
+        say=say,
     )
-
-
-def build_sync(config: RunConfig, inputs: Inputs, groups: Groups, engine: VllmEngine) -> WeightSync:
-    """The bridge from the policy's weights to the engine's."""
-    dtype = DTYPES[config.engine_dtype]
-    return WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype)
-
-
-def _rollout_source(config: RunConfig, groups: Groups, sampling: Sampling | None) -> RolloutSource:
-    if sampling is None:
-        return GoldRollouts(groups)
-    plan = SamplingPlan(
-        purpose="train",
-        group_size=config.rollout.group_size,
-        temperature=config.rollout.temperature,
-        max_response_tokens=config.rollout.max_response_tokens,
-    )
-    return SampledRollouts(sampling.engine, sampling.sampler, sampling.scorer, plan)

@@ -21,13 +21,12 @@ from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.writers import MetricsWriter, open_writers
-from megatron_rl.parallel.groups import Groups, init_distributed
+from megatron_rl.parallel.groups import init_distributed
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import Inputs, read_inputs
+from megatron_rl.preflight import read_inputs
 from megatron_rl.types import IterationMetrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
-    from megatron_rl.rollout.vllm_engine import VllmEngine
     from megatron_rl.run import Run
 
 PACKAGES = (
@@ -53,20 +52,18 @@ def train_session(config: RunConfig) -> None:
     output = Path(config.run.output_dir)
     if is_main:
         _write_description(config, output, platform)
-    early = _Early()
+    recorder = _Recorder(config, is_main=is_main)
 
     from megatron_rl.build import build_run
     from megatron_rl.loop import train
 
-    run = build_run(config, inputs, platform, say=early.say)
+    run = build_run(config, inputs, platform, say=recorder.say)
     for line in _start_lines(run):
-        early.say(line)
-    recorder = _Recorder(config, early, is_main=is_main)
-    run.say = recorder.say
+        recorder.say(line)
     run.stop.listen()
     exported = run.export() if train(run, recorder.record) else None
     recorder.close(run.policy.version, exported)
-    _leave(run.close)
+    _leave(run.rollouts.close)
 
 
 def evaluate_session(config: RunConfig) -> None:
@@ -81,60 +78,41 @@ def evaluate_session(config: RunConfig) -> None:
     platform.prepare_megatron()
     init_distributed(platform)
 
-    from megatron_rl.build import build_evaluator
+    from megatron_rl.build import build_policy, build_sampled
+    from megatron_rl.metrics.meter import Meter
     from megatron_rl.parallel.groups import make_groups
-    from megatron_rl.reward.scorer import RewardScorer
-    from megatron_rl.rollout.sampler import Sampler
 
     groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
-    engine = _engine_with_weights(config, inputs, groups)
-    evaluator = build_evaluator(config, inputs, groups)
-    assert evaluator is not None
-    scorer = RewardScorer(config.reward)
-    sampler = Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed)
-    evaluation = evaluator.run(sampler, scorer, iteration=None, policy_version=0)
+    # The engine reads Hugging Face files itself; others come through the policy and the bridge.
+    is_hf = inputs.model.megatron_dir is None
+    rollouts = build_sampled(config, inputs, groups, Meter(groups), _say_early, load_weights=is_hf)
+    if not is_hf:
+        rollouts.receive(build_policy(config, inputs, groups, run_updates=1))  # none is taken
+    evaluation = rollouts.evaluate(iteration=None, policy_version=0)
     if groups.is_main:
         print(f"{config.model.path}, temperature {config.evaluation.temperature:g}")
         print(*evaluation.table(), sep="\n")
         print(f"written to {Path(config.run.output_dir) / 'evaluation'}")
-
-    def close() -> None:
-        scorer.close()
-        engine.shutdown()
-
-    _leave(close)
+    _leave(rollouts.close)
 
 
-def _engine_with_weights(config: RunConfig, inputs: Inputs, groups: Groups) -> "VllmEngine":
-    """It reads Hugging Face files itself; others come through the policy and the bridge."""
-    from megatron_rl.build import build_engine, build_policy, build_sync
-
-    if inputs.model.megatron_dir is None:
-        return build_engine(config, inputs, groups, load_weights=True)
-    policy = build_policy(config, inputs, groups, run_updates=1)  # none is taken
-    engine = build_engine(config, inputs, groups, load_weights=False)
-    build_sync(config, inputs, groups, engine).push(policy.named_parameters())
-    return engine
-
-
-class _Early:
-    """Lines said before the display exists, on the main rank."""
-
-    def say(self, message: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(message, flush=True)
+def _say_early(message: str) -> None:
+    """Say a line before the display exists, on the main rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 
 class _Recorder:
     """Writers and display; on the main rank only, silent elsewhere."""
 
-    def __init__(self, config: RunConfig, early: _Early, *, is_main: bool) -> None:
-        self._config, self._early, self._is_main = config, early, is_main
+    def __init__(self, config: RunConfig, *, is_main: bool) -> None:
+        self._config, self._is_main = config, is_main
         self._display: Display | None = None
         self._writers: list[MetricsWriter] = []
 
     def say(self, message: str) -> None:
-        (self._display or self._early).say(message)
+        say = _say_early if self._display is None else self._display.say
+        say(message)
 
     def record(self, metrics: IterationMetrics) -> None:
         if self._display is None:
@@ -193,7 +171,7 @@ def _start(config: RunConfig) -> Platform:
 
 def _start_lines(run: "Run") -> list[str]:
     layout, prompts = run.groups.layout, run.prompts.report
-    lines = [
+    return [
         f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
         + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
@@ -203,16 +181,10 @@ def _start_lines(run: "Run") -> list[str]:
         + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else "")
         + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),
         *(f"  {row}" for row in prompts.hopeless_rows),
-        f"algorithm: {run.config.algorithm.preset} {run.algorithm.preset}",
+        f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.preset}",
         *run.trainer.passes.reasons,
+        *run.rollouts.describe(),
     ]
-    if run.sampling is not None:
-        stats = run.sampling.sync.stats
-        lines.append(
-            f"rollout: {run.groups.engines.num_engines} engines of TP {run.groups.engines.tp}; "
-            f"weight sync moves {stats.wire_total / 2**20:.2f} MiB in {stats.num_buckets} buckets"
-        )
-    return lines
 
 
 def _write_description(config: RunConfig, output: Path, platform: Platform) -> None:

@@ -8,7 +8,7 @@ weights, with gradient), `old_logprobs` (trainer, before this iteration's first 
 `rollout_logprobs` (engine, at sampling time), `ref_logprobs` (frozen reference policy).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -38,6 +38,16 @@ class Prompt:
     source: str = ""  # name of the data set it came from
     text: str = ""  # the question, without template
     gold_tokens: Tensor | None = None  # [R] int64, ends with the end-of-sequence token (sft only)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How many responses are sampled for every prompt of a batch, and how."""
+
+    purpose: str  # "train", "probe" or a benchmark's name: part of every request's seed
+    group_size: int
+    temperature: float  # 0 is greedy
+    max_response_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -146,3 +156,7 @@ class IterationMetrics:
 
     iteration: int
     values: dict[str, float] = field(default_factory=dict)
+
+
+Report = Callable[[Mapping[str, float]], None]
+"""Takes metrics of the iteration at hand; every room has one and need not know who listens."""

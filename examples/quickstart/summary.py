@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.metrics.writers import read_jsonl
 
@@ -19,9 +20,8 @@ def main() -> None:
     before, after = measured[0][1], measured[-1][1]
     print(f"held-out accuracy (average@4): {before:.1%} after the warm-up, {after:.1%} after RL")
     steady = records[len(records) // 2 :]
-    means = {
-        phase: sum(r.get(f"time/{phase}_s", 0.0) for r in steady) / len(steady) for phase in PHASES
-    }
+    means = {phase: mean_seconds(steady, phase) for phase in PHASES}
+    means["iteration"] -= mean_seconds(steady, "evaluation")
     print("seconds per iteration: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
     for what, path in (
         ("curves", "rl/plot.png"),
@@ -32,6 +32,10 @@ def main() -> None:
         ("resolved recipe", "rl/config.yaml"),
     ):
         print(f"  {what:20s} {output / path}")
+
+
+def mean_seconds(records: list[dict[str, Any]], phase: str) -> float:
+    return sum(float(record.get(f"time/{phase}_s", 0.0)) for record in records) / len(records)
 
 
 if __name__ == "__main__":

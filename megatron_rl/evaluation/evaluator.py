@@ -1,6 +1,6 @@
 """Held-out problems through the same engine and verifier as training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer
-from megatron_rl.reward.scorer import RewardScorer
-from megatron_rl.rollout.sampler import Sampler, SamplingPlan
-from megatron_rl.types import Prompt
+from megatron_rl.types import Draw, Prompt, RolloutGroup
+
+Drawn = Callable[[Sequence[Prompt], Draw], list[RolloutGroup]]
+"""Samples and grades; this rank's groups of the batch, each group being on one rank."""
 
 
 class Evaluator:
@@ -41,22 +42,21 @@ class Evaluator:
         self._model, self._seed = model, seed
         self._problems = problems
 
-    def run(
-        self, sampler: Sampler, scorer: RewardScorer, *, iteration: int | None, policy_version: int
-    ) -> Evaluation:
+    def run(self, drawn: Drawn, *, iteration: int | None, policy_version: int) -> Evaluation:
         """The result on every benchmark, equal on all ranks; every rank calls it.
 
-        Seeds do not depend on the iteration, so two evaluations differ by the policy alone. In
-        evaluation/, <benchmark>_<iteration>.jsonl gets the responses to each problem, and
+        In evaluation/, <benchmark>_<iteration>.jsonl gets the responses to each problem, and
         summary_<iteration>.json the result; without an iteration the names have none.
         """
+        if not self._problems:
+            return Evaluation.empty()
         suffix = "" if iteration is None else f"_{iteration:06d}"
         bootstrap = Bootstrap(
             resamples=self._config.resamples, confidence=self._config.confidence, seed=self._seed
         )
         results = {}
         for name, prompts in self._problems.items():
-            problems = self._sample(name, prompts, sampler, scorer, policy_version)
+            problems = self._sample(name, prompts, drawn)
             results[name] = measure(name, problems, bootstrap)
             if self._groups.is_main:
                 write_problems(problems, self._directory / f"{name}{suffix}.jsonl")
@@ -79,26 +79,15 @@ class Evaluator:
             write_summary(summary, self._directory / f"summary{suffix}.json")
         return evaluation
 
-    def _sample(
-        self,
-        name: str,
-        prompts: Sequence[Prompt],
-        sampler: Sampler,
-        scorer: RewardScorer,
-        policy_version: int,
-    ) -> list[Problem]:
+    def _sample(self, name: str, prompts: Sequence[Prompt], drawn: Drawn) -> list[Problem]:
         """The problems of a benchmark in its order, on all ranks."""
-        plan = SamplingPlan(
+        draw = Draw(
             purpose=f"evaluation/{name}",
             group_size=self._config.samples,
             temperature=self._config.temperature,
             max_response_tokens=self._max_response_tokens,
         )
-        groups = sampler.generate(
-            prompts, plan, iteration=0, policy_version=policy_version, grader=scorer
-        )
-        scores = scorer.collect()
-        own = [to_problem(group, scores) for group in groups]
+        own = [to_problem(group) for group in drawn(prompts, draw)]
         voted = [
             replace(problem, majority=chance)
             for problem, chance in zip(own, majority(own, self._equality), strict=True)

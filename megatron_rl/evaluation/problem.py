@@ -1,9 +1,7 @@
 """What became of one problem of a benchmark."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_rl.reward.scorer import Key, Score
 from megatron_rl.types import RolloutGroup, Verdict
 
 
@@ -31,17 +29,15 @@ class Problem:
         return self.verdicts.count(Verdict.TIMEOUT) + self.verdicts.count(Verdict.ERROR)
 
 
-def to_problem(group: RolloutGroup, scores: Mapping[Key, Score]) -> Problem:
-    """A group of a benchmark's prompt, with what the scorer says of each response."""
-    number = group.prompt.group_id
-    own = [scores[number, index] for index in range(len(group.rollouts))]
+def to_problem(group: RolloutGroup) -> Problem:
+    """A graded group of a benchmark's prompt."""
     return Problem(
-        number=number,
+        number=group.prompt.group_id,
         prompt=group.prompt.text,
         answer=group.prompt.answer,
         responses=tuple(rollout.text for rollout in group.rollouts),
-        verdicts=tuple(str(score.verdict) for score in own),
-        extracted=tuple(score.extracted for score in own),
+        verdicts=tuple(str(rollout.verdict) for rollout in group.rollouts),
+        extracted=tuple(rollout.extracted for rollout in group.rollouts),
         tokens=tuple(len(rollout.response_tokens) for rollout in group.rollouts),
         truncated=tuple(rollout.finish_reason == "length" for rollout in group.rollouts),
     )

@@ -22,6 +22,11 @@ class Evaluation:
     benchmarks: Mapping[str, BenchmarkResult]
     overall: Mapping[str, Measured]  # the benchmarks' average; empty with one benchmark
 
+    @classmethod
+    def empty(cls) -> "Evaluation":
+        """The result where there are no benchmarks."""
+        return cls(samples=0, confidence=0.0, benchmarks={}, overall={})
+
     def metrics(self) -> dict[str, float]:
         """As a run records them."""
         k = self.samples

@@ -6,7 +6,7 @@ PHASES = ("rollout", "reward", "logprob", "update", "weight_sync", "evaluation",
 """The timed parts of an iteration, in loop order; they may overlap (reward runs during rollout)."""
 
 METRICS: dict[str, str] = {
-    "reward/mean": "mean reward of all responses drawn",
+    "reward/mean": "mean reward of the responses that could be graded",
     "reward/accuracy": "share of all responses drawn whose verdict is correct",
     "reward/groups_all_correct_frac": "share of prompts with only correct responses",
     "reward/groups_all_wrong_frac": "share of prompts without a correct response",

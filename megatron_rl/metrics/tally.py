@@ -11,6 +11,7 @@ COUNTS = (
     "responses",
     "tokens",
     "truncated",
+    "rewarded",  # responses that have a reward: all but failed verifications
     "reward",
     "logprob",
     "logprob_tokens",
@@ -40,12 +41,14 @@ def count(groups: Sequence[RolloutGroup], parts: Sequence[str] = ()) -> tuple[li
             total["responses"] += 1
             total["tokens"] += length
             total["truncated"] += rollout.finish_reason == "length"
-            total["reward"] += rollout.reward or 0.0
             if rollout.rollout_logprobs is not None:
                 total["logprob"] += float(rollout.rollout_logprobs.double().sum())
                 total["logprob_tokens"] += length
-            for part, value in rollout.reward_parts.items():
-                total[f"{_PART}{part}"] += value
+            if rollout.reward is not None:
+                total["rewarded"] += 1
+                total["reward"] += rollout.reward
+                for part, value in rollout.reward_parts.items():
+                    total[f"{_PART}{part}"] += value
             if rollout.verdict is not None:
                 total[f"verdict_{rollout.verdict}"] += 1
     return list(total.values()), float(longest)
@@ -63,9 +66,10 @@ def metrics(total: Mapping[str, float], longest: float) -> dict[str, float]:
     }
     graded = sum(total[f"verdict_{verdict}"] for verdict in Verdict)
     if graded:
+        rewarded = max(total["rewarded"], 1.0)
         mixed = total["groups"] - total["groups_all_correct"] - total["groups_all_wrong"]
         values |= {
-            "reward/mean": total["reward"] / responses,
+            "reward/mean": total["reward"] / rewarded,
             "reward/accuracy": total["verdict_correct"] / responses,
             "reward/groups_all_correct_frac": total["groups_all_correct"] / groups,
             "reward/groups_all_wrong_frac": total["groups_all_wrong"] / groups,
@@ -75,7 +79,7 @@ def metrics(total: Mapping[str, float], longest: float) -> dict[str, float]:
                 for verdict in Verdict
             },
             **{
-                f"reward/{name}_mean": value / responses
+                f"reward/{name}_mean": value / rewarded
                 for name, value in total.items()
                 if name.startswith(_PART)
             },

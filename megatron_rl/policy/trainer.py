@@ -3,20 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.gae import adapted_kl_coef
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
-from megatron_rl.ops.token_loss import k3
-from megatron_rl.parallel.collectives import sum_over
 from megatron_rl.policy.config import CriticConfig
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.passes import PassPlan
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.token_advantages import Estimated, estimate
-from megatron_rl.types import MicroBatch, MiniBatch
+from megatron_rl.types import MicroBatch, MiniBatch, Report
 
 
 class Trainer:
@@ -27,6 +24,7 @@ class Trainer:
         policy: Policy,
         algorithm: Algorithm,
         passes: PassPlan,
+        report: Report,
         *,
         epochs: int,
         reference: dict[str, Tensor] | None,
@@ -37,7 +35,7 @@ class Trainer:
         self.policy, self.algorithm, self.passes = policy, algorithm, passes
         self.critic, self._critic_config = critic, critic_config or CriticConfig()
         self.kl_reward_coef = algorithm.config.kl_reward_coef
-        self._epochs, self._reference = epochs, reference
+        self._report, self._epochs, self._reference = report, epochs, reference
 
     def add_logprobs(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
         """Old and reference log-probs, where they are needed and nowhere else.
@@ -60,12 +58,10 @@ class Trainer:
                     result[batch.update] = _with_ref(result[batch.update], values)
         return result
 
-    def add_advantages(
-        self, batches: Sequence[MiniBatch]
-    ) -> tuple[list[MiniBatch], dict[str, float]]:
-        """Advantages per token from the critic, where there is one; with what was measured."""
+    def add_advantages(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
+        """Advantages per token from the critic, where there is one."""
         if self.critic is None or not list(_trained(batches)):
-            return list(batches), {}
+            return list(batches)
         values = [
             self.critic.values(batch.microbatches) if batch.num_samples else None
             for batch in batches
@@ -77,10 +73,11 @@ class Trainer:
             kl_coef=self.kl_reward_coef,
             sum_over_ranks=self.policy.summed,
         )
-        return estimated.batches, self._adapt_kl_coef(estimated)
+        self._adapt_kl_coef(estimated)
+        return estimated.batches
 
-    def update(self, batches: Sequence[MiniBatch]) -> dict[str, float]:
-        """All optimizer steps of the iteration; means over them, largest values as such."""
+    def update(self, batches: Sequence[MiniBatch]) -> None:
+        """Take all optimizer steps of the iteration; means over them are reported."""
         trained = list(_trained(batches))
         history: list[dict[str, float]] = []
         updates = 0
@@ -99,11 +96,13 @@ class Trainer:
                 if self._keeps_own_as_old(is_first=is_first):
                     trained[0] = _with_old(batch, result.logprobs)
         skipped = (len(batches) - len(trained)) * self._epochs
-        return {
-            **_over_steps(history),
-            "policy/updates": float(updates),
-            "policy/skipped_updates": float(skipped),
-        }
+        self._report(
+            {
+                **_over_steps(history),
+                "policy/updates": float(updates),
+                "policy/skipped_updates": float(skipped),
+            }
+        )
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run must know besides weights and optimizers."""
@@ -135,14 +134,16 @@ class Trainer:
             and not self.passes.old_first
         )
 
-    def _adapt_kl_coef(self, estimated: Estimated) -> dict[str, float]:
+    def _adapt_kl_coef(self, estimated: Estimated) -> None:
         config = self.algorithm.config
         if not config.kl_reward_coef:
-            return {}
-        measured = {
-            "critic/kl_per_response": estimated.kl_mean,
-            "critic/kl_reward_coef": self.kl_reward_coef,
-        }
+            return
+        self._report(
+            {
+                "critic/kl_per_response": estimated.kl_mean,
+                "critic/kl_reward_coef": self.kl_reward_coef,
+            }
+        )
         if config.kl_reward_target is not None:
             self.kl_reward_coef = adapted_kl_coef(
                 self.kl_reward_coef,
@@ -151,34 +152,6 @@ class Trainer:
                 responses=estimated.responses,
                 horizon=config.kl_reward_horizon,
             )
-        return measured
-
-    def kl_to_reference(self, microbatches: Sequence[MicroBatch]) -> dict[str, float]:
-        """KL of the sampling policy to the reference, over rollouts drawn before selection."""
-        assert self._reference is not None
-        with self.policy.weights_replaced(self._reference):
-            values = self.policy.logprobs(microbatches)
-        sums = torch.zeros(3, dtype=torch.float64)
-        if values is not None and self.policy.groups.is_first_copy:
-            for batch, ref in zip(microbatches, values, strict=True):
-                if batch.rollout_logprobs is None:
-                    continue
-                sampled = batch.rollout_logprobs[batch.loss_rows]
-                log_ratio = (sampled - ref).double().cpu()
-                sums += torch.stack(
-                    [
-                        torch.tensor(float(len(log_ratio)), dtype=torch.float64),
-                        log_ratio.sum(),
-                        k3(-log_ratio).sum(),
-                    ]
-                )
-        tokens, k1_sum, k3_sum = sum_over(sums.tolist(), self.policy.groups.host)
-        if tokens == 0:
-            return {}
-        return {
-            "policy/kl_initial_k1": k1_sum / tokens,
-            "policy/kl_initial_k3": k3_sum / tokens,
-        }
 
 
 def _trained(batches: Sequence[MiniBatch]) -> Iterator[MiniBatch]:

@@ -1,24 +1,13 @@
 """Prompts to rollout groups: spread over the engine replicas, graded as responses finish."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_rl.batching.balance import balance
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.rollout.engine import Engine, Request, Response, request_seed
-from megatron_rl.types import Prompt, Rollout, RolloutGroup
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingPlan:
-    """What to draw for every prompt."""
-
-    purpose: str  # "train", or the name of a benchmark: part of every request's seed
-    group_size: int
-    temperature: float
-    max_response_tokens: int
+from megatron_rl.types import Draw, Prompt, Rollout, RolloutGroup
 
 
 class Grader(Protocol):
@@ -43,7 +32,7 @@ class Sampler:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        plan: SamplingPlan,
+        draw: Draw,
         *,
         iteration: int,
         policy_version: int,
@@ -74,15 +63,15 @@ class Sampler:
             grader.submit(response.key, text, own[group_id].answer, len(response.tokens))
 
         requests = [
-            self._request(prompt, index, plan, iteration)
+            self._request(prompt, index, draw, iteration)
             for prompt in share
-            for index in range(plan.group_size)
+            for index in range(draw.group_size)
         ]
         self._engine.generate(requests, on_finished, grader.poll)
         return [
             RolloutGroup(
                 prompt=prompt,
-                rollouts=tuple(rollouts[group_id][index] for index in range(plan.group_size)),
+                rollouts=tuple(rollouts[group_id][index] for index in range(draw.group_size)),
             )
             for group_id, prompt in own.items()
         ]
@@ -93,11 +82,11 @@ class Sampler:
         shares = balance([len(prompt.tokens) for prompt in prompts], engines.num_engines)
         return [prompts[index] for index in shares[engines.engine_of(self._groups.rank)]]
 
-    def _request(self, prompt: Prompt, index: int, plan: SamplingPlan, iteration: int) -> Request:
+    def _request(self, prompt: Prompt, index: int, draw: Draw, iteration: int) -> Request:
         return Request(
             key=(prompt.group_id, index),
             prompt_tokens=tuple(prompt.tokens.tolist()),
-            temperature=plan.temperature,
-            max_tokens=plan.max_response_tokens,
-            seed=request_seed(self._run_seed, plan.purpose, iteration, prompt.group_id, index),
+            temperature=draw.temperature,
+            max_tokens=draw.max_response_tokens,
+            seed=request_seed(self._run_seed, draw.purpose, iteration, prompt.group_id, index),
         )

@@ -16,7 +16,7 @@ COMMANDS = sorted((ROOT / "tools").rglob("*.py"))
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
     "__main__", "session", "plan", "grade", "build", "loop", "run", "preflight", "config",
-    "evaluation", "checkpoint", "conversion", "rollout", "policy", "weights", "batching", "prompts",
+    "checkpoint", "conversion", "rollout", "evaluation", "policy", "weights", "batching", "prompts",
     "reward", "algorithms", "metrics", "parallel", "ops", "platforms", "types", "settings",
     "errors",
 ]  # fmt: skip

@@ -31,14 +31,14 @@ from megatron_rl.run import Run
 
 def stale_tied_head(run: Run) -> float:
     """The gap when an update leaves out the packed copy that a tied head has of its own."""
-    return _gap_without(run, run.sampling.engine.weights, "_repack_tied_head")
+    return _gap_without(run, run.rollouts.engine.weights, "_repack_tied_head")
 
 
 def unpacked_experts(run: Run) -> float:
     """The gap when an update leaves out to pack the experts, as vLLM does."""
     experts = [
         module.quant_method.moe_kernel.fused_experts
-        for module in run.sampling.engine.weights._model.modules()
+        for module in run.rollouts.engine.weights._model.modules()
         if hasattr(getattr(module, "quant_method", None), "moe_kernel")
     ]
     return _gap_without(run, type(experts[0]), "process_weights_after_loading")
@@ -61,7 +61,7 @@ def _gap_without(run: Run, owner: Any, step: str) -> float:
 def corruption(run: Run) -> list[str]:
     """One element of one shard of the last engine changes just before it is committed."""
     name = "model.layers.2.mlp.gate_up_proj.weight"
-    weights = run.sampling.engine.weights
+    weights = run.rollouts.engine.weights
     is_last = dist.get_rank() == dist.get_world_size() - 1
 
     def corrupting_execute(plan: Any, *rest: Any, after_bucket: Any, **named: Any) -> None:
@@ -81,7 +81,7 @@ def corruption(run: Run) -> list[str]:
 
 def skipped_commit(run: Run) -> list[str]:
     """All ranks leave one module out: nobody may sample from half an update."""
-    weights = run.sampling.engine.weights
+    weights = run.rollouts.engine.weights
     stock = weights.commit
 
     def all_but_one(modules: Any) -> None:
@@ -95,7 +95,7 @@ def skipped_commit(run: Run) -> list[str]:
 
 def skipped_moves(run: Run) -> list[str]:
     """A plan without the moves of one module, on all ranks."""
-    sync = run.sampling.sync
+    sync = run.rollouts.sync
     less = replace(
         sync._plan,
         buckets=tuple(
@@ -121,7 +121,11 @@ def handed_on(run: Run) -> list[dict[str, int]]:
 
 def probe(run: Run) -> dict[str, Any]:
     """The start-up check, on equal weights, on other ones, and on broken ones."""
-    run.probe_engine()
+
+    def probe() -> None:
+        run.rollouts.probe(run.policy, run.packer, run.prompts.all_prompts())
+
+    probe()
     other, broken = [], []
     params = run.policy.named_parameters()
     for kind, into in ((1.5, other), (torch.nan, broken)):
@@ -130,10 +134,10 @@ def probe(run: Run) -> dict[str, Any]:
                 norm = params["decoder.final_layernorm.weight"]
                 kept = norm.clone()
                 norm.mul_(kind)
-            into += everywhere(error_of(run.probe_engine, RunError))
+            into += everywhere(error_of(probe, RunError))
             if run.groups.is_last_stage:
                 norm.copy_(kept)
-    run.probe_engine()
+    probe()
     return {"agreed": True, "other": other, "nan": broken}
 
 
@@ -143,7 +147,7 @@ def seeds(run: Run) -> dict[str, bool]:
     requests = requests_of(prompts)
     first = answers(run, requests)
     again = answers(run, requests)
-    run.sampling.engine._llm.reset_prefix_cache()
+    run.rollouts.engine._llm.reset_prefix_cache()
     after_reset = answers(run, requests)
     halves = answers(run, requests[::2]) | answers(run, requests[1::2])
     single: dict[Any, Any] = {}
@@ -176,7 +180,7 @@ def spread(run: Run) -> dict[str, Any]:
     """Which prompts the engines are asked for, and on which rank groups end up."""
     prompts = run.prompts.next_batch()
     asked: list[int] = []
-    engine = run.sampling.engine
+    engine = run.rollouts.engine
     stock = engine.generate
 
     def generate(requests: Any, *rest: Any) -> None:

@@ -21,9 +21,8 @@ from megatron_rl.parallel.groups import _free_port
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_inputs
 from megatron_rl.rollout.engine import Request, Response
-from megatron_rl.rollout.sampler import SamplingPlan
 from megatron_rl.run import Run
-from megatron_rl.types import MicroBatch, Prompt, RolloutGroup, Sample
+from megatron_rl.types import Draw, MicroBatch, Prompt, RolloutGroup, Sample
 from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
 from megatron_rl.weights.pieces import view
 
@@ -151,14 +150,14 @@ def shared_memory() -> list[str]:
 
 
 def sample(run: Run, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
-    plan = SamplingPlan(
+    draw = Draw(
         purpose="train",
         group_size=run.config.rollout.group_size,
         temperature=TEMPERATURE,
         max_response_tokens=RESPONSE_TOKENS,
     )
-    return run.sampling.sampler.generate(
-        prompts, plan, iteration=iteration, policy_version=run.policy.version, grader=NoGrader()
+    return run.rollouts.sampler.generate(
+        prompts, draw, iteration=iteration, policy_version=run.policy.version, grader=NoGrader()
     )
 
 
@@ -205,8 +204,8 @@ def train_once(run: Run, groups: Sequence[RolloutGroup], prompts: Sequence[Promp
         for group in groups
     ]
     version = run.policy.version
-    selection = run.select(graded, prompts, iteration=1)
-    batches = run.trainer.add_logprobs(run.packer.pack(selection, run.num_updates))
+    selection = run.selector.select(graded, prompts, iteration=1)
+    batches = run.trainer.add_logprobs(run.packer.pack(selection, run.config.num_updates))
     run.trainer.update(batches)
     assert run.policy.version == version + 1
 
@@ -260,7 +259,7 @@ def missing_bytes(run: Run, *, on_node: bool = False) -> int:
 
 
 def push(run: Run) -> Any:
-    return run.sampling.sync.push(run.policy.named_parameters())
+    return run.rollouts.sync.push(run.policy.named_parameters())
 
 
 # -- requests straight to the engine -------------------------------------------------------------
@@ -288,7 +287,7 @@ def answers(run: Run, requests: Sequence[Request]) -> dict[tuple[int, int], tupl
         bits = response.logprobs.view(torch.int32).tolist()
         found[response.key] = (response.tokens.tolist(), bits, response.finish_reason)
 
-    run.sampling.engine.generate(requests, note, lambda: None)
+    run.rollouts.engine.generate(requests, note, lambda: None)
     return found
 
 

@@ -182,17 +182,19 @@ def train(layout: Any, problem: Any, answer: dict[str, Any]) -> dict[str, float]
         passes = plan_passes(
             algorithm, num_updates=len(batches), epochs=EPOCHS, critic_warmup=WARMUP
         )
+        measured: dict[str, float] = {}
         trainer = Trainer(
             policy,
             algorithm,
             passes,
+            measured.update,
             epochs=EPOCHS,
             reference={name: REFERENCE_SCALE * p for name, p in policy.snapshot().items()},
             critic=critic,
             critic_config=CriticConfig(warmup_updates=WARMUP, value_clip=VALUE_CLIP),
         )
-        batches, measured = trainer.add_advantages(trainer.add_logprobs(batches))
-        metrics = trainer.update(batches)
+        batches = trainer.add_advantages(trainer.add_logprobs(batches))
+        trainer.update(batches)
         moves = {name: LR * torch.ones_like(p) for name, p in answer["policy"].items()}
         backbone = answer["critic"]
         critic_moves = {name: CRITIC_LR * torch.ones_like(p) for name, p in backbone.items()}
@@ -201,7 +203,7 @@ def train(layout: Any, problem: Any, answer: dict[str, Any]) -> dict[str, float]
             "critic": largest_error(critic, critic.named_parameters(), backbone, critic_moves)[0],
             "head": 0.0,
             "kl": abs(measured["critic/kl_per_response"] / answer["kl"] - 1),
-            "updates": metrics["policy/updates"],
+            "updates": measured["policy/updates"],
         }
         if critic.value_head is not None:
             error = (critic.value_head - answer["head"]).abs().max() / CRITIC_LR

@@ -240,8 +240,16 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
         passes = plan_passes(algorithm, num_updates=len(batches), epochs=run.epochs)
         assert passes.old == (not algorithm.preset.trains_pairs)
         assert passes.ref == (bool(run.recipe.kl_coef) or algorithm.preset.trains_pairs)
-        trainer = Trainer(policy, algorithm, passes, epochs=run.epochs, reference=policy.snapshot())
-        metrics = trainer.update(trainer.add_logprobs(batches))
+        metrics: dict[str, float] = {}
+        trainer = Trainer(
+            policy,
+            algorithm,
+            passes,
+            metrics.update,
+            epochs=run.epochs,
+            reference=policy.snapshot(),
+        )
+        trainer.update(trainer.add_logprobs(batches))
         moves = {name: answer.weights[name] - answer.start[name] for name in answer.start}
         error, worst = largest_error(policy, policy.named_parameters(), answer.weights, moves)
     return {

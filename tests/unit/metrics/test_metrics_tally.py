@@ -47,7 +47,7 @@ def test_metrics_match_hand_counts():
         "rollout/response_tokens_mean": 20 / 6,
         "rollout/response_tokens_max": 7,
         "rollout/truncated_frac": 1 / 6,
-        "reward/mean": (3 - 2) / 6,
+        "reward/mean": (3 - 2) / 5,  # the response whose grading failed has no reward
         "reward/accuracy": 3 / 6,
         "reward/groups_all_correct_frac": 1 / 3,
         "reward/groups_all_wrong_frac": 1 / 3,

@@ -9,12 +9,12 @@ import torch
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach
 from megatron_rl.rollout.engine import Response
-from megatron_rl.rollout.sampler import Sampler, SamplingPlan
-from megatron_rl.types import Prompt, Verdict
+from megatron_rl.rollout.sampler import Sampler
+from megatron_rl.types import Draw, Prompt, Verdict
 
 TEXTS = ["\\boxed{\\sqrt{12}}", "\\boxed{4}", "\\boxed{x+\\sqrt{12}-x}"]
 PROMPTS = [Prompt(group_id=7, tokens=torch.tensor([1]), answer=r"2\sqrt{3}")]
-PLAN = SamplingPlan(purpose="train", group_size=3, temperature=1.0, max_response_tokens=9)
+DRAW = Draw(purpose="train", group_size=3, temperature=1.0, max_response_tokens=9)
 
 
 class Decoder:
@@ -61,7 +61,7 @@ def test_verdicts_come_while_others_are_sampled(scorer):
     one = SimpleNamespace(tp=1, num_engines=1, tp_rank_of=lambda rank: 0, engine_of=lambda rank: 0)
     groups = SimpleNamespace(rank=0, engines=one)
     sampler = Sampler(engine, Decoder(), groups, run_seed=0)
-    sampled = sampler.generate(PROMPTS, PLAN, iteration=1, policy_version=0, grader=scorer)
+    sampled = sampler.generate(PROMPTS, DRAW, iteration=1, policy_version=0, grader=scorer)
     assert engine.num_steps > 0
     (group,) = attach(sampled, scorer.collect())
     assert [rollout.verdict for rollout in group.rollouts] == [

@@ -1,0 +1,86 @@
+"""One object that collects an iteration's numbers from all rooms and says them at its end."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from megatron_rl.metrics import tally
+from megatron_rl.metrics.timers import PhaseTimer
+from megatron_rl.parallel.collectives import max_over, sum_over
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.types import RolloutGroup, Verdict
+
+RATES = (
+    ("rollout/tokens_per_s", "rollout/tokens", "time/rollout_s"),
+    ("policy/tokens_per_s", "policy/trained_tokens", "time/update_s"),
+)
+"""(metric, tokens that it counts, seconds that it divides them by)."""
+
+
+class Meter:
+    """The numbers of the iteration at hand; every rank has one, and all are told the same.
+
+    A room reports what it measured while the loop runs; `take` ends the iteration. A name that is
+    reported twice keeps the later value.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._timer = PhaseTimer(synchronize=groups.platform.synchronize)
+        self._values: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Bill the time inside to a phase of metrics/names.PHASES."""
+        with self._timer.phase(name):
+            yield
+
+    def report(self, values: Mapping[str, float]) -> None:
+        """Add metrics that are equal on all ranks."""
+        self._values.update(values)
+
+    def count(
+        self, groups: Sequence[RolloutGroup], parts: Sequence[str] = ()
+    ) -> dict[Verdict, int]:
+        """Report everything that was drawn; gives back how often each verdict was passed.
+
+        Every rank calls it with its own groups; the answer is about all of them. parts: the named
+        parts of the reward.
+        """
+        counts, longest = tally.count(groups, parts)
+        world = self._groups.host
+        total = dict(zip(tally.names(parts), sum_over(counts, world), strict=True))
+        self.report(tally.metrics(total, max_over([longest], world)[0]))
+        return {verdict: int(total[f"verdict_{verdict}"]) for verdict in Verdict}
+
+    def take(self) -> dict[str, float]:
+        """All metrics since the last take, with times of the slowest rank; every rank calls it."""
+        times = self._timer.take()
+        peak = float(self._groups.platform.peak_memory_bytes())
+        *slowest, largest = max_over([*times.values(), peak], self._groups.host)
+        values = {
+            **self._values,
+            **dict(zip(times, slowest, strict=True)),
+            "memory/peak_gib": largest / 2**30,
+        }
+        self._values = {}
+        return values | _derived(values)
+
+    def restart(self) -> None:
+        """Forget what was measured so far: start-up is not part of the first iteration."""
+        self._timer.take()
+        self._values = {}
+
+
+def _derived(values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that follow from others."""
+    derived = {
+        name: values[tokens] / values[seconds]
+        for name, tokens, seconds in RATES
+        if values.get(tokens) and values.get(seconds)
+    }
+    # A loss or reward with a KL measures it on every response; then nothing measures it apart.
+    for form in ("k1", "k3"):
+        name = f"policy/kl_initial_{form}"
+        if name not in values and f"policy/kl_ref_{form}" in values:
+            derived[name] = values[f"policy/kl_ref_{form}"]
+    return derived

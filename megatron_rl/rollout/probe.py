@@ -1,0 +1,76 @@
+"""The start-up check that the engine samples from the very weights that are trained."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_rl.batching.measured import measured_samples
+from megatron_rl.batching.packer import Packer
+from megatron_rl.errors import RunError
+from megatron_rl.parallel.collectives import max_over
+from megatron_rl.policy.policy import Policy
+from megatron_rl.rollout.sampler import Sampler
+from megatron_rl.types import Draw, MicroBatch, Prompt
+
+PROMPTS_PER_ENGINE = 8
+MAX_RESPONSE_TOKENS = 16
+
+
+class _NoGrader:
+    """The probe asks for log-probs, not for verdicts."""
+
+    def submit(
+        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
+    ) -> None:
+        pass
+
+    def poll(self) -> None:
+        pass
+
+
+def check_engine(
+    sampler: Sampler,
+    draw: Draw,
+    policy: Policy,
+    packer: Packer,
+    prompts: Sequence[Prompt],
+    *,
+    bound: float,
+) -> tuple[float, int]:
+    """Sample a little and score it; (largest |policy - engine| in nats, responses). Every rank.
+
+    Raises:
+        RunError: on all ranks, if a sampled token's log-probs differ by more than the bound.
+    """
+    asked = prompts[: PROMPTS_PER_ENGINE * policy.groups.engines.num_engines]
+    short = replace(
+        draw,
+        purpose="probe",
+        group_size=1,
+        max_response_tokens=min(MAX_RESPONSE_TOKENS, draw.max_response_tokens),
+    )
+    groups = sampler.generate(
+        asked, short, iteration=0, policy_version=policy.version, grader=_NoGrader()
+    )
+    batches = packer.pack_for_measuring(measured_samples(groups))
+    scored = policy.logprobs(batches) or []
+    own = max((_gap(b, v) for b, v in zip(batches, scored, strict=False)), default=0.0)
+    gap = max_over([own], policy.groups.host)[0]
+    if not gap <= bound:
+        raise RunError(
+            f"engine probe: policy and engine differ by {gap:.3g} nats on a sampled token; "
+            f"rollout.max_logprob_gap allows {bound}. The engine samples from other weights or "
+            "another network than is trained; if the difference is the dtype's, raise it"
+        )
+    return gap, len(asked)
+
+
+def _gap(batch: MicroBatch, logprobs: Tensor) -> float:
+    """Largest difference of one row; logprobs [N] are the policy's."""
+    if batch.rollout_logprobs is None or not len(logprobs):
+        return 0.0
+    difference = (batch.rollout_logprobs[batch.loss_rows] - logprobs).abs()
+    # Comparisons with nan are false: max() and the collective would drop it.
+    return float(difference.nan_to_num(nan=torch.inf).max())

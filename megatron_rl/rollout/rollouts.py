@@ -1,0 +1,55 @@
+"""The side of a run that brings responses: what the loop asks of it."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from megatron_rl.batching.packer import Packer
+from megatron_rl.evaluation.report import Evaluation
+from megatron_rl.policy.policy import Policy
+from megatron_rl.types import Prompt, RolloutGroup
+
+
+class Rollouts(Protocol):
+    """This rank's part of it. Every rank makes every call, with the same arguments."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
+    ) -> list[RolloutGroup]:
+        """This rank's groups of the global batch: each group is on exactly one rank."""
+        ...
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """The groups with rewards and verdicts; reports what was drawn.
+
+        Raises:
+            RunError: on all ranks, if too many verifications failed.
+        """
+        ...
+
+    def receive(self, policy: Policy) -> None:
+        """Sample from these weights from now on; reports what it took.
+
+        Raises:
+            RunError: on all ranks, if other weights arrived than were sent.
+        """
+        ...
+
+    def probe(self, policy: Policy, packer: Packer, prompts: Sequence[Prompt]) -> None:
+        """Sample a little and score it with the policy.
+
+        Raises:
+            RunError: on all ranks, if the two disagree on a sampled token.
+        """
+        ...
+
+    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
+        """The result on the recipe's benchmarks; an empty one where there are none."""
+        ...
+
+    def describe(self) -> list[str]:
+        """Lines for the start of a run."""
+        ...
+
+    def close(self) -> None:
+        """End worker processes and the engine; the last thing that a process does with them."""
+        ...

@@ -1,0 +1,93 @@
+"""Responses sampled by the engine on this rank, graded, and what keeps that engine in step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_rl.batching.packer import Packer
+from megatron_rl.evaluation.evaluator import Evaluator
+from megatron_rl.evaluation.report import Evaluation
+from megatron_rl.metrics.meter import Meter
+from megatron_rl.parallel.collectives import sum_over
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.policy import Policy
+from megatron_rl.reward.config import RewardConfig
+from megatron_rl.reward.scorer import RewardScorer, attach, check_failures
+from megatron_rl.rollout.engine import Engine
+from megatron_rl.rollout.probe import check_engine
+from megatron_rl.rollout.sampler import Sampler
+from megatron_rl.types import Draw, Prompt, RolloutGroup
+from megatron_rl.weights.sync import WeightSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRollouts:
+    """Rollouts with an engine, a grader and a weight bridge on every rank."""
+
+    engine: Engine
+    sampler: Sampler
+    scorer: RewardScorer
+    sync: WeightSync
+    evaluator: Evaluator
+    reward: RewardConfig
+    draw: Draw  # of training
+    max_logprob_gap: float  # nats; the probe stops a run that exceeds it
+    groups: Groups
+    meter: Meter
+    say: Callable[[str], None]
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
+    ) -> list[RolloutGroup]:
+        groups = self.sampler.generate(
+            prompts,
+            self.draw,
+            iteration=iteration,
+            policy_version=policy_version,
+            grader=self.scorer,
+        )
+        self.engine.sleep()  # the trainer needs the memory until the next weight sync
+        return groups
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        graded = attach(groups, self.scorer.collect())
+        verdicts = self.meter.count(graded, tuple(self.reward.parts))
+        check_failures(verdicts, self.reward, self.scorer.failures)
+        return graded
+
+    def receive(self, policy: Policy) -> None:
+        self.engine.wake_for_weights()
+        report = self.sync.push(policy.named_parameters())
+        self.engine.wake_for_generation()
+        self.meter.report(
+            {
+                "weights/sync_bytes": sum_over([report.received_bytes], self.groups.host)[0],
+                "weights/verified_tensors": float(report.verified_tensors),
+            }
+        )
+
+    def probe(self, policy: Policy, packer: Packer, prompts: Sequence[Prompt]) -> None:
+        gap, num_responses = check_engine(
+            self.sampler, self.draw, policy, packer, prompts, bound=self.max_logprob_gap
+        )
+        self.say(f"engine probe: largest log-prob gap {gap:.1e} over {num_responses} responses")
+
+    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
+        def drawn(prompts: Sequence[Prompt], draw: Draw) -> list[RolloutGroup]:
+            # Seeds do not depend on the iteration, so two evaluations differ by the policy alone.
+            groups = self.sampler.generate(
+                prompts, draw, iteration=0, policy_version=policy_version, grader=self.scorer
+            )
+            return attach(groups, self.scorer.collect())
+
+        return self.evaluator.run(drawn, iteration=iteration, policy_version=policy_version)
+
+    def describe(self) -> list[str]:
+        engines, stats = self.groups.engines, self.sync.stats
+        return [
+            f"rollout: {engines.num_engines} engines of TP {engines.tp}; weight sync moves "
+            f"{stats.wire_total / 2**20:.2f} MiB in {stats.num_buckets} buckets"
+        ]
+
+    def close(self) -> None:
+        self.scorer.close()
+        self.engine.shutdown()
