@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from megatron_rl.metrics import tally
+from megatron_rl.metrics.names import meaning
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups
@@ -35,7 +36,14 @@ class Meter:
             yield
 
     def report(self, values: Mapping[str, float]) -> None:
-        """Add metrics that are equal on all ranks."""
+        """Add metrics that are equal on all ranks.
+
+        Raises:
+            ValueError: a name that metrics/names.py gives no meaning.
+        """
+        for name in values:
+            if meaning(name) is None:
+                raise ValueError(f"metric {name!r}: has no meaning. Add it to metrics/names.py")
         self._values.update(values)
 
     def count(

@@ -15,6 +15,10 @@ METRICS: dict[str, str] = {
     "reward/part_<name>_mean": "mean value of a part of the reward, before its weight",
     "algorithms/kept_responses_frac": "share of responses that selection passed on to the update",
     "algorithms/kept_tokens_frac": "share of response tokens that selection passed on",
+    "algorithms/unusable_responses": "responses that no algorithm can judge: no finite reward, or "
+    "no token",
+    "rollout/responses": "responses drawn",
+    "rollout/tokens": "response tokens drawn",
     "rollout/response_tokens_mean": "mean response length in tokens",
     "rollout/response_tokens_max": "longest response in tokens",
     "rollout/truncated_frac": "share of responses cut at the token limit",
@@ -29,6 +33,13 @@ METRICS: dict[str, str] = {
     "policy/kl_initial_k3": "KL to the initial policy, k3 estimate (never negative), nats",
     "policy/clip_low_frac": "share of trained tokens clipped at the lower bound of the ratio",
     "policy/clip_high_frac": "share of trained tokens clipped at the upper bound of the ratio",
+    "policy/dual_clip_frac": "share of trained tokens whose loss the dual clip bounds",
+    "policy/kl_old_k1": "KL from the policy before the iteration to the current one, mean "
+    "log-ratio, nats per trained token",
+    "policy/kl_old_k3": "the same KL, k3 estimate (never negative)",
+    "policy/kl_ref_k1": "KL to the reference of the loss, mean log-ratio, nats per trained token",
+    "policy/kl_ref_k3": "the same KL, k3 estimate (never negative)",
+    "policy/trained_tokens": "response tokens that the iteration's updates were computed from",
     "policy/ratio_mean": "mean of exp(logprobs - old_logprobs) over trained tokens",
     "policy/ratio_max": "largest exp(logprobs - old_logprobs) over trained tokens",
     "policy/grad_norm": "global gradient norm before clipping, mean over the iteration's updates",
@@ -47,11 +58,13 @@ METRICS: dict[str, str] = {
     "critic/kl_per_response": "KL to the reference that rewards paid for, nats per response",
     "critic/kl_reward_coef": "coefficient of that KL",
     "policy/updates": "optimizer steps taken in this iteration",
-    "policy/skipped_updates": "optimizer steps left out: nothing kept, or a non-finite gradient",
+    "policy/skipped_updates": "optimizer steps left out, since nothing was kept for them",
     "policy/tokens_per_s": "tokens trained per second of update, all ranks together",
     "weights/sync_bytes": "bytes sent between ranks to bring the engine up to date",
+    "weights/verified_tensors": "tensors of the engine that this sync proved by checksum",
     **{f"time/{phase}_s": f"seconds of the {phase} phase" for phase in PHASES},
-    "time/iteration_s": "seconds of the whole iteration",
+    "time/iteration_s": "seconds of the whole iteration, with its evaluation and the checkpoint "
+    "after the one before",
     "memory/peak_gib": "highest accelerator memory in use on any rank, GiB",
     "evaluation/<benchmark>/average_at_k": "held-out accuracy, mean over k responses per question",
     "evaluation/<benchmark>/pass_at_k": "share of held-out questions with a right response among k",
@@ -62,13 +75,13 @@ METRICS: dict[str, str] = {
 }
 
 _VERDICT = re.compile(r"reward/verdict_[a-z_]+_frac")
-_PART = re.compile(r"reward/part_[a-z0-9_]+_mean")
+_PART = re.compile(r"reward/part_.+_mean")
 _EVALUATION = re.compile(r"evaluation/(?P<benchmark>.+)/average_at_(?P<k>k|\d+)")
 _OF_BENCHMARK = re.compile(r"evaluation/.+/(?P<measure>[a-z_]+?)(?P<k>(?<=_at_)\d+)?")
 
 
 def meaning(name: str) -> str | None:
-    """What the metric of this name means; None for a name that no room reports."""
+    """The meaning of a metric; None for a name that no room may report."""
     if match := _OF_BENCHMARK.fullmatch(name):
         k = "k" if match["k"] else ""
         return METRICS.get(f"evaluation/<benchmark>/{match['measure']}{k}")
@@ -80,7 +93,7 @@ def meaning(name: str) -> str | None:
 
 
 def is_evaluation(name: str) -> bool:
-    """Whether this is a benchmark's held-out accuracy."""
+    """True for the held-out accuracy of a benchmark."""
     return _EVALUATION.fullmatch(name) is not None
 
 

@@ -1,10 +1,15 @@
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_rl.metrics import names
 from megatron_rl.metrics.console import COLUMNS
+from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.plot import PANELS
+
+PACKAGE = Path(__file__).parents[3] / "megatron_rl"
 
 
 def test_every_name_is_room_and_quantity():
@@ -18,6 +23,24 @@ def test_what_is_shown_is_listed():
     shown = {name for column in COLUMNS for name in column.metrics}
     shown |= {name for _, _, metrics in PANELS for name in metrics}
     assert shown <= names.METRICS.keys()
+
+
+def test_every_metric_that_the_package_spells_has_a_meaning():
+    rooms = "reward|algorithms|rollout|policy|weights|critic|time|memory"
+    spelled = {
+        name
+        for path in PACKAGE.rglob("*.py")
+        for name in re.findall(rf'"((?:{rooms})/[a-z0-9_]+)"', path.read_text())
+    }
+    assert len(spelled) > 30
+    assert sorted(name for name in spelled if names.meaning(name) is None) == []
+
+
+def test_the_meter_takes_no_metric_without_a_meaning():
+    meter = Meter(SimpleNamespace(platform=SimpleNamespace(synchronize=lambda: None)))
+    meter.report({"reward/part_My.part_mean": 1.0})
+    with pytest.raises(ValueError, match=r"metric 'policy/no_such': has no meaning\. Add it to"):
+        meter.report({"policy/no_such": 1.0})
 
 
 @pytest.mark.parametrize("name", ["evaluation/aime24/average_at_8", "evaluation/a/b/average_at_k"])
