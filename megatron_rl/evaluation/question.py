@@ -1,4 +1,4 @@
-"""What became of one problem of a benchmark."""
+"""One question of a benchmark, with the responses to it and their verdicts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,18 +8,21 @@ from megatron_rl.types import RolloutGroup, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Plain values, one entry a response, so that ranks can gather and files hold it."""
+class Question:
+    """A question of a benchmark and all responses to it; tuples have one entry per response.
 
-    number: int  # row of the benchmark's file, from 0
-    prompt: str  # the question, without template
+    It holds plain values only, so that ranks can gather it and files hold it.
+    """
+
+    number: int  # its place in the benchmark's files, from 0
+    prompt: str  # its text, without template
     answer: str
     responses: tuple[str, ...]
     verdicts: tuple[str, ...]
     extracted: tuple[str | None, ...]  # the answer found in the response
     tokens: tuple[int, ...]
-    truncated: tuple[bool, ...]  # cut at the limit
-    majority: float | None = None  # votes.majority
+    truncated: tuple[bool, ...]  # True: cut at the limit
+    majority: float | None = None  # the chance that the majority is right (votes.py)
 
     @property
     def num_correct(self) -> int:
@@ -27,15 +30,15 @@ class Problem:
 
     @property
     def num_failed(self) -> int:
-        """Responses whose verification failed; they count as not correct."""
+        """The number of responses whose verification failed; they count as not correct."""
         return self.verdicts.count(Verdict.TIMEOUT) + self.verdicts.count(Verdict.ERROR)
 
 
-def to_problem(group: RolloutGroup, scores: Mapping[Key, Score]) -> Problem:
-    """A group of a benchmark's prompt, with what the scorer says of each response."""
+def to_question(group: RolloutGroup, scores: Mapping[Key, Score]) -> Question:
+    """The question that a group answers, with the scorer's verdict on each response."""
     number = group.prompt.group_id
     own = [scores[number, index] for index in range(len(group.rollouts))]
-    return Problem(
+    return Question(
         number=number,
         prompt=group.prompt.text,
         answer=group.prompt.answer,
