@@ -150,7 +150,7 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A tokenizer by a tokenizer.model alone; encode() knows control pieces, as Hugging Face's do."""
+    """A tokenizer by a tokenizer.model alone. As in Hugging Face's, control pieces are encoded."""
 
     has_chat_template = False
 
