@@ -121,5 +121,4 @@ def load_questions(
             "shuffle": False,
         }
     )
-    loaded = PromptStream(config, tokenizer, seed=0).all_prompts()
-    return loaded[: benchmark.max_problems]
+    return PromptStream(config, tokenizer, seed=0).all_prompts()[: benchmark.max_problems]

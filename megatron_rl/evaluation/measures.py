@@ -53,10 +53,8 @@ class Bootstrap:
 
 
 def pass_chance(correct: int, samples: int, k: int) -> float:
-    """The chance that at least one of k responses is right, estimated without bias.
-
-    `correct` of `samples` responses were right, and samples >= k (Chen et al. 2021,
-    arXiv:2107.03374, eq. 1).
+    """The chance that at least one of k responses is right, estimated without bias from
+    samples >= k (Chen et al. 2021, arXiv:2107.03374, eq. 1).
     """
     return 1 - comb(samples - correct, k) / comb(samples, k)
 

@@ -9,10 +9,7 @@ from megatron_rl.types import RolloutGroup, Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question of a benchmark and all responses to it; tuples have one entry per response.
-
-    It holds plain values only, so that ranks can gather it and files hold it.
-    """
+    """Plain values, which ranks can gather and files hold; tuples have one entry per response."""
 
     number: int  # its place in the benchmark's files, from 0
     prompt: str  # its text, without template

@@ -34,9 +34,7 @@ def majority(questions: Sequence[Question], equality: Equality) -> list[float | 
         for pair in combinations(votes, 2)
     ]
     equal = equality(list(dict.fromkeys(pairs))) if pairs else {}
-    return [
-        _chance(question, votes, equal) for question, votes in zip(questions, others, strict=True)
-    ]
+    return [_chance(*each, equal) for each in zip(questions, others, strict=True)]
 
 
 def _others(question: Question) -> Counter[str]:
@@ -72,10 +70,7 @@ class MathEquality:
         self._num_workers = num_workers
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[Pair, bool]:
-        """True for each pair of equal answers; where a comparison fails, they count as different.
-
-        The first answer of a pair is taken as gold.
-        """
+        """True for equal answers, False where they differ or comparing fails; the first is gold."""
         outcomes = {pair: decide(*pair) for pair in pairs}
         equal = {pair: outcome is True for pair, outcome in outcomes.items()}
         undecided = [pair for pair, outcome in outcomes.items() if not isinstance(outcome, bool)]

@@ -39,8 +39,6 @@ class Display(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One number of the display: where it comes from, and how it is written."""
-
     header: str
     metrics: tuple[str, ...]  # the first that was reported is shown
     spec: str  # of format()
@@ -98,10 +96,7 @@ SECONDS_BETWEEN_LINES = 1.0
 
 
 class PlainDisplay:
-    """One line per iteration, for logs; at most one a second.
-
-    The first and the last iteration and those with an evaluation are always shown.
-    """
+    """One line per iteration, for logs; at most one a second, but for the last and evaluations."""
 
     def __init__(
         self,

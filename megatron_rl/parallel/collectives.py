@@ -107,13 +107,12 @@ def send_messages(
     message must tell its own length. Messages are int64 vectors on the CPU. Every rank of the group
     must call it. Cost: one all-to-all of the sizes, and one of the bytes that are needed.
     """
-    world = dist.get_world_size(group)
     order = sorted(range(len(messages)), key=lambda k: to_ranks[k])
-    sizes = [0] * world
+    sizes = [0] * dist.get_world_size(group)
     for message, rank in zip(messages, to_ranks, strict=True):
         sizes[rank] += message.numel()
     outgoing = torch.cat([torch.empty(0, dtype=torch.int64), *(messages[k] for k in order)])
-    arriving = torch.empty(world, dtype=torch.int64)
+    arriving = torch.empty(len(sizes), dtype=torch.int64)
     dist.all_to_all_single(arriving, torch.tensor(sizes), group=group)
     incoming_sizes = arriving.tolist()
     incoming = torch.empty(sum(incoming_sizes), dtype=outgoing.dtype)

@@ -7,8 +7,6 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A row that was drawn, and the id of the group that its rollouts will be."""
-
     row: int
     group_id: int  # epoch * num_rows + position in the epoch's order
 

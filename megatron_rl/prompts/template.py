@@ -1,7 +1,4 @@
-"""The text in which a model reads a question.
-
-It is made by the recipe's template, else by the tokenizer's chat template, else it is the question.
-"""
+"""A question as the model reads it: in the recipe's template, in the chat template, or bare."""
 
 from collections.abc import Callable
 

@@ -20,10 +20,7 @@ from megatron_rl.reward.words import same_choice, same_prose, unwrap_text
 
 
 class Shape(NamedTuple):
-    """The brackets and items of an answer.
-
-    kind "{}" is a set or a list; other kinds are the brackets of a point or an interval.
-    """
+    """Brackets and items: kind "{}" is a set or a list, others are of a point or an interval."""
 
     kind: str
     items: list[str]
@@ -135,10 +132,7 @@ def _clock(gold: str, answer: str) -> bool | None:
 
 
 def _quantities(gold: str, answer: str) -> bool | None:
-    """Equal numbers in equal units; where the gold answer is a percentage, 50, 50% and 0.5 are one.
-
-    The reverse is not so: a bare gold 5 is not 5%, since with_percent_sign has read the question.
-    """
+    """Equal numbers in equal units; gold 50% accepts 50 and 0.5 too, gold 50 refuses 50%."""
     wanted, given = split_unit(gold), split_unit(answer)
     if not same_unit(wanted.unit, given.unit):
         return False

@@ -172,10 +172,7 @@ class WorkerPool:
         self._selector.register(ours, selectors.EVENT_READ, worker)
 
     def _zygote_spoke(self) -> None:
-        """Start another zygote, unless this one says why none can start.
-
-        That is all a zygote ever says; otherwise its socket is readable since it ended.
-        """
+        """Start another zygote where it ended; all it ever says is why it cannot start."""
         try:
             complaint = self._control.recv(1 << 12, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -334,8 +331,7 @@ class WorkerPool:
 def _outcome(message: Message, deadline_s: float) -> Outcome:
     seconds = float(message.get("seconds", 0.0))
     if seconds > deadline_s:
-        # It ended before anybody looked, but the verdict must not depend on how often poll() is
-        # called.
+        # It ended before anybody looked; a verdict must not depend on how often poll() is called.
         return Outcome("timeout", seconds, reason=f"took {seconds:.2f} s of CPU")
     return Outcome(
         message.get("verdict"),

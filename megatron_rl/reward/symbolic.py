@@ -35,9 +35,8 @@ _REWRITTEN = (
 _UNREADABLE = re.compile(r"\\(?:gcd|lcm|operatorname|bmod|pmod|mod)(?![a-zA-Z])|[0-9]\s*[_']")
 _NAME = re.compile(r"\\?[a-zA-Z]+")
 
-# Errors that sympy raises for values that it cannot have: roots of matrices that are not square,
-# the order of complex numbers, functions that it does not know. RecursionError is how its search
-# for the digits of half a matrix ends.
+# Errors that sympy raises for values it cannot have: roots of matrices that are not square, the
+# order of complex numbers, unknown functions. Its search for digits of half a matrix never ends.
 _UNABLE = (
     *(ArithmeticError, AttributeError, NotImplementedError, RecursionError),
     *(TypeError, ValueError),
@@ -99,10 +98,9 @@ def _same_set(gold: Sequence[str], answer: Sequence[str]) -> bool:
 
 
 def read_pair(gold: str, answer: str) -> tuple[Any, Any]:
-    """Both texts as sympy objects, None for one that cannot be read.
+    """Both texts as sympy objects, read alike so that x is one symbol; None: cannot be read.
 
-    Both are read in the same way, so that x is the same symbol on both sides. A MemoryError is
-    passed on, so that the worker is replaced.
+    A MemoryError is passed on, so that the worker is replaced.
     """
     is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(answer))
     # C and c are one constant, but where a text has both R and r they are two radii.

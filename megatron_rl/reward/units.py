@@ -78,10 +78,7 @@ _DEGREE = re.compile(r"\s?\^\s?\\circ\s?$")
 
 @lru_cache(maxsize=8192)
 def split_unit(text: str) -> Quantity:
-    """The answer taken apart: percent sign, money, degrees and unit are cut off its value.
-
-    Where the rest would not be a number or an expression of numbers, nothing is cut off.
-    """
+    """The answer taken apart, if its value is then a number or an expression of numbers."""
     value, words, power = text, [], []
     if match := _WRITTEN.search(text):
         value, words = text[: match.start()], _WORD.findall(re.sub(r"\\[a-z]+", " ", match[0]))

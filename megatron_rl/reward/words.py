@@ -16,19 +16,13 @@ _MONTH = re.compile(
 
 
 def unwrap_text(text: str) -> str:
-    r"""The text without a \text around all of it, where that holds digits: `\text{3 and 4}`.
-
-    Without digits an answer in \text is prose, and stays as it is.
-    """
+    r"""`\text{3 and 4}` becomes `3 and 4`; a whole answer in \text without digits is prose."""
     match = _WHOLE_TEXT.fullmatch(text)
     return match[1].strip() if match and any(char.isdigit() for char in match[1]) else text
 
 
 def same_choice(gold: str, answer: str) -> bool | None:
-    """True where the answer leads with the gold answer's letter and names no other letter.
-
-    None where the gold answer is not a letter of a choice.
-    """
+    """True where the answer leads with the gold letter and names no other; None for other golds."""
     letter = _CHOICE.fullmatch(gold)
     if letter is None:
         return None

@@ -59,8 +59,7 @@ def _serve(control: socket.socket, trainer_pid: int, settings: Message, workers:
 
     A message is "fork" with a worker's end of a socket pair, or the pid of a worker.
     """
-    # A process that the trainer forked may hold a copy of the control socket, which then does not
-    # end with the trainer. So we look twice a second whether the trainer is still our parent.
+    # The socket may outlive the trainer, in a process that it forked: look for our parent, too.
     control.settimeout(0.5)
     while os.getppid() == trainer_pid:
         _bury(workers)

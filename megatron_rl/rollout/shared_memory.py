@@ -1,7 +1,4 @@
-"""The shared memory of vLLM's all-reduce on a CPU, kept apart from that of other jobs.
-
-A segment has a name of this job's, and loses it as soon as every rank has mapped it.
-"""
+"""The shared memory of vLLM's all-reduce on a CPU, kept apart from that of other jobs."""
 
 import glob
 import uuid

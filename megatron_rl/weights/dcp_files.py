@@ -150,8 +150,7 @@ def read_metadata(directory: Path) -> Metadata:
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds the records of the format and nothing else.
 
-    Module and name are both looked up: within a module that is allowed, a pickle might still ask
-    for "os.system".
+    Whole names are compared: of an allowed module a pickle may still ask for "os.system".
     """
 
     _TORCH = frozenset({"Size", *(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))})
@@ -212,10 +211,7 @@ def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
 def append_chunk(
     file: BinaryIO, name: str, key: str, offsets: tuple[int, ...], tensor: Tensor
 ) -> Chunk:
-    """Write a tensor as a record at the end of an open file; returns the chunk that finds it again.
-
-    name is the file's; key and offsets say which tensor of the checkpoint, and where in it.
-    """
+    """Write a tensor as a record at the end of the open file `name`; returns its chunk."""
     position = file.tell()
     computes_checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # no reader of this format looks at them
@@ -317,10 +313,7 @@ def _check_files(directory: Path, chunks: Iterable[Chunk]) -> None:
 
 
 def _cell_counts(tensor: StoredTensor) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The number of chunks over each cell of the grid that the edges of all chunks draw.
-
-    Within a cell no chunk begins or ends, so one count stands for all of its elements.
-    """
+    """The number of chunks over each cell of the grid that the edges of all chunks draw."""
     edges = [
         sorted({0, n} | {edge for chunk in tensor.chunks for edge in chunk.box[dim]})
         for dim, n in enumerate(tensor.shape)

@@ -112,10 +112,7 @@ def hf_pieces(shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
 
 
 def megatron_pieces(arch: ModelArch, layout: Layout, at: Coordinates) -> list[Piece]:
-    """The pieces that a training rank holds.
-
-    With several model chunks the names of parameters begin with `chunk{v}.`.
-    """
+    """The pieces of a training rank; with several model chunks, names begin with `chunk{v}.`."""
     shared = shared_pieces(arch, layout, tp_rank=at.tp_rank, pp_rank=at.pp_rank)
     return shared + expert_pieces(
         arch, layout, etp_rank=at.etp_rank, ep_rank=at.ep_rank, pp_rank=at.pp_rank

@@ -12,8 +12,8 @@ and 3 another. Rank 0 trains rows 0 to 3 of a, rank 1 its rows 4 to 7 (one pipel
 two); ranks 2 and 3 train b likewise. Every rank is an engine of its own and wants both matrices.
 
 1. `_match` cuts what is wanted along the edges of what is held: four halves. Each becomes a
-   `_Shipment`, what one destination module gets between the same `_Ends`. For the upper half of a
-   the receivers are ranks 0, 1, 2 and 3, and rank 0 alone holds it.
+   `_Shipment`: all that one destination module gets between the same `_Ends`. For the upper half of
+   a the receivers are ranks 0, 1, 2 and 3, and rank 0 alone holds it.
 2. `_Route.senders` finds a sender for each receiver. "2 -> 3" is hop 1: rank 2 hands on from its
    engine what hop 0 brought there.
 
@@ -137,7 +137,7 @@ class _Ends:
 
 @dataclass
 class _Shipment:
-    """What one destination module gets between the same ends."""
+    """All rectangles that one destination module gets between the same ends."""
 
     module: str
     ends: _Ends
@@ -181,10 +181,9 @@ def _match(sources: Sequence[Holders], targets: Sequence[Holders]) -> list[_Ship
 
 
 def _check_cover(piece: Piece, boxes: list[Box]) -> None:
-    """Refuse boxes, all inside piece.box, that leave a hole in it or overlap.
+    """Refuse boxes, all inside piece.box, that overlap or leave a hole.
 
-    Comparing pairs is fine here, since a piece has few sources; dcp_files.check_cover has thousands
-    of chunks a tensor, and counts cells of a grid instead.
+    A piece has few sources, so pairs are compared; dcp_files.check_cover has thousands of chunks.
     """
     covered = sum(size(box) for box in boxes)
     for i, box in enumerate(boxes):
@@ -200,21 +199,19 @@ def _check_cover(piece: Piece, boxes: list[Box]) -> None:
 class _Route:
     """The ways between two ends; who sends is decided shipment by shipment.
 
-    Arrays of receivers hold places in `receivers`, not ranks, so that they can index `senders`.
+    Arrays of receivers hold their places in `receivers`, not their ranks.
     """
 
     def __init__(self, ends: _Ends, node_of: Ranks) -> None:
         self.receivers = np.array(ends.receivers)
-        # By rank: the number of its holder in ends.holders; -1: it holds nothing of this.
-        self.holder_of = np.full(len(node_of), -1)
+        self.holder_of = np.full(len(node_of), -1)  # by rank, in ends.holders; -1: it holds nothing
         for number, ranks in enumerate(ends.holders):
             self.holder_of[list(ranks)] = number
         self._holding = np.flatnonzero(self.holder_of >= 0)
         lacking = np.flatnonzero(self.holder_of[self.receivers] < 0)
         # Nodes that hold it: the receivers there that lack it, and the ranks there that hold it.
         self._near: list[tuple[Ranks, Ranks]] = []
-        # Nodes that do not: their receivers. Nodes with equally many make one array, so that numpy
-        # treats them together.
+        # Nodes that do not: their receivers, by how many there are, so that they can be stacked.
         far: dict[int, list[Ranks]] = defaultdict(list)
         for node in np.unique(node_of[self.receivers[lacking]]):
             here = lacking[node_of[self.receivers[lacking]] == node]

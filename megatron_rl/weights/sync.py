@@ -61,8 +61,7 @@ class SyncReport:
 def training_holders(arch: ModelArch, layout: Layout) -> list[Holders]:
     """The pieces of every training rank; data-parallel replicas are one holder.
 
-    Experts have replicas of their own, since expert parallelism cuts the ranks of a stage in
-    another way (Layout).
+    Experts have replicas of their own: their groups cut the ranks of a stage another way.
     """
     holders = [
         Holders(
@@ -251,9 +250,8 @@ Copies = dict[str, list[tuple[Piece, tuple[int, ...]]]]
 def _copies(holders: Sequence[Holders], tp_rank: int) -> tuple[Copies, int]:
     """This engine rank's pieces by module, and the copies of the model that each counts in.
 
-    An engine holds some rectangles several times, and each must be checked. So it adds up several
-    complete models, which differ in whose replica they take: as many as its most replicated
-    rectangle has holders.
+    An engine holds some rectangles several times, and each must be checked. So several complete
+    models are added up, each with another replica: as many as the most replicated has holders.
 
     Example: 2 key heads over TP 4. A query rectangle is held by one rank, key head 0 by ranks 0 and
     1, key head 1 by ranks 2 and 3, a norm by all four. Four copies are added up, each of all

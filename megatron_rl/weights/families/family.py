@@ -9,7 +9,7 @@ from megatron_rl.weights.rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureFields:
-    """How config.json describes a mixture of experts."""
+    """The fields of config.json that describe a mixture of experts."""
 
     ffn_hidden_size: str
     """The field with the size of one expert."""

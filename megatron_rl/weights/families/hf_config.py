@@ -224,10 +224,7 @@ def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
 
 
 def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
-    """The dense layers: those in mlp_only_layers, and each i where the step does not divide i + 1.
-
-    The step is decoder_sparse_step: 2 makes layers 1, 3, 5 ... mixtures and the others dense.
-    """
+    """The layers in mlp_only_layers, and each i where decoder_sparse_step does not divide i + 1."""
     listed = fields.values["mlp_only_layers"] or []
     if not isinstance(listed, list) or set(listed) - set(range(layers)):
         raise InputError(
@@ -239,10 +236,7 @@ def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
 
 
 def _rope(fields: _Fields, told_theta: object) -> tuple[float, float | None]:
-    """The base of the rope and its llama3 factor, from the fields of transformers 4 or 5.
-
-    told_theta is rope_theta as config.json itself has it, None where it does not.
-    """
+    """The rope's base and llama3 factor; told_theta: rope_theta as config.json itself has it."""
     rope = _rope_settings(fields, told_theta)
     theta = _Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
     kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
@@ -268,10 +262,7 @@ def _rope(fields: _Fields, told_theta: object) -> tuple[float, float | None]:
 
 
 def _rope_settings(fields: _Fields, told_theta: object) -> dict[str, object]:
-    """The rope's settings: rope_parameters of transformers 5, or rope_theta and rope_scaling of 4.
-
-    Where both are there they must say the same.
-    """
+    """The rope_parameters of transformers 5, or the rope_theta and rope_scaling of 4."""
     theta: dict[str, object] = {"rope_theta": fields.values["rope_theta"]}
     found: list[dict[str, object]] = []
     for name in ("rope_parameters", "rope_scaling"):

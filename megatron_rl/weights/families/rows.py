@@ -112,10 +112,7 @@ def router(block: str) -> tuple[Rule, ...]:
 
 
 def experts(block: str, *, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """The matrices of one expert; gate, up and down are their names in Hugging Face files.
-
-    The engine stacks all experts of a layer in two parameters, whose first axis is the expert.
-    """
+    """The matrices of one expert; the engine stacks a layer's experts along a first axis."""
     megatron, hf = MEGATRON_LAYER + "mlp.experts.local_experts.{e}.", HF_LAYER + f"{block}.experts."
     return (
         GateUp(
