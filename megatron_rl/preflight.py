@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors, InputError
-from megatron_rl.evaluation.evaluator import load_problems
+from megatron_rl.evaluation.evaluator import load_questions
 from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
@@ -102,7 +102,7 @@ def _read_benchmarks(
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
-            read[name] = load_problems(benchmark, config.rendered_prompts, tokenizer)
+            read[name] = load_questions(benchmark, config.rendered_prompts, tokenizer)
         except InputError as error:
             problems.append(f"evaluation.benchmarks.{name}: {error}")
     return read

@@ -1,4 +1,4 @@
-// Launching a grid whose blocks come in clusters.
+// Launches of a grid whose blocks come in clusters.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,8 +7,9 @@
 
 namespace megatron_rl {
 
-// Clusters exist from compute capability 9.0 on, in code that was compiled for it: what runs on a
-// newer device may have been translated from instructions for an older one.
+// Clusters need a device of compute capability 9.0 and code that was compiled for it. A newer
+// device alone does not suffice, since its code may be translated from instructions for an older
+// one.
 template <typename Args>
 bool has_clusters(void (*kernel)(Args)) {
   int device = 0;
@@ -39,7 +40,7 @@ cudaError_t launch_in_clusters(void (*kernel)(Args), const Args& args, int64_t n
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// fn(std::integral_constant<int, cluster>) for 1, 2, 4 or 8.
+// Calls fn(std::integral_constant<int, cluster>), for a cluster of 1, 2, 4 or 8.
 template <typename Fn>
 auto with_cluster(int cluster, Fn fn) {
   switch (cluster) {

@@ -21,7 +21,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
-// 16 bytes of a row.
+// A pack: 16 bytes of a row, which a thread loads and stores at once.
 template <typename logit_t>
 struct Pack {
   static constexpr int kSize = 16 / sizeof(logit_t);
@@ -66,7 +66,8 @@ struct Pack {
   }
 };
 
-// One thread's, and then a whole row's, maximum and sums; exponents are of 2 and relative to max.
+// The maximum and the sums of one thread's logits, and after the reductions of a whole row's.
+// Exponentials are powers of 2, relative to max.
 template <bool kEntropy>
 struct OnlineSums {
   float max;  // of unscaled logits; kLowestFloat where there is none
@@ -75,7 +76,7 @@ struct OnlineSums {
 
   static __device__ __forceinline__ OnlineSums empty() { return {kLowestFloat, 0.f, 0.f}; }
 
-  // kSize logits with one rescaling; scale is log2(e) over temperature.
+  // Adds kSize logits and rescales the sums once; scale is log2(e) over temperature.
   template <int kSize>
   __device__ __forceinline__ void add(const float (&x)[kSize], float scale) {
     float top = max;
@@ -108,7 +109,7 @@ struct OnlineSums {
     if (kEntropy) weighted += other.weighted;
   }
 
-  // Over a warp, in a fixed tree; lane 0 has the result.
+  // Adds up over a warp, in a fixed tree; lane 0 has the result.
   __device__ __forceinline__ void fold_warp(float scale) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
@@ -121,7 +122,7 @@ struct OnlineSums {
   }
 };
 
-// Over a block, in a fixed tree; thread 0 has the result. Every thread must call it.
+// Adds up over a block, in a fixed tree; thread 0 has the result. Every thread must call it.
 template <bool kEntropy, int kThreads>
 __device__ __forceinline__ OnlineSums<kEntropy> fold_block(OnlineSums<kEntropy> mine, float scale) {
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);

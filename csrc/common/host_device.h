@@ -1,4 +1,5 @@
-// What lets one source of arithmetic be device code under nvcc and plain C++ elsewhere. No torch.
+// Macros and functions by which one source is device code under nvcc and plain C++ elsewhere. No
+// torch.
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,8 @@ namespace megatron_rl {
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// exp() of this is 0 in float64, and 0 times it is 0: stands for -inf where a product follows.
+// Stands for -inf where a product follows: exp() of it is exactly 0 in float64, and 0 times it is
+// 0, while 0 times -inf would be NaN.
 constexpr double kLogZero = -1e4;
 
 template <typename acc_t>
@@ -25,7 +27,7 @@ MRL_HOST_DEVICE acc_t negative_infinity() {
   return static_cast<acc_t>(-INFINITY);
 }
 
-// Lower bound that lets NaN through.
+// The larger of a value and a lower bound; a NaN value stays NaN.
 template <typename acc_t>
 MRL_HOST_DEVICE acc_t at_least(acc_t x, acc_t bound) {
   return x < bound ? bound : x;
@@ -41,7 +43,7 @@ MRL_HOST_DEVICE acc_t larger(acc_t a, acc_t b) {
   return a > b ? a : b;
 }
 
-// Of two values, the larger; NaN if either is.
+// The larger of two values; NaN if either is.
 template <typename acc_t>
 MRL_HOST_DEVICE acc_t larger_or_nan(acc_t a, acc_t b) {
   return (b > a || b != b) ? b : a;

@@ -16,7 +16,7 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// What a softmax over logits of this type is computed in.
+// The type in which a softmax over logits of this type is computed.
 template <typename logit_t>
 struct ComputeType {
   using type = float;

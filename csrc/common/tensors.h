@@ -1,4 +1,5 @@
-// Tensors at the door of an op, through libtorch's stable ABI: checks, pointers, types, threads.
+// What every op does with its tensors, through libtorch's stable ABI: it checks them, takes their
+// pointers, chooses code by their type, and shares rows out over threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -137,7 +138,7 @@ inline Tensor new_tensor(const Tensor& like, const Sizes& shape, ScalarType type
   return torch::stable::new_empty(like, shape, type);
 }
 
-// fn(logit_t{}) for the tensor's own type.
+// Calls fn(logit_t{}) with the type that the tensor's elements have.
 template <typename Fn>
 void with_logit_type(const Checks& checks, const char* argument, const Tensor& tensor, Fn fn) {
   switch (tensor.scalar_type()) {

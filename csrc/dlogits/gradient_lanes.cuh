@@ -5,7 +5,7 @@
 
 namespace megatron_rl {
 
-// p * (b - a * log p) of single logits, the constants ready for exponents of 2.
+// Computes p * (b - a * log p) of single logits; its constants are made for powers of 2.
 struct GradientOfLogit {
   float scale;
   float minus_log_sum;

@@ -1,4 +1,4 @@
-// From tensors to LogitRows, with the checks that all ops on logits share.
+// Makes LogitRows of tensors, with the checks that all ops on logits share.
 #pragma once
 
 #include "../common/tensors.h"
@@ -14,7 +14,8 @@ inline void check_logits(const Checks& checks, const Tensor& logits, const Tenso
   checks.that(inv_temp > 0, "inv_temp", "a positive number", std::to_string(inv_temp));
 }
 
-// A row that carries loss must have a token for target. Only where reading it costs no waiting.
+// Checks that each row that carries loss has a token for target. It is done on the CPU only, where
+// reading the targets costs no waiting.
 template <typename acc_t>
 void check_targets(const Checks& checks, const Tensor& targets, const Tensor& weights,
                    int64_t valid_vocab) {

@@ -1,5 +1,5 @@
-// What is known of a row of logits after one read of it, and how shards of the row are put
-// together.
+// The record of a row of logits, which one read of it gives, and how the records of its shards are
+// put together.
 #pragma once
 
 #include "../common/host_device.h"

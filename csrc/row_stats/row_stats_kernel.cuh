@@ -4,7 +4,7 @@
 
 namespace megatron_rl {
 
-// One block per row, which it streams. kPacked: rows of whole 16-byte packs, else one by one.
+// One block per row, which it streams: in 16-byte packs if kPacked, else logit by logit.
 template <typename logit_t, bool kPacked, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads) row_stats_kernel(RowStatsArgs<logit_t, float> args) {
   const int64_t row = blockIdx.x;
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kRowThreads) row_stats_kernel(RowStatsArgs<log
   }
 }
 
-// kCluster blocks per row, summed exactly as policy_loss_onepass sums it: log-probabilities of this
-// pass and of that one have the same bits.
+// A cluster of kCluster blocks per row, summed exactly as policy_loss_onepass sums it, so that the
+// log-probabilities of both have the same bits.
 template <typename logit_t, int kCluster, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, 2)
     row_stats_cluster_kernel(RowStatsArgs<logit_t, float> args) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kRowThreads, 2)
   const auto& rows = args.rows;
   if (args.weights != nullptr && args.weights[row] == 0.f) {
     if (threadIdx.x == 0 && blockIdx.x % kCluster == 0) args.records[row] = unread_row<float>();
-    return;  // all blocks of the cluster alike
+    return;  // all blocks of the cluster return alike, so none waits for another
   }
   const int first = blockIdx.x % kCluster * kRowThreads + threadIdx.x;
   const float scale = scale_of(rows);

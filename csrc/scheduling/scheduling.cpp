@@ -1,5 +1,5 @@
-// Sharing sequences out over ranks and rows, for batches where Python is too slow. Results are
-// those of megatron_rl/batching/balance.py, index for index.
+// Shares sequences out over data-parallel replicas and packed rows, for batches where Python is too
+// slow. The results are those of megatron_rl/batching/balance.py, index for index.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,8 +44,8 @@ Shares balance(const Lengths& lengths, Index parts) {
   return shares;
 }
 
-// Free tokens of rows, and the first row that has enough of them in logarithmic time: each node of
-// a binary tree over the rows holds the most that any row below it has free.
+// The free tokens of packed rows. It finds the first row that has enough of them in logarithmic
+// time: each node of a binary tree over the rows holds the most that any row below it has free.
 class FreeRows {
  public:
   explicit FreeRows(size_t max_rows) {
@@ -53,7 +53,7 @@ class FreeRows {
     most_.assign(2 * leaves_, kNoRow);
   }
 
-  // Number of the first row with this much, or -1.
+  // The number of the first row with this many free tokens, or -1.
   Index first_with(int64_t tokens) const {
     if (most_[1] < tokens) return -1;
     size_t node = 1;

@@ -1,4 +1,17 @@
-"""Kept samples from the ranks that sampled them to the ranks that train them."""
+"""Kept samples travel from the ranks that sampled them to the ranks that train them.
+
+Example: two ranks, each a data-parallel replica. Rank 0 has sampled group 7, of which two samples
+of 5 and 4 tokens are kept, rank 1 group 8, of which one of 3 tokens is. All belong to update 0.
+
+1. Every rank tells every other its lengths by key: (0, 7, 0): 5, (0, 7, 1): 4, (0, 8, 0): 3.
+2. Every rank balances them and finds the same: replica 0 trains the first sample (5 tokens),
+   replica 1 the other two (7 tokens).
+3. One all-to-all: rank 0 sends (0, 7, 1) to rank 1, and nothing else travels.
+4. At a budget of 8 tokens rank 1 packs both of its samples into one row.
+
+Where groups stay whole, a group is one unit of 9 or 3 tokens, and nothing travels at all. At TP 2 a
+replica is two ranks, and whatever one of them trains is sent to both.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -8,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.batching.balance import balance, fill_rows
-from megatron_rl.parallel.collectives import all_gather_objects, send_rows
+from megatron_rl.parallel.collectives import all_gather_objects, send_messages
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import Sample
 
@@ -17,19 +30,19 @@ Key = tuple[int, int, int]  # update, group_id, index: the same order of samples
 
 @dataclass(frozen=True, kw_only=True)
 class Distributed:
-    """Samples after they have travelled."""
+    """The samples after they have travelled."""
 
-    samples: list[Sample]  # of this data-parallel rank, by update, group and index
-    num_samples: Counter[int]  # update -> samples over all ranks
+    samples: list[Sample]  # those that this rank's replica trains, by update, group and index
+    num_samples: Counter[int]  # update -> number of samples over all replicas
 
 
 def distribute(
     samples: Sequence[Sample], groups: Groups, *, keep_groups_whole: bool = False
 ) -> Distributed:
-    """This data-parallel rank's samples of the iteration, balanced by tokens within each update.
+    """The samples that this rank's replica trains, balanced by tokens within each update.
 
-    Each kept sample lies on one rank before (its group's owner) and on all ranks of one
-    data-parallel replica after. Only kept samples travel. Every rank must call it.
+    samples: the kept samples of the groups that this rank owns. Each sample lies on one rank before
+    and on all ranks of one data-parallel replica after. Every rank must call it.
     """
     lengths = {_key(sample): sample.num_tokens for sample in samples}
     everywhere: dict[Key, int] = {}
@@ -41,13 +54,13 @@ def distribute(
         [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp_rank == replica]
         for replica in range(layout.dp)
     ]
-    rows, to_ranks = [], []
+    messages, to_ranks = [], []
     for sample in samples:
-        row = _encode(sample)
+        message = _encode(sample)
         for rank in ranks_of[replica_of[_key(sample)]]:
-            rows.append(row)
+            messages.append(message)
             to_ranks.append(rank)
-    arrived = _decode(send_rows(rows, to_ranks, groups.host))
+    arrived = _decode(send_messages(messages, to_ranks, groups.host))
     return Distributed(
         samples=sorted(arrived, key=_key),
         num_samples=Counter(update for update, _, _ in everywhere),
@@ -57,10 +70,11 @@ def distribute(
 def rows_of(
     samples: Sequence[Sample], budget: int, *, count_multiple: int, keep_groups_whole: bool = False
 ) -> list[list[Sample]]:
-    """The samples of one update in packed rows; at least one row, and a multiple of them.
+    """The samples of one update in packed rows of at most `budget` tokens.
 
-    Rows may be empty: a rank without samples still takes part in the reduction of gradients, and
-    the interleaved pipeline schedule wants a multiple of the pipeline size.
+    There is at least one row, and the number of rows is a multiple of count_multiple; rows may be
+    empty. A rank without samples still takes part in the reduction of gradients, and Megatron's
+    interleaved pipeline schedule takes only multiples of the pipeline size.
     """
     units: dict[Key, list[Sample]] = {}
     for sample in samples:
@@ -75,7 +89,7 @@ def rows_of(
 
 
 def _replicas(lengths: dict[Key, int], dp: int, *, keep_groups_whole: bool) -> dict[Key, int]:
-    """Data-parallel rank of every sample."""
+    """The data-parallel replica that trains each sample."""
     units: defaultdict[Key, int] = defaultdict(int)
     for key, length in lengths.items():
         units[_unit(key, keep_groups_whole)] += length
@@ -88,7 +102,10 @@ def _replicas(lengths: dict[Key, int], dp: int, *, keep_groups_whole: bool) -> d
 
 
 def _unit(key: Key, keep_groups_whole: bool) -> Key:
-    """What travels and is packed together: a sample, or all of its group."""
+    """The key of the unit that a sample travels and is packed with: itself, or all of its group.
+
+    A group is told by the key of its first sample: (update, group_id, 0).
+    """
     update, group_id, index = key
     return (update, group_id, 0 if keep_groups_whole else index)
 
@@ -98,7 +115,11 @@ def _key(sample: Sample) -> Key:
 
 
 def _encode(sample: Sample) -> Tensor:
-    """One int64 row that describes itself; floats travel by their bits."""
+    """One int64 vector that tells its own lengths; floats travel by their bits.
+
+    Example: group 7, index 1, update 0, prompt [5, 9], response [2], advantage 0.5, no log-probs is
+    [7, 1, 0, 2, 1, 0, 5, 9, 2, 0x3FE0000000000000].
+    """
     has_logprobs = sample.rollout_logprobs is not None
     head = torch.tensor(
         [
@@ -119,6 +140,7 @@ def _encode(sample: Sample) -> Tensor:
 
 
 def _decode(stream: Tensor) -> list[Sample]:
+    """The samples of encoded vectors that stand one behind the other."""
     samples = []
     at = 0
 

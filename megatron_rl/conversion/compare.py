@@ -1,4 +1,4 @@
-"""Two checkpoints of either kind, tensor by tensor, a block of rows at a time."""
+"""Comparison of two checkpoints of either kind, tensor by tensor, a block of rows at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -18,21 +18,21 @@ BLOCK_BYTES = 64 << 20
 
 @dataclass(kw_only=True)
 class Comparison:
-    """What was found."""
+    """The differences that were found."""
 
     num_tensors: int
     differing: list[str] = field(default_factory=list)
-    """Names, in the order of the network."""
+    """The names of tensors that differ, in the order of the network."""
 
     first: str = ""
-    """The first difference: tensor, place, both values."""
+    """The first difference in words: tensor, place, both values."""
 
     largest: float = 0.0
-    """Largest absolute difference of two elements; nan where only one of them is a number."""
+    """The largest absolute difference of two elements; nan where only one of them is a number."""
 
 
 def differences_of_arch(one: ModelArch, other: ModelArch) -> Iterator[str]:
-    """What config.json says differently."""
+    """A line for each number of the architecture that the two models do not share."""
     for each in fields(ModelArch):
         values = getattr(one, each.name), getattr(other, each.name)
         if values[0] != values[1]:
@@ -50,12 +50,12 @@ def compare_weights(
     """Compare every tensor.
 
     Args:
-        one: weights of arch.
-        other: too.
-        arch: of both.
+        one: the weights of a model.
+        other: the weights of another model of the same architecture.
+        arch: that architecture.
         tolerance: largest absolute difference that counts as equal, whatever the dtypes; None:
             dtypes and bits must be equal.
-        progress: told the bytes that are compared, counted once.
+        progress: is told the bytes of `one` as they are compared.
     """
     shapes = hf_shapes(arch)
     progress.begin(sum(_nbytes(box, one.dtypes[name]) for name, box in _boxes(shapes, one)))
@@ -113,5 +113,5 @@ def _note(found: Comparison, name: str, what: str) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """As integers: 0.0 is not -0.0, and a nan is itself."""
+    """The elements' bits as integers, by which 0.0 differs from -0.0 and a nan equals itself."""
     return tensor.view(INTEGER_OF[tensor.element_size()])

@@ -1,7 +1,7 @@
-"""The logits of a model on the CPU in float32: by transformers, or by Megatron-Core.
+"""The logits of a model on the CPU in float32, computed by transformers or by Megatron-Core.
 
 A Hugging Face directory goes through transformers and a Megatron-Core checkpoint through the model
-that we train, so comparing one of each compares the networks too, not only the files.
+that we train. So a comparison of one with the other compares the networks too, not only the files.
 """
 
 import functools
@@ -33,7 +33,7 @@ TEXT = (
 
 
 def tokens_of(source: ModelSource, arch: ModelArch, text: str | None) -> Tensor:
-    """[T] int64 ids of a text by the model's own tokenizer, as many as it has positions."""
+    """[T] int64 ids of a text (None: of TEXT), cut where the model's positions end."""
     ids = load_tokenizer(source.config_dir).encode(text or TEXT)
     ids = ids[: arch.max_position_embeddings]
     if not ids or max(ids) >= arch.vocab_size:
@@ -103,7 +103,7 @@ def _one_rank() -> Groups:
 
 
 def _row(tokens: Tensor) -> MicroBatch:
-    """One sequence, of which nothing is trained."""
+    """A packed row of one sequence, of which no token carries loss."""
     length = len(tokens)
     none = torch.empty(0)
     return MicroBatch(

@@ -1,8 +1,8 @@
-"""An output directory that is complete or not there, and goes on where it was stopped.
+"""An output directory that is complete or not there; stopped work goes on where it was.
 
-Files are made in `<name>.partial`. Each finished one is a line of its journal, appended after the
-file is on disk; a second start does only what is not in there. At the end one rename gives the
-directory its name.
+Files are made in `<name>.partial`. Each finished file is a line of the journal there, appended when
+the file is on disk, and a second start makes only files that have no line. At the end one rename
+gives the directory its name.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Progress(Protocol):
-    """Told how far a conversion is; a bar, for example."""
+    """Is told how far a conversion is; a bar in the terminal, for example."""
 
     def begin(self, total_bytes: int) -> None: ...
 
@@ -33,9 +33,9 @@ class Progress(Protocol):
 
 
 class PartialOutput:
-    """Use as a context; without complete() the work stays for the next start.
+    """A context in which an output is made; without complete() the work stays for the next start.
 
-    The journal is locked as long, so that two processes do not write one output.
+    The journal is locked within the context, so that two processes do not write one output.
     """
 
     def __init__(self, final: Path, identity: Mapping[str, Any]) -> None:
@@ -43,10 +43,11 @@ class PartialOutput:
 
         Args:
             final: the directory to make.
-            identity: what the output depends on, as JSON. Files of another identity are discarded.
+            identity: all that the output depends on, as JSON. Files of another identity are
+                discarded.
 
         Raises:
-            InputError: final is there already, or somebody else is making it.
+            InputError: final exists already, or another process is making it.
         """
         if final.exists():
             raise InputError(f"{final}: it is there already. Remove it, or choose another output")
@@ -84,10 +85,10 @@ class PartialOutput:
             ) from error
 
     def require_space(self, total_bytes: int) -> None:
-        """That the disk holds total_bytes, of which the finished files are a part.
+        """Check that the disk can hold total_bytes, of which the finished files are a part.
 
         Raises:
-            InputError: it does not.
+            InputError: it cannot.
         """
         done = sum((self.directory / name).stat().st_size for name in self.finished)
         missing = total_bytes - done - shutil.disk_usage(self.directory).free
@@ -97,9 +98,9 @@ class PartialOutput:
             )
 
     def add(self, name: str, record: Any) -> None:
-        """File `name` is written in full; record is what a later start must know of it.
+        """Note that file `name` is written in full; a later start gets `record` back.
 
-        It is brought to disk, and then into the journal, while the next file is made.
+        The file is brought to disk, and then into the journal, while the next file is made.
         """
         self.finished[name] = record
         self._wait()
@@ -120,10 +121,10 @@ class PartialOutput:
         sync_tree(self.directory)
         self.directory.rename(self._final)
         sync(self._final.parent)
-        (self._final / JOURNAL).unlink()  # not before: its lock keeps others out
+        (self._final / JOURNAL).unlink()  # last of all, since its lock keeps others out
 
     def _read_journal(self, identity: Any) -> dict[str, Any]:
-        """Records of the files that stand as they were finished; the journal then has no others."""
+        """The records of files that are still as they were finished; other lines are removed."""
         lines = self._lines()
         if not lines or lines[0] != {"identity": identity}:
             self._clear()
@@ -137,7 +138,7 @@ class PartialOutput:
     def _lines(self) -> list[Any]:
         self._journal.seek(0)
         lines = []
-        with contextlib.suppress(ValueError):  # a line that was cut off in the middle
+        with contextlib.suppress(ValueError):  # the last line may be cut off in the middle
             for line in self._journal:
                 lines.append(json.loads(line))
         return lines
@@ -160,5 +161,5 @@ class PartialOutput:
 
 
 def describe_files(paths: list[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of change: what tells whether a source is the same as before."""
+    """(name, size, time of change) of each file, by which a changed source is recognised."""
     return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths)]

@@ -23,9 +23,9 @@ from megatron_rl.weights.layouts import hf_shapes
 from megatron_rl.weights.megatron_files import MegatronCheckpoint
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
-FORMAT = 1  # of the journal
+FORMAT = 1  # of the journal; another number discards unfinished work
 AHEAD_BYTES = 64 << 20
-"""Of the largest record that is read while another one is written."""
+"""A record up to this size is read while the one before it is written."""
 
 
 def convert_to_hf(
@@ -42,15 +42,15 @@ def convert_to_hf(
 
     Args:
         checkpoint: the weights.
-        config_dir: config.json, tokenizer and chat template, which are copied.
+        config_dir: holds config.json, tokenizer and chat template, which are copied.
         output: the directory to make.
-        arch: as config_dir says.
-        dtype: of all weights; None: as they are stored.
-        file_bytes: size of one safetensors file.
-        progress: told the bytes of the weights as they are written.
+        arch: the architecture that config_dir describes.
+        dtype: the dtype of all weights in output; None: each keeps its own.
+        file_bytes: most bytes of tensors in one safetensors file.
+        progress: is told the bytes of the weights as they are written.
 
     Raises:
-        InputError: the checkpoint cannot be used, or output not be written.
+        InputError: the checkpoint cannot be used, or the output cannot be written.
     """
     shapes = hf_shapes(arch)
     dtypes = {name: dtype or checkpoint.dtypes[name] for name in shapes}
@@ -86,7 +86,7 @@ def _write_file(
     checkpoint: MegatronCheckpoint,
     progress: Progress,
 ) -> None:
-    """One safetensors file; each record that has a part of it is read once."""
+    """Write one safetensors file; each record that holds a part of it is read once."""
     writer = TensorFileWriter(path, tensors)
     found = [
         (mapped.chunk, pieces)
@@ -114,7 +114,7 @@ def _read_ahead(checkpoint: MegatronCheckpoint, chunks: Sequence[Chunk]) -> Iter
 
 
 def _main_dtype(dtypes: Mapping[str, torch.dtype], nbytes: Mapping[str, int]) -> torch.dtype:
-    """What most of the weights are in."""
+    """The dtype of most bytes of the weights."""
     counts: Counter[torch.dtype] = Counter()
     for name, dtype in dtypes.items():
         counts[dtype] += nbytes[name]

@@ -38,29 +38,29 @@ from megatron_rl.weights.stored_layout import (
 )
 
 BLOCK_BYTES = 16 << 20
-"""Most bytes of one chunk, and so of what is in memory at a time."""
+"""Most bytes of one chunk, and so of the weights that are in memory at a time."""
 
 ITERATION = 1  # Megatron-LM refuses 0
-FORMAT = 1  # of the journal
-IDENTITY = "conversion.json"  # what the checkpoint was made of
+FORMAT = 1  # of the journal; another number discards unfinished work
+IDENTITY = "conversion.json"  # the file that says what the checkpoint was made of
 DESCRIPTION = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# 3.0 is the order of rows in linear_qkv that Megatron-LM then leaves as it is.
+# At version 3.0 Megatron-LM leaves the rows of linear_qkv in the order in which they are.
 COMMON = {"iteration": ITERATION, "checkpoint_version": 3.0}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What will stand where."""
+    """The checkpoint that will be written: its tensors, and the chunks in each file."""
 
     tensors: Mapping[str, StoredParams]
-    shapes: Mapping[str, tuple[int, ...]]  # with rows that pad a vocabulary
+    shapes: Mapping[str, tuple[int, ...]]  # they include rows that pad a vocabulary
     dtypes: Mapping[str, torch.dtype]
-    files: Mapping[str, tuple[tuple[str, Box], ...]]  # chunks, by key and rectangle
+    files: Mapping[str, tuple[tuple[str, Box], ...]]  # file -> key and rectangle of its chunks
 
     @property
     def nbytes(self) -> int:
@@ -79,19 +79,19 @@ def convert_to_megatron(
     dtype: torch.dtype | None,
     progress: Progress,
 ) -> Path:
-    """Write the checkpoint; its directory, output/iter_0000001.
+    """Write the checkpoint; returns its directory, output/iter_0000001.
 
     Args:
-        source: Hugging Face directory.
+        source: a Hugging Face directory.
         output: gets the checkpoint and the file that names the newest one.
-        arch: as source says.
-        tp: the layout it is meant for, which decides the padding of the vocabulary; any other one
-            loads it too.
-        dtype: of all weights; None: as they are stored.
-        progress: told the bytes of the weights as they are written.
+        arch: the architecture that source describes.
+        tp: the tensor parallelism that it is meant for, which decides the padding of the
+            vocabulary; any other layout loads it too.
+        dtype: the dtype of all weights; None: each keeps its own.
+        progress: is told the bytes of the weights as they are written.
 
     Raises:
-        InputError: source cannot be used, or output not be written.
+        InputError: source cannot be used, or the output cannot be written.
     """
     checkpoint = HfCheckpoint(source, hf_shapes(arch))
     plan = _plan(arch, checkpoint, tp, dtype)
@@ -165,7 +165,7 @@ def _padded(param: MegatronParam, arch: ModelArch, tp: int) -> tuple[int, ...]:
 
 
 def _file_of(param: MegatronParam, arch: ModelArch) -> str:
-    """A file per layer: little enough to write again after an interruption."""
+    """The file of a parameter. There is one per layer, soon written again if it is interrupted."""
     number = 0 if param.template.startswith("embedding.") else arch.num_layers + 1
     if param.layer is not None:
         number = param.layer + 1
@@ -190,7 +190,7 @@ def _write_file(
 
 
 def _write_descriptions(partial: PartialOutput, plan: _Plan, arch: ModelArch) -> None:
-    """All but the weights; metadata.json last, since Megatron-Core looks for it."""
+    """Write all but the weights; metadata.json is last, since Megatron-Core looks for it."""
     directory = partial.directory
     states = f"__0_{arch.num_layers + 2:04d}.distcp"
     with (directory / states).open("wb") as file:
@@ -210,7 +210,7 @@ def _write_descriptions(partial: PartialOutput, plan: _Plan, arch: ModelArch) ->
 
 
 def _is_unnamed(final: Path, identity: dict[str, Any]) -> bool:
-    """Whether this very conversion is complete but for the tracker."""
+    """True where this very conversion is complete but for the tracker file."""
     if (final.parent / TRACKER).exists() or not (final / IDENTITY).is_file():
         return False
     return bool(json.loads((final / IDENTITY).read_text()) == json.loads(json.dumps(identity)))
@@ -232,7 +232,8 @@ def _from_json(fields: dict[str, Any]) -> Chunk:
     return Chunk(
         **fields
         | {
-            # Equal strings as one object: the bytes of a pickle depend on which are.
+            # Equal strings must be one object here, as in an uninterrupted conversion: a pickle
+            # writes an object it has seen as a reference, so its bytes depend on that.
             "key": sys.intern(fields["key"]),
             "file": sys.intern(fields["file"]),
             "dtype": getattr(torch, fields["dtype"]),

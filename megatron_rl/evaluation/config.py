@@ -1,4 +1,4 @@
-"""What is measured on held-out problems."""
+"""Settings of the evaluation on held-out questions."""
 
 import re
 from typing import Self
@@ -12,45 +12,45 @@ _NAME = re.compile(r"(?!overall$)\w[\w.-]*")
 
 
 class BenchmarkConfig(Settings):
-    """One set of problems."""
+    """One benchmark: a set of questions with answers."""
 
     path: str
-    """As prompts.path."""
+    """Its data set, named as in prompts.path."""
 
     split: str = "test"
-    """As prompts.split."""
+    """Its split, as in prompts.split."""
 
     prompt_key: str = "prompt"
-    """As prompts.prompt_key."""
+    """Column with the question, as in prompts.prompt_key."""
 
     answer_key: str = "answer"
-    """As prompts.answer_key."""
+    """Column with the answer, as in prompts.answer_key."""
 
     max_problems: int | None = Field(default=None, gt=0)
-    """Only the first so many; None: all."""
+    """Only the first so many questions are asked; None: all."""
 
 
 class EvaluationConfig(Settings):
-    """Average@k over benchmarks, by the rollout engine and the run's own reward."""
+    """Average@k and its relatives on benchmarks, by the rollout engine and the run's own reward."""
 
     benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict)
-    """Name -> problems. A name is part of file names; "overall" is the average's."""
+    """Name -> benchmark. A name is part of file names; "overall" is the name of their average."""
 
     samples: int = Field(default=16, ge=1)
-    """k: responses per problem."""
+    """k: the number of responses to each question."""
 
     temperature: float = Field(default=1.0, ge=0)
-    """0 is greedy, and then one response per problem says it all."""
+    """Sampling temperature. 0 is greedy, and then one response per question is enough."""
 
     max_response_tokens: int | None = Field(default=None, gt=0)
-    """None: as rollout.max_response_tokens. A response also ends where the model's positions end,
-    and counts as truncated."""
+    """Longest response, in tokens; None: the same as rollout.max_response_tokens. A response also
+    ends where the model's positions end, and then counts as truncated."""
 
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    """Of the intervals around every result."""
+    """Confidence of the intervals around every result."""
 
     resamples: int = Field(default=2000, ge=1)
-    """Sets of problems drawn for the intervals."""
+    """Number of sets of questions that are drawn for the intervals."""
 
     every: int = Field(default=0, ge=0)
     """Iterations between evaluations during training; 0: none."""

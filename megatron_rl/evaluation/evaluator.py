@@ -1,4 +1,4 @@
-"""Held-out problems through the same engine and verifier as training."""
+"""Evaluation: held-out questions go through the same engine and verifier as training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
 from megatron_rl.evaluation.measures import Bootstrap, measure, overall
-from megatron_rl.evaluation.problem import Problem, to_problem
-from megatron_rl.evaluation.report import Evaluation, write_problems, write_summary
+from megatron_rl.evaluation.question import Question, to_question
+from megatron_rl.evaluation.report import Evaluation, write_questions, write_summary
 from megatron_rl.evaluation.votes import Equality, majority
 from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import Groups
@@ -21,12 +21,12 @@ Drawn = Callable[[Sequence[Prompt], Draw], list[RolloutGroup]]
 
 
 class Evaluator:
-    """The benchmarks of a run."""
+    """Evaluates the policy on the benchmarks of a run."""
 
     def __init__(
         self,
         config: EvaluationConfig,
-        problems: Mapping[str, Sequence[Prompt]],
+        questions: Mapping[str, Sequence[Prompt]],
         *,
         max_response_tokens: int,
         model: str,
@@ -35,31 +35,31 @@ class Evaluator:
         output_dir: Path,
         groups: Groups,
     ) -> None:
-        """model: its name, for the record. equality: of answers that vote."""
+        """questions: prompts by benchmark. model: its name, for the record. equality: for votes."""
         self._config, self._groups, self._equality = config, groups, equality
         self._directory = output_dir / "evaluation"
         self._max_response_tokens = config.max_response_tokens or max_response_tokens
         self._model, self._seed = model, seed
-        self._problems = problems
+        self._questions = questions
 
     def run(self, drawn: Drawn, *, iteration: int | None, policy_version: int) -> Evaluation:
         """The result on every benchmark, equal on all ranks; every rank calls it.
 
-        In evaluation/, <benchmark>_<iteration>.jsonl gets the responses to each problem, and
+        In evaluation/, <benchmark>_<iteration>.jsonl gets the responses to each question, and
         summary_<iteration>.json the result; without an iteration the names have none.
         """
-        if not self._problems:
+        if not self._questions:
             return Evaluation.empty()
         suffix = "" if iteration is None else f"_{iteration:06d}"
         bootstrap = Bootstrap(
             resamples=self._config.resamples, confidence=self._config.confidence, seed=self._seed
         )
         results = {}
-        for name, prompts in self._problems.items():
-            problems = self._sample(name, prompts, drawn)
-            results[name] = measure(name, problems, bootstrap)
+        for name, prompts in self._questions.items():
+            answered = self._sample(name, prompts, drawn)
+            results[name] = measure(name, answered, bootstrap)
             if self._groups.is_main:
-                write_problems(problems, self._directory / f"{name}{suffix}.jsonl")
+                write_questions(answered, self._directory / f"{name}{suffix}.jsonl")
         evaluation = Evaluation(
             samples=self._config.samples,
             confidence=self._config.confidence,
@@ -79,36 +79,35 @@ class Evaluator:
             write_summary(summary, self._directory / f"summary{suffix}.json")
         return evaluation
 
-    def _sample(self, name: str, prompts: Sequence[Prompt], drawn: Drawn) -> list[Problem]:
-        """The problems of a benchmark in its order, on all ranks."""
+    def _sample(self, name: str, prompts: Sequence[Prompt], drawn: Drawn) -> list[Question]:
+        """The questions of a benchmark with their responses, in its order, on all ranks."""
         draw = Draw(
             purpose=f"evaluation/{name}",
             group_size=self._config.samples,
             temperature=self._config.temperature,
             max_response_tokens=self._max_response_tokens,
         )
-        own = [to_problem(group) for group in drawn(prompts, draw)]
+        own = [to_question(group) for group in drawn(prompts, draw)]
         voted = [
-            replace(problem, majority=chance)
-            for problem, chance in zip(own, majority(own, self._equality), strict=True)
+            replace(question, majority=chance)
+            for question, chance in zip(own, majority(own, self._equality), strict=True)
         ]
         everywhere = all_gather_objects(voted, self._groups.host)
-        return sorted((p for part in everywhere for p in part), key=lambda p: p.number)
+        return sorted((q for part in everywhere for q in part), key=lambda q: q.number)
 
 
-def load_problems(
+def load_questions(
     benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer
 ) -> list[Prompt]:
-    """The problems of one benchmark, through the template of the training prompts."""
+    """The prompts of one benchmark, through the template of the training prompts."""
     config = prompts.model_copy(
         update={
             "path": benchmark.path,
             "split": benchmark.split,
             "prompt_key": benchmark.prompt_key,
             "answer_key": benchmark.answer_key,
-            "overlong": "error",  # a benchmark with fewer problems is another benchmark
+            "overlong": "error",  # a benchmark with fewer questions is another benchmark
             "shuffle": False,
         }
     )
-    loaded = PromptStream(config, tokenizer, seed=0).all_prompts()
-    return loaded[: benchmark.max_problems]
+    return PromptStream(config, tokenizer, seed=0).all_prompts()[: benchmark.max_problems]

@@ -1,4 +1,4 @@
-"""An evaluation as people and programs read it: a table, JSON, and a line per problem."""
+"""An evaluation as people and programs read it: a table, JSON, and a line per question."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_rl.evaluation.measures import TOKENS, TRUNCATED, BenchmarkResult, Measured
-from megatron_rl.evaluation.problem import Problem
+from megatron_rl.evaluation.question import Question
 from megatron_rl.prompts.rows import json_line
 
 OVERALL = "overall"
@@ -15,7 +15,7 @@ OVERALL = "overall"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Every benchmark's result."""
+    """The result on every benchmark, and their average."""
 
     samples: int
     confidence: float
@@ -28,7 +28,7 @@ class Evaluation:
         return cls(samples=0, confidence=0.0, benchmarks={}, overall={})
 
     def metrics(self) -> dict[str, float]:
-        """As a run records them."""
+        """The results at k = samples as metrics of a run, by name."""
         k = self.samples
         shown = {f"average_at_{k}", f"pass_at_{k}", f"majority_at_{k}", TRUNCATED, TOKENS}
         return {
@@ -39,7 +39,7 @@ class Evaluation:
         }
 
     def table(self) -> list[str]:
-        """Lines of text: shares in percent, each with its confidence interval."""
+        """The results as lines of text: shares in percent, each with its confidence interval."""
         k = self.samples
         columns = {
             f"average_at_{k}": f"average@{k}",
@@ -53,7 +53,7 @@ class Evaluation:
         lines = [f"{header}  tokens"]
         for name, row in self._rows().items():
             result = self.benchmarks.get(name)
-            counts = (result.num_problems, result.num_failed) if result else ("", "")
+            counts = (result.num_questions, result.num_failed) if result else ("", "")
             cells = "".join(f"  {_percent(row.get(key)):<18}" for key in columns)
             lines.append(f"{name:24} {counts[0]:>8} {counts[1]:>6}{cells}  {row[TOKENS].value:.0f}")
         lines.append(
@@ -68,7 +68,7 @@ class Evaluation:
             "confidence": self.confidence,
             "benchmarks": {
                 name: {
-                    "num_problems": result.num_problems,
+                    "num_problems": result.num_questions,
                     "num_failed": result.num_failed,
                     **{key: asdict(measured) for key, measured in result.measured.items()},
                 }
@@ -82,26 +82,26 @@ class Evaluation:
         return rows | ({OVERALL: self.overall} if self.overall else {})
 
 
-def write_problems(problems: Sequence[Problem], file: Path) -> None:
-    """A JSON object a line, one a problem; text stays readable, whatever its language."""
-    _write(file, "".join(json_line(_fields(problem)) for problem in problems))
+def write_questions(questions: Sequence[Question], file: Path) -> None:
+    """Write a line of JSON for each question; text stays readable, whatever its language."""
+    _write(file, "".join(json_line(_fields(question)) for question in questions))
 
 
 def write_summary(summary: Mapping[str, object], file: Path) -> None:
     _write(file, json.dumps(summary, indent=2) + "\n")
 
 
-def _fields(problem: Problem) -> dict[str, object]:
-    fields = asdict(problem)
+def _fields(question: Question) -> dict[str, object]:
+    fields = asdict(question)
     texts = fields.pop("responses")  # last: they are long
-    return fields | {"num_correct": problem.num_correct, "responses": texts}
+    return fields | {"num_correct": question.num_correct, "responses": texts}
 
 
 def _write(file: Path, text: str) -> None:
-    """The file as a whole or not at all."""
+    """Write the file as a whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    # Half a surrogate pair becomes \udXXX, which is how JSON writes it.
+    # Half a surrogate pair cannot be encoded: it becomes \udXXX, which is how JSON writes it.
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(file)
 

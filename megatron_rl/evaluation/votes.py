@@ -1,4 +1,4 @@
-"""The majority vote over the answers of one problem, equal answers voting together.
+"""The majority vote over the answers of one question, equal answers voting together.
 
 A response votes with the answer that was found in it; one without an answer does not vote. All
 responses graded correct vote together. The others vote together where their answers are equal as
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
-from megatron_rl.evaluation.problem import Problem
+from megatron_rl.evaluation.question import Question
 from megatron_rl.reward.answers import decide
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer
@@ -18,37 +18,37 @@ from megatron_rl.types import Verdict
 
 Pair = tuple[str, str]
 Equality = Callable[[Sequence[Pair]], Mapping[Pair, bool]]
-"""Which pairs of answers are equal; takes many, so that workers share them."""
+"""Says of each pair of answers whether they are equal; takes many, so that workers share them."""
 
 
-def majority(problems: Sequence[Problem], equality: Equality) -> list[float | None]:
-    """The chance that the majority is right, per problem.
+def majority(questions: Sequence[Question], equality: Equality) -> list[float | None]:
+    """The chance that the majority is right, for each question.
 
-    None where a correct response has no answer to vote with, as under a user's own reward.
+    It is None where a correct response has no answer to vote with, as under a user's own reward.
     """
-    others = [_others(problem) for problem in problems]
+    others = [_others(question) for question in questions]
     pairs = [
         pair
-        for problem, votes in zip(problems, others, strict=True)
-        if 0 < problem.num_correct <= votes.total()  # else the outcome is known without
+        for question, votes in zip(questions, others, strict=True)
+        if 0 < question.num_correct <= votes.total()  # else the outcome is known without
         for pair in combinations(votes, 2)
     ]
     equal = equality(list(dict.fromkeys(pairs))) if pairs else {}
-    return [_chance(problem, votes, equal) for problem, votes in zip(problems, others, strict=True)]
+    return [_chance(*each, equal) for each in zip(questions, others, strict=True)]
 
 
-def _others(problem: Problem) -> Counter[str]:
-    """Answer -> votes, of the responses that are not correct; in order of appearance."""
+def _others(question: Question) -> Counter[str]:
+    """Answer -> votes for it among the responses that are not correct, in order of appearance."""
     return Counter(
         answer
-        for answer, verdict in zip(problem.extracted, problem.verdicts, strict=True)
+        for answer, verdict in zip(question.extracted, question.verdicts, strict=True)
         if answer is not None and verdict != Verdict.CORRECT
     )
 
 
-def _chance(problem: Problem, votes: Counter[str], equal: Mapping[Pair, bool]) -> float | None:
-    correct = problem.num_correct
-    answers = dict(zip(problem.verdicts, problem.extracted, strict=True))
+def _chance(question: Question, votes: Counter[str], equal: Mapping[Pair, bool]) -> float | None:
+    correct = question.num_correct
+    answers = dict(zip(question.verdicts, question.extracted, strict=True))
     if correct and answers[Verdict.CORRECT] is None:
         return None
     classes: dict[str, int] = {}
@@ -70,7 +70,7 @@ class MathEquality:
         self._num_workers = num_workers
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[Pair, bool]:
-        """The earlier answer of a pair is taken as gold. A comparison that fails says no."""
+        """True for equal answers, False where they differ or comparing fails; the first is gold."""
         outcomes = {pair: decide(*pair) for pair in pairs}
         equal = {pair: outcome is True for pair, outcome in outcomes.items()}
         undecided = [pair for pair, outcome in outcomes.items() if not isinstance(outcome, bool)]

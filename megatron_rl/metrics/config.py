@@ -1,4 +1,4 @@
-"""Where the numbers of a run go, and which of them cost something extra."""
+"""Settings of a run's numbers: where they go, and those whose measurement costs something."""
 
 from typing import Literal, Self
 
@@ -12,12 +12,12 @@ class MetricsConfig(Settings):
     """Progress display, records on disk, experiment trackers."""
 
     console: Literal["auto", "rich", "plain", "silent"] = "auto"
-    """What the terminal shows. "rich": a progress bar and one table row per iteration; "plain": one
+    """The terminal's display. "rich": a progress bar and one table row per iteration; "plain": one
     line per iteration; "auto": rich on a terminal, else plain; "silent": nothing."""
 
     jsonl: bool = True
-    """Append one JSON object per iteration to metrics.jsonl in the run's directory; what
-    tools/plot_runs.py reads."""
+    """Append one JSON object per iteration to metrics.jsonl in the run's directory, from which
+    tools/plot_runs.py draws curves."""
 
     tensorboard: bool = False
     """Write TensorBoard events to tensorboard/ in the run's directory."""
@@ -36,15 +36,16 @@ class MetricsConfig(Settings):
     it is measured always."""
 
     kl_rollouts: int = Field(default=64, ge=1)
-    """Over how many rollouts that KL is measured. They are drawn from all rollouts of the iteration
-    before selection, so that methods which train on different responses stay comparable."""
+    """Number of rollouts over which that KL is measured. They are drawn from all rollouts of the
+    iteration before selection, so that methods which train on different responses stay
+    comparable."""
 
     rollouts_every: int = Field(default=0, ge=0)
     """Keep some responses every this many iterations, in rollouts.jsonl in the run's directory;
     tools/show_rollouts.py makes a page of it. 0: never."""
 
     rollouts_groups: int = Field(default=16, ge=1)
-    """Prompts of such an iteration whose responses are kept, all of each group."""
+    """Number of prompts of such an iteration whose responses are kept, all of each group."""
 
     @model_validator(mode="after")
     def _check_wandb(self) -> Self:

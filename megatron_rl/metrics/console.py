@@ -1,4 +1,4 @@
-"""What a person sees of a run: start-up notes, then progress, iteration by iteration."""
+"""Displays of a run in a terminal: notes at start-up, then progress, iteration by iteration."""
 
 import os
 import re
@@ -96,7 +96,7 @@ SECONDS_BETWEEN_LINES = 1.0
 
 
 class PlainDisplay:
-    """One line per iteration, for logs; at most one a second but for first, last, evaluations."""
+    """One line per iteration, for logs; at most one a second, but for the last and evaluations."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class RichDisplay:
         self._print(clean(message))
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
-        if not self._is_live:  # not before: notes of start-up need no bar
+        if not self._is_live:  # the bar is not started earlier: notes at start-up need none
             self._progress.start()
             self._is_live = True
         if self._rows % ROWS_PER_HEADER == 0:
@@ -187,7 +187,7 @@ class RichDisplay:
 
 
 class TimeLeft:
-    """How long the rest of the run takes at the pace of its last iterations."""
+    """Estimates the time until the end of the run from the pace of its last iterations."""
 
     def __init__(self, total_iterations: int, clock: Callable[[], float]) -> None:
         self._total = total_iterations
@@ -196,7 +196,7 @@ class TimeLeft:
         self._seconds: deque[float] = deque(maxlen=ITERATIONS_PER_ESTIMATE)
 
     def after(self, iteration: int, values: Mapping[str, float]) -> str:
-        """[days]d h:mm:ss until the last iteration (they count from 1) is done."""
+        """The time left after an iteration (they count from 1), as [days]d h:mm:ss."""
         now = self._clock()
         self._seconds.append(values.get("time/iteration_s", now - self._last))
         self._last = now
@@ -208,7 +208,7 @@ class TimeLeft:
 
 
 def evaluation_lines(values: Mapping[str, float]) -> list[str]:
-    """What was measured on held-out questions, a benchmark a line."""
+    """Lines with the held-out accuracies among the values, one for each benchmark."""
     return [
         clean(f"held-out {names.evaluation_label(name)} {value:.1%}")
         for name, value in values.items()

@@ -18,8 +18,8 @@ from megatron_rl.metrics import names
 from megatron_rl.metrics.writers import read_jsonl
 
 Curve = tuple[list[int], list[float]]  # iterations, values
-History = Mapping[str, Curve]  # by metric name
-Repeated = Sequence[History]  # of one label
+History = Mapping[str, Curve]  # the curves of one run, by metric name
+Repeated = Sequence[History]  # the runs of one label
 Against = Literal["iterations", "tokens"]
 
 # Okabe and Ito's palette, told apart with any colour vision; their yellow is too pale on white
@@ -37,7 +37,7 @@ PANELS = (
     ("Response length", "tokens", ("rollout/response_tokens_mean",)),
     ("Kept responses", "share of those drawn", ("algorithms/kept_responses_frac",)),
 )
-"""Title, unit, metrics of a panel: of the metrics, the first that the run reported."""
+"""Title, unit and metrics of each panel, which shows the first of its metrics that was reported."""
 
 
 TRAINED = "policy/trained_tokens"
@@ -72,7 +72,7 @@ def history(path: Path) -> History:
 def band(
     runs: Repeated, name: str, against: Against = "iterations"
 ) -> tuple[list[float], list[float], list[float], list[float]]:
-    """(x, mean, least, largest) of a metric, at the iterations that all runs measured it at."""
+    """(x, mean, least, largest) of a metric, at the iterations at which all runs measured it."""
     curves = [dict(zip(*run[name], strict=True)) for run in runs if name in run]
     shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     columns = [[curve[iteration] for curve in curves] for iteration in shared]
@@ -95,7 +95,7 @@ def _tokens_until(run: History, iterations: Sequence[int]) -> list[float]:
 
 
 def draw(runs: Sequence[tuple[str, Repeated]], *, against: Against = "iterations") -> Figure:
-    """Six panels; one colour per label, one marker per held-out benchmark."""
+    """A figure of six panels; one colour per label, one marker per held-out benchmark."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = [axes for row in figure.subplots(2, 3) for axes in row]
@@ -161,6 +161,6 @@ def _legend(runs: Sequence[tuple[str, Repeated]], benchmarks: Sequence[str]) -> 
 
 
 def _line_style(run: int) -> dict[str, Any]:
-    """Colour first, then dashes once the colours are used up."""
+    """A line's style: another colour for each run, and dashes once the colours are used up."""
     dashes = DASHES[run // len(COLORS) % len(DASHES)]
     return {"color": COLORS[run % len(COLORS)], "linestyle": dashes, "linewidth": 1.6}

@@ -23,10 +23,10 @@ Record = dict[str, Any]
 
 
 class RolloutLog:
-    """A sample of the groups of iterations that ask; on every rank, the main one writes."""
+    """Writes some groups of every few iterations; it is on every rank, and the main one writes."""
 
     def __init__(self, config: MetricsConfig, directory: Path, groups: Groups) -> None:
-        """directory: of the run."""
+        """directory: the run's; groups: the process groups."""
         self._config, self._groups = config, groups
         self._path = directory / ROLLOUTS_NAME
         self._is_continued = False
@@ -36,8 +36,8 @@ class RolloutLog:
     ) -> None:
         """Write some of this iteration's groups; every rank calls it.
 
-        graded: this rank's groups. prompts: the whole batch; evenly drawn from it, the kept ones
-        are the same at every layout.
+        graded: this rank's rollout groups. prompts: the whole batch; the kept ones are drawn from
+        it evenly, so they are the same at every layout.
         """
         if not self._config.rollouts_every or iteration % self._config.rollouts_every:
             return
@@ -51,7 +51,7 @@ class RolloutLog:
     def _write(self, iteration: int, records: Sequence[Record]) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if not self._is_continued and self._path.exists():
-            truncate_jsonl(self._path, iteration - 1)  # what a resumed run repeats
+            truncate_jsonl(self._path, iteration - 1)  # a resumed run repeats later iterations
         self._is_continued = True
         ordered = sorted(records, key=lambda record: int(record["group"]))
         with self._path.open("a", encoding="utf-8") as file:
@@ -59,7 +59,7 @@ class RolloutLog:
 
 
 def to_record(group: RolloutGroup, iteration: int) -> Record:
-    """A line of the file."""
+    """The record of a group: a line of the file."""
     return {
         "iteration": iteration,
         "prompt": group.prompt.text,

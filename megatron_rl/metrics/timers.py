@@ -1,4 +1,4 @@
-"""How long each phase of an iteration takes."""
+"""Timing of the phases of an iteration."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from megatron_rl.metrics.names import PHASES
 
 
 def _no_wait() -> None:
-    """A device without a queue has nothing to wait for."""
+    """Do nothing: a device without a queue has nothing to wait for."""
 
 
 class PhaseTimer:
@@ -23,9 +23,10 @@ class PhaseTimer:
         clock: Callable[[], float] = time.perf_counter,
         synchronize: Callable[[], None] = _no_wait,
     ) -> None:
-        """Time by clock; synchronize waits for the device's queue, so that work is not billed late.
+        """Measure by `clock`, in seconds.
 
-        Cost: one device synchronization at both ends of every phase.
+        synchronize waits for the device's queue, so that work is billed to the phase that queued
+        it. Cost: one device synchronization at both ends of every phase.
         """
         self._clock = clock
         self._synchronize = synchronize
@@ -34,7 +35,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Bill the time inside to a phase of PHASES, also when it ends by an exception."""
+        """A context whose time is billed to a phase of PHASES, also when an exception ends it."""
         if name not in PHASES:
             raise ValueError(f"unknown phase {name!r}: must be one of {', '.join(PHASES)}")
         self._synchronize()
@@ -46,7 +47,7 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """Seconds of every phase entered since the last take, and of the whole iteration."""
+        """Seconds of every phase since the last take and of the whole iteration; starts anew."""
         now = self._clock()
         values = {f"time/{name}_s": self._seconds[name] for name in PHASES if name in self._seconds}
         values["time/iteration_s"] = now - self._iteration_start

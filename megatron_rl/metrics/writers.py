@@ -1,4 +1,4 @@
-"""Where an iteration's numbers are kept: JSON lines, TensorBoard, Weights & Biases."""
+"""Writers of an iteration's numbers: JSON lines, TensorBoard, Weights & Biases."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ class MetricsWriter(Protocol):
 
 
 class JsonlWriter:
-    """One JSON object per iteration, readable by others as soon as it is written.
+    """Writes one JSON object per iteration, which others can read as soon as it is written.
 
     Example line: {"iteration": 3, "reward/mean": 0.5, "policy/grad_norm": null}; a number that is
     not finite becomes null, since JSON has no such numbers.
@@ -52,7 +52,7 @@ class JsonlWriter:
 
 
 def truncate_jsonl(path: Path, iteration: int) -> None:
-    """Leave out the records of later iterations; the file is replaced in one step."""
+    """Drop the records of later iterations from a file, which is replaced in one step."""
     kept = [record for record in read_jsonl(path) if record["iteration"] <= iteration]
     replacement = path.with_suffix(".jsonl.new")
     with replacement.open("w", encoding="utf-8") as file:
@@ -82,7 +82,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """Scalars by iteration; events of repeated iterations are purged."""
+    """Writes scalars by iteration; events of iterations that a run repeats are purged."""
 
     def __init__(self, directory: Path, first_iteration: int) -> None:
         tensorboard = _import("torch.utils.tensorboard", "tensorboard", "metrics.tensorboard", True)
@@ -98,10 +98,10 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run on Weights & Biases. A resumed run keeps its id, so its parts join when synced.
+    """Writes to a run on Weights & Biases; a resumed run keeps its id, so its parts join.
 
-    Online, wandb drops steps that it has already; the parts of an offline run each keep theirs, and
-    a resume repeats them exactly.
+    Online, wandb drops steps that it has already. Offline, each part of a run keeps all of its
+    steps; those that two parts share are equal, since a resume repeats them exactly.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class WandbWriter:
                 dir=str(directory),
                 id=_run_id(directory / "wandb_run_id"),
                 name=directory.name,
-                # an offline run cannot ask the server what it has
+                # An offline run cannot ask the server what it has.
                 resume="allow" if config.wandb_mode == "online" else None,
                 config=dict(run_settings),
-                # our display owns the terminal; code and machine details stay here
+                # Our display owns the terminal; code and details of the machine are not sent.
                 settings=wandb.Settings(console="off", silent=True, disable_git=True),
             )
         except wandb.errors.Error as error:
@@ -142,12 +142,12 @@ def open_writers(
     last_iteration: int | None = None,
     run_settings: Mapping[str, Any] | None = None,
 ) -> list[MetricsWriter]:
-    """The record keepers that the config asks for; call on global rank 0 only.
+    """The writers that the config asks for; called on global rank 0 only.
 
     Args:
-        directory: of the run; everything is written under it.
-        last_iteration: the last one done before a resume; later records are forgotten. None: a
-            new run.
+        directory: the run's; everything is written under it.
+        last_iteration: the last one done before a resume; later records are dropped. None: this
+            is a new run.
         run_settings: the resolved recipe, for trackers that show it.
     """
     writers: list[MetricsWriter] = []
@@ -164,7 +164,7 @@ def open_writers(
 
 
 def _run_id(path: Path) -> str:
-    """The id in this file, which is made where there is none."""
+    """The id in this file, which is written with a new id where it is not there."""
     if not path.exists():
         path.write_text(secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8")

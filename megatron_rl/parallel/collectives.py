@@ -1,4 +1,4 @@
-"""What ranks tell each other outside of the model: errors, sums, and samples."""
+"""Collectives outside of the model: ranks tell each other errors, sums and samples."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -18,7 +18,7 @@ def agree_or_raise(error: Exception | None, group: dist.ProcessGroup) -> None:
     A check that fails on one rank only would leave the others waiting in the next collective.
 
     Raises:
-        RunError: on ranks without an error of their own, with the first other's.
+        RunError: on ranks without an error of their own; it tells the error of the first other.
     """
     failed = torch.tensor(int(error is not None))
     dist.all_reduce(failed, group=group)
@@ -34,7 +34,7 @@ def agree_or_raise(error: Exception | None, group: dist.ProcessGroup) -> None:
 
 
 def all_or_none(work: Callable[[], None], group: dist.ProcessGroup) -> None:
-    """Do this rank's part of something; its error on any rank is an error on all."""
+    """Do this rank's part of some work; an error of any rank's part is raised on all ranks."""
     error: Exception | None = None
     try:
         work()
@@ -44,20 +44,20 @@ def all_or_none(work: Callable[[], None], group: dist.ProcessGroup) -> None:
 
 
 def nothing() -> None:
-    """The part of a rank that has none."""
+    """Do nothing: the part of a rank that has no part in the work of all_or_none."""
 
 
 def same_or_raise(name: str, value: str, rule: str, group: dist.ProcessGroup) -> None:
     """Raise on all ranks unless all bring the same value; every rank of group must call it.
 
     Args:
-        name: of what must be the same.
-        value: this rank's.
+        name: what the value is, for the message.
+        value: this rank's value.
         rule: why it must be the same, and the way out.
-        group: who must agree.
+        group: the ranks that must agree.
 
     Raises:
-        RunError: with every value and the ranks that have it.
+        RunError: the values differ; it names each with the ranks that have it.
     """
     ranks: dict[str, list[int]] = {}
     for rank, told in enumerate(all_gather_objects(value, group)):
@@ -98,19 +98,21 @@ def gather_objects(item: Item, group: dist.ProcessGroup) -> list[Item]:
     return items or []
 
 
-def send_rows(rows: Sequence[Tensor], to_ranks: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Send row k to rank to_ranks[k]; returns what arrives, in order of (sender, sender's order).
+def send_messages(
+    messages: Sequence[Tensor], to_ranks: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Send message k to rank to_ranks[k]; returns all that arrives here, as one vector.
 
-    One all-to-all of the bytes that are needed and of nothing else. Rows are 1-d tensors of one
-    dtype on the CPU; every rank of the group must call it. The receiver knows the lengths.
+    It holds the messages by sender, each sender's in its own order, and nothing between them: a
+    message must tell its own length. Messages are int64 vectors on the CPU. Every rank of the group
+    must call it. Cost: one all-to-all of the sizes, and one of the bytes that are needed.
     """
-    world = dist.get_world_size(group)
-    order = sorted(range(len(rows)), key=lambda k: to_ranks[k])
-    sizes = [0] * world
-    for row, rank in zip(rows, to_ranks, strict=True):
-        sizes[rank] += row.numel()
-    outgoing = torch.cat([rows[k] for k in order]) if rows else torch.empty(0, dtype=torch.int64)
-    arriving = torch.empty(world, dtype=torch.int64)
+    order = sorted(range(len(messages)), key=lambda k: to_ranks[k])
+    sizes = [0] * dist.get_world_size(group)
+    for message, rank in zip(messages, to_ranks, strict=True):
+        sizes[rank] += message.numel()
+    outgoing = torch.cat([torch.empty(0, dtype=torch.int64), *(messages[k] for k in order)])
+    arriving = torch.empty(len(sizes), dtype=torch.int64)
     dist.all_to_all_single(arriving, torch.tensor(sizes), group=group)
     incoming_sizes = arriving.tolist()
     incoming = torch.empty(sum(incoming_sizes), dtype=outgoing.dtype)

@@ -1,25 +1,31 @@
-"""Which rank is what: pure arithmetic, the same answer on every rank and without any of them."""
+"""The layouts: which rank has which place in training and in the engines.
+
+This is arithmetic alone: every rank finds the same answer, and so does a process without ranks.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinates:
-    """Where one rank sits."""
+    """The place of one rank on each axis of the training layout."""
 
     tp_rank: int
     dp_rank: int
     pp_rank: int
-    etp_rank: int  # in the ranks that share one expert's matrices
-    ep_rank: int  # in the ranks that share a layer's experts
+    etp_rank: int  # its place among the ranks that share one expert's matrices
+    ep_rank: int  # its place among the ranks that share a layer's experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """The training layout; ranks run tensor-parallel first, then data, then pipeline (Megatron).
 
-    Experts cut the ranks of a pipeline stage once more, their own way: expert-tensor-parallel
+    Experts cut the ranks of a pipeline stage once more, in another way: expert-tensor-parallel
     first, then expert-parallel, then replicas.
+
+    Example: 8 ranks, tp 2, pp 2, so dp is 2. Rank 5 has tp_rank 1, dp_rank 0, pp_rank 1; rank 7 has
+    dp_rank 1 and holds the same weights.
     """
 
     world_size: int
@@ -27,7 +33,7 @@ class Layout:
     pp: int
     vpp: int = 1  # model chunks per pipeline rank
     ep: int = 1
-    expert_tp: int | None = None  # None: as tp
+    expert_tp: int | None = None  # None: the same as tp
 
     @property
     def dp(self) -> int:
@@ -39,7 +45,7 @@ class Layout:
 
     @property
     def expert_dp(self) -> int:
-        """Replicas of an expert."""
+        """The number of replicas of an expert."""
         return self.tp * self.dp // (self.etp * self.ep)
 
     def coordinates(self, global_rank: int) -> Coordinates:
@@ -53,13 +59,13 @@ class Layout:
         )
 
     def ranks_of_stage(self, tp_rank: int, pp_rank: int) -> tuple[int, ...]:
-        """The data-parallel replicas that hold the same weights."""
+        """The ranks that hold the same weights, one in each data-parallel replica."""
         return tuple(
             tp_rank + self.tp * (dp_rank + self.dp * pp_rank) for dp_rank in range(self.dp)
         )
 
     def ranks_of_experts(self, etp_rank: int, ep_rank: int, pp_rank: int) -> tuple[int, ...]:
-        """The replicas that hold the same experts."""
+        """The ranks that hold the same part of the same experts."""
         stage = self.tp * self.dp
         return tuple(
             pp_rank * stage + etp_rank + self.etp * (ep_rank + self.ep * replica)
@@ -85,5 +91,5 @@ class EngineLayout:
         return global_rank % self.tp
 
     def ranks_of(self, tp_rank: int) -> tuple[int, ...]:
-        """The ranks that hold the same engine shard, one in each replica."""
+        """The ranks that hold the same shard of an engine, one in each engine."""
         return tuple(engine * self.tp + tp_rank for engine in range(self.num_engines))

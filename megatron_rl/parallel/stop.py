@@ -8,10 +8,11 @@ from megatron_rl.parallel.collectives import max_over
 
 
 class StopRequest:
-    """Whether any rank was told to stop.
+    """Remembers that this rank was told to stop, and finds out whether any rank was.
 
     The handler only sets a flag, so nothing is interrupted. A scheduler and torchrun may both pass
-    the signal on, so a second one changes nothing; torchrun kills what outlasts its own time limit.
+    the signal on, so a second signal changes nothing; torchrun kills ranks that outlast its own
+    time limit.
     """
 
     def __init__(self) -> None:
@@ -22,7 +23,7 @@ class StopRequest:
         signal.signal(signal.SIGTERM, self._note)
 
     def agreed(self, group: dist.ProcessGroup) -> bool:
-        """The same answer on every rank; one small all-reduce."""
+        """True on every rank where any rank was told to stop; one small all-reduce."""
         return max_over([float(self._was_told)], group)[0] > 0
 
     def _note(self, _number: int, _frame: object) -> None:

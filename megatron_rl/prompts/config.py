@@ -1,4 +1,4 @@
-"""Which questions a run trains on, and how they become tokens."""
+"""Settings of the prompts: the questions that a run trains on, and how they become tokens."""
 
 from string import Formatter
 from typing import Literal, Self
@@ -17,7 +17,7 @@ class PromptsConfig(Settings):
     ("owner/name", or "owner/name:subset"). A list is read in its order."""
 
     split: str = "train"
-    """Split of a hub data set; files have none."""
+    """Split of a hub data set; it has no effect on files."""
 
     prompt_key: str = "prompt"
     """Column with the question, as text."""
@@ -34,11 +34,11 @@ class PromptsConfig(Settings):
     one, with system and instruction; else the prompt as it is."""
 
     system: str | None = None
-    """What the system turn of the chat template says; "": there is none. None: where reward.kind is
-    math, the text of the paper's code (prompts/template.py); else none."""
+    """Text of the chat template's system turn; "": there is none. None: where reward.kind is math,
+    the text of the paper's code (prompts/template.py); else there is none."""
 
     instruction: str | None = None
-    """What the user's turn of the chat template says after the prompt and a space; "": nothing.
+    """Text of the user's turn of the chat template after the prompt and a space; "": nothing.
     None: where reward.kind is math, the text of the paper's code; else nothing."""
 
     prompts_per_iteration: int = Field(default=1024, ge=1)
@@ -48,7 +48,7 @@ class PromptsConfig(Settings):
     """Longest prompt, in tokens after the template."""
 
     overlong: Literal["skip", "error"] = "skip"
-    """What happens to longer ones. "skip": they are counted and left out; "error": refused."""
+    """"skip": longer prompts are counted and left out. "error": they are an error."""
 
     shuffle: bool = True
     """A new order for every epoch, from the run's seed. False: the order of the file."""

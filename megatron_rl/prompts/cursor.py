@@ -1,4 +1,4 @@
-"""Where a run stands in its data: the order of every epoch, and the place in it."""
+"""The cursor of a run in its data: the order of the rows in every epoch, and the place in it."""
 
 from dataclasses import dataclass
 
@@ -38,6 +38,7 @@ class Cursor:
         return draws
 
     def seek(self, epoch: int, position: int) -> None:
+        """Go to a place; the next row is order[position] of that epoch."""
         if epoch < 0 or not 0 <= position <= self.num_rows:
             raise ValueError(
                 f"epoch {epoch}, position {position} is no place in {self.num_rows} rows"
@@ -49,7 +50,7 @@ class Cursor:
     def _order_of(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         if not self.shuffle:
             return np.arange(self.num_rows, dtype=np.int64)
-        # RandomState, not a Generator: its stream is promised never to change, so that a run can
+        # numpy promises that RandomState's stream never changes (a Generator's may), so a run can
         # resume under another numpy. Its seed is a list of 32-bit words.
         seed = self.seed % 2**64
         words = [seed & 0xFFFFFFFF, seed >> 32, epoch & 0xFFFFFFFF, epoch >> 32]

@@ -18,7 +18,7 @@ from megatron_rl.types import Prompt
 
 
 class PromptState(TypedDict):
-    """What a checkpoint keeps."""
+    """The state of a stream in a checkpoint."""
 
     epoch: int
     position: int
@@ -28,18 +28,18 @@ class PromptState(TypedDict):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptReport:
-    """What became of the rows of a data set."""
+    """The numbers of rows of a data set that are used or left out, and why."""
 
     num_read: int
     num_used: int
     num_overlong: int  # left out, since longer than max_prompt_tokens
     overlong_rows: tuple[str, ...]  # the first few of them, as source:line
-    num_hopeless: int  # left out, since no response could be right by their answer
-    hopeless_rows: tuple[str, ...]  # the first few of them, as source:line: why
-    num_conflicting: int  # used, though the same prompt stands before with another answer
-    max_prompt_tokens: int  # the longest in use
+    num_hopeless: int  # left out, since no response could be right by the row's answer
+    hopeless_rows: tuple[str, ...]  # the first few of them, as "source:line: why"
+    num_conflicting: int  # used, though an earlier row has the same prompt with another answer
+    max_prompt_tokens: int  # length of the longest prompt in use
     mean_prompt_tokens: float
-    max_gold_tokens: int  # the longest, with its end-of-sequence token; 0 without gold
+    max_gold_tokens: int  # length of the longest gold response with its end; 0 without gold
 
 
 class PromptStream:
@@ -57,7 +57,7 @@ class PromptStream:
         with_gold: bool = False,
         check_answer: Callable[[str], str | None] | None = None,
     ) -> None:
-        """check_answer says why no response could be right by an answer, None where one could."""
+        """check_answer: tells why no response could be right by an answer, None where one could."""
         all_rows = read_rows(config, with_gold)
         rows, hopeless = _gradable(all_rows, check_answer)
         _refuse_control_tokens(rows, tokenizer)
@@ -109,7 +109,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: PromptState) -> None:
-        """Continue where state_dict() was taken; InputError where the data are not the same."""
+        """Go on where state_dict() was taken; InputError where the data are not the same."""
         if state["checksum"] != self._checksum:
             raise InputError(
                 f"prompts.path: the data are not those the run was saved with: {len(self)} usable "
@@ -134,7 +134,7 @@ class PromptStream:
 def _gradable(
     rows: Sequence[Row], check_answer: Callable[[str], str | None] | None
 ) -> tuple[Sequence[Row], list[str]]:
-    """The rows whose answer can be met, and source:line: why of the others."""
+    """The rows whose answer can be met, and for each other row "source:line: why"."""
     if check_answer is None:
         return rows, []
     problems = [check_answer(row.answer) for row in rows]
@@ -153,7 +153,7 @@ def _gradable(
 
 
 def _refuse_control_tokens(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
-    """A data set must not be able to end a turn or a sequence by spelling a control token."""
+    """Refuse rows that spell a control token, by which they could end a turn or a sequence."""
     if not tokenizer.control_tokens:
         return
     control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)))
@@ -200,7 +200,7 @@ def _count_conflicting(rows: Sequence[Row]) -> int:
 
 
 def _checksum(rows: Sequence[Row], prompts: TokenTable, gold: TokenTable | None) -> str:
-    """Of what the run sees, so that a file may be moved or converted but not changed."""
+    """A digest of all that the run sees: files may be moved or converted, but not changed."""
     digest = hashlib.blake2b(digest_size=16)
     for table in (prompts, gold):
         if table is not None:

@@ -1,4 +1,4 @@
-"""One usable row of a data set, and the words for a row that is not."""
+"""Rows of a data set: a usable one, and the faults that make others unusable."""
 
 import json
 import math
@@ -13,6 +13,8 @@ _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 @dataclass(frozen=True, slots=True)
 class Row:
+    """One usable row of a data set."""
+
     prompt: str
     answer: str
     response: str | None  # None where only prompts are asked for
@@ -26,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a data set holds what."""
+    """The names of a data set's columns by what they hold."""
 
     prompt: str
     answer: str
@@ -38,7 +40,7 @@ class Columns:
 
 
 class Problems:
-    """Collects what is wrong with a data set, to report all of it at once."""
+    """Collects the faults of a data set, to report all of them at once."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -61,11 +63,11 @@ class Problems:
 
 
 class RowError(ValueError):
-    """Why one row cannot be used; becomes a line of Problems."""
+    """The reason why one row cannot be used; it becomes a line of Problems."""
 
 
 def to_row(fields: object, columns: Columns, source: str, line: int) -> Row:
-    """The row made of a record's columns; RowError where it has no prompt, answer or response."""
+    """The row made of a record's columns; RowError where a column is missing or unusable."""
     if not isinstance(fields, Mapping):
         raise RowError(f"{preview(fields)} is not a JSON object")
     missing = [name for name in columns.names if name not in fields]
@@ -83,7 +85,7 @@ def to_row(fields: object, columns: Columns, source: str, line: int) -> Row:
 
 
 def json_line(fields: Mapping[str, object]) -> str:
-    """The object on one line of JSON that people can read, whatever its language.
+    """The object as one line of JSON that people can read, whatever its language.
 
     Characters that only some readers take for the end of a line are escaped.
     """
@@ -101,7 +103,7 @@ def preview(value: object) -> str:
 
 
 def answer_text(column: str, value: object) -> str:
-    """Text as it is, a number as text (27.0 -> "27.0"), a list of one as its element."""
+    """The answer as text: a number is written out (27.0 -> "27.0"), a list of one is unpacked."""
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, int | float) and not isinstance(value, bool):

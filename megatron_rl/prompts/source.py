@@ -1,4 +1,4 @@
-"""Reads rows from JSON Lines and parquet files, directories of them, and hub data sets."""
+"""Sources of rows: JSON Lines and parquet files, directories of them, and hub data sets."""
 
 import json
 import re
@@ -34,22 +34,22 @@ def read_rows(config: PromptsConfig, with_gold: bool) -> list[Row]:
     return rows
 
 
-Record = tuple[int, object]  # line, from 1; its columns, or the RowError that stands for them
+Record = tuple[int, object]  # line, from 1; its columns, or a RowError where it has none
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedData:
-    """A file or a hub data set, and what is in it."""
+    """An open file or hub data set with its records."""
 
     name: str
     where: str
     records: Iterator[Record]
-    num_records: int | None = None  # None: known when it has been read
-    revision: str | None = None  # commit of a hub data set, where the hub told it
+    num_records: int | None = None  # None: not known before all are read
+    revision: str | None = None  # commit of a hub data set, where the hub tells it
 
 
 def open_data(path: str, split: str, setting: str = "prompts.path") -> Iterator[OpenedData]:
-    """Each file behind a path, or the hub data set; setting is what messages say named it."""
+    """Each file behind a path, or the hub data set; messages say that `setting` named it."""
     location = Path(path).expanduser()
     if not location.exists():
         if HUB_NAME.fullmatch(path) and location.suffix not in SUFFIXES:
@@ -96,7 +96,7 @@ def _checked(records: Iterator[Record], columns: Columns, name: str, where: str)
 
 
 def _check_columns(first: object, columns: Columns, where: str) -> None:
-    """A wrong column name fails on the first row, in one line instead of one a row."""
+    """Refuse a wrong column name on the first row, since else every row would be a fault."""
     if not isinstance(first, Mapping):
         return
     keys = dict(zip(("prompt_key", "answer_key", "response_key"), columns.names, strict=False))
@@ -110,7 +110,7 @@ def _check_columns(first: object, columns: Columns, where: str) -> None:
 
 
 def read_json_lines(file: Path) -> Iterator[Record]:
-    """(line number, object or why there is none) of every line that is not blank."""
+    """The record of every line that is not blank."""
     try:
         with file.open("rb") as lines:
             for line, raw in enumerate(lines, start=1):
@@ -181,7 +181,7 @@ def _check_hub(name: str) -> None:
     try:
         urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError:
-        return  # the hub answers; what it makes of the name, loading says better
+        return  # the hub answers; an error about the name comes from loading, with more words
     except urllib.error.URLError as error:
         if not isinstance(error.reason, ssl.SSLError):  # certificates are the client's business
             raise

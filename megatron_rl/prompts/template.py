@@ -1,4 +1,4 @@
-"""What the model reads of a question: the recipe's template, else the chat template, else it."""
+"""A question as the model reads it: in the recipe's template, in the chat template, or bare."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ from megatron_rl.prompts.tokenizer import Tokenizer
 
 Render = Callable[[str], str]
 
-# Both texts as the public code of arXiv:2504.11343 (RLHFlow/Minimal-RL) gives them to every model.
+# The public code of arXiv:2504.11343 (RLHFlow/Minimal-RL) gives these texts to every model.
 MATH_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
 MATH_INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 
 
 def for_mathematics(config: PromptsConfig) -> PromptsConfig:
-    """The config with the paper's texts where the recipe leaves them open."""
+    """The config with the paper's texts where the recipe sets none."""
     if config.template is not None:
         return config
     system = MATH_SYSTEM if config.system is None else config.system
@@ -22,7 +22,7 @@ def for_mathematics(config: PromptsConfig) -> PromptsConfig:
 
 
 def choose_template(config: PromptsConfig, tokenizer: Tokenizer) -> Render:
-    """The function from a row's prompt to the text that is encoded."""
+    """The function that turns a row's prompt into the text that is encoded."""
     template, system, instruction = config.template, config.system or "", config.instruction
     if template is not None:
         return lambda prompt: template.format(prompt=prompt)

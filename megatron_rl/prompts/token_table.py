@@ -13,7 +13,7 @@ ENCODE_CHUNK = 4096  # texts given to the tokenizer at once: enough for all its 
 
 
 class TokenTable:
-    """Rows of token ids."""
+    """Rows of token ids, of any length, in two flat arrays."""
 
     def __init__(self) -> None:
         self.ids = array("i")

@@ -17,7 +17,7 @@ _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 class Tokenizer(Protocol):
-    """What the loop needs of a tokenizer."""
+    """A tokenizer as the loop uses it."""
 
     @property
     def name(self) -> str:
@@ -39,15 +39,15 @@ class Tokenizer(Protocol):
     def has_chat_template(self) -> bool: ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text. Nothing is put in front or behind; control tokens in it are honoured."""
+        """The text's ids, with nothing in front or behind; control tokens become their ids."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode() of each, faster."""
+        """The ids of each text as encode() gives them, but faster."""
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
     def render_chat(self, prompt: str, system: str = "") -> str:
-        """The chat with these turns (no system turn if ""), up to where the response starts."""
+        """The text of a chat up to where the response starts; system "" means no system turn."""
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -75,7 +75,7 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
 def local_tokenizer_dir(path: str) -> Path:
     """The directory itself, or the hub model's tokenizer files in the local cache, no weights."""
     if Path(path).expanduser().is_dir() or path.count("/") != 1:
-        return Path(path)  # load_tokenizer says what is wrong with it
+        return Path(path)  # load_tokenizer reports what is wrong with it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -90,7 +90,7 @@ def local_tokenizer_dir(path: str) -> Path:
 
 
 class HuggingFaceTokenizer:
-    """transformers' AutoTokenizer; Python code that comes with a model is never run."""
+    """A tokenizer by transformers' AutoTokenizer; Python code beside a model is never run."""
 
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
@@ -100,7 +100,7 @@ class HuggingFaceTokenizer:
             loaded = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # what the Rust code raises for a file it cannot parse
+        except Exception as error:  # the Rust code raises this for a file that it cannot parse
             raise InputError(
                 f"{directory}: transformers cannot load the tokenizer "
                 f"({type(error).__name__}: {error}). A tokenizer that needs code of its own, or a "
@@ -150,7 +150,7 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A tokenizer.model alone. Control pieces count as such in encode(), as in Hugging Face's."""
+    """A tokenizer by a tokenizer.model alone. As in Hugging Face's, control pieces are encoded."""
 
     has_chat_template = False
 
@@ -234,7 +234,7 @@ def _eos_ids(
 
 
 def _configured_eos(directory: Path) -> list[int]:
-    """eos_token_id of config.json, then of generation_config.json, where the files are there."""
+    """The ids in eos_token_id of config.json, then of generation_config.json, where they exist."""
     found: list[int] = []
     for file in (directory / "config.json", directory / "generation_config.json"):
         if not file.is_file():

@@ -1,7 +1,7 @@
-"""Whether an answer equals the gold answer, decided without sympy wherever that is possible.
+"""Comparison of an answer with the gold answer, without sympy wherever that is possible.
 
-The policy for ambiguous pairs lives in the rules below, tried in their order; each says yes, no, or
-passes on. What none can decide goes to a worker, as the pair it should compare.
+How ambiguous pairs are decided stands in the rules below. They are tried in order; each says equal,
+different, or None, which passes the pair on. A pair that no rule decides goes to a worker.
 """
 
 import re
@@ -20,7 +20,7 @@ from megatron_rl.reward.words import same_choice, same_prose, unwrap_text
 
 
 class Shape(NamedTuple):
-    """Brackets and items: "{}" is a set or a list, others are those of a point or an interval."""
+    """Brackets and items: kind "{}" is a set or a list, others are of a point or an interval."""
 
     kind: str
     items: list[str]
@@ -38,14 +38,15 @@ _HEDGE = re.compile(
 )
 _SPACED_DIGITS = re.compile(r"[0-9] [0-9]")
 _PLUS_MINUS = re.compile(r"\\[pm][mp](?![a-zA-Z])")
-# What no problem asks for, unless its own answer has it: each can keep sympy busy for ever.
+# Expressions that can keep sympy busy for ever. An answer with one is wrong, unless the gold answer
+# has it too: no question asks for it otherwise.
 _REFUSED = tuple(
     re.compile(pattern)
     for pattern in (
         r"[0-9]{41}",
         r"\^\s*[{(\s]*[+-]?[0-9]{5}",
         r"\^\s*\{[^{}]*\^\s*\{[^{}]*\^",
-        r"(?:\^\s*\{[^{}]*){3}\^",  # higher than a gold that is a tower
+        r"(?:\^\s*\{[^{}]*){3}\^",  # a tower of four, where the gold answer may be one of three
         r"!.*!",
         r"\\sum",
         r"\\prod",
@@ -61,10 +62,10 @@ _REFUSED = tuple(
 Rule = Callable[[str, str], bool | None]
 
 
-# The responses to a prompt repeat each other.
+# The responses to a prompt often repeat each other's answer.
 @lru_cache(maxsize=16384)
 def decide(gold: str, answer: str) -> Outcome:
-    """Compare two answers as written; anything a worker must see is returned as a pair."""
+    """Compare two answers as written; a pair is returned where a worker has to compare it."""
     return _decide(_normalized_gold(gold), unwrap_text(normalize(answer)))
 
 
@@ -95,23 +96,24 @@ def _same_text(gold: str, answer: str) -> bool | None:
 
 
 def _overgrown(gold: str, answer: str) -> bool | None:
-    """Short in Unicode, but spelled out longer than any answer."""
+    """Different: the answer, once normalised, is longer than any answer may be."""
     return False if len(answer) > 2 * MAX_ANSWER_CHARS else None
 
 
 def _pattern(gold: str, answer: str) -> bool | None:
-    """A sequence that goes on, or a ratio of three, is equal as text or not at all."""
+    """Different: sequences that go on and ratios of three are equal as text or not at all."""
     if "\\ldots" in gold or "\\ldots" in answer or gold.count(":") > 1 or answer.count(":") > 1:
         return False
     return None
 
 
 def _hedged(gold: str, answer: str) -> bool | None:
-    r"""`5\text{ or more}` is not 5."""
+    r"""Different where the answer alone hedges: `5\text{ or more}` is not 5."""
     return False if _HEDGE.search(answer) and not _HEDGE.search(gold) else None
 
 
 def _in_base(gold: str, answer: str) -> bool | None:
+    """Equal where digits and base are; the answer may leave out the gold answer's base."""
     wanted, given = _IN_BASE.fullmatch(gold), _IN_BASE.fullmatch(answer)
     if wanted is None:
         in_ten = given is not None and given[2] == "10"
@@ -121,7 +123,7 @@ def _in_base(gold: str, answer: str) -> bool | None:
 
 
 def _clock(gold: str, answer: str) -> bool | None:
-    """Times of day; 3:30 is also accepted as 3:30 p.m., but not the reverse."""
+    """Equal times of day; 3:30 p.m. is accepted for 3:30, but not the reverse."""
     wanted, given = split_unit(gold), split_unit(answer)
     if not (_CLOCK.fullmatch(wanted.value) and _CLOCK.fullmatch(given.value)):
         return None
@@ -130,7 +132,7 @@ def _clock(gold: str, answer: str) -> bool | None:
 
 
 def _quantities(gold: str, answer: str) -> bool | None:
-    """Numbers with percent signs and units; the question fixes what a bare number means."""
+    """Equal numbers in equal units; gold 50% accepts 50 and 0.5 too, gold 50 refuses 50%."""
     wanted, given = split_unit(gold), split_unit(answer)
     if not same_unit(wanted.unit, given.unit):
         return False
@@ -145,7 +147,7 @@ def _quantities(gold: str, answer: str) -> bool | None:
 
 
 def size_of(quantity: Quantity) -> Fraction | None:
-    """The number of a quantity in its unit, or None; a ratio is its fraction."""
+    """The number of a quantity in its unit, a ratio as its fraction; None where there is none."""
     ratio = quantity.value.split(":")
     if len(ratio) == 2:
         top, bottom = number(ratio[0]), number(ratio[1])
@@ -155,7 +157,7 @@ def size_of(quantity: Quantity) -> Fraction | None:
 
 
 def _values_only(pair: Pair) -> Pair:
-    """The pair without units, ratios as fractions: what a computer algebra system understands."""
+    """The pair as a computer algebra system understands it: without units, ratios as fractions."""
     wanted, given = split_unit(pair.gold), split_unit(pair.answer)
     if given.is_percent and not wanted.is_percent:
         return Pair(wanted.value, given.value + "%")
@@ -202,7 +204,7 @@ def _both_signs(text: str) -> str:
 
 
 def _compare_shapes(gold: str, answer: str) -> bool | None:
-    """A point, an interval and a set are different things; so are points of different length."""
+    """Different where a point meets an interval or a set, or points have different lengths."""
     wanted, given = shape_of(gold), shape_of(answer)
     if wanted is None or given is None or (len(wanted.items) < 2 and len(given.items) < 2):
         return None
@@ -219,7 +221,7 @@ def _compare_shapes(gold: str, answer: str) -> bool | None:
 
 
 def shape_of(text: str) -> Shape | None:
-    """Brackets and items of an answer; None where sets are joined or described, not listed."""
+    """The brackets and items of an answer; None where sets are joined or described, not listed."""
     if "\\cup" in text or "\\cap" in text or "\\mid" in text:
         return None
     if _INEQUALITY.search(text) or _PLUS_MINUS.search(text):

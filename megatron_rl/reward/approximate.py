@@ -1,8 +1,8 @@
 r"""Values of expressions such as \frac{3 \sqrt{2}}{4} + 2 \pi x, to tell different ones apart.
 
-Most wrong answers to a symbolic gold differ from it in the first digits, at any value of x; this
-finds it in some 50 microseconds where sympy takes milliseconds. Only what can be read in one way is
-read. Equal values are no proof of equality: sympy has to confirm it.
+Most wrong answers to a symbolic gold answer differ from it in the first digits, at any value of x.
+This module finds that in some 50 microseconds, where sympy takes milliseconds. Texts that can be
+read in more than one way are not read. Equal values are no proof of equality: that is sympy's part.
 """
 
 import re
@@ -15,7 +15,7 @@ _CANCELLED = Decimal("1e-20")
 _TOKEN = re.compile(
     r"\s*([0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40}"
     r"|\\(?:frac|sqrt|pi|cdot|times|alpha|beta|delta|theta|lambda|mu|phi|omega)(?![a-zA-Z])"
-    r"|[a-df-hj-z]|[-+*/^(){}\[\]])"  # e and i are numbers
+    r"|[a-df-hj-z]|[-+*/^(){}\[\]])"  # e and i are left out: they are numbers, not symbols
 )
 _TIMES = frozenset(("*", "\\cdot", "\\times"))
 _CLOSERS = {"(": ")", "{": "}", "[": "]"}
@@ -26,7 +26,7 @@ class _UnreadableError(ValueError):
 
 
 def surely_differ(left: str, right: str) -> bool:
-    """Whether both texts have a value, and not the same; False also where that cannot be told."""
+    """True where both texts have a value and the values differ; False where that cannot be told."""
     with localcontext(_CONTEXT):
         try:
             first, second = _Reader(left).value(), _Reader(right).value()
@@ -62,7 +62,7 @@ class _Reader:
             sign = self._take() if self._peek() in ("+", "-") else "+"
             terms.append(self._product() if sign == "+" else -self._product())
         total = sum(terms, Decimal(0))
-        # What is left after a cancellation may be rounding alone.
+        # After a cancellation the rest may be nothing but rounding.
         if len(terms) > 1 and abs(total) <= _CANCELLED * max(map(abs, terms)):
             raise _UnreadableError
         return total
@@ -81,7 +81,7 @@ class _Reader:
                 self._take()
                 value *= self._power()
             elif has_divided:
-                raise _UnreadableError  # 1/2x
+                raise _UnreadableError  # 1/2x is 1/(2x) to some, and (1/2)x to others
             else:
                 value *= self._power()
         return value
@@ -106,7 +106,7 @@ class _Reader:
         self._take()
         token = self._peek()
         if token not in ("{", "(") and len(token) > 1:
-            raise _UnreadableError  # 2^10
+            raise _UnreadableError  # 2^10 is two to the ten as typed, and 2^1 0 in LaTeX
         return base ** self._atom()
 
     def _atom(self) -> Decimal:
@@ -144,12 +144,12 @@ class _Reader:
 
 
 def _starts_factor(token: str) -> bool:
-    """Whether a product goes on without a sign of multiplication."""
+    """True where a product goes on with this token, without a sign of multiplication."""
     return token[:1] in ("\\", "(") or token.isalpha()
 
 
 def _symbol(name: str) -> Decimal:
-    """A value between 1/5 and 4 that no problem has in mind."""
+    """A value for a symbol, between 1/5 and 4, at which different expressions will not agree."""
     return Decimal(sum(map(ord, name)) * 7919 % 3797 + 211) / 1009
 
 

@@ -1,7 +1,7 @@
-"""Messages between the trainer and a reward worker: a length and JSON, never pickle.
+"""Messages between the trainer and a reward worker: each is a length and JSON, never a pickle.
 
-A pickle from a process that ran foreign code would be a way into the trainer. JSON escapes carry
-every string a tokenizer can decode, lone surrogates and NUL included.
+A pickle from a process that ran foreign code would be a way into the trainer. JSON's escapes carry
+every string that a tokenizer can decode, with lone surrogates and NUL.
 """
 
 import json
@@ -22,7 +22,7 @@ def encode(message: Message) -> bytes:
 
 
 def receive(connection: socket.socket) -> Message | None:
-    """The next message of a blocking socket, None at its end."""
+    """The next message of a blocking socket, or None where the socket has ended."""
     header = _receive_exactly(connection, _LENGTH.size)
     body = header and _receive_exactly(connection, _LENGTH.unpack(header)[0])
     return json.loads(body) if body else None
@@ -39,13 +39,13 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
 
 
 class Frames:
-    """Cuts what arrives on a non-blocking socket into messages."""
+    """Cuts the bytes that arrive on a non-blocking socket into messages."""
 
     def __init__(self) -> None:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages completed by this data; ValueError for anything a worker never sends."""
+        """The messages that these bytes complete; ValueError for bytes that no worker sends."""
         self._data += data
         messages = []
         while len(self._data) >= _LENGTH.size:

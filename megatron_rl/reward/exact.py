@@ -1,6 +1,6 @@
 """Exact values of answers that are numbers, or tuples, intervals and sets of numbers.
 
-Everything here is rational arithmetic on bounded text: no floats, no sympy, no surprises.
+Everything here is rational arithmetic on bounded text: there are no floats, and no sympy.
 """
 
 import re
@@ -11,7 +11,8 @@ from functools import partial
 MAX_DEPTH = 12
 
 Exact = Hashable
-"""A Fraction; a frozenset for a set or list; (brackets, values) for a tuple or an interval."""
+"""A Fraction for a number, a frozenset for a set or list, (brackets, values) for a tuple or an
+interval."""
 
 _DIGITS = "[0-9]{1,40}"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]{{0,40}})?|\.{_DIGITS})"
@@ -37,7 +38,7 @@ _AND_OR = re.compile(
 
 
 def number(text: str) -> Fraction | None:
-    r"""The rational a plain number stands for: 1,000 or 3\frac{1}{2} or 1.2\times 10^{4}."""
+    r"""The value of a plain number such as 1,000 or 3\frac{1}{2} or 1.2\times 10^{4}, else None."""
     text = text.strip()
     if text.startswith("(") and text.endswith(")"):
         text = text[1:-1].strip()
@@ -85,7 +86,7 @@ def _power(mantissa: Fraction, base: int, exponent: int) -> Fraction | None:
 
 
 def split_items(text: str) -> list[str]:
-    """The parts of a list: cut at commas, semicolons, "and", "or" outside brackets."""
+    """The items of a list, cut at commas, semicolons, "and" and "or" outside of brackets."""
     parts: list[str] = []
     depth, start = 0, 0
     text = _AND_OR.sub(",", text)
@@ -99,9 +100,9 @@ def split_items(text: str) -> list[str]:
 
 
 def brackets(text: str) -> tuple[str, str]:
-    """Outermost brackets and what they hold: "(1,2]" gives "(]" and "1,2"; no pair gives "".
+    """The outermost brackets and the text in them: "(1,2]" gives "(]" and "1,2".
 
-    A set in braces gives "{}". Brackets that close before the end, as in (1,2),(3,4), are none.
+    A set in braces gives "{}". Where no pair holds the whole text, as in (1,2),(3,4), there is "".
     """
     opener = "\\{" if text.startswith("\\{") else text[:1]
     if opener not in _CLOSERS:
@@ -125,7 +126,7 @@ def _depths(text: str) -> Iterator[int]:
 
 
 def nesting(text: str) -> int:
-    """How deep brackets are nested."""
+    """The depth to which brackets are nested."""
     return max(_depths(text), default=0)
 
 

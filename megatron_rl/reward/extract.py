@@ -1,4 +1,4 @@
-"""The answer a response commits to: the content of its last box, of its last answer tag, or all.
+"""Finders of the answer that a response commits to: in its last box, its last answer tag, or all.
 
 Every search is bounded: a policy may well learn to repeat an opening box a hundred thousand times.
 """
@@ -7,22 +7,23 @@ import re
 from collections.abc import Callable
 
 Finder = Callable[[str], str | None]
-"""From a response to its answer; None where there is none."""
+"""Finds the answer in a response; None where there is none."""
 
 MAX_ANSWER_CHARS = 512
 TAIL_CHARS = 1 << 16
 MAX_OPENERS = 32
 
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
-# Backwards, since the last number is asked for: -1,234.5 or 3/4 or 50% or 4.5e33. A minus after a
-# number or a bracket is no sign, a full stop after a letter no decimal point.
+# A number such as -1,234.5 or 3/4 or 50% or 4.5e33, written backwards: the last number is wanted,
+# so the response is searched from its end. A minus after a number or a bracket is not a sign, and
+# a full stop after a letter is not a decimal point.
 _NUMBER_REVERSED = re.compile(
     r"%?(?:[0-9]+/(?=[0-9])|[0-9]{1,3}[-+]?[eE](?=[0-9]))?[0-9][0-9,]*(?:\.(?:[0-9,]*[0-9]|(?!\w)))?(?:-(?![\w)\]}.,]))?"
 )
 
 
 def last_box(response: str) -> str | None:
-    r"""Content of the last balanced box after the reasoning; None where there is no answer.
+    r"""The content of the last balanced box after the reasoning; None where there is no answer.
 
     An unterminated or over-long last box is no answer, and never makes an earlier one count: the
     response was cut, or goes on guessing. An opener without a body (as in "put it in a \boxed")
@@ -46,7 +47,7 @@ def last_box(response: str) -> str | None:
 
 
 def last_answer_tag(response: str) -> str | None:
-    """Content of the last <answer>...</answer> after the reasoning, or of the box in it.
+    """The content of the last <answer>...</answer> after the reasoning, or of the box in it.
 
     An unterminated or over-long last tag is no answer, as with boxes.
     """
@@ -61,7 +62,7 @@ def last_answer_tag(response: str) -> str | None:
 
 
 def whole_response(response: str) -> str | None:
-    """What stands after the reasoning, None where that is nothing or too long for an answer."""
+    """The text after the reasoning; None where there is none, or it is too long for an answer."""
     text = _after_reasoning(response).strip()
     return text if 0 < len(text) <= MAX_ANSWER_CHARS else None
 
@@ -75,9 +76,9 @@ def last_number(response: str) -> str | None:
 
 
 def is_answer_form(response: str) -> bool:
-    """Whether a response is reasoning, then one answer tag, then nothing.
+    """True where a response is reasoning, then one answer tag, then nothing.
 
-    The reasoning may have no tags, or its opening tag in the prompt.
+    The reasoning may have no tags, or have its opening tag in the prompt.
     """
     head, opened, rest = response.strip().partition(_OPEN_TAG)
     content = rest.removesuffix(_CLOSE_TAG)
@@ -91,7 +92,7 @@ def is_answer_form(response: str) -> bool:
 def _after_reasoning(response: str) -> str:
     opened, closed = response.rfind("<think>"), response.rfind("</think>")
     if opened > closed:
-        return ""  # still reasoning: what stands in a box there is not yet an answer
+        return ""  # it is still reasoning: a box there is not yet an answer
     return response[closed + len("</think>") :] if closed >= 0 else response
 
 

@@ -1,4 +1,4 @@
-"""Gold answers before training: which cannot be used, and what the question says about them."""
+"""Gold answers before training: those that cannot be used are found, a percent sign is restored."""
 
 import re
 
@@ -19,9 +19,9 @@ _BARE_NUMBER = re.compile(r"[-+]?[0-9][0-9.,/ ]*")
 
 
 def check_gold(answer: str, config: RewardConfig | None = None) -> str | None:
-    """Why no response could be right by this gold answer, or None where one could.
+    """The reason why no response could be right by this gold answer, or None where one could.
 
-    A user's function makes of it what it wants: then nothing is checked but that it is there.
+    A user's function may read the answer in any way: then it is only checked that there is one.
     """
     config = config or RewardConfig()
     if not answer.strip():

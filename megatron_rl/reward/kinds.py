@@ -1,6 +1,6 @@
-"""The rewards with a name: what each says of a response at once, in microseconds.
+"""The judges of the rewards that have a name: each grades a response at once, in microseconds.
 
-A user's function is not among them: it runs in workers only.
+A user's function has no judge: it runs in workers only.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from megatron_rl.reward.normalize import normalize
 from megatron_rl.reward.units import split_unit
 
 Judge = Callable[[str, str, int | None], Graded]
-"""From a response, the gold answer and the response's number of tokens."""
+"""Grades a response, given the gold answer and the response's number of tokens."""
 
 _FINDERS: dict[str, Finder] = {
     "box": last_box,
@@ -32,7 +32,7 @@ _FINDERS: dict[str, Finder] = {
 
 
 def make_judge(kind: str, config: RewardConfig, part: PartConfig | None = None) -> Judge | None:
-    """What judges responses in this process; None for a user's function."""
+    """The judge of a kind of reward, which runs in this process; None for a user's function."""
     find = _FINDERS[config.answer_in]
     if kind == "math":
         return lambda response, answer, _: grade(response, answer, find)
@@ -87,7 +87,7 @@ def _judge_format(
 def _judge_length(
     free_tokens: int, max_tokens: int, response: str, answer: str, num_tokens: int | None
 ) -> Graded:
-    """The soft punishment of DAPO, arXiv:2503.14476, eq. 13."""
+    """0 up to free_tokens, falling to -1 at max_tokens (DAPO's, arXiv:2503.14476, eq. 13)."""
     if num_tokens is None:
         raise ValueError("length_penalty: the number of tokens of the response is not given")
     excess = (num_tokens - free_tokens) / (max_tokens - free_tokens)

@@ -1,7 +1,7 @@
-"""The mathematics verifier: exact layers here, symbolic.py in a worker for what they leave open.
+"""The mathematics verifier: exact rules here, symbolic.py in a worker for what they leave open.
 
-`grade` runs in the trainer and is bounded, whatever a response holds. No torch here: workers import
-this module.
+`grade` runs in the trainer, and its time is bounded, whatever a response holds. Workers import this
+module, so it does not import torch.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from megatron_rl.reward.extract import Finder, last_box
 from megatron_rl.reward.relations import Pair
 
 VerdictName = Literal["correct", "wrong", "no_answer", "timeout", "error"]
-"""Value of megatron_rl.types.Verdict; the enum itself lives next to torch."""
+"""The values of megatron_rl.types.Verdict, whose module imports torch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """What is said of a response at once: a verdict, a value, or the pair a worker compares."""
+    """A judge's result on a response: a verdict, a value, or the pair for a worker to compare."""
 
     extracted: str | None
     verdict: VerdictName | None = None
     pair: Pair | None = None
-    value: float | None = None  # of a reward that gives no verdict
-    reason: str | None = None  # of an error
+    value: float | None = None  # from a reward that gives no verdict
+    reason: str | None = None  # why there was an error
 
 
 def grade(response: str, gold: str, find: Finder = last_box) -> Graded:
@@ -32,7 +32,8 @@ def grade(response: str, gold: str, find: Finder = last_box) -> Graded:
     if answer is None:
         return Graded(None, "no_answer")
     if not gold.strip():
-        return Graded(answer, "error", reason="no gold answer")  # check_gold finds it beforehand
+        # A run does not get here: check_gold finds such answers before training.
+        return Graded(answer, "error", reason="no gold answer")
     outcome = decide(gold, answer)
     if isinstance(outcome, Pair):
         return Graded(answer, pair=outcome)

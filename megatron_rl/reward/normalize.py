@@ -1,4 +1,4 @@
-"""One spelling for answers that differ only in how LaTeX or Unicode writes them."""
+"""Normalisation: one spelling for answers that differ only in how LaTeX or Unicode writes them."""
 
 import re
 import unicodedata

@@ -2,6 +2,15 @@
 
 A deadline counts the worker's CPU time: under a wall clock alone a verdict would depend on how busy
 the node is. The kill is SIGKILL, since neither SIGTERM nor an alarm ends a loop in C.
+
+What happens to a pair of strings, which is a job here:
+
+    submit     it waits, then goes to a worker that is ready and idle
+    answered   its outcome comes out of poll()
+    too slow   outcome "timeout"; the worker is killed and replaced
+    crashed    its worker is replaced, and the job is tried once more; then outcome "error"
+    no zygote  the process that forks workers (worker.py) is gone and they with it: all are started
+               again and the job waits again, without being charged
 """
 
 import contextlib
@@ -19,22 +28,22 @@ from megatron_rl.errors import InputError, RunError
 from megatron_rl.reward.channel import Frames, Message, encode
 from megatron_rl.reward.math_grader import VerdictName
 
-WALL_FACTOR = 20
-_START_LIMIT_S = 120.0
-_MAX_ZYGOTE_STARTS = 2
-_MAX_FAILED_STARTS = 8
+WALL_FACTOR = 20  # a job that sleeps uses no CPU time; it ends after so many deadlines by the clock
+_START_LIMIT_S = 120.0  # for a worker's imports
+_MAX_ZYGOTE_STARTS = 2  # in the life of a pool
+_MAX_FAILED_STARTS = 8  # workers in a row that end before they are ready
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one sample."""
+    """The result of one job."""
 
     verdict: VerdictName | None  # None: a user's function returned the reward itself
     seconds: float  # CPU time of the worker
     reward: float | None = None
-    reason: str | None = None  # of a timeout or an error
-    is_misuse: bool = False  # the fault is the function's, whatever the data
+    reason: str | None = None  # why there was a timeout or an error
+    is_misuse: bool = False  # True: the function is at fault, whatever the data
 
 
 @dataclass(slots=True)
@@ -47,13 +56,13 @@ class _Job:
 @dataclass(slots=True, eq=False)
 class _Worker:
     connection: socket.socket
-    started: float  # wall clock, of the start and then of each job
+    started: float  # wall clock at which the worker, or then its job, was started
     frames: Frames = field(default_factory=Frames)
-    outbox: bytes = b""
-    pid: int | None = None
-    is_ready: bool = False
+    outbox: bytes = b""  # the part of the request that the socket has not taken yet
+    pid: int | None = None  # None until the worker has told it
+    is_ready: bool = False  # its function is loaded
     job: _Job | None = None
-    cpu_before: float = 0.0
+    cpu_before: float = 0.0  # CPU seconds that it had used when it got the job
 
 
 class WorkerPool:
@@ -68,7 +77,7 @@ class WorkerPool:
         function: str | None = None,
         setting: str = "reward.function",
     ) -> None:
-        """function: import path of a user's function, named by that setting."""
+        """function: import path of a user's function; setting: the setting that names it."""
         self._num_workers = num_workers
         self._deadline_s = deadline_s
         self._setting = setting
@@ -83,7 +92,7 @@ class WorkerPool:
 
     @property
     def num_pending(self) -> int:
-        """Jobs that are waiting or at work."""
+        """The number of jobs that wait or are at work."""
         return len(self._waiting) + sum(worker.job is not None for worker in self._workers)
 
     @property
@@ -101,16 +110,16 @@ class WorkerPool:
         self._dispatch()
 
     def poll(self, wait_s: float = 0.0) -> list[tuple[int, Outcome]]:
-        """Outcomes since the last call; waits at most wait_s for something to happen.
+        """(job id, outcome) of the jobs that ended since the last call.
 
-        Raises InputError when the user's function cannot be loaded, RunError when workers cannot be
-        kept alive.
+        It waits at most wait_s for something to happen. Raises InputError when the user's function
+        cannot be loaded, RunError when workers cannot be kept alive.
         """
         for key, events in self._selector.select(min(wait_s, self._deadline_s / 4)):
             worker = key.data
             if worker is None:
                 self._zygote_spoke()
-                break  # its workers are gone as well: what else was reported is stale
+                break  # its workers are gone as well, so other events of this poll are stale
             if worker not in self._workers:
                 continue
             if events & selectors.EVENT_READ:
@@ -154,7 +163,7 @@ class WorkerPool:
 
     def _start_worker(self) -> None:
         ours, theirs = socket.socketpair()
-        # Sending fails when the zygote is gone: its socket says so in the next poll.
+        # Sending fails when the zygote is gone, which its socket reports in the next poll.
         with theirs, contextlib.suppress(OSError):
             socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
         ours.setblocking(False)
@@ -163,7 +172,7 @@ class WorkerPool:
         self._selector.register(ours, selectors.EVENT_READ, worker)
 
     def _zygote_spoke(self) -> None:
-        """The zygote's only word is why it cannot start; otherwise its socket ended."""
+        """Start another zygote where it ended; all it ever says is why it cannot start."""
         try:
             complaint = self._control.recv(1 << 12, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -184,7 +193,7 @@ class WorkerPool:
             )
         for worker in self._workers:
             if worker.job is not None:
-                self._waiting.appendleft(worker.job)  # not the sample's fault: uncharged
+                self._waiting.appendleft(worker.job)  # not the job's fault: it is not charged
         self._drop_workers()
         self._selector.unregister(self._control)
         self._control.close()
@@ -215,7 +224,7 @@ class WorkerPool:
 
     def _assign(self, worker: _Worker) -> None:
         if not _is_connected(worker.connection):
-            self._worker_ended(worker)  # died while idle: no sample is charged for it
+            self._worker_ended(worker)  # it died while idle: no job is charged for it
             return
         worker.job = self._waiting.popleft()
         worker.started = time.monotonic()
@@ -240,7 +249,7 @@ class WorkerPool:
             messages = worker.frames.feed(data)
         except BlockingIOError:
             return
-        except (OSError, ValueError):  # gone, or what it sent is no message of ours
+        except (OSError, ValueError):  # the worker is gone, or it sent no message of ours
             data, messages = b"", []
         for message in messages:
             self._handle(worker, message)
@@ -268,9 +277,9 @@ class WorkerPool:
         worker.job = None
 
     def _worker_ended(self, worker: _Worker) -> None:
-        """Replace a worker that died; its sample gets one more try."""
+        """Replace a worker that died; its job gets one more try."""
         if self._zygote_is_gone():
-            return  # it took the workers along: `_zygote_spoke` replaces them all, uncharged
+            return  # it took its workers along; `_zygote_spoke` will start all of them again
         job = worker.job
         if job is not None and not job.has_been_tried:
             job.has_been_tried = True
@@ -289,12 +298,12 @@ class WorkerPool:
         self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
-        """Kill a worker's group, if anything of it is left, and start another in its place."""
+        """Kill what is left of a worker's process group, and start another worker in its place."""
         self._selector.unregister(worker.connection)
         worker.connection.close()
         self._workers.remove(worker)
         if worker.pid is not None:
-            # Fails when the zygote is gone, and its workers with it.
+            # Sending fails when the zygote is gone, and then its workers are gone too.
             with contextlib.suppress(OSError):
                 self._control.send(str(worker.pid).encode())
         self._start_worker()
@@ -311,7 +320,7 @@ class WorkerPool:
                     )
                 continue
             if wall < self._deadline_s / 2:
-                continue  # spares a read of /proc
+                continue  # it cannot be overdue yet: spare a read of /proc
             seconds = _cpu_seconds(worker.pid) - worker.cpu_before
             if seconds > self._deadline_s or wall > WALL_FACTOR * self._deadline_s:
                 reason = f"still running after {seconds:.2f} s of CPU, {wall:.2f} s of wall time"
@@ -322,7 +331,7 @@ class WorkerPool:
 def _outcome(message: Message, deadline_s: float) -> Outcome:
     seconds = float(message.get("seconds", 0.0))
     if seconds > deadline_s:
-        # Done before anybody looked: the verdict must not depend on how often the trainer polls.
+        # It ended before anybody looked; a verdict must not depend on how often poll() is called.
         return Outcome("timeout", seconds, reason=f"took {seconds:.2f} s of CPU")
     return Outcome(
         message.get("verdict"),
@@ -343,17 +352,17 @@ def _is_connected(connection: socket.socket) -> bool:
 
 
 def _cpu_seconds(pid: int | None) -> float:
-    """CPU time of a process so far, 0.0 when it is gone."""
+    """The CPU time that a process has used, 0.0 when it is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S  # utime and stime, proc(5)
 
 
 def _worker_environment() -> dict[str, str]:
-    """What a worker needs to start, and none of the trainer's tokens and keys."""
+    """The environment of a worker: enough to start, and none of the trainer's tokens and keys."""
     environment = {
         name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ
     }

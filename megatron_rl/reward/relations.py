@@ -31,7 +31,7 @@ _ASSIGNED = re.compile(rf"({_NAME})\s*(?:=|\\in(?![a-z]))\s*(.+)", re.DOTALL)
 
 
 def strip_names(gold: str, answer: str) -> bool | Pair:
-    """What is left to compare when names are settled.
+    """The pair that is left to compare without names, or the outcome where they decide it.
 
     A name on one side only is cut off; a chain such as 3 = 4 or x = y = 4 is never an answer.
     """
@@ -39,7 +39,7 @@ def strip_names(gold: str, answer: str) -> bool | Pair:
     if wanted and given:
         return _compare_named(wanted, given, Pair(gold, answer))
     if gold.count("=") and answer.count("="):
-        # Equations: 2x - y + 3 = 0 is y = 2x + 3.
+        # Both are equations, which may be the same in another form: 2x - y + 3 = 0 is y = 2x + 3.
         return Pair(gold, answer) if answer.count("=") <= gold.count("=") else False
     if wanted:
         return Pair(_values(wanted), answer) if len(set(wanted.names)) == 1 else False
@@ -52,7 +52,7 @@ def _compare_named(wanted: Named, given: Named, whole: Pair) -> bool | Pair:
     if len(set(wanted.names)) == 1 and set(wanted.names) == set(given.names):
         return Pair(_values(wanted), _values(given))
     if len(wanted.names) == 1 == len(given.names):
-        # Other names: an equation in another form, if anything.
+        # With other names the two can only be one equation in two forms, and not two numbers.
         values = exact(wanted.values[0]), exact(given.values[0])
         return whole if values == (None, None) else False
     by_name = _exact_by_name(wanted), _exact_by_name(given)
@@ -60,7 +60,7 @@ def _compare_named(wanted: Named, given: Named, whole: Pair) -> bool | Pair:
 
 
 def _named(text: str) -> Named | None:
-    """Names and values where the whole text is such, else None: `x = 1, 2` or `x = 1, y = 2`."""
+    """The names and values of a text such as `x = 1, 2` or `x = 1, y = 2`; None of any other."""
     whole = _ASSIGNED.fullmatch(text)
     if whole is None or "=" not in whole[2]:
         return Named([compact(whole[1])], [whole[2]]) if whole else None

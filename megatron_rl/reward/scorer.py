@@ -14,7 +14,7 @@ Key = tuple[int, int]
 """(prompt.group_id, position of the response in its group)."""
 
 _MAX_FAILURES = 8
-_SHARED_WAIT_S = 0.02  # of each verifier in turn, where several are at work
+_SHARED_WAIT_S = 0.02  # how long each verifier may wait in turn, where several are at work
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Score:
     extracted: str | None  # the answer found in the response, None without one
     seconds: float  # CPU time of its verification, all rewards together
     parts: Mapping[str, float] = field(default_factory=dict)  # values, before their weights
-    reason: str | None = None  # of a timeout or an error
+    reason: str | None = None  # why there was a timeout or an error
 
     @property
     def has_failed(self) -> bool:
-        """Whether our side failed: then the reward means nothing."""
+        """True where the verification failed, so that the reward means nothing."""
         return self.verdict in (Verdict.TIMEOUT, Verdict.ERROR)
 
 
@@ -38,13 +38,13 @@ class RewardScorer:
     """Verifies responses in worker processes; one per rank."""
 
     def __init__(self, config: RewardConfig) -> None:
-        """Start the workers; with a user's function, wait until it has been loaded and called.
+        """Start the workers; a user's function is loaded and called once before this returns.
 
         Raises InputError when a function cannot be used.
         """
         self._config = config
-        self._submitted: dict[Key, None] = {}  # in order
-        self._verifiers: list[Verifier] = []  # the verdict's, then the parts' in their order
+        self._submitted: dict[Key, None] = {}  # an ordered set
+        self._verifiers: list[Verifier] = []  # first that of the verdict, then one for each part
         self.failures: list[str] = []
         """The first timeouts and errors since the last collect, one line each."""
         parts = [None, *config.parts.values()]
@@ -69,7 +69,7 @@ class RewardScorer:
             verifier.submit(key, response_text, answer, num_tokens)
 
     def poll(self) -> None:
-        """Hand out and take in work without waiting; to be called between engine steps."""
+        """Hand out and take in work without waiting; called between engine steps."""
         for verifier in self._verifiers:
             verifier.advance(0.0)
 
@@ -91,7 +91,7 @@ class RewardScorer:
     def _start_pool(self, setting: str, kind: str) -> WorkerPool | None:
         function = kind if is_import_path(kind) else None
         if kind != "math" and function is None:
-            return None  # judged at once
+            return None  # this kind is judged at once
         setting = "reward.function" if setting == "reward.kind" else f"{setting}.kind"
         pool = WorkerPool(
             num_workers=self._config.num_workers,
@@ -142,7 +142,7 @@ class RewardScorer:
 
 
 def _as_part(name: str, result: Result) -> Result:
-    """The result, failed where its value is out of range; a failure names the part."""
+    """The result of a part: an error where its value is out of range; failures name the part."""
     reason = result.reason
     if not result.has_failed and not -1 <= result.points <= 1:
         reason = f"returned {result.points}: must lie between -1 and 1, the weight makes it count"

@@ -31,35 +31,36 @@ _REWRITTEN = (
     (re.compile(r"\^\s*\{?\s*\\prime\s*\}?"), "'"),
     (re.compile(r"(?<=[a-zA-Z])\s*'"), "_{prime}"),
 )
-# It gives a constant for a gcd, whatever it is of, and overlooks what is attached to a number.
+# latex2sympy gives one constant for every gcd, and overlooks a prime or index after a number.
 _UNREADABLE = re.compile(r"\\(?:gcd|lcm|operatorname|bmod|pmod|mod)(?![a-zA-Z])|[0-9]\s*[_']")
 _NAME = re.compile(r"\\?[a-zA-Z]+")
 
-# What sympy raises for values it cannot have: roots of matrices that are not square, the order of
-# complex numbers, functions it does not know. Digits of half a matrix it seeks without end.
+# Errors that sympy raises for values it cannot have: roots of matrices that are not square, the
+# order of complex numbers, unknown functions. Its search for digits of half a matrix never ends.
 _UNABLE = (
     *(ArithmeticError, AttributeError, NotImplementedError, RecursionError),
     *(TypeError, ValueError),
 )
 
 _DIGITS = 50
-# Both sides are exact: they agree in all digits or differ, if late: (2^2005 + 1) / 2^2005 is not 1.
+# Both sides are exact, so they agree in all digits, or differ in a late one: (2^2005 + 1) / 2^2005
+# is not 1.
 _MANY_DIGITS = 1000
 _SAME_AT_POINT = sympy.Float("1e-25")  # evalf may lose digits to cancellation
 _TOO_SMALL = sympy.Float("1e-20")
-# Made of pieces: equal at a few points says nothing about the other pieces.
+# Functions made of pieces: equality at a few points says nothing about the other pieces.
 _PIECEWISE = (
     *(sympy.floor, sympy.ceiling, sympy.Mod, sympy.Piecewise),
     *(sympy.Abs, sympy.sign, sympy.Max, sympy.Min),
 )
-# Points with every symbol positive, where logarithms and roots are what a problem means by them;
-# then points with both signs, which tell |x| from x.
+# The signs of the symbols at each point. First all are positive, where logarithms and roots are
+# real; the points with both signs tell |x| from x.
 _SIGNS = ((1, 1, 1), (1, 1, 1), (-1, 1, -1), (-1, -1, 1))
 
 
 def warm_up() -> None:
     """Fill the caches of math-verify, once, in the process that workers are forked from."""
-    # Its time-out warnings print the whole response, and one of them comes once per process.
+    # Its warnings of time-outs print the whole response.
     logging.getLogger("math_verify").disabled = True
     logging.disable(logging.CRITICAL)
     verify_pair("x + \\frac{1}{2}", "\\sqrt{2} + y")
@@ -67,7 +68,7 @@ def warm_up() -> None:
 
 
 def verify_pair(gold: str, answer: str) -> bool:
-    """Whether two normalised answers are equal. Unbounded: see above."""
+    """True where two normalised answers are equal; time and memory are not bounded."""
     wanted, given = shape_of(gold), shape_of(answer)
     if wanted and given and len(wanted.items) > 1 and len(given.items) > 1:
         if wanted.kind == "{}":
@@ -75,12 +76,12 @@ def verify_pair(gold: str, answer: str) -> bool:
         return all(map(_same, wanted.items, given.items))
     left, right = read_pair(gold, answer)
     if left is None or right is None:
-        return False  # what cannot be read is compared as text, and that differed
+        return False  # one cannot be read, and as texts they were already found to differ
     try:
         verdict = _compare(left, right)
         return _verify(left, right) if verdict is None else verdict
     except _UNABLE:
-        return False  # the texts differed, and sympy can do nothing with what they say
+        return False  # sympy can do nothing with them, and as texts they differ
 
 
 def _same(gold: str, answer: str) -> bool:
@@ -90,19 +91,19 @@ def _same(gold: str, answer: str) -> bool:
 
 
 def _same_set(gold: Sequence[str], answer: Sequence[str]) -> bool:
-    """Whether each item equals one of the other side; the order and repetitions are free."""
+    """True where each item equals one of the other side; order and repetitions are free."""
     return all(any(_same(wanted, given) for given in answer) for wanted in gold) and all(
         any(_same(wanted, given) for wanted in gold) for given in answer
     )
 
 
 def read_pair(gold: str, answer: str) -> tuple[Any, Any]:
-    """Both texts as sympy objects, read in the same way so that x is the same x; None: unreadable.
+    """Both texts as sympy objects, read alike so that x is one symbol; None: cannot be read.
 
-    MemoryError is raised, so that the worker is replaced.
+    A MemoryError is passed on, so that the worker is replaced.
     """
     is_real = not (should_treat_as_complex(gold) or should_treat_as_complex(answer))
-    # C or c for a constant, but R and r are two radii.
+    # C and c are one constant, but where a text has both R and r they are two radii.
     folds_case = not (_has_both_cases(gold) or _has_both_cases(answer))
     return _parse(gold, is_real, folds_case), _parse(answer, is_real, folds_case)
 
@@ -114,7 +115,7 @@ def _has_both_cases(text: str) -> bool:
     return any(name.lower() != name and name.lower() in names for name in names)
 
 
-# The wrong answers to a question repeat its gold.
+# The gold answer of a question is read again for each of its wrong answers.
 @lru_cache(maxsize=256)
 def _parse(text: str, is_real: bool, folds_case: bool) -> Any:
     """The sympy object of a text, None where it cannot be read."""
@@ -131,28 +132,28 @@ def _parse(text: str, is_real: bool, folds_case: bool) -> Any:
         )
     except MemoryError:
         raise
-    except Exception:  # its grammar raises plain ones
+    except Exception:  # its grammar raises plain Exceptions
         return None
 
 
 def _verify(gold: Any, answer: Any) -> bool:
-    """What math-verify says, unless it overlooks that it compares a relation with a value.
+    """math-verify's verdict; False where it would compare a relation with a value.
 
-    It reads any relation by its right-hand side.
+    It would take the relation's right-hand side for a value.
     """
     if isinstance(answer, sympy.Eq | sympy.And) and not isinstance(gold, sympy.Rel | sympy.And):
         is_plausible = isinstance(gold, sympy.Set) and not answer.has(sympy.Eq)
         if not is_plausible:
             return False
-    # Time-outs off: they steal the process's alarm, and the pool has a harder one.
+    # Its time-outs are off: they take the process's alarm, and the pool has a harder limit.
     return bool(verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True))
 
 
 def _compare(gold: Any, answer: Any) -> bool | None:
-    """Equality by values; None where values cannot tell.
+    """True where both have the same values, None where values cannot tell.
 
-    math-verify simplifies instead: that takes several times as long where the sides differ, is
-    blind to identities that simplify() misses, and has absolute tolerances on numbers.
+    math-verify simplifies instead, which takes several times as long where the sides differ, misses
+    identities that simplify() misses, and has absolute tolerances on numbers.
     """
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
         return _compare_expressions(_exactly(gold), _exactly(answer))
@@ -174,7 +175,7 @@ def _compare_expressions(gold: Any, answer: Any) -> bool | None:
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if not symbols:
         return _compare_numbers(gold, answer)
-    # Far points find what is in pieces, but a tower of exponents never ends there.
+    # Far points find differences of functions in pieces, but powers of symbols take for ever there.
     scale = 1 if _has_symbolic_power(gold) or _has_symbolic_power(answer) else 29
     points = [
         _point(symbols, number, signs, scale if number % 2 else 1)
@@ -187,7 +188,7 @@ def _compare_expressions(gold: Any, answer: Any) -> bool | None:
     if False in outcomes:
         return False
     is_in_pieces = gold.has(*_PIECEWISE) or answer.has(*_PIECEWISE)
-    # Beside the positive points a side may not be real: that says nothing.
+    # Only the first two points must have values: elsewhere a side may fail to be real.
     return None if is_in_pieces or None in outcomes[:2] else True
 
 
@@ -198,7 +199,7 @@ def _compare_numbers(gold: Any, answer: Any) -> bool | None:
             return None
         tolerance = sympy.Float(10, digits) ** (-digits * 4 // 5)
         if not abs(left - right) <= tolerance * max(abs(left), abs(right)):
-            # Zero has no relative error.
+            # A value of 0 never agrees within a relative tolerance, so sympy has to prove it.
             return 0 in (left, right) and (gold - answer).equals(0) is True
     return True
 
@@ -210,7 +211,7 @@ def _has_symbolic_power(expression: Any) -> bool:
 def _point(
     symbols: Sequence[Any], number: int, signs: tuple[int, ...], scale: int
 ) -> dict[Any, Any]:
-    """Values that no problem has in mind, between 1/5 and 4 in size, times scale."""
+    """An unlikely value for each symbol, of a size between 1/5 and 4, times scale."""
     sizes = ((7919 * index + 3571 * number + 619) % 3797 + 211 for index in range(len(symbols)))
     return {
         symbol: signs[index % 3] * scale * sympy.Rational(size, 1009)
@@ -231,7 +232,7 @@ def _compare_at(gold: Any, answer: Any, point: dict[Any, Any], *, is_positive: b
 
 
 def _value(expression: Any, point: dict[Any, Any], digits: int = _DIGITS) -> Any:
-    """The value to so many digits, None where there is none or sympy cannot find it."""
+    """The value to this many digits; None where there is none, or sympy cannot find it."""
     try:
         value = expression.evalf(digits, subs=point, maxn=2 * digits)
         return value if value.is_number and value.is_finite else None
@@ -240,7 +241,7 @@ def _value(expression: Any, point: dict[Any, Any], digits: int = _DIGITS) -> Any
 
 
 def _exactly(expression: Any) -> Any:
-    """Floats as the decimals they were written as, and i as the imaginary unit."""
+    """The expression with floats as the decimals that were written, and i as the imaginary unit."""
     exact = {value: sympy.Rational(str(value)) for value in expression.atoms(sympy.Float)}
     units = {symbol: sympy.I for symbol in expression.free_symbols if symbol.name == "i"}
     return expression.xreplace(exact | units)

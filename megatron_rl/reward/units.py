@@ -1,4 +1,4 @@
-"""Units of an answer: cut off to compare the number, compared where both sides name one."""
+"""Units of answers: they are cut off to compare the numbers, and compared where both name one."""
 
 import re
 from functools import lru_cache
@@ -78,7 +78,7 @@ _DEGREE = re.compile(r"\s?\^\s?\\circ\s?$")
 
 @lru_cache(maxsize=8192)
 def split_unit(text: str) -> Quantity:
-    """Take sign of percent, money, degrees and unit off an answer that is otherwise closed."""
+    """The answer taken apart, if its value is then a number or an expression of numbers."""
     value, words, power = text, [], []
     if match := _WRITTEN.search(text):
         value, words = text[: match.start()], _WORD.findall(re.sub(r"\\[a-z]+", " ", match[0]))
@@ -104,7 +104,7 @@ def split_unit(text: str) -> Quantity:
 
 
 def same_unit(gold: tuple[str, ...], answer: tuple[str, ...]) -> bool:
-    """Equal, or one side names none; words we do not know may be qualified ("ways")."""
+    """True where units are equal or one side has none; "ways" also equals "different ways"."""
     if not gold or not answer or gold == answer:
         return True
     if all(word in _KNOWN or word.isdigit() for word in gold + answer):
@@ -113,13 +113,13 @@ def same_unit(gold: tuple[str, ...], answer: tuple[str, ...]) -> bool:
 
 
 def _is_closed(value: str) -> bool:
-    """Whether a value is a number or an expression of numbers: what can have a unit."""
+    """True where a value is a number or an expression of numbers, so that it can have a unit."""
     names = re.sub(r"\\(?:frac|sqrt|pi|times|cdot|circ|infty|pm|\$)", "", value)
     return bool(re.search(r"[0-9]|\\pi", value)) and not re.search(r"[a-zA-Z=<>]", names)
 
 
 def _canonical(words: list[str]) -> tuple[str, ...]:
-    """One spelling: `square feet` and `ft^2` are both ("ft", "2")."""
+    """A unit in one spelling: `square feet` and `ft^2` are both ("ft", "2")."""
     unit: list[str] = []
     powers = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cubed": "3"}
     pending = ""

@@ -1,4 +1,4 @@
-"""One reward on its way: what it says at once, and the workers that say the rest."""
+"""A verifier computes one reward: a judge grades at once, and workers do what it leaves open."""
 
 import math
 import time
@@ -15,13 +15,13 @@ _DUMMY = ("The answer is \\boxed{0}.", "0")
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one reward says of one response: a verdict, or a value alone."""
+    """One reward's result on one response: a verdict, or a value alone."""
 
     extracted: str | None
     seconds: float  # CPU time
     verdict: VerdictName | None = None
     value: float | None = None
-    reason: str | None = None  # of a timeout or an error
+    reason: str | None = None  # why there was a timeout or an error
 
     @property
     def has_failed(self) -> bool:
@@ -29,7 +29,7 @@ class Result:
 
     @property
     def points(self) -> float:
-        """The value, or 1 for a right answer and 0 for any other."""
+        """The value; without one, 1 for a right answer and 0 for any other."""
         return float(self.verdict == "correct") if self.value is None else self.value
 
 
@@ -37,12 +37,13 @@ class Verifier:
     """Computes one reward of many responses, each known by a key; never waits in `submit`."""
 
     def __init__(self, judge: Judge | None, pool: WorkerPool | None) -> None:
-        """judge: what is said at once, None for a user's function; pool: who says the rest."""
+        """judge: grades at once; None for a user's function. pool: does what judge leaves open."""
         self._judge, self._pool = judge, pool
         self._results: dict[Hashable, Result] = {}
-        # Rollouts of a prompt repeat each other: equal pairs are compared once until `take`.
+        # Rollouts of a prompt repeat each other: equal pairs are one job until `take`.
         self._jobs: dict[tuple[str, str], int] = {}
-        self._outcomes: dict[int, Outcome] = {}
+        self._outcomes: dict[int, Outcome] = {}  # of jobs that have ended
+        # Job that has not ended -> (key, extracted answer) of each response that waits for it.
         self._claims: dict[int, list[tuple[Hashable, str | None]]] = {}
         self._num_jobs = 0
 
@@ -51,7 +52,7 @@ class Verifier:
         return bool(self._claims)
 
     def submit(self, key: Hashable, response: str, answer: str, num_tokens: int | None) -> None:
-        """Start on a response."""
+        """Grade a response at once, or start a job for it."""
         if self._judge is None:
             self._claim(self._new_job(response, answer), key, None)
             return
@@ -78,7 +79,7 @@ class Verifier:
                 self._results[key] = _result(extracted, outcome)
 
     def take(self) -> dict[Hashable, Result]:
-        """All results since the last call; call it when the verifier is not busy."""
+        """The results of all responses since the last call; the verifier must not be busy."""
         assert not self.is_busy
         results = self._results
         self._results, self._jobs, self._outcomes = {}, {}, {}
@@ -104,7 +105,7 @@ class Verifier:
 
 
 def try_function(pool: WorkerPool, setting: str, path: str) -> None:
-    """Call a user's function once; what it says of a dummy is only judged by its type.
+    """Call a user's function once with a dummy response; only the type of its result matters.
 
     Raises InputError when the function cannot be used.
     """

@@ -1,4 +1,4 @@
-"""Answers in words: prose, names of months, letters of choices."""
+"""Comparison of answers in words: prose, names of months, letters of choices."""
 
 import re
 
@@ -16,13 +16,13 @@ _MONTH = re.compile(
 
 
 def unwrap_text(text: str) -> str:
-    r"""`\text{3 and 4}` as `3 and 4`: a whole answer in \text is prose only without digits."""
+    r"""`\text{3 and 4}` becomes `3 and 4`; a whole answer in \text without digits is prose."""
     match = _WHOLE_TEXT.fullmatch(text)
     return match[1].strip() if match and any(char.isdigit() for char in match[1]) else text
 
 
 def same_choice(gold: str, answer: str) -> bool | None:
-    """Where the gold is a choice, whether the answer leads with its letter and names no other."""
+    """True where the answer leads with the gold letter and names no other; None for other golds."""
     letter = _CHOICE.fullmatch(gold)
     if letter is None:
         return None
@@ -33,7 +33,7 @@ def same_choice(gold: str, answer: str) -> bool | None:
 
 
 def same_prose(gold: str, answer: str) -> bool | None:
-    """Words are compared without case, articles and punctuation."""
+    """Equality of prose, without case, articles and punctuation; None where neither is prose."""
     if _is_prose(gold):
         return _words(gold) == _words(answer)
     is_word = _WORDS.fullmatch(gold) and _LONG_WORD.search(gold)

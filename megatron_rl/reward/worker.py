@@ -27,24 +27,25 @@ from megatron_rl.reward.channel import Message, encode, receive
 
 Function = Callable[[str, str], Any]
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that this process gets when its parent dies
 _MAX_REASON_CHARS = 500
 
 
 def main() -> None:
+    """Be the zygote: read the settings from the control socket, then fork and kill as told."""
     control = socket.socket(fileno=int(sys.argv[1]))
     trainer_pid = int(sys.argv[2])
     settings = json.loads(control.recv(1 << 16))
     if settings["function"] is None:
         try:
-            # Here and not above: a user's function may have no need of sympy, which takes a second.
+            # Imported here, since it takes a second and a user's function may not need sympy.
             from megatron_rl.reward import symbolic
 
             symbolic.warm_up()
         except ImportError as error:
             control.send(f"{error}".encode(errors="replace")[:_MAX_REASON_CHARS])
             return
-        gc.freeze()  # keeps these pages shared with the workers
+        gc.freeze()  # the collector would write to pages that the workers share
     workers: set[int] = set()
     try:
         _serve(control, trainer_pid, settings, workers)
@@ -54,8 +55,11 @@ def main() -> None:
 
 
 def _serve(control: socket.socket, trainer_pid: int, settings: Message, workers: set[int]) -> None:
-    """Fork a worker for every socket that arrives, kill those named, until the trainer is gone."""
-    # The end of the control socket may be missed: a process the trainer forked can hold a copy.
+    """Fork a worker for each socket that arrives, kill workers by pid, until the trainer is gone.
+
+    A message is "fork" with a worker's end of a socket pair, or the pid of a worker.
+    """
+    # The socket may outlive the trainer, in a process that it forked: look for our parent, too.
     control.settimeout(0.5)
     while os.getppid() == trainer_pid:
         _bury(workers)
@@ -74,7 +78,7 @@ def _serve(control: socket.socket, trainer_pid: int, settings: Message, workers:
 def _bury(workers: set[int]) -> None:
     """Reap dead workers and kill what they left running."""
     for pid in list(workers):
-        # Not reaped yet, so that neither the pid nor its group can belong to anybody else.
+        # WNOWAIT leaves the dead worker unreaped, so its pid and its group are still its own.
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             _kill_group(pid)
             os.waitpid(pid, 0)
@@ -95,7 +99,7 @@ def _fork_worker(
     try:
         pid = os.fork()
     except OSError:
-        os.close(descriptor)  # the trainer sees the end of the socket and asks again
+        os.close(descriptor)  # the trainer sees the end of the socket and asks for another
         return
     if pid:
         os.close(descriptor)
@@ -112,7 +116,7 @@ def _run_worker(connection: socket.socket, settings: Message, zygote_pid: int) -
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != zygote_pid:
         return  # the zygote died before prctl
-    os.setsid()  # its own group: whatever it starts is killed with it
+    os.setsid()  # a process group of its own: whatever the worker starts is killed with it
     is_user_code = settings["function"] is not None
     _limit(settings["memory_bytes"], is_user_code=is_user_code)
     pid = os.getpid()
@@ -126,7 +130,7 @@ def _run_worker(connection: socket.socket, settings: Message, zygote_pid: int) -
     while (request := receive(connection)) is not None:
         reply = _execute(function, request["left"], request["right"])
         if os.getpid() != pid:
-            return  # a child that the user's function forked and forgot
+            return  # we are a child that the user's function forked and let return
         connection.sendall(encode(reply))
         if reply.get("is_spent"):
             return
@@ -152,7 +156,7 @@ def _has_children() -> bool:
 
 
 def _load(path: str) -> tuple[Function | None, str | None]:
-    """The user's function, or why there is none."""
+    """(function, None), or (None, why there is none)."""
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -169,12 +173,12 @@ def _load(path: str) -> tuple[Function | None, str | None]:
     except TypeError as error:
         return None, f"{name} cannot be called as {name}(response, answer): {error}"
     except ValueError:
-        pass  # some functions written in C tell nothing of their arguments
+        pass  # some functions written in C do not tell their arguments
     return function, None
 
 
 def _execute(function: Function, left: str, right: str) -> Message:
-    """Run one sample; whatever it raises becomes a reply."""
+    """The reply to one request: what the function returns, or what it raises."""
     started = time.process_time()
     try:
         reply = _describe_value(function(left, right))
@@ -183,7 +187,7 @@ def _execute(function: Function, left: str, right: str) -> Message:
         reply = {"verdict": "error", "reason": "MemoryError", "is_spent": True}
     except BaseException as error:  # user code may raise anything, SystemExit too
         reply = {"verdict": "error", "reason": _describe(error)}
-        # These never depend on the data: the start-up check refuses the function.
+        # These errors do not depend on the data, so the check at start-up refuses the function.
         reply["is_misuse"] = isinstance(error, ImportError | NameError | SyntaxError)
     reply["seconds"] = time.process_time() - started
     return reply

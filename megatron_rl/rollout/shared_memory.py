@@ -1,4 +1,4 @@
-"""The shared memory of vLLM's all-reduce on a CPU: this job's own, and nameless once it is used."""
+"""The shared memory of vLLM's all-reduce on a CPU, kept apart from that of other jobs."""
 
 import glob
 import uuid
@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 @contextmanager
 def private_shared_memory(group: dist.ProcessGroup) -> Iterator[None]:
-    """Engines are built in here, by all ranks of group together.
+    """A context in which all ranks of group build their engines together.
 
     vLLM names the segments after the init method, which under external_launcher is the same for
     every job of a host: two jobs would share them, and those of a killed job would block the next.
-    Here the name is the job's. It is removed when every rank has mapped the segments, which live
-    on without, so that a kill leaves nothing behind.
+    In this context the name is made for this job. It is removed once every rank has mapped the
+    segments, which live on without a name, so that a kill leaves nothing behind.
     """
     from vllm.distributed.device_communicators import cpu_communicator
 

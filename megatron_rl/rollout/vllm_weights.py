@@ -1,10 +1,10 @@
-"""vLLM's side of the weight bridge: live parameters where it keeps them, staging where it does not.
+"""vLLM's side of the weight bridge: a live parameter where vLLM keeps one, else a staging tensor.
 
 vLLM 0.32 on a CPU packs every dense linear into an opaque oneDNN form and empties the parameter. A
-packed module gets its new weights as the loader would give them: full-shape parameters in place,
-then process_weights_after_loading. On a GPU unquantised dense weights are written in place, which
-keeps the addresses that CUDA graphs hold. Experts go the way of packed modules everywhere, since
-several of vLLM's kernels reorder them, each in its own way.
+packed module gets its new weights as the loader would give them: full-shape parameters are put in
+place, then process_weights_after_loading packs them. On a GPU unquantised dense weights are written
+in place, which keeps the addresses that CUDA graphs hold. Experts are treated like packed modules
+everywhere, since several of vLLM's kernels reorder them, each in its own way.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from megatron_rl.weights.pieces import Piece, local_shapes
 
 
 class VllmWeights:
-    """EngineWeights over the model of this rank's vLLM worker."""
+    """The EngineWeights of this rank's vLLM worker."""
 
     def __init__(
         self, model: torch.nn.Module, llm: Any, pieces: list[Piece], dtype: torch.dtype
@@ -42,8 +42,9 @@ class VllmWeights:
             # and experts may be padded while they are packed.
             is_whole = live.numel() and not self._is_of_experts(name)
             shape = tuple(live.shape) if is_whole else self._shapes[name]
-            # In the engine's dtype, as the loader has it: a packed layer keeps its bias in float32,
-            # and a weight of another dtype makes vLLM choose another kernel, silently.
+            # The engine's dtype is what the loader would bring. The live parameter's may differ (a
+            # packed layer keeps its bias in float32), and with a weight of another dtype vLLM
+            # silently chooses another kernel.
             self._staged[name] = torch.zeros(shape, dtype=self._dtype, device=live.device)
         return self._staged[name]
 
@@ -74,8 +75,10 @@ class VllmWeights:
         return hasattr(getattr(module, "quant_method", None), "moe_kernel")
 
     def _repack_tied_head(self) -> None:
-        """A tied head shares the embedding's parameter but has a packed copy of its own, which no
-        update path of vLLM 0.32 rebuilds: it would go on with the old head.
+        """Pack a tied head anew.
+
+        It shares the embedding's parameter but has a packed copy of its own, which no update path
+        of vLLM 0.32 rebuilds: the engine would go on with the old head.
         """
         model: Any = self._model
         head, embedding = getattr(model, "lm_head", None), model.model.embed_tokens
@@ -96,8 +99,8 @@ def _load_module(module: Any, staged: dict[str, Tensor]) -> None:
     module.quant_method.process_weights_after_loading(module)
     kernel = getattr(module.quant_method, "moe_kernel", None)
     if kernel is not None:
-        # vLLM 0.32 leaves this out when weights are loaded again: on a CPU, which packs experts
-        # here, it would go on with the old ones. Elsewhere it does nothing, or sets up the same.
+        # vLLM 0.32 leaves this call out when weights are loaded again. On a CPU it packs experts,
+        # so the engine would go on with the old ones; elsewhere it changes nothing.
         kernel.fused_experts.process_weights_after_loading(module)
     for name, old in live.items():
         new = module._parameters[name]

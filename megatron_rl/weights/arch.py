@@ -1,4 +1,4 @@
-"""What a decoder is made of, in numbers; read from a config.json by a family."""
+"""The architecture of a decoder, in numbers; a family reads it from a config.json."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class MixtureArch:
     num_experts: int
     ffn_hidden_size: int  # of one expert
     top_k: int  # experts per token
-    renormalized: bool  # the chosen experts' probabilities are scaled to sum to 1
+    renormalized: bool  # True: the chosen experts' probabilities are scaled to sum to 1
     dense_layers: frozenset[int] = frozenset()  # layers with one ordinary feed-forward network
 
 
@@ -44,7 +44,7 @@ class ModelArch:
         return self.num_query_groups * self.head_dim
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer (counted over the whole model) is a mixture of experts."""
+        """True where a layer, counted over the whole model, is a mixture of experts."""
         return self.mixture is not None and layer not in self.mixture.dense_layers
 
     @property
@@ -69,8 +69,8 @@ class ModelArch:
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
     """Rows of the embedding with padding: a multiple of 64, as in vLLM, that tp divides.
 
-    The same padding on both sides keeps vocabulary shards where they are when weights move to the
-    engine.
+    With the same padding on both sides, a rank's shard of the vocabulary is the same in policy and
+    engine at equal tp, so it need not move.
     """
     multiple = 64
     while multiple % tp:

@@ -1,4 +1,4 @@
-"""How weights go to the rollout engine."""
+"""Settings of the way from trained weights to the rollout engine."""
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ class WeightSyncConfig(Settings):
     """The bridge from policy to engine."""
 
     bucket_mib: int = Field(default=256, gt=0)
-    """Most bytes in or out of a rank at a time; bounds the staging memory."""
+    """Most bytes that go out of a rank, or come into it, at a time. Bounds the staging memory."""
 
     verify_one_in: int = Field(default=8, ge=1)
     """Each sync verifies every n-th tensor by checksum, another set each time; the first sync of a

@@ -33,7 +33,7 @@ def critic_shapes(arch: ModelArch, model_dir: Path) -> dict[str, tuple[int, ...]
 
 
 def without_lm_head(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """What a critic has of a language model's tensors."""
+    """The tensors of a language model that a critic has too."""
     return {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
 
 
@@ -43,15 +43,15 @@ def critic_pieces(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def critic_holders(holders: Iterable[Holders]) -> list[Holders]:
-    """Who holds what of a critic, from who holds what of its language model."""
+    """The holders of a critic's pieces, made from those of its language model."""
     return [replace(holder, pieces=tuple(critic_pieces(holder.pieces))) for holder in holders]
 
 
 def read_value_head(model_dir: Path, arch: ModelArch) -> Tensor | None:
-    """[1, H], or None where the directory holds a language model.
+    """The value head [1, H], or None where the directory holds a language model.
 
     Raises:
-        InputError: it has another shape.
+        InputError: the head has another shape.
     """
     path = model_dir / VALUE_HEAD_FILE
     if not path.is_file():
@@ -67,7 +67,7 @@ def read_value_head(model_dir: Path, arch: ModelArch) -> Tensor | None:
 
 
 def write_value_head(model_dir: Path, head: Tensor) -> None:
-    """The value head [1, H] beside the tensors of a critic."""
+    """Write the value head [1, H] beside the tensors of a critic."""
     save_file(
         {VALUE_HEAD: head.detach().cpu().contiguous()},
         model_dir / VALUE_HEAD_FILE,

@@ -1,8 +1,9 @@
 """torch's distributed checkpoint format, read and written a chunk at a time; needs no ranks.
 
-`.metadata` is a pickle that says which bytes of which file hold which chunk of which tensor; a
-chunk is a record of torch.save. torch's own reader opens `.metadata` with pickle.load, so that a
-checkpoint from elsewhere can run code; here only the record types of the format are let in.
+A chunk is a rectangle of a stored tensor, written as one record of torch.save. `.metadata` is a
+pickle that says which bytes of which file hold which chunk of which tensor. torch's own reader
+opens it with pickle.load, so that a checkpoint from elsewhere can run code; here only the record
+types of the format are let in.
 """
 
 import io
@@ -43,8 +44,8 @@ class Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     file: str
-    position: int  # bytes
-    length: int
+    position: int  # of the record's first byte in the file
+    length: int  # of the record, in bytes
 
     @property
     def box(self) -> Box:
@@ -53,7 +54,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a checkpoint."""
+    """A tensor of a checkpoint, by its chunks."""
 
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
@@ -67,7 +68,7 @@ def read_stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its key; no tensor data is read.
 
     Raises:
-        InputError: `.metadata` is missing, damaged or hostile, or names bytes that are not there.
+        InputError: `.metadata` is missing, damaged or hostile, or points at bytes that no file has.
     """
     metadata = read_metadata(directory)
     try:
@@ -89,7 +90,7 @@ def read_stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 def _chunks(
     key: str, stored: TensorStorageMetadata, places: Mapping[MetadataIndex, _StorageInfo]
 ) -> tuple[Chunk, ...]:
-    """Those of one tensor that stand somewhere."""
+    """The chunks of one tensor, without those that `.metadata` gives no bytes for."""
     indexed = [(chunk, places.get(MetadataIndex(key, chunk.offsets))) for chunk in stored.chunks]
     return tuple(
         Chunk(
@@ -107,7 +108,7 @@ def _chunks(
 
 
 def check_cover(directory: Path, key: str, tensor: StoredTensor) -> None:
-    """That the chunks of a tensor cover each of its elements once.
+    """Check that the chunks of a tensor cover each of its elements once.
 
     Raises:
         InputError: they do not.
@@ -129,7 +130,7 @@ def read_metadata(directory: Path) -> Metadata:
     """The index of a checkpoint, read without running code.
 
     Raises:
-        InputError: not there, damaged, or holding anything but the format's own records.
+        InputError: the index is missing, damaged, or holds anything but the format's own records.
     """
     path = directory / METADATA
     try:
@@ -149,7 +150,7 @@ def read_metadata(directory: Path) -> Metadata:
 class _MetadataUnpickler(pickle.Unpickler):
     """Builds the records of the format and nothing else.
 
-    Whole names are compared: inside an allowed module a pickle may ask for "os.system".
+    Whole names are compared: of an allowed module a pickle may still ask for "os.system".
     """
 
     _TORCH = frozenset({"Size", *(n for n, v in vars(torch).items() if isinstance(v, torch.dtype))})
@@ -184,7 +185,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
-    """The tensor of a chunk: its sizes, on the CPU.
+    """The tensor of a chunk, on the CPU.
 
     Raises:
         InputError: the record is damaged, or is not what the metadata says.
@@ -210,7 +211,7 @@ def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
 def append_chunk(
     file: BinaryIO, name: str, key: str, offsets: tuple[int, ...], tensor: Tensor
 ) -> Chunk:
-    """Write a chunk's record at the end of an open file of this name."""
+    """Write a tensor as a record at the end of the open file `name`; returns its chunk."""
     position = file.tell()
     computes_checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)  # no reader of this format looks at them
@@ -230,7 +231,7 @@ def append_chunk(
 
 
 def append_object(file: BinaryIO, content: object) -> tuple[int, int]:
-    """Write a record of plain Python data; (position, length)."""
+    """Write a record of plain Python data; returns its (position, length) in the file."""
     position = file.tell()
     record = io.BytesIO()
     torch.save(content, record)
@@ -241,7 +242,7 @@ def append_object(file: BinaryIO, content: object) -> tuple[int, int]:
 def write_metadata(
     directory: Path, tensors: Iterable[StoredTensor], objects: Mapping[str, tuple[str, int, int]]
 ) -> None:
-    """The index of a checkpoint; objects: key -> (file, position, length)."""
+    """Write the index of a checkpoint; objects: key -> (file, position, length)."""
     metadata = Metadata(
         state_dict_metadata={}, storage_data={}, storage_meta=StorageMeta(), version="1.0.0"
     )
@@ -312,7 +313,7 @@ def _check_files(directory: Path, chunks: Iterable[Chunk]) -> None:
 
 
 def _cell_counts(tensor: StoredTensor) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """How many chunks cover each cell of the grid that all chunks' edges draw."""
+    """The number of chunks over each cell of the grid that the edges of all chunks draw."""
     edges = [
         sorted({0, n} | {edge for chunk in tensor.chunks for edge in chunk.box[dim]})
         for dim, n in enumerate(tensor.shape)

@@ -1,4 +1,4 @@
-"""What makes written files last."""
+"""Durable files: written through to the disk, and put in place by one rename."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def put_in_place(made: Path, final: Path) -> None:
-    """Give a complete directory its name; one that has the name goes."""
+    """Give a complete directory its final name; a directory that has the name is removed."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -51,10 +51,10 @@ def export_hf(
     value_head: Tensor | None = None,
     is_critic: bool = False,
 ) -> None:
-    """Write the weights with config and tokenizer of `source`; every rank calls it.
+    """Write a Hugging Face directory with these weights and the config and tokenizer of `source`.
 
-    A critic's directory has no LM head and, in a file of its own, value_head [1, H], which the
-    ranks of the last pipeline stage bring along.
+    Every rank calls it. A critic's directory has no LM head and, in a file of its own, value_head
+    [1, H], which the ranks of the last pipeline stage bring along.
 
     Files are dealt out to the ranks, which gather and write a few tensors at a time. `output`
     appears under its name only when it is complete. An error on one rank is raised on all.
@@ -103,7 +103,7 @@ def export_hf(
 
 
 class _FileSequence:
-    """Writes whole tensors to their files; a file's tensors come one after the other."""
+    """Writes whole tensors to their files; all tensors of a file must come one after the other."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _FileSequence:
 def _batches(
     files: Sequence[tuple[str, ...]], nbytes: Mapping[str, int], world: int
 ) -> Iterator[tuple[tuple[str, ...], ...]]:
-    """The tensors that each rank gathers next."""
+    """Round after round, the names of the tensors that each rank gathers and writes."""
     of_ranks = [
         [
             batch

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on disk: read rectangles of them, plan and describe new ones."""
+"""Hugging Face checkpoints on disk: rectangles are read, new ones are laid out and described."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from megatron_rl.weights.tensor_file import DTYPES, Entry, TensorFile
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-# What makes a model directory usable beside its weights; copied byte for byte on export.
+# The files that a model directory needs beside its weights; copied byte for byte on export.
 COMPANIONS = (
     CONFIG,
     "generation_config.json",
@@ -31,15 +31,15 @@ COMPANIONS = (
     "chat_template.json",
 )
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-COMPARED_BYTES = 64 << 20  # at a time
+COMPARED_BYTES = 64 << 20  # most bytes of a tensor that are compared with another at a time
 
 
 class WeightFiles(Protocol):
-    """The weights of a model on disk, whatever the kind of checkpoint, as Hugging Face tensors."""
+    """The weights of a model on disk as Hugging Face tensors, whatever kind of checkpoint it is."""
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:
-        """Of every tensor, as stored."""
+        """The dtype of every tensor, as it is stored."""
         ...
 
     def fill(self, params: Tensors, pieces: Sequence[Piece]) -> None:
@@ -65,7 +65,7 @@ class HfCheckpoint:
 
     @property
     def paths(self) -> list[Path]:
-        """The files with tensors."""
+        """The files that hold tensors."""
         return sorted({file.path for file in self._file_of.values()})
 
     def read(self, name: str, box: Box, into: Tensor) -> None:
@@ -129,9 +129,9 @@ class HfCheckpoint:
 
 
 def _open_files(model_dir: Path) -> dict[str, TensorFile]:
-    """The file of each tensor; an index must say exactly what the headers say.
+    """The file of each tensor; the index must say exactly what the files' headers say.
 
-    transformers reads past an index that lacks a tensor, or names one that no file holds.
+    transformers does not complain about an index that lacks a tensor, or names one in no file.
     """
     index = _read_index(model_dir)
     names = sorted(set(index.values())) if index is not None else [SINGLE]
@@ -178,7 +178,7 @@ def _check_index(path: Path, index: Mapping[str, str], file_of: Mapping[str, Ten
 
 
 def plan_files(nbytes: Mapping[str, int], limit_bytes: int) -> list[tuple[str, ...]]:
-    """Tensors of each output file, in order, up to limit_bytes a file."""
+    """The names of the tensors of each output file, in order, up to limit_bytes a file."""
     files: list[list[str]] = [[]]
     used = 0
     for name, count in nbytes.items():
@@ -195,7 +195,7 @@ def file_name(number: int, count: int) -> str:
 
 
 def write_index(output: Path, files: Sequence[Sequence[str]], total_bytes: int) -> None:
-    """The index, where there are several files."""
+    """Write the index, where there are several files; one file needs none."""
     if len(files) == 1:
         return
     weight_map = {
@@ -206,9 +206,9 @@ def write_index(output: Path, files: Sequence[Sequence[str]], total_bytes: int) 
 
 
 def copy_companions(source: Path, output: Path, dtype: torch.dtype | None = None) -> None:
-    """Copies of config and tokenizer, byte for byte, but for the dtype that config.json may name.
+    """Copy config and tokenizer, byte for byte but for the dtype that config.json may name.
 
-    dtype: what the weights beside them are written in; None: config.json is copied as it is.
+    dtype: the dtype that the weights beside them are written in; None: config.json stays as it is.
     """
     output.mkdir(parents=True, exist_ok=True)
     for name in COMPANIONS:

@@ -13,13 +13,13 @@ from megatron_rl.weights.families.tables import FAMILIES
 from megatron_rl.weights.pieces import Piece, local_shapes, size, whole
 from megatron_rl.weights.rules import Rule
 
-# Parameters with rows of padding, which stand for no token; with chunks something is before them.
+# Ends of the names of parameters with rows of padding, which stand for no token.
 VOCABULARY = (EMBEDDING.megatron, HEAD.megatron)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One row of the table, at one layer and one expert of the model (None: it has none)."""
+    """A rule of the family's table at one layer and one expert of the model (None: it has none)."""
 
     rule: Rule
     layer: int | None = None
@@ -31,7 +31,7 @@ class MegatronParam:
     """One parameter of the whole model, as a single rank would hold it.
 
     The pieces tell the transform in both directions: param[piece.index] = hf[piece.box]. Together
-    they are all of the parameter and all of their Hugging Face tensors.
+    they cover all of the parameter and all of their Hugging Face tensors.
     """
 
     template: str  # name with {i} for the layer and {e} for the expert
@@ -39,11 +39,11 @@ class MegatronParam:
     expert: int | None
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
-    is_vocabulary: bool  # whether rows of padding may follow; `shape` and `pieces` are without
+    is_vocabulary: bool  # rows of padding may follow; `shape` and `pieces` are without them
 
     @property
     def name(self) -> str:
-        """Under Megatron-Core's local layers; layer and expert counted over the whole model."""
+        """Its name in Megatron-Core's local layers, by numbers of the whole model."""
         return _numbered(self.template, self.layer, self.expert)
 
     @property
@@ -53,7 +53,7 @@ class MegatronParam:
 
 @functools.cache
 def places(arch: ModelArch) -> tuple[Place, ...]:
-    """The model's table in full, in the order of the network."""
+    """The family's rules at every layer and expert of the model, in the order of the network."""
     return tuple(_places(arch))
 
 
@@ -107,12 +107,12 @@ def hf_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
 
 
 def hf_pieces(shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
-    """Whole tensors under their own names: a checkpoint is one more layout."""
+    """One piece for each whole tensor under its own name: a checkpoint is one more layout."""
     return [Piece(name, whole(shape), name, whole(shape)) for name, shape in shapes.items()]
 
 
 def megatron_pieces(arch: ModelArch, layout: Layout, at: Coordinates) -> list[Piece]:
-    """What a training rank holds; with several model chunks names begin with `chunk{v}.`."""
+    """The pieces of a training rank; with several model chunks, names begin with `chunk{v}.`."""
     shared = shared_pieces(arch, layout, tp_rank=at.tp_rank, pp_rank=at.pp_rank)
     return shared + expert_pieces(
         arch, layout, etp_rank=at.etp_rank, ep_rank=at.ep_rank, pp_rank=at.pp_rank
@@ -120,7 +120,7 @@ def megatron_pieces(arch: ModelArch, layout: Layout, at: Coordinates) -> list[Pi
 
 
 def shared_pieces(arch: ModelArch, layout: Layout, *, tp_rank: int, pp_rank: int) -> list[Piece]:
-    """Everything but experts."""
+    """The pieces of a training rank but those of experts."""
     pieces: list[Piece] = []
     for chunk, place in _held(arch, layout, pp_rank):
         if place.expert is None:
@@ -133,7 +133,7 @@ def shared_pieces(arch: ModelArch, layout: Layout, *, tp_rank: int, pp_rank: int
 def expert_pieces(
     arch: ModelArch, layout: Layout, *, etp_rank: int, ep_rank: int, pp_rank: int
 ) -> list[Piece]:
-    """The experts of one expert-parallel rank: an equal run of each layer's."""
+    """The pieces of the experts of one expert-parallel rank: an equal run of each layer's."""
     pieces: list[Piece] = []
     for chunk, place in _held(arch, layout, pp_rank):
         if place.expert is not None and place.expert // _experts_each(arch, layout) == ep_rank:
@@ -144,7 +144,7 @@ def expert_pieces(
 
 
 def engine_pieces(arch: ModelArch, layout: EngineLayout, tp_rank: int) -> list[Piece]:
-    """What a rollout engine rank holds, under vLLM's parameter names."""
+    """The pieces that a rank of a rollout engine holds, under vLLM's parameter names."""
     return [
         _placed(
             piece,
@@ -158,7 +158,9 @@ def engine_pieces(arch: ModelArch, layout: EngineLayout, tp_rank: int) -> list[P
 
 
 def check_filled(shapes: Mapping[str, tuple[int, ...]], pieces: Sequence[Piece]) -> None:
-    """That pieces write all of these parameters but rows of padding, and nothing twice.
+    """Check that pieces write all of these parameters but rows of padding, and nothing twice.
+
+    Elements are counted, not places: a rule's pieces do not overlap.
 
     Raises:
         ValueError: naming a parameter of the model that is not as the table says.
@@ -177,7 +179,7 @@ def check_filled(shapes: Mapping[str, tuple[int, ...]], pieces: Sequence[Piece])
 
 
 def _held(arch: ModelArch, layout: Layout, pp_rank: int) -> Iterator[tuple[int, Place]]:
-    """(model chunk, row) of everything that a pipeline rank holds."""
+    """The model chunk and the place of everything that a pipeline rank holds."""
     last = layout.vpp - 1, layout.pp - 1
     for place in places(arch):
         if place.layer is not None:
@@ -201,7 +203,7 @@ def _experts_each(arch: ModelArch, layout: Layout) -> int:
 
 
 def _local_name(arch: ModelArch, layout: Layout, chunk: int, name: str, place: Place) -> str:
-    """A parameter's name on its rank: layers and experts are counted from the first it holds."""
+    """A parameter's name on its rank, where layers and experts count from the first it holds."""
     layer, expert = place.layer, place.expert
     if layer is not None:
         layer %= _layers_each(arch, layout)

@@ -1,9 +1,12 @@
-"""Who holds what: rectangles of local parameters against rectangles of Hugging Face tensors.
+"""Pieces: which rectangle of a local parameter holds which rectangle of a Hugging Face tensor.
 
 The Hugging Face name space is the common coordinate system. A layout (Megatron's, the engine's, a
 checkpoint's) is a list of pieces, computed from sizes alone, so that every rank knows what every
 other rank holds without asking. Fusing, interleaving, padding and pipeline order exist only where
-pieces are made; whoever moves weights sees rectangles.
+pieces are made (rules.py); whoever moves weights sees rectangles.
+
+Example: Piece("linear_qkv.weight", ((4, 6), (0, 8)), "k_proj.weight", ((2, 4), (0, 8))) says that
+rows 4 and 5 of this rank's linear_qkv are rows 2 and 3 of k_proj, in their full width of 8.
 """
 
 from collections.abc import Iterator
@@ -25,9 +28,10 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """param[index] holds hf[box]; index and box have the same shape.
+    """A rectangle: param[index] holds hf[box]; index and box have the same shape.
 
-    An engine stacks the matrices of all experts in one parameter: there param[stack][index] does.
+    An engine stacks the matrices of all experts in one parameter: there param[stack][index] holds
+    hf[box], and index has as many axes as one expert's matrix.
     """
 
     param: str
@@ -49,7 +53,10 @@ class Piece:
         return replace(self, index=index, box=box)
 
     def cut(self, rows: Box) -> "Piece | None":
-        """What of this piece stands in a rectangle of its parameter, counted from its corner."""
+        """The part of this piece in a rectangle of its parameter; None where there is none.
+
+        The part's index counts from the corner of that rectangle.
+        """
         common = intersection(self.index, rows)
         if common is None:
             return None
@@ -81,7 +88,7 @@ def whole(shape: tuple[int, ...]) -> Box:
 
 
 def blocks(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> Iterator[Box]:
-    """A tensor in runs of rows of at most limit_bytes; a longer row is a block of its own."""
+    """A tensor's rectangles of whole rows, each of at most limit_bytes, or of one longer row."""
     row_bytes = max(1, prod(shape[1:]) * itemsize)
     step = max(1, limit_bytes // row_bytes)
     for lo in range(0, shape[0], step):
@@ -89,7 +96,7 @@ def blocks(shape: tuple[int, ...], itemsize: int, limit_bytes: int) -> Iterator[
 
 
 def local_shapes(pieces: list[Piece]) -> dict[str, tuple[int, ...]]:
-    """Smallest shape of each local parameter that holds its pieces."""
+    """The smallest shape of each local parameter that holds its pieces."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
         ends = (*(at + 1 for at in piece.stack), *(hi for _, hi in piece.index))

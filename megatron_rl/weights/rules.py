@@ -1,11 +1,11 @@
-"""How one Megatron parameter, one engine parameter and Hugging Face tensors correspond.
+"""Rules: how one Megatron parameter, one engine parameter and Hugging Face tensors correspond.
 
 A rule answers three questions, and is the only place that knows the answer: which Hugging Face
 tensors there are and their shapes, which rectangles of them a Megatron rank holds, and which an
 engine rank holds. In names `{i}` is the layer and `{e}` the expert (both global in Hugging Face
 and engine names; local to the pipeline chunk and the expert-parallel rank in Megatron's). Both
 directions follow from the rectangles: loading copies hf[box] to param[index], exporting copies it
-back.
+back. `Qkv` has an example with numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,20 +36,20 @@ class Rule(Protocol):
 
 
 def _share(length: int, parts: int, part: int) -> Span:
-    """Rows of one of `parts` equal runs."""
+    """The rows of one of `parts` equal runs."""
     each = length // parts
     return (part * each, (part + 1) * each)
 
 
 def _rows(param: str, at: int, hf: str, rows: Span, shape: tuple[int, ...]) -> Piece:
-    """Rows `rows` of hf stand in param from row `at` on, in full width."""
+    """The piece that says: param, from row `at` on, holds these rows of hf in full width."""
     rest = whole(shape[1:])
     return Piece(param, ((at, at + rows[1] - rows[0]), *rest), hf, (rows, *rest))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """The same tensor everywhere: replicated (axis None) or cut in equal runs along axis."""
+    """A tensor that is the same everywhere: replicated (axis None), or cut evenly along axis."""
 
     megatron: str
     hf: str
@@ -77,7 +77,10 @@ class Copy:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocab:
-    """Rows of the vocabulary; padding rows have no image in Hugging Face and are never moved."""
+    """The rows of the vocabulary, cut evenly with padding.
+
+    Rows of padding stand for no Hugging Face rows and are never moved.
+    """
 
     megatron: str
     hf: str
@@ -111,6 +114,14 @@ class Qkv:
     Megatron's rows are, group by group: its queries, then one key, then one value; a rank holds an
     equal run of them, cut wherever it falls. The engine's are all queries of the rank, its keys,
     its values; with fewer key heads than ranks each key head stands on several ranks.
+
+    Example: 4 query heads in 2 groups, head_dim 2. Megatron's 16 rows are q0 q1 k0 v0 q2 q3 k1 v1,
+    each of two rows. At TP 2 rank 1 holds the second half on both sides, so nothing has to move:
+
+        its rows 0 to 3 are q_proj[4:8], rows 4 and 5 k_proj[2:4], rows 6 and 7 v_proj[2:4]
+
+    At TP 4 Megatron's rank 1 holds k0 and v0 and no query. The engine's rank 1 holds q1, k0 and v0,
+    so it lacks q_proj[2:4], which Megatron's rank 0 has.
     """
 
     megatron: str
@@ -163,7 +174,10 @@ class Qkv:
 
 @dataclass(frozen=True, kw_only=True)
 class GateUp:
-    """Gate over up; each half is cut by itself, so that a rank holds [its gate; its up]."""
+    """Gate and up projections, one over the other; each is cut by itself.
+
+    So a rank holds [its rows of gate; its rows of up], not a run of rows of the whole.
+    """
 
     megatron: str
     hf_gate: str

@@ -1,4 +1,9 @@
-"""Hand the trained weights to the rollout engine, by plan, and prove that they arrived."""
+"""Hand the trained weights to the rollout engine, by plan, and prove that they arrived.
+
+The proof: training ranks add up a checksum (checksum.py) of each Hugging Face tensor over the
+pieces that they hold, every rectangle once. The ranks of an engine add up the same over their own
+pieces. Both totals must be equal, tensor by tensor.
+"""
 
 import time
 from collections import defaultdict
@@ -29,24 +34,24 @@ from megatron_rl.weights.transfer import execute
 
 
 class EngineWeights(Protocol):
-    """The engine's side of the bridge."""
+    """The engine's side of the bridge: parameters by name, to be written in place."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """The live parameter, or staging for one that the engine keeps in another form."""
+        """The live parameter, or a staging tensor for one that the engine keeps in another form."""
         ...
 
     def commit(self, modules: Iterable[str]) -> None:
-        """Everything of these modules has arrived."""
+        """Take over what was written: everything of these modules has arrived."""
         ...
 
     def finish(self) -> None:
-        """The last module was committed: caches that depend on weights are stale."""
+        """End the update; the last module was committed, so caches of old weights are stale."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """What one sync did on this rank."""
+    """The numbers of one sync on this rank."""
 
     received_bytes: int
     verified_tensors: int
@@ -54,7 +59,7 @@ class SyncReport:
 
 
 def training_holders(arch: ModelArch, layout: Layout) -> list[Holders]:
-    """Who holds what on the training side; data-parallel replicas together.
+    """The pieces of every training rank; data-parallel replicas are one holder.
 
     Experts have replicas of their own: their groups cut the ranks of a stage another way.
     """
@@ -82,7 +87,7 @@ def training_holders(arch: ModelArch, layout: Layout) -> list[Holders]:
 
 
 def engine_holders(arch: ModelArch, engines: EngineLayout) -> list[Holders]:
-    """Who holds what in the engines; replicas together."""
+    """The pieces of every engine rank; ranks with equal tp_rank, one per engine, are one holder."""
     return [
         Holders(
             ranks=engines.ranks_of(tp_rank), pieces=tuple(engine_pieces(arch, engines, tp_rank))
@@ -101,7 +106,7 @@ def plan_sync(
     mib: int,
     nodes: Sequence[int],
 ) -> Plan:
-    """The plan of every sync of a run; needs no process group."""
+    """The plan that every sync of a run executes; needs no process group."""
     return build_plan(
         training_holders(arch, layout),
         engine_holders(arch, engines),
@@ -154,16 +159,16 @@ class WeightSync:
         every = self._config.verify_one_in if self._pushes else 1
         checked = self._names[self._pushes % every :: every]
         self._pushes += 1
-        row_of = {name: row for row, name in enumerate(checked)}
+        line_of = {name: line for line, name in enumerate(checked)}
         arrived = torch.zeros(len(checked), self._copies, dtype=torch.int64)
 
         def commit(moves: tuple[Move, ...]) -> None:
-            modules = sorted({move.unit for move in moves})
+            modules = sorted({move.module for move in moves})
             for module in modules:
                 for piece, copies in self._targets[module]:
-                    if piece.hf in row_of:
+                    if piece.hf in line_of:
                         value = checksum(piece.of(self._engine), piece.box).cpu()
-                        arrived[row_of[piece.hf], list(copies)] += value
+                        arrived[line_of[piece.hf], list(copies)] += value
             self._engine.commit(modules)
 
         error: Exception | None = None
@@ -178,7 +183,7 @@ class WeightSync:
                 after_bucket=commit,
             )
             self._engine.finish()
-            wrong = self._wrong(checked, params, row_of, arrived)
+            wrong = self._wrong(checked, params, line_of, arrived)
         if wrong:
             error = RunError(
                 f"weight sync: {len(wrong)} of {len(checked)} verified tensors differ between "
@@ -202,15 +207,18 @@ class WeightSync:
         self,
         checked: Sequence[str],
         params: Mapping[str, Tensor],
-        row_of: Mapping[str, int],
+        line_of: Mapping[str, int],
         arrived: Tensor,
     ) -> list[str]:
-        """Names of tensors whose checksum differs in any copy this engine holds."""
+        """Names of the tensors whose checksum differs in any copy that this engine holds.
+
+        arrived: [len(checked), copies] int64, this rank's part; line_of says which line is whose.
+        """
         expected = torch.zeros(len(checked), dtype=torch.int64)
         for piece in self._sources:
-            if piece.hf in row_of:
+            if piece.hf in line_of:
                 values = piece.of(params).to(self._dtype)
-                expected[row_of[piece.hf]] += checksum(values, piece.box).cpu()
+                expected[line_of[piece.hf]] += checksum(values, piece.box).cpu()
         dist.all_reduce(expected, group=self._groups.host)
         dist.all_reduce(arrived, group=self._groups.engine)
         is_wrong = (arrived != expected[:, None]).any(dim=1)
@@ -218,7 +226,11 @@ class WeightSync:
 
 
 def _owned(holders: Sequence[Holders], rank: int) -> list[Piece]:
-    """The pieces this rank answers for: each rectangle of the model is counted exactly once."""
+    """The pieces that this rank counts, so that each rectangle of the model is counted once.
+
+    The first rank of the first holder counts it. Others that hold the same would add it again: its
+    data-parallel replicas, norms at other tp_ranks, the second copy of a tied embedding.
+    """
     owner: dict[tuple[str, Box], int] = {}
     for holder in holders:
         for piece in holder.pieces:
@@ -236,10 +248,15 @@ Copies = dict[str, list[tuple[Piece, tuple[int, ...]]]]
 
 
 def _copies(holders: Sequence[Holders], tp_rank: int) -> tuple[Copies, int]:
-    """This engine rank's pieces by module, and which complete copies of the model each counts in.
+    """This engine rank's pieces by module, and the copies of the model that each counts in.
 
-    A rectangle that n engine ranks hold (replicated key/value heads, norms) appears in full copies
-    0..m-1, m being the largest such n, so that every replica is in at least one checked total.
+    An engine holds some rectangles several times, and each must be checked. So several complete
+    models are added up, each with another replica: as many as the most replicated has holders.
+
+    Example: 2 key heads over TP 4. A query rectangle is held by one rank, key head 0 by ranks 0 and
+    1, key head 1 by ranks 2 and 3, a norm by all four. Four copies are added up, each of all
+    queries. Copy 2 takes the norm of rank 2, and the key heads of ranks 0 and 2: the first of two
+    holders, since 2 % 2 is 0. So rank 1 counts its key head in copies 1 and 3, its norm in copy 1.
     """
     holding: dict[tuple[str, Box], list[int]] = defaultdict(list)
     for rank, holder in enumerate(holders):

@@ -1,8 +1,8 @@
 """safetensors files by positioned reads and writes, a rectangle at a time.
 
-The format (https://huggingface.co/docs/safetensors#format): 8 bytes of header length,
-little-endian, a JSON header, the tensors. Nothing is mapped: mapped pages count as resident memory
-until they are dropped, which doubles the peak of a conversion.
+The format (https://huggingface.co/docs/safetensors#format) is 8 bytes of header length,
+little-endian, then a JSON header, then the tensors. Nothing is mapped into memory: mapped pages
+count as resident until they are dropped, which doubles the peak of a conversion.
 """
 
 import errno
@@ -29,18 +29,19 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
+MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 STAGING_BYTES = 16 << 20
-"""Of a read whose columns are cut or whose values are cast."""
+"""Size of the buffer of a read that needs one: its columns are cut, or its values are cast."""
 
-CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)  # said by some file systems
+# Errors by which some file systems say that they cannot reserve space.
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file."""
+    """The header's entry for one tensor."""
 
-    dtype: str  # as the header spells it
+    dtype: str  # a key of DTYPES, or of a kind that we do not read
     shape: tuple[int, ...]
     start: int  # in bytes from the start of the file
     nbytes: int
@@ -50,10 +51,10 @@ class TensorFile:
     """An open safetensors file whose header fits its size."""
 
     def __init__(self, path: Path) -> None:
-        """Open and check.
+        """Open the file and check its header.
 
         Raises:
-            InputError: missing, truncated, longer than its header says, or no safetensors at all.
+            InputError: it is missing, truncated, longer than its header says, or no safetensors.
         """
         self.path = path
         try:
@@ -100,7 +101,7 @@ class TensorFileWriter:
     def __init__(
         self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> None:
-        """Write the header and take the disk space, so that a full disk shows before any work."""
+        """Write the header and reserve disk space, so that a full disk shows before any work."""
         header, self._entries = _plan(tensors)
         self._path = path
         self._missing = {name: math.prod(entry.shape) for name, entry in self._entries.items()}
@@ -109,7 +110,7 @@ class TensorFileWriter:
         _write_all(self._file.fileno(), memoryview(header), 0)
 
     def write(self, name: str, box: Box, values: Tensor) -> None:
-        """tensor[box] = values, cast to the tensor's dtype; no element is written twice."""
+        """Write tensor[box] = values, cast to the tensor's dtype; never an element twice."""
         entry = self._entries[name]
         values = values.to("cpu", DTYPES[entry.dtype]).contiguous()
         self._missing[name] -= values.numel()
@@ -125,10 +126,10 @@ class TensorFileWriter:
             _write_all(self._file.fileno(), byte_view(row), start)
 
     def close(self) -> None:
-        """End the file.
+        """Close the file.
 
         Raises:
-            ValueError: an element was not written. A fault of the caller.
+            ValueError: an element was not written, which is a fault of the caller.
         """
         self._file.close()
         unwritten = [name for name, count in self._missing.items() if count]
@@ -142,7 +143,7 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def _read_header(path: Path, file: int) -> dict[str, Entry]:
-    """The tensors a file holds.
+    """The entries of the tensors that a file holds.
 
     Raises:
         InputError: the header does not describe exactly this file.
@@ -175,7 +176,7 @@ def _read_header(path: Path, file: int) -> dict[str, Entry]:
 
 
 def _check_extent(path: Path, entries: Mapping[str, Entry], start: int, total: int) -> None:
-    """Tensors stand one after the other, without gaps, up to the end of the file."""
+    """Check that tensors stand one after the other, without gaps, up to the end of the file."""
     at = start
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         known = DTYPES.get(entry.dtype)
@@ -196,7 +197,7 @@ def _check_extent(path: Path, entries: Mapping[str, Entry], start: int, total: i
 def _plan(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file, and where its tensors will stand."""
+    """The header of a file as bytes, and the entries of its tensors."""
     entries: dict[str, Entry] = {}
     at = 0
     for name, (dtype, shape) in tensors.items():

@@ -21,9 +21,9 @@ def execute(
 ) -> None:
     """Move every rectangle of the plan; every rank of group must call it.
 
-    Values are cast to dtype while they are packed, so the wire carries the engine's bytes. Both
-    ends order a bucket's moves alike, so no headers travel. after_bucket gets the moves that have
-    arrived here, local ones included.
+    Values are cast to dtype while they are packed, so the wire carries the engine's bytes. Sender
+    and receiver order a bucket's moves alike, so no headers travel. after_bucket gets the moves
+    that have arrived here, local ones included.
     """
     rank = dist.get_rank(group)
     for bucket in plan.buckets:
@@ -41,7 +41,7 @@ def _exchange(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """One hop of one bucket."""
+    """Move the rectangles of one hop of one bucket, in one all-to-all."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     outgoing = sorted(
         (m for m in moves if m.sender == rank != m.receiver), key=lambda m: m.receiver

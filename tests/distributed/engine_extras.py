@@ -66,7 +66,7 @@ def corruption(run: Run) -> list[str]:
 
     def corrupting_execute(plan: Any, *rest: Any, after_bucket: Any, **named: Any) -> None:
         def corrupt_then(moves: Any) -> None:
-            if is_last and any(move.unit == name.rpartition(".")[0] for move in moves):
+            if is_last and any(move.module == name.rpartition(".")[0] for move in moves):
                 weights[name][-1, 3] += 1e-6  # in the last row of "up"
             after_bucket(moves)
 
@@ -99,7 +99,7 @@ def skipped_moves(run: Run) -> list[str]:
     less = replace(
         sync._plan,
         buckets=tuple(
-            tuple(m for m in bucket if m.unit != "model.layers.3.self_attn.qkv_proj")
+            tuple(m for m in bucket if m.module != "model.layers.3.self_attn.qkv_proj")
             for bucket in sync._plan.buckets
         ),
     )

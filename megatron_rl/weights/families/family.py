@@ -1,4 +1,4 @@
-"""What a model family is made of."""
+"""A model family: the rules of its layers, and how its config.json is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,40 +9,41 @@ from megatron_rl.weights.rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureFields:
-    """Where config.json tells of a mixture of experts."""
+    """The fields of config.json that describe a mixture of experts."""
 
     ffn_hidden_size: str
     """The field with the size of one expert."""
 
     renormalized: bool | None = None
-    """Whether the chosen experts' probabilities are scaled to 1; None: norm_topk_prob says."""
+    """True: the chosen experts' probabilities are scaled to sum to 1; None: norm_topk_prob says."""
 
     has_dense_layers: bool = False
-    """Whether decoder_sparse_step and mlp_only_layers make some layers dense."""
+    """True: decoder_sparse_step and mlp_only_layers can make some layers dense."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One model family: the rows of its layers, and which config fields mean what."""
+    """One model family: the rules of its layers, and which config fields mean what."""
 
     model_type: str
     attention: tuple[Rule, ...]
-    """Every layer's: norms and attention."""
+    """The norms and the attention of every layer."""
 
     dense: tuple[Rule, ...]
     """The feed-forward network of a layer without experts."""
 
     router: tuple[Rule, ...] = ()
-    """Of a layer with experts."""
+    """The router of a layer with experts."""
 
     experts: tuple[Rule, ...] = ()
-    """Of each expert of such a layer; `{e}` is its number."""
+    """The matrices of each expert of such a layer; `{e}` is the expert's number."""
 
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """What transformers takes where config.json says nothing, beside hf_config.DEFAULTS."""
+    """Values that transformers takes for absent fields of this family; others are in
+    hf_config.DEFAULTS."""
 
     neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    """Fields we do not implement, with the values under which they change nothing."""
+    """Fields that we do not implement, with the values at which they change nothing."""
 
     mixture: MixtureFields | None = None
 

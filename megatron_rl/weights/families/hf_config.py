@@ -1,7 +1,7 @@
-"""From a config.json to the sizes of a model; whatever we would ignore at a cost is refused.
+"""From a config.json to the sizes of a model; a field that would be ignored at a cost is refused.
 
-A field is used, or neutral (not implemented, and harmless at the values listed), or ignored (it
-does not change the network). Any other one is an error that names it.
+Each field is used, or neutral (not implemented, and harmless at the values listed), or ignored (it
+does not change the network). Any other field is an error that names it.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ USED = {
 }
 USED_BY_MIXTURES = {
     "num_experts",
-    "num_local_experts",  # the same, as transformers 5 writes it
+    "num_local_experts",  # transformers 5 writes num_experts so
     "num_experts_per_tok",
     "moe_intermediate_size",
     "norm_topk_prob",
@@ -66,7 +66,7 @@ IGNORED = {
 IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
-    "attention_bias": (False,),  # elsewhere it also puts one on the output projection
+    "attention_bias": (False,),  # True would also put a bias on the output projection
     "mlp_bias": (False,),
     "pretraining_tp": (1, None),
     "attention_dropout": (0, 0.0),
@@ -76,7 +76,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "sliding_window": (None,),
     "use_sliding_window": (False,),
 }
-# What transformers takes where config.json says nothing, in most families.
+# Values that transformers takes for absent fields, in most families.
 DEFAULTS: dict[str, object] = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
@@ -101,7 +101,7 @@ class _Fields:
     where: str
 
     def number(self, name: str, absent: int | None = None) -> int:
-        """A positive whole number; absent: its value where the field is null or missing."""
+        """The field as a positive whole number; `absent` is used where it is null or missing."""
         value = self.values.get(name)
         if value is None:
             value = absent
@@ -123,7 +123,7 @@ class _Fields:
 
 
 def read_arch(family: Family, config: Mapping[str, object], where: str) -> ModelArch:
-    """The sizes of a model; a field we would have to ignore although it matters is an error."""
+    """The sizes of a model; InputError for a field that matters and that we cannot honour."""
     _refuse_unhonoured(family, config, where)
     fields = _Fields({**DEFAULTS, **family.defaults, **config}, where)
     heads, hidden = fields.number("num_attention_heads"), fields.number("hidden_size")
@@ -224,7 +224,7 @@ def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
 
 
 def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
-    """Layers in mlp_only_layers, and layers i where decoder_sparse_step does not divide i + 1."""
+    """The layers in mlp_only_layers, and each i where decoder_sparse_step does not divide i + 1."""
     listed = fields.values["mlp_only_layers"] or []
     if not isinstance(listed, list) or set(listed) - set(range(layers)):
         raise InputError(
@@ -236,7 +236,7 @@ def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
 
 
 def _rope(fields: _Fields, told_theta: object) -> tuple[float, float | None]:
-    """Base and llama3 factor, from the fields of transformers 4 or 5."""
+    """The rope's base and llama3 factor; told_theta: rope_theta as config.json itself has it."""
     rope = _rope_settings(fields, told_theta)
     theta = _Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
     kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
@@ -262,7 +262,7 @@ def _rope(fields: _Fields, told_theta: object) -> tuple[float, float | None]:
 
 
 def _rope_settings(fields: _Fields, told_theta: object) -> dict[str, object]:
-    """rope_parameters of transformers 5, or rope_theta and rope_scaling of 4."""
+    """The rope_parameters of transformers 5, or the rope_theta and rope_scaling of 4."""
     theta: dict[str, object] = {"rope_theta": fields.values["rope_theta"]}
     found: list[dict[str, object]] = []
     for name in ("rope_parameters", "rope_scaling"):

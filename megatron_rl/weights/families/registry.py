@@ -10,7 +10,7 @@ from megatron_rl.weights.families.tables import FAMILIES
 
 
 def read_model_config(model_dir: Path) -> ModelArch:
-    """The architecture in a Hugging Face directory; an InputError says what we cannot train."""
+    """The architecture of a Hugging Face directory; InputError for one that we cannot train."""
     path = model_dir / "config.json"
     if not path.is_file():
         raise InputError(

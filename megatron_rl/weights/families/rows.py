@@ -1,6 +1,6 @@
-"""Rows of the tables: the parameters that decoder families share, as pure data.
+"""The rows of the tables, each a rule: the parameters that decoder families share, as pure data.
 
-Names of one parameter in Megatron-Core's local layers, in Hugging Face files and in vLLM.
+A row names one parameter in Megatron-Core's local layers, in Hugging Face files and in vLLM.
 """
 
 from megatron_rl.weights.arch import ModelArch
@@ -100,7 +100,7 @@ DENSE: tuple[Rule, ...] = (
 
 
 def router(block: str) -> tuple[Rule, ...]:
-    """The router of a mixture that Hugging Face keeps under `block` in each layer."""
+    """The router of a mixture; `block` is the mixture's name in a Hugging Face layer."""
     return (
         Copy(
             megatron=MEGATRON_LAYER + "mlp.router.weight",
@@ -112,7 +112,7 @@ def router(block: str) -> tuple[Rule, ...]:
 
 
 def experts(block: str, *, gate: str, up: str, down: str) -> tuple[Rule, ...]:
-    """One expert. The engine stacks those of a layer: its parameters begin with the expert."""
+    """The matrices of one expert; the engine stacks a layer's experts along a first axis."""
     megatron, hf = MEGATRON_LAYER + "mlp.experts.local_experts.{e}.", HF_LAYER + f"{block}.experts."
     return (
         GateUp(

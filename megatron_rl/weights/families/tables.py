@@ -1,9 +1,9 @@
-"""Every model family, as a table; this is the one file to change for another one.
+"""Every model family, as a table; to add a family, change this file.
 
 A family says which rows its layers have (rows.py; names in Megatron-Core, Hugging Face and vLLM)
-and how its config.json reads: what transformers takes where a field is absent (`defaults`) and, of
-the fields we do not implement, the values under which they change nothing (`neutral`, beside those
-of hf_config.py). Every other field is refused by name.
+and how its config.json reads. `defaults` are the values that transformers takes for absent fields.
+`neutral` are fields that we do not implement, with the values at which they change nothing, beside
+those of hf_config.py. Every other field is refused by name.
 """
 
 from megatron_rl.weights.families.family import Family, MixtureFields
@@ -16,7 +16,7 @@ LLAMA = Family(
     dense=DENSE,
 )
 
-# Transformers slides a window of 4096 where config.json has no sliding_window.
+# Where config.json has no sliding_window, transformers slides a window of 4096, which is refused.
 MISTRAL = Family(
     model_type="mistral",
     attention=ATTENTION,

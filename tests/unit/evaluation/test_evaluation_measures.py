@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from megatron_rl.evaluation.measures import Bootstrap, measure, overall, pass_chance, scores
-from megatron_rl.evaluation.problem import Problem
+from megatron_rl.evaluation.question import Question
 from megatron_rl.evaluation.votes import MathEquality, majority
 
 BOOTSTRAP = Bootstrap(resamples=2000, confidence=0.95, seed=3)
 
 
-def problem(votes, *, number=0, majority=None, truncated=0, tokens=10):
+def question(votes, *, number=0, majority=None, truncated=0, tokens=10):
     """One vote a response: "+x" a correct answer x, "x" a wrong one, "" none, "!x" failed."""
     verdicts = {"+": "correct", "!": "timeout"}
-    return Problem(
+    return Question(
         number=number,
         prompt="p",
         answer="a",
@@ -41,8 +41,8 @@ def test_pass_chance_is_the_share_of_subsets_with_a_correct_one(correct, samples
     assert pass_chance(correct, samples, k) == pytest.approx(float(share), abs=1e-15)
 
 
-def test_scores_of_a_problem_by_hand():
-    measured = scores(problem(["+1", "2", "", "!3"], truncated=1, tokens=7, majority=0.5))
+def test_scores_of_a_question_by_hand():
+    measured = scores(question(["+1", "2", "", "!3"], truncated=1, tokens=7, majority=0.5))
     assert measured == {
         "average_at_4": 0.25,
         "pass_at_2": pytest.approx(1 - 3 / 6),
@@ -68,14 +68,14 @@ def test_scores_of_a_problem_by_hand():
     ],
 )
 def test_a_vote_by_hand(votes, chance):
-    assert majority([problem(votes)], by_text) == [pytest.approx(chance)]
+    assert majority([question(votes)], by_text) == [pytest.approx(chance)]
 
 
 def test_equal_answers_vote_together():
     r"""1/2, 0.5 and \frac12 are one answer: three votes against two."""
     votes = ["+3", "+3", r"\frac12", "0.5", "1/2", "4"]
-    assert majority([problem(votes)], by_text) == [1.0]
-    assert majority([problem(votes)], MathEquality(num_workers=1)) == [0.0]
+    assert majority([question(votes)], by_text) == [1.0]
+    assert majority([question(votes)], MathEquality(num_workers=1)) == [0.0]
 
 
 def test_answers_that_the_exact_rules_leave_open_are_compared_by_workers():
@@ -84,55 +84,55 @@ def test_answers_that_the_exact_rules_leave_open_are_compared_by_workers():
     assert equality([same, other]) == {same: True, other: False}
 
 
-def test_only_problems_whose_outcome_is_open_are_compared():
+def test_only_questions_whose_outcome_is_open_are_compared():
     asked = []
 
     def equality(pairs):
         asked.extend(pairs)
         return {}
 
-    decided = [problem(["+1", "+1", "+1", "2", "3"]), problem(["2", "3", "4", "", ""])]
+    decided = [question(["+1", "+1", "+1", "2", "3"]), question(["2", "3", "4", "", ""])]
     majority(decided, equality)
     assert asked == []
-    majority([problem(["+1", "2", "3"])], equality)
+    majority([question(["+1", "2", "3"])], equality)
     assert asked == [("2", "3")]
 
 
 def test_without_answers_there_is_no_vote():
-    graded = problem(["+", "+", ""])  # as a user's own function grades: no answer is known
+    graded = question(["+", "+", ""])  # as a user's own function grades: no answer is known
     assert majority([graded], by_text) == [None]
-    result = measure("b", [graded, problem(["+1", "2", ""], majority=1.0)], BOOTSTRAP)
+    result = measure("b", [graded, question(["+1", "2", ""], majority=1.0)], BOOTSTRAP)
     assert "majority_at_3" not in result.measured
 
 
 def test_means_and_intervals_of_a_benchmark():
     """Accuracies of 0 or 1: the bootstrap mean is binomial, whose quantiles are known."""
-    problems = [problem(["+1" if number < 40 else "2"], number=number) for number in range(100)]
-    result = measure("b", problems, BOOTSTRAP)
+    questions = [question(["+1" if number < 40 else "2"], number=number) for number in range(100)]
+    result = measure("b", questions, BOOTSTRAP)
     average = result.measured["average_at_1"]
     assert average.value == pytest.approx(0.4, abs=1e-15)
     # Binomial(100, 0.4) / 100 has its 2.5 % quantile at 0.31 (0.30 sums to 2.48 %) and its 97.5 %
     # quantile at 0.50 (0.49 sums to 97.3 %): 2000 draws hit one of two. 5 % would be 0.32 and 0.48.
     assert 0.295 < average.low < 0.315
     assert 0.485 < average.high < 0.505
-    again = measure("b", problems, BOOTSTRAP)
+    again = measure("b", questions, BOOTSTRAP)
     assert again.measured == result.measured
-    other = measure("b", problems, Bootstrap(resamples=2000, confidence=0.95, seed=4))
+    other = measure("b", questions, Bootstrap(resamples=2000, confidence=0.95, seed=4))
     assert not np.array_equal(other.means, result.means)
-    narrow = measure("b", problems, Bootstrap(resamples=2000, confidence=0.5, seed=3))
+    narrow = measure("b", questions, Bootstrap(resamples=2000, confidence=0.5, seed=3))
     assert narrow.measured["average_at_1"].low > average.low
 
 
 def test_one_outcome_has_no_interval():
-    result = measure("b", [problem(["+1"]), problem(["+1"])], BOOTSTRAP)
+    result = measure("b", [question(["+1"]), question(["+1"])], BOOTSTRAP)
     average = result.measured["average_at_1"]
     assert (average.value, average.low, average.high) == (1.0, 1.0, 1.0)
 
 
 def test_overall_counts_every_benchmark_the_same():
     """1 of 1 and 0 of 9: the average is 1/2, not 1/10; only what both have is averaged."""
-    small = measure("small", [problem(["+1"], majority=1.0)], BOOTSTRAP)
-    large = measure("large", [problem(["2"]) for _ in range(9)], BOOTSTRAP)
+    small = measure("small", [question(["+1"], majority=1.0)], BOOTSTRAP)
+    large = measure("large", [question(["2"]) for _ in range(9)], BOOTSTRAP)
     average = overall([small, large], BOOTSTRAP)
     assert average["average_at_1"].value == 0.5
     assert "majority_at_1" not in average
@@ -140,7 +140,7 @@ def test_overall_counts_every_benchmark_the_same():
 
 def test_the_interval_of_an_average_is_narrower_than_those_of_its_parts():
     results = [
-        measure(name, [problem(["+1" if n % 2 else "2"]) for n in range(60)], BOOTSTRAP)
+        measure(name, [question(["+1" if n % 2 else "2"]) for n in range(60)], BOOTSTRAP)
         for name in ("one", "two", "three", "four")
     ]
     average = overall(results, BOOTSTRAP)["average_at_1"]

@@ -4,8 +4,8 @@ import pytest
 
 from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
 from megatron_rl.evaluation.measures import BenchmarkResult, Measured
-from megatron_rl.evaluation.problem import Problem
-from megatron_rl.evaluation.report import Evaluation, write_problems
+from megatron_rl.evaluation.question import Question
+from megatron_rl.evaluation.report import Evaluation, write_questions
 
 
 def result(value):
@@ -15,7 +15,7 @@ def result(value):
         "truncated_frac": Measured(0.25, 0.0, 0.5),
         "response_tokens_mean": Measured(12.4, 10.0, 15.0),
     }
-    return BenchmarkResult(num_problems=7, num_failed=1, measured=measured, means=None)
+    return BenchmarkResult(num_questions=7, num_failed=1, measured=measured, means=None)
 
 
 def evaluation(**overall):
@@ -53,8 +53,8 @@ def test_the_average_has_a_row_of_its_own():
     }
 
 
-def test_written_problems_are_readable_and_survive_any_text(tmp_path):
-    problem = Problem(
+def test_written_questions_are_readable_and_survive_any_text(tmp_path):
+    question = Question(
         number=3,
         prompt="求 ½ 的值",
         answer="1",
@@ -66,7 +66,7 @@ def test_written_problems_are_readable_and_survive_any_text(tmp_path):
         majority=1.0,
     )
     file = tmp_path / "new" / "b.jsonl"
-    write_problems([problem], file)
+    write_questions([question], file)
     text = file.read_text(encoding="utf-8")
     assert "求 ½ 的值" in text
     (row,) = [json.loads(line) for line in text.splitlines()]

@@ -270,10 +270,10 @@ def test_buckets_are_alike_on_all_ranks_and_keep_the_limit():
     for number in range(count):
         for rank, plan in enumerate(per_rank):
             moves = [m for m in plan.buckets[number] if m.sender != m.receiver]
-            units = {m.unit for m in moves}
+            modules = {m.module for m in moves}
             for which in ("sender", "receiver"):
                 size = sum(m.numel * ITEMSIZE for m in moves if getattr(m, which) == rank)
-                assert size <= limit or len(units) == 1, "a module alone may be more"
+                assert size <= limit or len(modules) == 1, "a module alone may be more"
     whole = plans(arch, case)
     for cut, uncut in zip(per_rank, whole, strict=True):
         assert [m for b in cut.buckets for m in b] != []
@@ -286,7 +286,7 @@ def test_a_module_is_in_one_bucket():
         buckets_of = {}
         for number, bucket in enumerate(plan.buckets):
             for move in bucket:
-                buckets_of.setdefault(move.unit, set()).add(number)
+                buckets_of.setdefault(move.module, set()).add(number)
         assert all(len(numbers) == 1 for numbers in buckets_of.values())
 
 

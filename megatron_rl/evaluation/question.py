@@ -1,4 +1,4 @@
-"""What became of one problem of a benchmark."""
+"""One question of a benchmark, with the responses to it and their verdicts."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,18 @@ from megatron_rl.types import RolloutGroup, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Plain values, one entry a response, so that ranks can gather and files hold it."""
+class Question:
+    """Plain values, which ranks can gather and files hold; tuples have one entry per response."""
 
-    number: int  # row of the benchmark's file, from 0
-    prompt: str  # the question, without template
+    number: int  # its place in the benchmark's files, from 0
+    prompt: str  # its text, without template
     answer: str
     responses: tuple[str, ...]
     verdicts: tuple[str, ...]
     extracted: tuple[str | None, ...]  # the answer found in the response
     tokens: tuple[int, ...]
-    truncated: tuple[bool, ...]  # cut at the limit
-    majority: float | None = None  # votes.majority
+    truncated: tuple[bool, ...]  # True: cut at the limit
+    majority: float | None = None  # the chance that the majority is right (votes.py)
 
     @property
     def num_correct(self) -> int:
@@ -25,13 +25,13 @@ class Problem:
 
     @property
     def num_failed(self) -> int:
-        """Responses whose verification failed; they count as not correct."""
+        """The number of responses whose verification failed; they count as not correct."""
         return self.verdicts.count(Verdict.TIMEOUT) + self.verdicts.count(Verdict.ERROR)
 
 
-def to_problem(group: RolloutGroup) -> Problem:
-    """A graded group of a benchmark's prompt."""
-    return Problem(
+def to_question(group: RolloutGroup) -> Question:
+    """The question that a graded group answers."""
+    return Question(
         number=group.prompt.group_id,
         prompt=group.prompt.text,
         answer=group.prompt.answer,

@@ -1,0 +1,94 @@
+"""The worked examples of batching/schedule.py and balance.py, as tests."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_rl.batching import schedule
+from megatron_rl.batching.balance import balance, fill_rows
+from megatron_rl.batching.schedule import _decode, _encode, _key, _replicas, distribute, rows_of
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.types import Sample
+
+LENGTHS = {(0, 7, 0): 5, (0, 7, 1): 4, (0, 8, 0): 3}
+
+
+def sample(key):
+    update, group_id, index = key
+    return Sample(
+        group_id=group_id,
+        index=index,
+        update=update,
+        prompt_tokens=torch.tensor([1]),
+        response_tokens=torch.arange(LENGTHS[key] - 1),
+        advantage=0.5,
+    )
+
+
+FIRST, SECOND, THIRD = (sample(key) for key in LENGTHS)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """(key, receiver) of each message of the call; the other ranks' lengths are known."""
+    messages = []
+
+    def send(vectors, to_ranks, group):
+        messages.extend(
+            (_key(_decode(vector)[0]), rank) for vector, rank in zip(vectors, to_ranks, strict=True)
+        )
+        return torch.cat([torch.empty(0, dtype=torch.int64), *vectors])
+
+    monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [own, LENGTHS])
+    monkeypatch.setattr(schedule, "send_messages", send)
+    return messages
+
+
+def groups(**layout):
+    return SimpleNamespace(layout=Layout(**layout), host=None)
+
+
+def test_one_sample_of_three_travels(sent):
+    world = groups(world_size=2, tp=1, pp=1)
+    assert distribute([FIRST, SECOND], world).num_samples == {0: 3}  # rank 0's call
+    distribute([THIRD], world)  # rank 1's
+    assert sent == [((0, 7, 0), 0), ((0, 7, 1), 1), ((0, 8, 0), 1)]
+
+
+def test_nothing_travels_where_groups_stay_whole(sent):
+    world = groups(world_size=2, tp=1, pp=1)
+    distribute([FIRST, SECOND], world, keep_groups_whole=True)
+    distribute([THIRD], world, keep_groups_whole=True)
+    assert sent == [((0, 7, 0), 0), ((0, 7, 1), 0), ((0, 8, 0), 1)]
+
+
+def test_every_rank_of_a_replica_gets_a_sample(sent):
+    distribute([SECOND], groups(world_size=4, tp=2, pp=1))
+    assert sent == [((0, 7, 1), 2), ((0, 7, 1), 3)]
+
+
+def test_replicas_train_five_and_seven_tokens():
+    assert _replicas(LENGTHS, 2, keep_groups_whole=False) == dict(
+        zip(LENGTHS, (0, 1, 1), strict=True)
+    )
+    assert balance([5, 4, 3], 2) == [[0], [1, 2]]
+
+
+def test_rows_of_rank_one():
+    assert rows_of([SECOND, THIRD], 8, count_multiple=1) == [[SECOND, THIRD]]
+    assert rows_of([SECOND, THIRD], 8, count_multiple=2) == [[SECOND, THIRD], []]
+    assert rows_of([], 8, count_multiple=2) == [[], []]
+    assert fill_rows([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+
+
+def test_a_sample_as_a_vector():
+    example = Sample(
+        group_id=7,
+        index=1,
+        update=0,
+        prompt_tokens=torch.tensor([5, 9]),
+        response_tokens=torch.tensor([2]),
+        advantage=0.5,
+    )
+    assert _encode(example).tolist() == [7, 1, 0, 2, 1, 0, 5, 9, 2, 0x3FE0000000000000]
