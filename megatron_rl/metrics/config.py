@@ -17,7 +17,7 @@ class MetricsConfig(Settings):
 
     jsonl: bool = True
     """Append one JSON object per iteration to metrics.jsonl in the run's directory; what
-    tools/plot_runs.py reads."""
+    `megatron-rl plot` reads."""
 
     tensorboard: bool = False
     """Write TensorBoard events to tensorboard/ in the run's directory."""
@@ -41,7 +41,7 @@ class MetricsConfig(Settings):
 
     rollouts_every: int = Field(default=0, ge=0)
     """Keep some responses every this many iterations, in rollouts.jsonl in the run's directory;
-    tools/show_rollouts.py makes a page of it. 0: never."""
+    `megatron-rl show` makes a page of it. 0: never."""
 
     rollouts_groups: int = Field(default=16, ge=1)
     """Prompts of such an iteration whose responses are kept, all of each group."""

@@ -15,14 +15,14 @@ COMMANDS = sorted((ROOT / "tools").rglob("*.py"))
 
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
-    "__main__", "session", "plan", "grade", "build", "loop", "run", "preflight", "config",
-    "evaluation", "checkpoint", "conversion", "rollout", "policy", "weights", "batching", "prompts",
-    "reward", "algorithms", "metrics", "parallel", "ops", "platforms", "types", "settings",
-    "errors",
+    "__main__", "commands", "session", "plan", "grade", "build", "loop", "run", "preflight",
+    "config", "evaluation", "checkpoint", "conversion", "rollout", "policy", "weights", "batching",
+    "prompts", "reward", "algorithms", "metrics", "parallel", "ops", "platforms", "types",
+    "settings", "errors",
 ]  # fmt: skip
 
-MAX_FILE_LINES = 500
-MAX_FUNCTION_LINES = 80
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 75
 
 # Homes, scratch folders and work trees of one machine; a path in a container or a system is fine.
 MACHINE_PATH = re.compile(r"/(?:root|home/\w+|Users/\w+|work/(?:main|shared)|tmp/dev)(?:/|\b)")
