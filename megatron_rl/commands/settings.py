@@ -56,9 +56,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def entries(section: type[Settings], path: str = "", variant: str = "") -> Iterator[Entry]:
-    """Every key under a section, each group before its keys."""
+    """Every key under a section, each group before its keys.
+
+    In a member of a union the key that names it is told without a text of its own.
+    """
     for name, field in section.model_fields.items():
         at = f"{path}.{name}" if path else name
+        is_tag = variant.startswith(f"{name}: ")
         groups = list(_groups(at, field))
         is_section = any(group.path == at and not group.variant for group, _ in groups)
         if not is_section:
@@ -66,7 +70,9 @@ def entries(section: type[Settings], path: str = "", variant: str = "") -> Itera
                 path=at,
                 kind=_kind(field.annotation, field.metadata),
                 default=_default(field),
-                text=_one_line(field.description),
+                text=_one_line(
+                    field.description or ("Chooses these settings." if is_tag else None)
+                ),
                 variant=variant,
             )
         for group, inner in groups:
