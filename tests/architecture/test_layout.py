@@ -1,9 +1,11 @@
 """Rules of the layout that no linter knows."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +118,18 @@ def test_settings_need_no_torch():
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_an_installed_package_has_its_command_and_every_file():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    module, _, function = project["project"]["scripts"]["megatron-rl"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    others = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.*")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so")
+    ]
+    assert sorted(others) == project["tool"]["setuptools"]["package-data"]["megatron_rl"]
 
 
 def test_init_files_are_empty():
