@@ -76,21 +76,21 @@ SMALL_EXPERTS = {  # 1.0 GB in many small tensors, of 0.5 MB each
 }
 MODELS = {"dense": DENSE, "experts": EXPERTS, "small experts": SMALL_EXPERTS}
 
-# What a conversion process runs: a tool, timed from the start of its work.
+# What a conversion process runs: the command, timed from the end of its imports.
 CHILD = """
-import importlib, json, sys, time
-sys.path.insert(0, "tools")
-tool = importlib.import_module(sys.argv[1])
+import json, sys, time
+import megatron_rl.conversion.to_hf, megatron_rl.conversion.to_megatron, megatron_rl.policy.refusals
+from megatron_rl.commands.main import main
 started = time.perf_counter()
-code = tool.main(sys.argv[2:])
+code = main(["convert", *sys.argv[1:]])
 seconds = time.perf_counter() - started
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps({"seconds": seconds, "peak_mb": int(status["VmHWM"].split()[0]) * 1024 / 1e6}))
 sys.exit(code)
 """
 WAYS = {
-    "Hugging Face to Megatron-Core": "convert_hf_to_megatron",
-    "Megatron-Core to Hugging Face": "convert_megatron_to_hf",
+    "Hugging Face to Megatron-Core": "to-megatron",
+    "Megatron-Core to Hugging Face": "to-hf",
 }
 
 
@@ -117,8 +117,8 @@ def measure(name: str, folder: Path, repeats: int) -> Iterator[tuple[str, ...]]:
     source, there, back = folder / "source", folder / "megatron", folder / "back"
     nbytes = make_model(MODELS[name], source)
     arguments = {
-        "convert_hf_to_megatron": ["--hf", source, "--output", there],
-        "convert_megatron_to_hf": [
+        "to-megatron": ["--hf", source, "--output", there],
+        "to-hf": [
             *("--megatron", there, "--output", back),
             *("--file-mib", FILE_BYTES >> 20),
         ],

@@ -1,4 +1,4 @@
-"""`python -m megatron_rl grade`: the reward of a recipe on responses that came from anywhere.
+"""`megatron-rl grade`: the reward of a recipe on responses that came from anywhere.
 
 So that people can see what their reward says of their own data before they spend GPUs on it.
 """

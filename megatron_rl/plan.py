@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 
+import torch
+
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors
@@ -15,7 +17,6 @@ from megatron_rl.weights.model_source import find_model
 from megatron_rl.weights.pieces import size
 from megatron_rl.weights.sync import plan_sync
 
-ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
 GIB = 2**30
 RANKS_PER_NODE = 8
 
@@ -115,7 +116,7 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
     """Estimates from sizes alone; what allocators and libraries add is not in them."""
-    itemsize = ITEMSIZE[config.model.dtype]
+    itemsize = _itemsize(config.model.dtype)
     shared, experts = _busiest_rank(arch, layout)
     params = shared + experts
     held = params
@@ -147,7 +148,7 @@ def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
             parts[name] / params for name in ("weights", "gradients", "optimizer")
         )
     if not config.is_supervised:
-        engine_bytes = ITEMSIZE[config.engine_dtype] * arch.num_parameters
+        engine_bytes = _itemsize(config.engine_dtype) * arch.num_parameters
         parts["engine weights"] = engine_bytes / config.rollout.tensor_model_parallel_size
     for name, nbytes in parts.items():
         yield name, f"{nbytes / GIB:.3f} GiB"
@@ -184,7 +185,7 @@ def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
         layout,
         engines,
         rank=0,
-        itemsize=ITEMSIZE[config.engine_dtype],
+        itemsize=_itemsize(config.engine_dtype),
         mib=config.weights.bucket_mib,
         nodes=[rank // RANKS_PER_NODE for rank in range(layout.world_size)],
     ).stats
@@ -197,3 +198,7 @@ def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
     ):
         yield name, f"{nbytes / 2**20:.3f} MiB"
     yield "buckets", f"{stats.num_buckets} of up to {config.weights.bucket_mib} MiB"
+
+
+def _itemsize(dtype: str) -> int:
+    return int(getattr(torch, dtype).itemsize)

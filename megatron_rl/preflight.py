@@ -1,12 +1,13 @@
 """Everything a run reads, checked before any model is built; all problems at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from megatron_rl.config import RunConfig, world_problems
-from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions
 from megatron_rl.policy.refusals import engine_problems, model_problems
 from megatron_rl.prompts.dataset import PromptStream
@@ -18,6 +19,9 @@ from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.critic_files import open_critic_weights
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import ModelSource, find_model
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,74 +41,92 @@ class Inputs:
         return self.model.config_dir
 
 
+class _Problems(list[str]):
+    """Every problem found so far."""
+
+    def attempt(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What read returns; None where it raises InputError, which is noted."""
+        try:
+            return read(*args, **kwargs)
+        except InputError as error:
+            self.append(str(error))
+            return None
+
+    def note(self, problems: Iterable[ConfigError | str]) -> None:
+        self.extend(map(str, problems))
+
+
 def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     """Read model configuration, tokenizer and prompts; no tensor is loaded.
 
     Raises:
         ConfigErrors: every problem found.
     """
-    problems = [str(problem) for problem in world_problems(config, world_size)]
+    found = _Problems()
+    found.note(world_problems(config, world_size))
+    arch = tokenizer = prompts = critic = None
+    benchmarks: dict[str, list[Prompt]] = {}
+    model = found.attempt(find_model, config.model.path, "model.path")
+    if model is not None:
+        arch = found.attempt(_read_arch, config, model, found)
+        if arch is not None:
+            critic = found.attempt(_critic, config, arch, model)
+        tokenizer = found.attempt(load_tokenizer, model.config_dir)
+    if tokenizer is not None:
+        prompts = found.attempt(_read_prompts, config, tokenizer)
+        benchmarks = _read_benchmarks(config, tokenizer, found)
+    if not config.is_supervised:
+        found.attempt(require_vllm)
+    if arch is not None and tokenizer is not None and prompts is not None:
+        found.note(_fit_problems(config, arch, tokenizer, prompts))
+    if found or model is None or arch is None or tokenizer is None or prompts is None:
+        raise ConfigErrors(found)
+    return Inputs(
+        model=model,
+        arch=arch,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        benchmarks=benchmarks,
+        critic=critic,
+    )
 
-    def attempt(read: Callable[[], None]) -> None:
-        try:
-            read()
-        except InputError as error:
-            problems.append(str(error))
 
-    found: dict[str, object] = {}
+def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> ModelArch:
+    """The network of a model whose files hold just it; how it does not fit the layout is noted."""
+    arch = read_model_config(model.config_dir)
+    found.note(model_problems(arch, config.parallel))
+    if not config.is_supervised:
+        found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
+    found.note(_length_problems(config, arch))
+    model.open_weights(arch)
+    return arch
 
-    def read_model() -> None:
-        found["model"] = model = find_model(config.model.path, "model.path")
-        arch = read_model_config(model.config_dir)
-        problems.extend(str(problem) for problem in model_problems(arch, config.parallel))
-        if not config.is_supervised:
-            tp = config.rollout.tensor_model_parallel_size
-            problems.extend(str(problem) for problem in engine_problems(arch, tp))
-        problems.extend(_length_problems(config, arch))
-        model.open_weights(arch)
-        found["arch"] = arch
-        found["critic"] = _critic(config, arch, model)
 
+def _read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptStream:
     @cache
     def check_answer(answer: str) -> str | None:
         return check_gold(answer, config.reward)
 
-    def read_prompts() -> None:
-        tokenizer = load_tokenizer(found["model"].config_dir)  # type: ignore[attr-defined]
-        found["tokenizer"] = tokenizer
-        _check_turns(config, tokenizer)
-        found["prompts"] = PromptStream(
-            config.rendered_prompts,
-            tokenizer,
-            config.run.seed,
-            with_gold=config.is_supervised,
-            check_answer=None if config.is_supervised else check_answer,
-        )
-
-    attempt(read_model)
-    if "model" in found:
-        attempt(read_prompts)
-    if "tokenizer" in found:
-        found["benchmarks"] = _read_benchmarks(config, found["tokenizer"], problems)  # type: ignore[arg-type]
-    if not config.is_supervised:
-        attempt(require_vllm)
-    if "arch" in found and "prompts" in found:
-        problems += _fit_problems(config, found["arch"], found["tokenizer"], found["prompts"])  # type: ignore[arg-type]
-    if problems:
-        raise ConfigErrors(problems)
-    return Inputs(**found)  # type: ignore[arg-type]
+    _check_turns(config, tokenizer)
+    return PromptStream(
+        config.rendered_prompts,
+        tokenizer,
+        config.run.seed,
+        with_gold=config.is_supervised,
+        check_answer=None if config.is_supervised else check_answer,
+    )
 
 
 def _read_benchmarks(
-    config: RunConfig, tokenizer: Tokenizer, problems: list[str]
+    config: RunConfig, tokenizer: Tokenizer, found: _Problems
 ) -> dict[str, list[Prompt]]:
-    """Every benchmark's problems; what is wrong with the others is added to problems."""
+    """Every benchmark's problems; what is wrong with the others is noted."""
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
             read[name] = load_questions(benchmark, config.rendered_prompts, tokenizer)
         except InputError as error:
-            problems.append(f"evaluation.benchmarks.{name}: {error}")
+            found.append(f"evaluation.benchmarks.{name}: {error}")
     return read
 
 

@@ -32,5 +32,5 @@ launch "$ranks" -m megatron_rl train "$here/reinforce_rej.yaml" \
   model.path="$output/sft/hf" run.output_dir="$output/rl" "parallel.tensor_model_parallel_size=$ranks"
 
 step "done"
-"$python" tools/show_rollouts.py "$output/rl" > /dev/null
+"$python" -m megatron_rl show "$output/rl" > /dev/null
 "$python" "$here/summary.py" "$output"

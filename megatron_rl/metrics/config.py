@@ -17,7 +17,7 @@ class MetricsConfig(Settings):
 
     jsonl: bool = True
     """Append one JSON object per iteration to metrics.jsonl in the run's directory, from which
-    tools/plot_runs.py draws curves."""
+    `megatron-rl plot` draws curves."""
 
     tensorboard: bool = False
     """Write TensorBoard events to tensorboard/ in the run's directory."""
@@ -42,7 +42,7 @@ class MetricsConfig(Settings):
 
     rollouts_every: int = Field(default=0, ge=0)
     """Keep some responses every this many iterations, in rollouts.jsonl in the run's directory;
-    tools/show_rollouts.py makes a page of it. 0: never."""
+    `megatron-rl show` makes a page of it. 0: never."""
 
     rollouts_groups: int = Field(default=16, ge=1)
     """Number of prompts of such an iteration whose responses are kept, all of each group."""

@@ -1,6 +1,6 @@
 """Some responses of a run, kept to be read: rollouts.jsonl in its directory.
 
-tools/show_rollouts.py makes a page of it. One line is one prompt's group:
+`megatron-rl show` makes a page of it. One line is one prompt's group:
 {"iteration": 3, "prompt": "1+1?", "answer": "2", "source": "train", "group": 12, "responses":
 [{"text": "...", "verdict": "correct", "extracted": "2", "reward": 1.0, "tokens": 9,
 "truncated": false}]}
@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.metrics.config import MetricsConfig
-from megatron_rl.metrics.writers import truncate_jsonl
+from megatron_rl.metrics.writers import ROLLOUTS_NAME, truncate_jsonl
 from megatron_rl.parallel.collectives import gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import Prompt, RolloutGroup
-
-ROLLOUTS_NAME = "rollouts.jsonl"
 
 Record = dict[str, Any]
 

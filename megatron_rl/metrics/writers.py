@@ -14,6 +14,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.metrics.config import MetricsConfig
 
 JSONL_NAME = "metrics.jsonl"
+ROLLOUTS_NAME = "rollouts.jsonl"
 
 
 class MetricsWriter(Protocol):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_rl.errors import InputError
 from megatron_rl.platforms import megatron_cpu, megatron_repairs
 
 
@@ -87,8 +88,18 @@ CPU = Platform(device_type="cpu", collective_backend="gloo")
 
 
 def detect() -> Platform:
-    """CUDA where torch has a device, else CPU; MEGATRON_RL_DEVICE=cpu|cuda decides by hand."""
-    wanted = os.environ.get("MEGATRON_RL_DEVICE", "")
-    if wanted:
-        return {"cpu": CPU, "cuda": CUDA}[wanted]
-    return CUDA if torch.cuda.is_available() else CPU
+    """CUDA where torch has a device, else CPU; MEGATRON_RL_DEVICE=cpu|cuda decides by hand.
+
+    Raises:
+        InputError: it names anything else.
+    """
+    wanted = os.environ.get("MEGATRON_RL_DEVICE")
+    if not wanted:
+        return CUDA if torch.cuda.is_available() else CPU
+    for platform in (CPU, CUDA):
+        if platform.device_type == wanted:
+            return platform
+    raise InputError(
+        f"MEGATRON_RL_DEVICE={wanted!r}: must be cpu or cuda. Unset it to take CUDA where torch "
+        "has a device, else the CPU"
+    )

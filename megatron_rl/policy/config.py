@@ -80,8 +80,13 @@ class OptimizerConfig(Settings):
     """Decoupled; not on biases and norms (Megatron's rule)."""
 
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's decay of the mean of gradients, per optimizer step."""
+
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Adam's decay of the mean of squared gradients, per optimizer step."""
+
     adam_eps: float = Field(default=1e-8, gt=0)
+    """Added to the square root of that second mean before it divides."""
 
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""

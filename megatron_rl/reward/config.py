@@ -1,17 +1,18 @@
 """How responses are verified, and what a verdict is worth."""
 
-import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megatron_rl.errors import ConfigError
+from megatron_rl.reward.checks import (
+    VERIFIERS,
+    check_effects,
+    check_kind,
+    check_limits,
+    check_part,
+    check_rewards,
+)
 from megatron_rl.settings import Settings
-
-VERIFIERS = ("math", "exact", "number", "format")
-"""Rewards that give a verdict, by name."""
-
-_PART_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class PartConfig(Settings):
@@ -108,150 +109,11 @@ class RewardConfig(Settings):
         )
 
     @model_validator(mode="after")
-    def _check_kind(self) -> Self:
-        if self.kind not in (*VERIFIERS, "function") and not is_import_path(self.kind):
-            raise ConfigError(
-                "reward.kind",
-                self.kind,
-                rule=f"must be {', '.join(VERIFIERS)}, function or an import path "
-                "package.module:function",
-                way_out="Leave it out for the mathematics verifier",
-            )
-        if self.kind == "function" and self.function is None:
-            raise ConfigError(
-                "reward.kind",
-                self.kind,
-                rule="needs the function to call",
-                way_out="Set reward.function=package.module:function",
-            )
-        if self.kind != "function" and self.function is not None:
-            raise ConfigError(
-                "reward.function",
-                self.function,
-                rule=f"has no effect while reward.kind={self.kind!r}",
-                way_out="Set reward.kind=function, or leave reward.function out",
-            )
-        if self.function is not None and not is_import_path(self.function):
-            raise ConfigError(
-                "reward.function",
-                self.function,
-                rule="must be an import path package.module:function",
-                way_out="Write the module as in an import statement, a colon, the function's name",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_parts(self) -> Self:
+    def _check(self) -> Self:
+        check_kind(self.kind, self.function)
         for name, part in self.parts.items():
-            _check_part(name, part)
+            check_part(name, part.kind or name, part.free_tokens, part.max_tokens)
+        check_effects(self.kinds.values(), self.tolerance, self.answer_in)
+        check_rewards(self.correct, self.wrong)
+        check_limits(self.num_workers, self.deadline_s, self.memory_mib, self.max_failure_frac)
         return self
-
-    @model_validator(mode="after")
-    def _check_effects(self) -> Self:
-        kinds = set(self.kinds.values())
-        if self.tolerance and "number" not in kinds:
-            raise ConfigError(
-                "reward.tolerance",
-                self.tolerance,
-                rule="only the kind number reads it",
-                way_out="Set reward.kind=number, or leave it out",
-            )
-        if self.answer_in != "box" and not kinds & set(VERIFIERS):
-            raise ConfigError(
-                "reward.answer_in",
-                self.answer_in,
-                rule="has no effect: a function gets the whole response",
-                way_out="Leave it out",
-            )
-        if self.answer_in == "response" and "format" in kinds:
-            raise ConfigError(
-                "reward.answer_in",
-                self.answer_in,
-                rule="names no form that the kind format could look for",
-                way_out="Set box or answer_tag",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_rewards(self) -> Self:
-        if self.correct <= self.wrong:
-            raise ConfigError(
-                "reward.correct",
-                self.correct,
-                rule=f"must be greater than reward.wrong={self.wrong!r}, or training unlearns",
-                way_out="Keep the defaults 1.0 and -1.0, or use 1.0 and 0.0",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_limits(self) -> Self:
-        if self.num_workers < 1:
-            raise ConfigError(
-                "reward.num_workers",
-                self.num_workers,
-                rule="must be at least 1, since responses are verified in worker processes",
-                way_out="Use 1 where cores are scarce; 2 is enough for mathematics",
-            )
-        if self.deadline_s < 0.05:
-            raise ConfigError(
-                "reward.deadline_s",
-                self.deadline_s,
-                rule="must be at least 0.05, since CPU time is measured in steps of 0.01 s",
-                way_out="The slowest honest mathematics pair takes 0.4 s; keep the default 1.0",
-            )
-        if self.memory_mib < 256:
-            raise ConfigError(
-                "reward.memory_mib",
-                self.memory_mib,
-                rule="must be at least 256, since a worker with sympy loaded needs about half",
-                way_out="Keep the default 1024; raise it for a function that loads large libraries",
-            )
-        if not 0 <= self.max_failure_frac <= 1:
-            raise ConfigError(
-                "reward.max_failure_frac",
-                self.max_failure_frac,
-                rule="must be a share between 0 and 1",
-                way_out="Use 0.01 to stop at 1%, 1 to never stop",
-            )
-        return self
-
-
-def is_import_path(text: str) -> bool:
-    """Whether it reads package.module:function."""
-    module, colon, function = text.partition(":")
-    parts = [*module.split("."), *function.split(".")]
-    return bool(colon) and all(part.isidentifier() for part in parts)
-
-
-def _check_part(name: str, part: PartConfig) -> None:
-    where, kind = f"reward.parts.{name}", part.kind or name
-    if not _PART_NAME.fullmatch(name):
-        raise ConfigError(
-            "reward.parts",
-            name,
-            rule="a part's name becomes a metric's: lower-case letters, digits and underscores",
-            way_out="Rename it",
-        )
-    if kind not in (*VERIFIERS, "length_penalty") and not is_import_path(kind):
-        raise ConfigError(
-            f"{where}.kind",
-            kind,
-            rule=f"must be {', '.join(VERIFIERS)}, length_penalty or an import path "
-            "package.module:function",
-            way_out="Name the part after its kind, or set its kind",
-        )
-    limits = (part.free_tokens, part.max_tokens)
-    if kind != "length_penalty" and limits != (None, None):
-        raise ConfigError(
-            f"{where}.free_tokens, max_tokens",
-            limits,
-            rule="only length_penalty reads them",
-            way_out="Leave them out",
-        )
-    if kind == "length_penalty" and (None in limits or limits[0] >= limits[1]):  # type: ignore[operator]
-        raise ConfigError(
-            f"{where}.free_tokens, max_tokens",
-            limits,
-            rule="length_penalty needs both, the first below the second",
-            way_out="For a limit of 4096 tokens: 3072 and 4096",
-        )

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_rl.errors import RunError
-from megatron_rl.reward.config import RewardConfig, is_import_path
+from megatron_rl.reward.checks import is_import_path
+from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.kinds import make_judge
 from megatron_rl.reward.pool import WorkerPool
 from megatron_rl.reward.verifier import Result, Verifier, try_function

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+VOCAB_MULTIPLE = 64  # vLLM's padding
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureArch:
@@ -67,12 +69,12 @@ class ModelArch:
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """Rows of the embedding with padding: a multiple of 64, as in vLLM, that tp divides.
+    """Rows of the embedding with padding: a multiple of vLLM's, that tp divides.
 
     With the same padding on both sides, a rank's shard of the vocabulary is the same in policy and
     engine at equal tp, so it need not move.
     """
-    multiple = 64
+    multiple = VOCAB_MULTIPLE
     while multiple % tp:
-        multiple += 64
+        multiple += VOCAB_MULTIPLE
     return -(-vocab_size // multiple) * multiple

@@ -17,7 +17,6 @@ from megatron_rl.weights.pieces import Piece, Span, whole
 
 Size = Callable[[ModelArch], int]
 Shape = Callable[[ModelArch], tuple[int, ...]]
-ENGINE_VOCAB_MULTIPLE = 64  # vLLM's padding
 
 
 class Rule(Protocol):
@@ -95,7 +94,7 @@ class Vocab:
         )
 
     def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
-        padded = -(-arch.vocab_size // ENGINE_VOCAB_MULTIPLE) * ENGINE_VOCAB_MULTIPLE
+        padded = padded_vocab_size(arch.vocab_size, 1)  # vLLM pads alike at every tp
         return self._pieces(self.engine, arch, padded, tp, tp_rank)
 
     def _pieces(

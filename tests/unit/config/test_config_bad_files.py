@@ -287,7 +287,7 @@ def test_the_command_prints_one_message_and_exits_with_two(case):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        "megatron_rl: 2 problems in the configuration:\n"
+        "megatron-rl: error: 2 problems in the configuration:\n"
         "  - rollout.temprature: unknown key. Did you mean rollout.temperature?\n"
         "  - optimizer.lr=-1: Input should be greater than 0\n"
     )

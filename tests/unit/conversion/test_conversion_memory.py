@@ -33,16 +33,16 @@ MODEL = {  # 0.63 GB in bfloat16; the embedding and the head have 0.26 GB each
 LARGEST_TENSOR = 2 * 64000 * 2048
 ALLOWED = 150e6  # bytes over what the imports take; seen: 97e6 in, 72e6 out
 CHILD = """
-import importlib, json, sys
-sys.path.insert(0, "tools")
-tool = importlib.import_module(sys.argv[1])
+import json, sys
+import megatron_rl.conversion.to_hf, megatron_rl.conversion.to_megatron, megatron_rl.policy.refusals
+from megatron_rl.commands.main import main
 
 def peak():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return 1024 * int(status["VmHWM"].split()[0])
 
 before = peak()
-assert tool.main(sys.argv[2:]) == 0
+assert main(["convert", *sys.argv[1:]]) == 0
 print(json.dumps(peak() - before))
 """
 
@@ -64,10 +64,10 @@ def folder(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def memory_of(tool: str, *arguments: str | Path) -> float:
-    """Bytes that a tool takes beyond its imports, at its peak."""
+def memory_of(direction: str, *arguments: str | Path) -> float:
+    """Bytes that a conversion takes beyond its imports, at its peak."""
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, tool, *map(str, arguments)],
+        [sys.executable, "-c", CHILD, direction, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -80,7 +80,7 @@ def memory_of(tool: str, *arguments: str | Path) -> float:
 
 def test_memory_is_bounded_both_ways(folder):
     there, back = folder / "megatron", folder / "back"
-    used_in = memory_of("convert_hf_to_megatron", "--hf", folder / "hf", "--output", there)
-    used_out = memory_of("convert_megatron_to_hf", "--megatron", there, "--output", back)
+    used_in = memory_of("to-megatron", "--hf", folder / "hf", "--output", there)
+    used_out = memory_of("to-hf", "--megatron", there, "--output", back)
     assert (folder / "hf" / "model.safetensors").stat().st_size > LARGEST_TENSOR
     assert max(used_in, used_out) < ALLOWED, (used_in, used_out)

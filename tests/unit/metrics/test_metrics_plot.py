@@ -130,5 +130,5 @@ def test_the_command_takes_directories_files_and_labels(grpo, tmp_path):
 
 def test_the_command_names_a_run_that_is_not_there(tmp_path):
     failed = run_command(tmp_path, "--output", tmp_path / "runs.png")
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert f"no file {tmp_path}/metrics.jsonl" in failed.stderr

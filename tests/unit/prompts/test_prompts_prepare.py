@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.errors import InputError
-from megatron_rl.prompts.config import PromptsConfig
-from megatron_rl.prompts.dataset import PromptStream
-from megatron_rl.prompts.prepare import (
+from megatron_rl.commands.prompt_files import (
     BAD_ANSWER,
     CONTROL_TOKEN,
     NO_ANSWER,
@@ -20,7 +17,10 @@ from megatron_rl.prompts.prepare import (
     manifest_path,
     prepare,
 )
-from megatron_rl.prompts.published import PUBLISHED, final_answer, find_published
+from megatron_rl.commands.published import PUBLISHED, final_answer, find_published
+from megatron_rl.errors import InputError
+from megatron_rl.prompts.config import PromptsConfig
+from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -222,7 +222,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(write_jsonl, tmp_pa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_rl.prompts.prepare.os.fsync", full)
+    monkeypatch.setattr("megatron_rl.commands.prompt_files.os.fsync", full)
     with pytest.raises(InputError, match=r"cannot be written \(No space left"):
         prepare(Preparation(datasets=(str(path),)), output)
     assert [file.name for file in folder.iterdir()] == ["out.jsonl"]

@@ -2,16 +2,16 @@
 
 import base64
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[3] / "tools" / "show_rollouts.py"
+from megatron_rl.commands import show
+from megatron_rl.commands.main import main
+
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<!--<script>",
@@ -22,14 +22,6 @@ HOSTILE = [
     "javascript:alert(1)",
     "__proto__",
 ]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("show_rollouts", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def response(text, verdict="wrong", reward=-1.0, extracted=None):
@@ -75,12 +67,12 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page(tool):
-    return tool.build_page("run", [group(text, "wrong", "correct") for text in HOSTILE])
+def page():
+    return show.build_page("run", [group(text, "wrong", "correct") for text in HOSTILE])
 
 
-def test_hostile_text_adds_no_element_and_comes_back_whole(tool, page):
-    harmless = Parsed(tool.build_page("run", [group("x", "wrong")]))
+def test_hostile_text_adds_no_element_and_comes_back_whole(page):
+    harmless = Parsed(show.build_page("run", [group("x", "wrong")]))
     parsed = Parsed(page)
     assert parsed.tags == harmless.tags
     data = json.loads(parsed.scripts[0])
@@ -131,13 +123,13 @@ console.log(JSON.stringify({ answers, options }));
 """
 
 
-def browse(tool, groups, steps):
+def browse(groups, steps):
     """What the page shows after each choice of filters, by running its script."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("no node to run the page's script with")
-    _, script = Parsed(tool.build_page("run", groups)).scripts
-    data = tool.embedded({"run": "run", "groups": groups})
+    _, script = Parsed(show.build_page("run", groups)).scripts
+    data = show.embedded({"run": "run", "groups": groups})
     constants = {"DATA": data, "SCRIPT": script, "STEPS": steps}
     given = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
     done = subprocess.run(
@@ -146,7 +138,7 @@ def browse(tool, groups, steps):
     return json.loads(done.stdout)
 
 
-def test_filters(tool):
+def test_filters():
     groups = [
         group("alpha", "wrong", "correct", iteration=1, number=0),
         group("beta", "correct", "correct", iteration=1, number=1),
@@ -161,7 +153,7 @@ def test_filters(tool):
         {"outcome": "all wrong", "iteration": "1"},
         {"search": "BET"},
     ]
-    result = browse(tool, groups, steps)
+    result = browse(groups, steps)
     assert result["options"] == ["all", "correct", "no_answer", "ungraded", "wrong"]
     names = ("alpha", "beta", "gamma", "delta")
     found = [[name for name in names if name in step["text"]] for step in result["answers"]]
@@ -177,26 +169,26 @@ def test_filters(tool):
     assert "<b>delta</b>" in result["answers"][0]["text"]
 
 
-def test_many_prompts_are_shown_in_parts(tool):
+def test_many_prompts_are_shown_in_parts():
     groups = [group(str(number), "wrong", number=number) for number in range(60)]
-    (step,) = browse(tool, groups, [{}])["answers"]
+    (step,) = browse(groups, [{}])["answers"]
     assert (step["count"], step["shown"], step["more"]) == ("60 of 60 prompts", 25, True)
 
 
-def test_command_line(tool, tmp_path, capsys):
+def test_command_line(tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    assert tool.main([str(run)]) == 2
+    assert main(["show", str(run)]) == 2
     assert "metrics.rollouts_every=N" in capsys.readouterr().err
     (run / "rollouts.jsonl").write_text("")
-    assert tool.main([str(run)]) == 2
+    assert main(["show", str(run)]) == 2
     assert "holds no rollouts yet" in capsys.readouterr().err
     (run / "rollouts.jsonl").write_text('{"iteration": 1, "reward/mean": 0.5}\n')
-    assert tool.main([str(run)]) == 2
+    assert main(["show", str(run)]) == 2
     assert "line 1: has no answer, group, prompt" in capsys.readouterr().err
     (run / "rollouts.jsonl").write_text(json.dumps(group("x", "wrong")) + "\n")
-    assert tool.main([str(run)]) == 0
+    assert main(["show", str(run)]) == 0
     assert "1 prompts in" in capsys.readouterr().out
     assert (run / "rollouts.html").read_text().startswith("<!doctype html>")
-    assert tool.main([str(run), "--output", str(tmp_path / "absent" / "x.html")]) == 2
+    assert main(["show", str(run), "--output", str(tmp_path / "absent" / "x.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -1,7 +1,4 @@
-"""Prompt files out of published problems: what is read, what is left out and why, what is written.
-
-The logic of tools/prepare_data.py.
-"""
+"""Prompt files out of published problems: what is read, what is left out and why."""
 
 import hashlib
 import json
@@ -14,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_rl.commands.published import Chosen, Published, choose_columns, find_published
 from megatron_rl.errors import InputError
-from megatron_rl.prompts.published import Chosen, Published, choose_columns, find_published
 from megatron_rl.prompts.rows import Columns, Row, RowError, json_line, to_row
 from megatron_rl.prompts.source import SUFFIXES, OpenedData, open_data
 from megatron_rl.prompts.token_table import ENCODE_CHUNK

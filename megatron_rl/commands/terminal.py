@@ -1,15 +1,11 @@
-"""What the command-line tools of this room share: progress, messages, exit codes."""
+"""What a command shows on the terminal beside its result: a progress bar, and no libraries."""
 
-import errno
 import logging
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,13 +16,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-
-from megatron_rl.errors import ConfigErrors, InputError
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-FAILED = 2
-STOPPED = 130  # as a shell says it
 
 
 @dataclass(frozen=True)
@@ -65,20 +54,3 @@ def silence_libraries() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def run_command(work: Callable[[], int]) -> int:
-    """The exit code of a tool; what a user can mend is one line on stderr."""
-    try:
-        return work()
-    except (InputError, ConfigErrors) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return FAILED
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from here\n")
-        return STOPPED
-    except Exception as error:
-        if not (isinstance(error, OSError) and error.errno in DENIED):
-            traceback.print_exc()  # a fault of ours, and no result either
-        sys.stderr.write(f"error: {error}\n")
-        return FAILED

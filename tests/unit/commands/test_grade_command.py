@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_rl import __main__ as command
 from megatron_rl import grade
+from megatron_rl.commands.main import main
 
 LINES = [
     {"response": "so \\boxed{4}", "answer": 4, "id": "a"},
@@ -19,17 +18,14 @@ LINES = [
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, capsys):
     """Grade lines with these arguments: exit code, graded lines or None, what was said."""
 
     def run_command(lines, *arguments):
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         source.write_text("\n".join(texts) + "\n", encoding="utf-8")
-        argv = ["megatron_rl", "grade", str(source), "--output", str(output), *arguments]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit) as ended:
-            command.main()
+        code = main(["grade", str(source), "--output", str(output), *arguments])
         said = capsys.readouterr()
         graded = None
         if output.exists():
@@ -39,7 +35,7 @@ def run(tmp_path, monkeypatch, capsys):
             "out.jsonl",
             "recipe.yaml",
         }
-        return ended.value.code, graded, said.out + said.err
+        return code, graded, said.out + said.err
 
     return run_command
 
@@ -176,10 +172,7 @@ def test_files_that_cannot_be(tmp_path, monkeypatch, capsys, source, output, mes
     (tmp_path / "in.jsonl").write_text(json.dumps(LINES[0]))
     (tmp_path / "empty.jsonl").write_text("\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["megatron_rl", "grade", source, "--output", output])
-    with pytest.raises(SystemExit) as ended:
-        command.main()
-    assert ended.value.code == 2
+    assert main(["grade", source, "--output", output]) == 2
     assert message in capsys.readouterr().err
     assert json.loads((tmp_path / "in.jsonl").read_text()) == LINES[0]
 

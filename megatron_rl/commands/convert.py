@@ -1,0 +1,105 @@
+"""`megatron-rl convert`: a Hugging Face model to a Megatron-Core checkpoint, and back.
+
+megatron-rl convert to-megatron --hf DIR|NAME --output DIR     any layout loads the result
+megatron-rl convert to-hf --megatron DIR --output DIR          saved at any layout
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_rl.commands.terminal import progress_bar
+from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.parallel.config import ParallelConfig
+
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+DTYPES = ("bfloat16", "float16", "float32")  # as torch spells them
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = __doc__
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    into = directions.add_parser("to-megatron", help="Hugging Face to Megatron-Core")
+    into.add_argument("--hf", required=True, metavar="DIR|NAME", help="directory or hub name")
+    for name in SIZES:
+        into.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=1, help="checked; any layout loads it"
+        )
+    back = directions.add_parser("to-hf", help="Megatron-Core to Hugging Face")
+    back.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint, or run's")
+    back.add_argument(
+        "--hf-config",
+        metavar="DIR|NAME",
+        help="config.json and tokenizer, if the checkpoint has none",
+    )
+    back.add_argument(
+        "--main-weights",
+        action="store_true",
+        help="the optimizer's float32 weights instead of the model's",
+    )
+    back.add_argument("--file-mib", type=int, default=4096, help="size of one safetensors file")
+    for direction in (into, back):
+        direction.add_argument("--output", required=True, type=Path, metavar="DIR")
+        direction.add_argument(
+            "--dtype", choices=DTYPES, help="of all weights; as stored if left out"
+        )
+
+
+def run(options: argparse.Namespace) -> int:
+    made = (_to_megatron if options.direction == "to-megatron" else _to_hf)(options)
+    print(made)
+    return 0
+
+
+def _to_megatron(options: argparse.Namespace) -> Path:
+    import torch
+
+    from megatron_rl.conversion.to_megatron import convert_to_megatron
+    from megatron_rl.policy.refusals import model_problems
+    from megatron_rl.weights.families.registry import read_model_config
+    from megatron_rl.weights.model_source import find_model
+
+    source = find_model(options.hf, "--hf")
+    if source.megatron_dir is not None:
+        raise InputError(f"--hf={options.hf!r}: it is a Megatron-Core checkpoint already")
+    arch = read_model_config(source.config_dir)
+    sizes = {name: getattr(options, name) for name in SIZES}
+    # As experts under tensor parallelism are trained; it is nothing to a checkpoint.
+    parallel = ParallelConfig(**sizes, sequence_parallel=options.tensor_model_parallel_size > 1)
+    problems = [str(problem) for problem in model_problems(arch, parallel)]
+    if problems:
+        raise ConfigErrors(problems)
+    with progress_bar("to Megatron") as bar:
+        return convert_to_megatron(
+            source.config_dir,
+            options.output,
+            arch,
+            tp=parallel.tensor_model_parallel_size,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            progress=bar,
+        )
+
+
+def _to_hf(options: argparse.Namespace) -> Path:
+    import torch
+
+    from megatron_rl.conversion.to_hf import convert_to_hf
+    from megatron_rl.weights.families.registry import read_model_config
+    from megatron_rl.weights.megatron_files import MegatronCheckpoint
+    from megatron_rl.weights.model_source import find_model
+
+    source = find_model(options.megatron, "--megatron", options.hf_config)
+    if source.megatron_dir is None:
+        raise InputError(f"--megatron={options.megatron!r}: no Megatron-Core checkpoint is there")
+    arch = read_model_config(source.config_dir)
+    output: Path = options.output
+    with progress_bar("to Hugging Face") as bar:
+        convert_to_hf(
+            MegatronCheckpoint(source.megatron_dir, arch, main_weights=options.main_weights),
+            source.config_dir,
+            output,
+            arch,
+            dtype=getattr(torch, options.dtype) if options.dtype else None,
+            file_bytes=options.file_mib << 20,
+            progress=bar,
+        )
+    return output
