@@ -22,13 +22,13 @@ from statistics import median
 
 import torch
 from measure import Device, describe_machine, load_average
+from megatron_rl.ops.linear_loss import linear_policy_loss
+from megatron_rl.ops.policy_loss import policy_loss
+from megatron_rl.ops.token_loss import LossSpec
 from peers import head_peers, loss_peers
 from torch import Tensor
 
 from megatron_rl.ops import backend
-from megatron_rl.ops.linear_loss import linear_policy_loss
-from megatron_rl.ops.policy_loss import policy_loss
-from megatron_rl.ops.token_loss import LossSpec
 
 SPEC = LossSpec(kind="clipped_ratio")
 OTHER_LOSS = ("three bare products (no loss)", "Liger fused linear GRPO")

@@ -13,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.algorithms.objective_forms import overlaid
 from megatron_rl.algorithms.presets import SIGN_SELECTIONS
+from megatron_rl.algorithms.rules import algorithm_problems
 from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
@@ -31,6 +33,7 @@ from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
 
 DEFAULT_ROW_TOKENS = 16384
+OBJECTIVE = "algorithm.objective"
 
 
 class RunSettings(Settings):
@@ -92,7 +95,7 @@ class RunConfig(Settings):
     @property
     def longest_unit(self) -> int:
         """Tokens of the longest thing that no row may split: a sequence, or dpo's pair of them."""
-        return self.longest_sequence * (2 if self.algorithm.resolved.trains_pairs else 1)
+        return self.longest_sequence * (2 if self.algorithm.objective.trains_pairs else 1)
 
     @property
     def critic_optimizer(self) -> OptimizerConfig:
@@ -121,6 +124,7 @@ class RunConfig(Settings):
 
 def problems(config: RunConfig) -> Iterator[ConfigError]:
     """Rules across sections."""
+    yield from algorithm_problems(config.algorithm)
     yield from config_problems(config.model, config.parallel)
     yield from _rollout_problems(config)
     yield from _reward_problems(config)
@@ -223,7 +227,7 @@ def _reward_problems(config: RunConfig) -> Iterator[ConfigError]:
 def _training_problems(config: RunConfig) -> Iterator[ConfigError]:
     budget = config.batching.max_tokens_per_microbatch
     if budget is not None and budget < config.longest_unit:
-        pair = " of both responses of a pair" if config.algorithm.resolved.trains_pairs else ""
+        pair = " of both responses of a pair" if config.algorithm.objective.trains_pairs else ""
         yield ConfigError(
             "batching.max_tokens_per_microbatch",
             budget,
@@ -306,7 +310,7 @@ def _merge(loaded: Any, overrides: Sequence[str], where: str) -> Any:
     if syntax:
         raise ConfigErrors(syntax)
     try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        merged = _overlaid(loaded, _together(overrides))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigErrors([f"{where}: {_first_line(error)}"]) from error
@@ -331,7 +335,28 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
     if base is None:
         return loaded
     del loaded["base"]
-    return OmegaConf.merge(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
+    return _overlaid(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
+
+
+def _overlaid(below: Any, above: Any) -> Any:
+    """One layer of a recipe over another: section by section, key by key."""
+    objectives = [OmegaConf.select(layer, OBJECTIVE) for layer in (below, above)]
+    merged = OmegaConf.merge(below, above)
+    if objectives[1] is not None:
+        OmegaConf.update(merged, OBJECTIVE, overlaid(*objectives), merge=False)
+    return merged
+
+
+def _together(overrides: Sequence[str]) -> Any:
+    """All overrides as one layer, in their order; a bare objective is the kind of its settings."""
+    layer: Any = OmegaConf.create()
+    for text in overrides:
+        value: Any = OmegaConf.from_dotlist([text])
+        objective = OmegaConf.select(value, OBJECTIVE)
+        if isinstance(objective, str):
+            value = OmegaConf.from_dotlist([f"{OBJECTIVE}.kind={objective}"])
+        layer = OmegaConf.merge(layer, value)
+    return layer
 
 
 def _override_problem(text: str) -> str | None:

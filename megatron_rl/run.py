@@ -218,14 +218,9 @@ class Run:
         gap = max(
             (
                 # Comparisons with nan are false: max() and the collective would drop it.
-                float(
-                    (batch.rollout_logprobs[batch.loss_rows] - own)
-                    .abs()
-                    .nan_to_num(nan=torch.inf)
-                    .max()
-                )
+                float((batch.loss.rollout_logprobs - own).abs().nan_to_num(nan=torch.inf).max())
                 for batch, own in zip(batches, values, strict=False)
-                if batch.rollout_logprobs is not None and len(own)
+                if batch.loss.rollout_logprobs is not None and len(own)
             ),
             default=0.0,
         )

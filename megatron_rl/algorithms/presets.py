@@ -28,12 +28,10 @@ AdvantageName = Literal[
     "gae",
     "preference",
 ]
-ObjectiveName = Literal["likelihood", "clipped_ratio", "dpo"]
 AggregationName = Literal["sequence_mean", "token_mean", "sequence_sum", "pair_mean"]
 
 SELECTION_NAMES: tuple[SelectionName, ...] = get_args(SelectionName)
 ADVANTAGE_NAMES: tuple[AdvantageName, ...] = get_args(AdvantageName)
-OBJECTIVE_NAMES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 AGGREGATION_NAMES: tuple[AggregationName, ...] = get_args(AggregationName)
 
 SIGN_SELECTIONS: frozenset[str] = frozenset(
@@ -56,20 +54,17 @@ GROUP_RELATIVE: frozenset[AdvantageName] = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
+    """A row of the table, or what a recipe made of one."""
+
     selection: tuple[SelectionName, ...]
     advantage: AdvantageName
-    objective: ObjectiveName
+    objective: str  # a kind of objectives/registry.py
     loss_aggregation: AggregationName = "sequence_mean"
 
     @property
     def needs_group(self) -> bool:
-        """Whether groups of one response would train on nothing or on an undefined baseline."""
+        """Whether it needs group_size >= 2."""
         return self.advantage in GROUP_RELATIVE or "drop_uniform" in self.selection
-
-    @property
-    def trains_pairs(self) -> bool:
-        """Whether the loss joins two responses of a group."""
-        return self.objective == "dpo"
 
     @property
     def needs_critic(self) -> bool:
@@ -80,7 +75,7 @@ class Preset:
 def _row(
     selection: SelectionName,
     advantage: AdvantageName,
-    objective: ObjectiveName,
+    objective: str,
     loss_aggregation: AggregationName = "sequence_mean",
 ) -> Preset:
     return Preset(

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_on_ranks
-
-from megatron_rl.ops import backend, native
 from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
 from megatron_rl.ops.policy_loss import policy_loss
 from megatron_rl.ops.token_loss import LossSpec
+
+from megatron_rl.ops import backend, native
 
 pytestmark = pytest.mark.skipif(not native.BUILT, reason=f"no native ops: {native.FAULT}")
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_on_ranks
-
 from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
 from megatron_rl.ops.token_loss import LossSpec
+
 from megatron_rl.ops.vocab_parallel import vocab_parallel_logprobs
 
 ROWS, HIDDEN, TEMPERATURE = 33, 16, 0.7

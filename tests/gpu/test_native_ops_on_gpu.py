@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
+from megatron_rl.ops.policy_loss import policy_loss
+from megatron_rl.ops.token_loss import LossSpec
 
 from megatron_rl.ops import backend, native
 from megatron_rl.ops.group_stats import (
@@ -10,10 +13,7 @@ from megatron_rl.ops.group_stats import (
     group_stats,
     group_stats_definition,
 )
-from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
 from megatron_rl.ops.native_loss import LossInputs
-from megatron_rl.ops.policy_loss import policy_loss
-from megatron_rl.ops.token_loss import LossSpec
 
 GPU = torch.device("cuda")
 pytestmark = [

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from megatron_rl.ops.token_loss import token_loss
 from rollout_groups import make_group
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
-from megatron_rl.ops.token_loss import token_loss
 
 MAX_RESPONSE_TOKENS = 12
 GROUPS = [

@@ -9,11 +9,11 @@ import shutil
 
 import pytest
 import torch
-
-from megatron_rl.ops.group_stats import group_stats
 from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
 from megatron_rl.ops.policy_loss import policy_loss
 from megatron_rl.ops.token_loss import LossSpec, token_loss
+
+from megatron_rl.ops.group_stats import group_stats
 from megatron_rl.ops.vocab_parallel import vocab_parallel_logprobs
 
 COMPILER = os.environ.get("CXX", "g++")

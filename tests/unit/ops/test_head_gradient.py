@@ -1,12 +1,12 @@
 import pytest
 import torch
+from megatron_rl.ops.linear_loss import differentiable_linear_logprobs, linear_policy_loss
+from megatron_rl.ops.token_loss import LossSpec
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_rl.ops import head_gradient
 from megatron_rl.ops.head_gradient import add_product
-from megatron_rl.ops.linear_loss import differentiable_linear_logprobs, linear_policy_loss
-from megatron_rl.ops.token_loss import LossSpec
 
 BLOCK = 1000  # rows of a product, made small so that a small head has several
 ROWS, VOCAB, HIDDEN, CHUNK = 20, 3 * BLOCK + 5, 32, 4

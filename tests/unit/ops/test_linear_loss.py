@@ -1,13 +1,13 @@
 import pytest
 import torch
-
-from megatron_rl.ops import linear_loss
 from megatron_rl.ops.linear_loss import (
     differentiable_linear_logprobs,
     linear_logprobs,
     linear_policy_loss,
 )
 from megatron_rl.ops.token_loss import LossSpec, metrics_from
+
+from megatron_rl.ops import linear_loss
 from megatron_rl.ops.vocab_parallel import shard_stats, vocab_parallel_logprobs
 
 SHARD = {"tp_group": None, "vocab_start": 0, "valid_vocab": 10, "temperature": 0.7}

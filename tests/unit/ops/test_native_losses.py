@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-
-from megatron_rl.ops import backend
 from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
-from megatron_rl.ops.native_loss import LossInputs
 from megatron_rl.ops.policy_loss import policy_loss
 from megatron_rl.ops.token_loss import LossSpec, metrics_from
+
+from megatron_rl.ops import backend
+from megatron_rl.ops.native_loss import LossInputs
 from megatron_rl.ops.vocab_parallel import vocab_parallel_logprobs
 
 ops = torch.ops.megatron_rl

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from megatron_rl.ops.pair_loss import PAIR_SUMS, PairSpec, pair_loss
 
 # Two pairs. Tokens: preferred 0, preferred 0, other 0, other 1, preferred 1.

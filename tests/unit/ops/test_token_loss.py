@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from megatron_rl.ops.token_loss import LossSpec, k3, kl_estimate, token_loss
 
 NOTHING_MEASURED = {"old_logprobs": None, "ref_logprobs": None, "rollout_logprobs": None}

@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-
 from megatron_rl.ops.token_loss import EXTREMA, SUMS, LossSpec, metrics_from, token_loss
 
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from megatron_rl.ops.value_loss import value_loss, value_metrics
 
 
