@@ -4,7 +4,8 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -390,8 +391,8 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
 
 
 def _unknown_key(path: list[str]) -> str:
-    where, key = path[:-1], path[-1]
-    siblings = _keys_at(where)
+    where, key = _without_kinds(path[:-1]), path[-1]
+    siblings, path = _keys_at(path[:-1]), [*where, key]
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"{'.'.join(path)}: unknown key. Did you mean {'.'.join([*where, near[0]])}?"
@@ -413,15 +414,34 @@ def _known_part(path: list[str]) -> list[str]:
     model: Any = RunConfig
     for depth, part in enumerate(path):
         model = _inside(model, part)
-        if not _is_section(model) and get_origin(model) is not dict:
-            return path[: depth + 1]
-    return path
+        if not _is_section(model) and get_origin(model) is not dict and not _kinds(model):
+            return _without_kinds(path[: depth + 1])
+    return _without_kinds(path)
+
+
+def _without_kinds(path: Sequence[str]) -> list[str]:
+    """The path as a recipe has it: pydantic adds the kind of a section that has several."""
+    model: Any = RunConfig
+    kept = []
+    for part in path:
+        if part not in _kinds(model):
+            kept.append(part)
+        model = _inside(model, part)
+    return kept
+
+
+def _kinds(model: Any) -> dict[str, Any]:
+    """kind -> section, where a section may be of several kinds."""
+    members = get_args(model) if get_origin(model) in (Union, UnionType) else ()
+    return {m.model_fields["kind"].default: m for m in members if _is_section(m)}
 
 
 def _inside(model: Any, part: str) -> Any:
-    """The type of a section's field, or of a mapping's entry."""
+    """The type of a section's field, of a mapping's entry, or of a section of this kind."""
     if get_origin(model) is dict:
         return get_args(model)[1]
+    if kinds := _kinds(model):
+        return kinds.get(part)
     field = model.model_fields.get(part) if _is_section(model) else None
     return None if field is None else field.annotation
 

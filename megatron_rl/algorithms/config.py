@@ -1,10 +1,8 @@
 """The algorithm section of a recipe: a preset's name, and what to change of it."""
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
@@ -14,15 +12,12 @@ from pydantic import (
 
 from megatron_rl.algorithms.objective_forms import in_nested_form
 from megatron_rl.algorithms.presets import (
-    ADVANTAGE_NAMES,
-    AGGREGATION_NAMES,
     PRESETS,
-    SELECTION_NAMES,
     AdvantageName,
     AggregationName,
     Preset,
     SelectionName,
-    nearest,
+    one_of,
 )
 from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.registry import AnyObjective
@@ -30,32 +25,23 @@ from megatron_rl.ops.loss_spec import KlEstimator, SharedTerms
 from megatron_rl.settings import Settings
 
 
-def _one_of(field: str, known: Iterable[str]) -> AfterValidator:
-    def check(name: str) -> str:
-        if name not in known:
-            raise ConfigError(f"algorithm.{field}", name, "is not known", nearest(name, known))
-        return name
-
-    return AfterValidator(check)
-
-
 class AlgorithmConfig(Settings):
     """Which responses are trained on, with which advantage, under which loss."""
 
-    preset: Annotated[str, _one_of("preset", PRESETS)]
+    preset: Annotated[str, one_of("preset", PRESETS)]
     """Name of a row of the table in algorithms/presets.py, such as raft_pp, reinforce_rej, grpo."""
 
-    selection: tuple[Annotated[str, _one_of("selection", SELECTION_NAMES)], ...] | None = None
+    selection: tuple[SelectionName, ...] | None = None
     """Instead of the preset's: names, applied in order, each to what the ones before kept."""
 
-    advantage: Annotated[str, _one_of("advantage", ADVANTAGE_NAMES)] | None = None
+    advantage: AdvantageName | None = None
     """Instead of the preset's."""
 
     objective: AnyObjective
     """Settings of what is minimised: {kind: clipped_ratio, eps_low: 0.2}. A kind alone gives its
     defaults, and without a kind it is the preset's."""
 
-    loss_aggregation: Annotated[str, _one_of("loss_aggregation", AGGREGATION_NAMES)] | None = None
+    loss_aggregation: AggregationName | None = None
     """Instead of the preset's: sequence_mean (each response counts the same), token_mean (each
     token), or sequence_sum (tokens over max_response_tokens)."""
 
@@ -140,11 +126,10 @@ class AlgorithmConfig(Settings):
         """The preset's row with this section's changes."""
         row = PRESETS[self.preset]
         return Preset(
-            selection=cast("tuple[SelectionName, ...] | None", self.selection) or row.selection,
-            advantage=cast("AdvantageName | None", self.advantage) or row.advantage,
+            selection=self.selection or row.selection,
+            advantage=self.advantage or row.advantage,
             objective=self.objective.kind,
-            loss_aggregation=cast("AggregationName | None", self.loss_aggregation)
-            or row.loss_aggregation,
+            loss_aggregation=self.loss_aggregation or row.loss_aggregation,
         )
 
     @property
