@@ -344,7 +344,8 @@ def _overlaid(below: Any, above: Any) -> Any:
     objectives = [OmegaConf.select(layer, OBJECTIVE) for layer in (below, above)]
     merged = OmegaConf.merge(below, above)
     if objectives[1] is not None:
-        OmegaConf.update(merged, OBJECTIVE, overlaid(*objectives), merge=False)
+        preset = OmegaConf.select(below, "algorithm.preset")
+        OmegaConf.update(merged, OBJECTIVE, overlaid(*objectives, preset), merge=False)
     return merged
 
 

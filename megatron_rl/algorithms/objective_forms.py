@@ -23,16 +23,16 @@ FLAT = {
 """Former key of the section -> kind of objective, and key of its settings."""
 
 
-def overlaid(below: Any, above: Any) -> Any:
+def overlaid(below: Any, above: Any, preset: Any) -> Any:
     """The objective of a recipe over that of its base: the settings of one kind are joined.
 
-    Another kind, or a bare name, replaces what is below.
+    Another kind, or a bare name, replaces what is below; without a kind that is the preset's.
     """
     if not isinstance(above, Mapping) or not isinstance(below, str | Mapping):
         return above
     below = {"kind": below} if isinstance(below, str) else dict(below)
-    is_other = "kind" in above and "kind" in below and above["kind"] != below["kind"]
-    return dict(above) if is_other else below | dict(above)
+    kind = below.get("kind", PRESETS[preset].objective if preset in PRESETS else None)
+    return dict(above) if above.get("kind", kind) != kind else below | dict(above)
 
 
 def in_nested_form(section: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
