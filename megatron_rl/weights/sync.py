@@ -1,6 +1,5 @@
 """Hand the trained weights to the rollout engine, by plan, and prove that they arrived."""
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +49,6 @@ class SyncReport:
 
     received_bytes: int
     verified_tensors: int
-    seconds: float
 
 
 def training_holders(arch: ModelArch, layout: Layout) -> list[Holders]:
@@ -150,7 +148,6 @@ class WeightSync:
         Raises:
             RunError: on all ranks, naming the tensors that arrived wrong.
         """
-        start = time.perf_counter()
         every = self._config.verify_one_in if self._pushes else 1
         checked = self._names[self._pushes % every :: every]
         self._pushes += 1
@@ -195,7 +192,6 @@ class WeightSync:
         return SyncReport(
             received_bytes=received * self._dtype.itemsize,
             verified_tensors=len(checked),
-            seconds=time.perf_counter() - start,
         )
 
     def _wrong(

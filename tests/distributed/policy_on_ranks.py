@@ -27,7 +27,8 @@ from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import PRESETS
 from megatron_rl.batching.packer import Packer
 from megatron_rl.objectives.registry import OBJECTIVES
-from megatron_rl.ops import backend, linear_loss
+from megatron_rl.ops import backend
+from megatron_rl.ops import head as head_module
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.platforms.base import detect
@@ -182,7 +183,7 @@ def _softmax_in_own_dtype(values: Tensor, dim: int, dtype: torch.dtype | None = 
 
 def _small_chunks(layout: Layout) -> AbstractContextManager[Any]:
     row_bytes = 8 * padded_vocab_size(VOCAB_SIZE, layout.tp) // layout.tp
-    return mock.patch.object(linear_loss, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
+    return mock.patch.object(head_module, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
 
 
 @contextmanager
