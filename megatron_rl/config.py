@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from megatron_rl.algorithms.config import AlgorithmConfig
-from megatron_rl.algorithms.objective_forms import overlaid
+from megatron_rl.algorithms.objective_forms import joined, overlaid
 from megatron_rl.algorithms.presets import SIGN_SELECTIONS
 from megatron_rl.algorithms.rules import algorithm_problems
 from megatron_rl.batching.config import BatchingConfig
@@ -34,7 +34,6 @@ from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
 
 DEFAULT_ROW_TOKENS = 16384
-OBJECTIVE = "algorithm.objective"
 
 
 class RunSettings(Settings):
@@ -311,7 +310,7 @@ def _merge(loaded: Any, overrides: Sequence[str], where: str) -> Any:
     if syntax:
         raise ConfigErrors(syntax)
     try:
-        merged = _overlaid(loaded, _together(overrides))
+        merged = overlaid(loaded, joined(overrides))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigErrors([f"{where}: {_first_line(error)}"]) from error
@@ -336,29 +335,7 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
     if base is None:
         return loaded
     del loaded["base"]
-    return _overlaid(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
-
-
-def _overlaid(below: Any, above: Any) -> Any:
-    """One layer of a recipe over another: section by section, key by key."""
-    objectives = [OmegaConf.select(layer, OBJECTIVE) for layer in (below, above)]
-    merged = OmegaConf.merge(below, above)
-    if objectives[1] is not None:
-        preset = OmegaConf.select(below, "algorithm.preset")
-        OmegaConf.update(merged, OBJECTIVE, overlaid(*objectives, preset), merge=False)
-    return merged
-
-
-def _together(overrides: Sequence[str]) -> Any:
-    """All overrides as one layer, in their order; a bare objective is the kind of its settings."""
-    layer: Any = OmegaConf.create()
-    for text in overrides:
-        value: Any = OmegaConf.from_dotlist([text])
-        objective = OmegaConf.select(value, OBJECTIVE)
-        if isinstance(objective, str):
-            value = OmegaConf.from_dotlist([f"{OBJECTIVE}.kind={objective}"])
-        layer = OmegaConf.merge(layer, value)
-    return layer
+    return overlaid(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
 
 
 def _override_problem(text: str) -> str | None:

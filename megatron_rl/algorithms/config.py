@@ -112,14 +112,9 @@ class AlgorithmConfig(Settings):
     @field_validator("selection", mode="before")
     @classmethod
     def _one_name_is_a_list_of_one(cls, value: object) -> object:
+        if value in ([], ()):
+            raise ConfigError("algorithm.selection", value, "is empty", "Write [all] or null")
         return (value,) if isinstance(value, str) else value
-
-    @field_validator("selection")
-    @classmethod
-    def _something_is_selected(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if names == ():
-            raise ConfigError("algorithm.selection", names, "is empty", "Write [all] or null")
-        return names
 
     @property
     def resolved(self) -> Preset:

@@ -5,13 +5,17 @@ about the preset's objective. Settings that used to stand flat in the section st
 notice that says what to write instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from megatron_rl.algorithms.presets import PRESETS, nearest
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.objectives.objective import Objective
 from megatron_rl.objectives.registry import OBJECTIVES
+
+OBJECTIVE = "algorithm.objective"
 
 FLAT = {
     "eps_low": ("clipped_ratio", "eps_low"),
@@ -23,16 +27,35 @@ FLAT = {
 """Former key of the section -> kind of objective, and key of its settings."""
 
 
-def overlaid(below: Any, above: Any, preset: Any) -> Any:
-    """The objective of a recipe over that of its base: the settings of one kind are joined.
+def overlaid(below: Any, above: Any) -> Any:
+    """One layer of a recipe over another: section by section, key by key.
 
-    Another kind, or a bare name, replaces what is below; without a kind that is the preset's.
+    Settings of an objective are joined where it is of the same kind. Another kind, or a bare name,
+    replaces what is below; without a kind that is the preset's.
     """
-    if not isinstance(above, Mapping) or not isinstance(below, str | Mapping):
-        return above
-    below = {"kind": below} if isinstance(below, str) else dict(below)
-    kind = below.get("kind", PRESETS[preset].objective if preset in PRESETS else None)
-    return dict(above) if above.get("kind", kind) != kind else below | dict(above)
+    merged = OmegaConf.merge(below, above)
+    lower, upper = OmegaConf.select(below, OBJECTIVE), OmegaConf.select(above, OBJECTIVE)
+    if not isinstance(upper, Mapping) or not isinstance(lower, str | Mapping):
+        return merged
+    settings = {"kind": lower} if isinstance(lower, str) else dict(lower)
+    preset = OmegaConf.select(below, "algorithm.preset")
+    kind = settings.get("kind", PRESETS[preset].objective if preset in PRESETS else None)
+    is_other = upper.get("kind", kind) != kind
+    joint = dict(upper) if is_other else settings | dict(upper)
+    OmegaConf.update(merged, OBJECTIVE, joint, merge=False)
+    return merged
+
+
+def joined(overrides: Sequence[str]) -> Any:
+    """All overrides as one layer, in their order; a bare objective is the kind of its settings."""
+    layer: Any = OmegaConf.create()
+    for text in overrides:
+        value: Any = OmegaConf.from_dotlist([text])
+        objective = OmegaConf.select(value, OBJECTIVE)
+        if isinstance(objective, str):
+            value = OmegaConf.from_dotlist([f"{OBJECTIVE}.kind={objective}"])
+        layer = OmegaConf.merge(layer, value)
+    return layer
 
 
 def in_nested_form(section: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

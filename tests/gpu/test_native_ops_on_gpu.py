@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from megatron_rl.megatron.gradients import MainGrad
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.token_loss import linear_policy_loss
 from megatron_rl.ops import backend, native
 from megatron_rl.ops.group_stats import (
     GROUP_ADVANTAGES,
@@ -10,11 +13,6 @@ from megatron_rl.ops.group_stats import (
     group_stats,
     group_stats_definition,
 )
-
-GPU = torch.device("cuda")
-from megatron_rl.megatron.gradients import MainGrad
-from megatron_rl.objectives.clipped_ratio import ClippedRatio
-from megatron_rl.objectives.token_loss import linear_policy_loss
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.loss_spec import SharedTerms
@@ -22,6 +20,7 @@ from megatron_rl.ops.native_loss import loss_arguments
 from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.types import LossTokens
 
+GPU = torch.device("cuda")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
