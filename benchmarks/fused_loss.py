@@ -25,12 +25,17 @@ from measure import Device, describe_machine, load_average
 from peers import head_peers, loss_peers
 from torch import Tensor
 
+from megatron_rl.megatron.gradients import MainGrad
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.token_loss import linear_policy_loss, token_loss
 from megatron_rl.ops import backend
-from megatron_rl.ops.linear_loss import linear_policy_loss
-from megatron_rl.ops.policy_loss import policy_loss
-from megatron_rl.ops.token_loss import LossSpec
+from megatron_rl.ops.head import Head
+from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.native_loss import loss_arguments
+from megatron_rl.ops.vocab_parallel import Shard, merge_stats, shard_gradient, shard_stats
+from megatron_rl.types import LossTokens
 
-SPEC = LossSpec(kind="clipped_ratio")
+OBJECTIVE, SHARED = ClippedRatio(), SharedTerms()
 OTHER_LOSS = ("three bare products (no loss)", "Liger fused linear GRPO")
 
 
@@ -56,19 +61,18 @@ class Problem:
         self.work.copy_(self.logits)
 
     @property
-    def inputs(self) -> dict[str, Tensor | None]:
-        return {
-            "old_logprobs": self.old_logprobs,
-            "ref_logprobs": None,
-            "rollout_logprobs": None,
-            "advantages": self.advantages,
-            "weights": self.weights,
-        }
+    def tokens(self) -> LossTokens:
+        return LossTokens(
+            at=torch.arange(len(self.targets), device=self.targets.device),
+            targets=self.targets,
+            old_logprobs=self.old_logprobs,
+            advantages=self.advantages,
+            weights=self.weights,
+        )
 
     @property
-    def shard(self) -> dict[str, object]:
-        vocab = self.logits.size(1)
-        return {"tp_group": None, "vocab_start": 0, "valid_vocab": vocab, "temperature": 1.0}
+    def shard(self) -> Shard:
+        return Shard(None, 0, self.logits.size(1), 1.0)
 
 
 def make_problem(rows: int, vocab: int, hidden_size: int, args: argparse.Namespace) -> Problem:
@@ -99,31 +103,39 @@ def make_problem(rows: int, vocab: int, hidden_size: int, args: argparse.Namespa
 
 def our_losses(p: Problem) -> dict[str, Callable[[], Tensor]]:
     """Name -> call that returns the gradient of the logits."""
+    *arguments, _ = loss_arguments(p.tokens.constants(torch.float32), OBJECTIVE.native, SHARED)
+    ops, vocab = torch.ops.megatron_rl, p.work.size(1)
 
-    def run(ops: str, *, overwrite: bool) -> Tensor:
-        backend.choose(ops, p.logits.device)  # type: ignore[arg-type]
-        leaf = p.work.detach().requires_grad_()
-        result, _ = policy_loss(
-            leaf.view_as(leaf), p.targets, spec=SPEC, with_entropy=False,
-            overwrite_logits=overwrite, **p.inputs, **p.shard,
-        )  # fmt: skip
-        result.loss.backward()
-        assert leaf.grad is not None
-        return leaf.grad
-
-    def two_passes() -> Tensor:
-        arguments = (None, None, p.advantages, p.weights, 1, 0.2, 0.2, None, 0.0, 2, 0.0, None)
-        ops, vocab = torch.ops.megatron_rl, p.work.size(1)
-        stats = ops.row_stats(p.work, p.targets, p.weights, 0, vocab, 1.0, False)
-        params = ops.token_loss(stats[None], p.old_logprobs, *arguments, False, 1.0)[2]
-        ops.dlogits_(p.work, p.targets, params, None, 0, vocab, 1.0)
+    def one_pass() -> Tensor:
+        ops.policy_loss_onepass_(p.work, p.targets, *arguments, False, vocab, 1.0, 1.0)
         return p.work
 
+    def params() -> Tensor:
+        stats = ops.row_stats(p.work, p.targets, p.weights, 0, vocab, 1.0, False)
+        result: Tensor = ops.token_loss(stats[None], *arguments, False, 1.0)[2]
+        return result
+
+    def two_passes() -> Tensor:
+        ops.dlogits_(p.work, p.targets, params(), None, 0, vocab, 1.0)
+        return p.work
+
+    def logits_kept() -> Tensor:
+        gradient: Tensor = ops.dlogits(p.work, p.targets, params(), None, 0, vocab, 1.0)
+        return gradient
+
+    def definition() -> Tensor:
+        backend.choose("reference", p.logits.device)
+        stats = shard_stats(p.work, p.targets, p.shard)
+        logprobs, entropy, log_sum_exp = merge_stats(stats[None])
+        leaf = logprobs.detach().requires_grad_()
+        token_loss(leaf, None, p.tokens, OBJECTIVE, SHARED).loss.backward()
+        return shard_gradient(p.work, p.targets, log_sum_exp, entropy, leaf.grad, None, p.shard)
+
     return {
-        "native, one pass in place": lambda: run("native", overwrite=True),
+        "native, one pass in place": one_pass,
         "native, two passes in place": two_passes,
-        "native, logits kept": lambda: run("native", overwrite=False),
-        "our PyTorch definition": lambda: run("reference", overwrite=False),
+        "native, logits kept": logits_kept,
+        "our PyTorch definition": definition,
     }
 
 
@@ -136,10 +148,9 @@ def our_heads(p: Problem) -> dict[str, Callable[[], Tensor]]:
         hidden = p.hidden.detach().requires_grad_()
         weight = p.weight.detach().requires_grad_()
         weight.main_grad = main_grad  # type: ignore[attr-defined]
-        result, _ = linear_policy_loss(
-            hidden, weight, p.targets, spec=SPEC, with_entropy=False, chunk_rows=p.chunk_rows,
-            into_main_grad=into_main_grad, **p.inputs, **p.shard,
-        )  # fmt: skip
+        buffer = MainGrad(weight) if into_main_grad else None
+        head = Head(hidden=hidden, head_weight=weight, shard=p.shard, gradient_buffer=buffer)
+        result = linear_policy_loss(head, p.tokens, OBJECTIVE, SHARED, chunk_rows=p.chunk_rows)
         result.loss.backward()
         assert hidden.grad is not None
         return hidden.grad

@@ -4,7 +4,8 @@ import difflib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -13,7 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.algorithms.objective_forms import joined, overlaid
 from megatron_rl.algorithms.presets import SIGN_SELECTIONS
+from megatron_rl.algorithms.rules import algorithm_problems
 from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
@@ -92,7 +95,7 @@ class RunConfig(Settings):
     @property
     def longest_unit(self) -> int:
         """Tokens of the longest thing that no row may split: a sequence, or dpo's pair of them."""
-        return self.longest_sequence * (2 if self.algorithm.resolved.trains_pairs else 1)
+        return self.longest_sequence * (2 if self.algorithm.objective.trains_pairs else 1)
 
     @property
     def critic_optimizer(self) -> OptimizerConfig:
@@ -121,6 +124,7 @@ class RunConfig(Settings):
 
 def problems(config: RunConfig) -> Iterator[ConfigError]:
     """Rules across sections."""
+    yield from algorithm_problems(config.algorithm)
     yield from config_problems(config.model, config.parallel)
     yield from _rollout_problems(config)
     yield from _reward_problems(config)
@@ -223,7 +227,7 @@ def _reward_problems(config: RunConfig) -> Iterator[ConfigError]:
 def _training_problems(config: RunConfig) -> Iterator[ConfigError]:
     budget = config.batching.max_tokens_per_microbatch
     if budget is not None and budget < config.longest_unit:
-        pair = " of both responses of a pair" if config.algorithm.resolved.trains_pairs else ""
+        pair = " of both responses of a pair" if config.algorithm.objective.trains_pairs else ""
         yield ConfigError(
             "batching.max_tokens_per_microbatch",
             budget,
@@ -306,7 +310,7 @@ def _merge(loaded: Any, overrides: Sequence[str], where: str) -> Any:
     if syntax:
         raise ConfigErrors(syntax)
     try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        merged = overlaid(loaded, joined(overrides))
         return OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigErrors([f"{where}: {_first_line(error)}"]) from error
@@ -331,7 +335,7 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
     if base is None:
         return loaded
     del loaded["base"]
-    return OmegaConf.merge(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
+    return overlaid(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
 
 
 def _override_problem(text: str) -> str | None:
@@ -365,8 +369,8 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
 
 
 def _unknown_key(path: list[str]) -> str:
-    where, key = path[:-1], path[-1]
-    siblings = _keys_at(where)
+    where, key = _without_kinds(path[:-1]), path[-1]
+    siblings, path = _keys_at(path[:-1]), [*where, key]
     near = difflib.get_close_matches(key, siblings, n=1)
     if near:
         return f"{'.'.join(path)}: unknown key. Did you mean {'.'.join([*where, near[0]])}?"
@@ -388,15 +392,34 @@ def _known_part(path: list[str]) -> list[str]:
     model: Any = RunConfig
     for depth, part in enumerate(path):
         model = _inside(model, part)
-        if not _is_section(model) and get_origin(model) is not dict:
-            return path[: depth + 1]
-    return path
+        if not _is_section(model) and get_origin(model) is not dict and not _kinds(model):
+            return _without_kinds(path[: depth + 1])
+    return _without_kinds(path)
+
+
+def _without_kinds(path: Sequence[str]) -> list[str]:
+    """The path as a recipe has it: pydantic adds the kind of a section that has several."""
+    model: Any = RunConfig
+    kept = []
+    for part in path:
+        if part not in _kinds(model):
+            kept.append(part)
+        model = _inside(model, part)
+    return kept
+
+
+def _kinds(model: Any) -> dict[str, Any]:
+    """kind -> section, where a section may be of several kinds."""
+    members = get_args(model) if get_origin(model) in (Union, UnionType) else ()
+    return {m.model_fields["kind"].default: m for m in members if _is_section(m)}
 
 
 def _inside(model: Any, part: str) -> Any:
-    """The type of a section's field, or of a mapping's entry."""
+    """The type of a section's field, of a mapping's entry, or of a section of this kind."""
     if get_origin(model) is dict:
         return get_args(model)[1]
+    if kinds := _kinds(model):
+        return kinds.get(part)
     field = model.model_fields.get(part) if _is_section(model) else None
     return None if field is None else field.annotation
 

@@ -99,14 +99,12 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
     )
     yield "advantage", preset.advantage
     yield "objective", f"{preset.objective}, {preset.loss_aggregation}"
-    for reason in plan_passes(
+    yield from plan_passes(
         algorithm,
         num_updates=config.num_updates,
         epochs=config.optimizer.epochs,
         critic_warmup=config.critic.warmup_updates,
-    ).reasons:
-        name, _, why = reason.partition(": ")
-        yield name, why
+    ).reasons
     if config.metrics.kl_every and not config.is_supervised:
         yield (
             "KL measurement",

@@ -182,7 +182,8 @@ def _start_lines(run: "Run") -> list[str]:
         + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),
         *(f"  {row}" for row in prompts.hopeless_rows),
         f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.preset}",
-        *run.trainer.passes.reasons,
+        *(f"{name}: {why}" for name, why in run.trainer.passes.reasons),
+        *run.config.algorithm.notices,
         *run.rollouts.describe(),
     ]
 

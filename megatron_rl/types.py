@@ -1,7 +1,7 @@
 """What moves between rooms.
 
 Shape letters of the project: P prompt tokens, R response tokens, T packed tokens of one row on this
-rank, N rows of T that carry loss, V vocabulary, H hidden.
+rank, N tokens of a row that its loss is about, V vocabulary, H hidden.
 
 Log-probabilities are natural logarithms and always have one of four names: `logprobs` (current
 weights, with gradient), `old_logprobs` (trainer, before this iteration's first update),
@@ -9,10 +9,11 @@ weights, with gradient), `old_logprobs` (trainer, before this iteration's first 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "gold"]
@@ -95,7 +96,7 @@ class Sample:
     update: int  # which optimizer step of this iteration it belongs to, from 0
     prompt_tokens: Tensor  # [P] int64
     response_tokens: Tensor  # [R] int64
-    advantage: float  # under gae the reward, until the critic is asked
+    advantage: float  # under gae it stays the reward: the critic then judges every token
     rollout_logprobs: Tensor | None = None  # [R] float32
     old_logprobs: Tensor | None = None  # [R] float32 or float64, added by policy/
     ref_logprobs: Tensor | None = None  # [R] likewise
@@ -116,28 +117,63 @@ class UpdateTotals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class MicroBatch:
-    """One packed row. Entry t of every [T] tensor is about targets[t], predicted from tokens[t].
+class LossTokens:
+    """The N tokens that a row's loss is about, in row order; entry n of every tensor is one token.
 
-    Example: prompt [5, 9], response [7, 2] gives tokens [5, 9, 7, 2], targets [9, 7, 2, 0] and
-    weights [0, w, w, 0]: the last prompt token predicts the first response token.
+    Example: prompt [5, 9], response [7, 2] gives the row tokens [5, 9, 7, 2], at [1, 2] and targets
+    [7, 2]: the last prompt token predicts the first response token.
     """
 
+    at: Tensor  # [N] int64, ascending: the entry of the row that predicts the token
+    targets: Tensor  # [N] int64 token ids
+    weights: Tensor  # [N] share of the global loss; all below are of its dtype
+    advantages: Tensor  # [N]
+    old_logprobs: Tensor | None = None  # [N]; None: the current ones, detached (ratio exactly 1)
+    ref_logprobs: Tensor | None = None  # [N]
+    rollout_logprobs: Tensor | None = None  # [N]
+    old_values: Tensor | None = None  # [N] of the critic before this iteration's first update
+    returns: Tensor | None = None  # [N] what the critic is to predict
+
+    def replace(self, **constants: Tensor | None) -> "LossTokens":
+        """The tokens with other constants, which get the dtype and device of the weights."""
+        cast: dict[str, Any] = {
+            name: None if values is None else values.to(self.weights)
+            for name, values in constants.items()
+        }
+        return replace(self, **cast)
+
+    def constants(self, dtype: torch.dtype) -> "LossTokens":
+        """The tokens with every constant detached, contiguous and of this dtype."""
+        return self._each(
+            lambda x: (x.detach().to(dtype) if x.is_floating_point() else x).contiguous()
+        )
+
+    def to(self, device: torch.device) -> "LossTokens":
+        return self._each(lambda x: x.to(device))
+
+    def __getitem__(self, rows: slice) -> "LossTokens":
+        return self._each(lambda x: x[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "LossTokens":
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {n: None if v is None else change(v) for n, v in held.items()}
+        return LossTokens(**changed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MicroBatch:
+    """One packed row, and what its loss is about."""
+
     tokens: Tensor  # [T] int64
-    targets: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [sequences + 1] int32, the padding tail being one more sequence
     max_seqlen: int
-    loss_rows: Tensor  # [N] int64, the entries that carry loss, ascending
-    weights: Tensor  # [T] share of the global loss, 0 where no loss
-    advantages: Tensor  # [T]
-    old_logprobs: Tensor | None  # [T]; None: the current ones, detached (ratio exactly 1)
-    rollout_logprobs: Tensor | None  # [T]
-    ref_logprobs: Tensor | None  # [T]
+    loss: LossTokens
     samples: tuple[Sample, ...]  # in row order
-    first_loss_rows: tuple[int, ...]  # index in loss_rows of each sample's first response token
-    old_values: Tensor | None = None  # [T] of the critic before this iteration's first update
-    returns: Tensor | None = None  # [T] what the critic is to predict
+
+    def with_loss(self, **constants: Tensor | None) -> "MicroBatch":
+        """The row with other constants of its loss."""
+        return replace(self, loss=self.loss.replace(**constants))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,7 +16,6 @@ enum KeepRule : int64_t { kPositive = 1, kDropAllWrong = 2, kDropAllCorrect = 4,
 enum AdvantageMode : int64_t {
   kOne,
   kReward,
-  kSign,
   kRewardMinusMean,
   kGroupNorm,
   kRewardOverStd,
@@ -94,8 +93,6 @@ struct Group {
     switch (mode) {
       case kReward:
         return reward;
-      case kSign:
-        return reward > 0 ? 1 : -1;
       case kRewardMinusMean:
         return reward - mean;
       case kGroupNorm: {

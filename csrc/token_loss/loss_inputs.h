@@ -36,10 +36,12 @@ inline void check_loss(const Checks& checks, const LossArguments& loss, ScalarTy
   optional(loss.rollout_logprobs, "rollout_logprobs");
   checks.dense(loss.advantages, "advantages", type, {num_tokens});
   checks.dense(loss.weights, "weights", type, {num_tokens});
-  checks.that(loss.kind == kLikelihood || loss.kind == kClippedRatio, "kind", "0 or 1",
-              std::to_string(loss.kind));
-  checks.that(loss.kl_estimator >= kK1 && loss.kl_estimator <= kK3, "kl_estimator", "0, 1 or 2",
-              std::to_string(loss.kl_estimator));
+  const auto one_of = [&](int64_t value, int64_t count, const char* name) {
+    checks.that(value >= 0 && value < count, name, "0 up to " + std::to_string(count - 1),
+                std::to_string(value));
+  };
+  one_of(loss.kind, kNumLossKinds, "kind");
+  one_of(loss.kl_estimator, kNumKlEstimators, "kl_estimator");
   checks.that(loss.kl_coef == 0 || loss.ref_logprobs.has_value(), "ref_logprobs",
               "a tensor, as kl_coef is not 0", "None");
   checks.that(!loss.rollout_is_cap.has_value() || loss.rollout_logprobs.has_value(),

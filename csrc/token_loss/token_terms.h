@@ -1,15 +1,15 @@
 // The loss of one token, its gradients and what it adds to the metrics. The definition that this
-// equals, with its sources, is megatron_rl/ops/token_loss.py.
+// equals is megatron_rl/objectives/token_loss.py; each kind has a file beside it, with its source.
 #pragma once
 
 #include "../common/host_device.h"
 
 namespace megatron_rl {
 
-enum LossKind : int { kLikelihood = 0, kClippedRatio = 1 };
-enum KlEstimator : int { kK1 = 0, kK2 = 1, kK3 = 2 };
+// These four are in the order of megatron_rl/ops/loss_spec.py.
+enum LossKind : int { kLikelihood, kClippedRatio, kNumLossKinds };
+enum KlEstimator : int { kK1, kK2, kK3, kNumKlEstimators };
 
-// Order of megatron_rl.ops.token_loss.SUMS.
 enum Sum : int {
   kTokens,
   kClipLow,
@@ -32,7 +32,6 @@ enum Sum : int {
   kNumSums
 };
 
-// Order of megatron_rl.ops.token_loss.EXTREMA.
 enum Extremum : int { kMaxRatio, kMaxAbsGap, kNumExtrema };
 
 constexpr double kMaxLogRatio = 20.0;
@@ -163,7 +162,7 @@ MRL_HOST_DEVICE TokenTerms<acc_t> token_terms(const Token<acc_t>& token,
   terms.entropy_grad = -token.weight * spec.entropy_coef;
   terms.sums[kTokens] = 1;
   terms.sums[kLoss] = token.weight * loss.value;
-  if (spec.kind == kClippedRatio || spec.has_old) {
+  if (spec.kind != kLikelihood || spec.has_old) {
     terms.sums[kRatioTokens] = 1;
     terms.sums[kRatio] = ratio;
     terms.sums[kKlOldK1] = old - token.logprob;

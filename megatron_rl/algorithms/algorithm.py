@@ -16,9 +16,9 @@ from megatron_rl.algorithms.advantage import OF_GROUP, UNFINISHED, SumOverRanks,
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import Preset
 from megatron_rl.algorithms.selection import Candidates, KeepMask, keep_mask, keep_rules
+from megatron_rl.objectives.loss import Loss, loss_of
+from megatron_rl.objectives.objective import Objective
 from megatron_rl.ops.group_stats import GroupStats, group_stats
-from megatron_rl.ops.pair_loss import PairSpec
-from megatron_rl.ops.token_loss import LossSpec
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, UpdateTotals
 
 NO_TOTALS = UpdateTotals(kept_sequences=0, kept_tokens=0, collected_sequences=0, collected_tokens=0)
@@ -73,35 +73,25 @@ class Algorithm:
         return self.config.resolved
 
     @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return self.config.objective
+
+    @property
     def needs_old_logprobs(self) -> bool:
         """Whether the loss uses them; the first update on fresh rollouts may leave them None."""
-        return (
-            self.preset.objective == "clipped_ratio"
-            or self.config.rollout_is_cap is not None
-            or (self.preset.trains_pairs and self.config.dpo_reference == "previous_iteration")
-        )
+        return self.objective.needs_old_logprobs or self.config.rollout_is_cap is not None
 
     @property
     def needs_ref_logprobs(self) -> bool:
         return (
-            self.config.kl_coef != 0
-            or self.has_kl_in_reward
-            or (self.preset.trains_pairs and self.config.dpo_reference == "initial")
+            self.config.kl_coef != 0 or self.has_kl_in_reward or self.objective.needs_ref_logprobs
         )
 
     @property
     def has_kl_in_reward(self) -> bool:
         """Whether rewards need old and reference log-probs of every token, before any update."""
         return self.preset.needs_critic and self.config.kl_reward_coef != 0
-
-    @property
-    def needs_entropy(self) -> bool:
-        """Whether the loss uses it, so that it needs a gradient."""
-        return self.config.entropy_coef != 0
-
-    @property
-    def needs_rollout_logprobs(self) -> bool:
-        return self.config.rollout_is_cap is not None
 
     def select(
         self,
@@ -186,20 +176,9 @@ class Algorithm:
             normalize_over=self.config.normalize_over,
         )
 
-    def loss_spec(self) -> LossSpec | PairSpec:
-        """The loss of one optimizer step."""
-        if self.preset.objective == "dpo":
-            return PairSpec(beta=self.config.dpo_beta)
-        return LossSpec(
-            kind=self.preset.objective,
-            eps_low=self.config.eps_low,
-            eps_high=self.config.eps_high,
-            dual_clip=self.config.dual_clip,
-            kl_coef=self.config.kl_coef,
-            kl_estimator=self.config.kl_estimator,
-            entropy_coef=self.config.entropy_coef,
-            rollout_is_cap=self.config.rollout_is_cap,
-        )
+    def loss(self) -> Loss:
+        """The loss of an optimizer step."""
+        return loss_of(self.objective, self.config.shared_terms)
 
     def _judge(self, groups: Sequence[Candidates]) -> GroupStats:
         rewards = [reward for candidates in groups for reward in candidates.rewards]

@@ -3,9 +3,33 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-SelectionName = Literal[
+from pydantic import BeforeValidator
+
+from megatron_rl.errors import ConfigError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown name: the nearest one, if any is near, and all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}"
+
+
+def one_of(field: str, known: Iterable[str]) -> BeforeValidator:
+    """Refuses any other name for algorithm.<field>, and says which is meant."""
+
+    def check(name: object) -> object:
+        if isinstance(name, str) and name not in known:
+            raise ConfigError(f"algorithm.{field}", name, "is not known", nearest(name, known))
+        return name
+
+    return BeforeValidator(check)
+
+
+_SelectionName = Literal[
     "all",
     "gold",
     "positive",
@@ -17,7 +41,7 @@ SelectionName = Literal[
     "drop_overlong",
     "best_and_worst",
 ]
-AdvantageName = Literal[
+_AdvantageName = Literal[
     "one",
     "reward",
     "reward_minus_mean",
@@ -28,13 +52,14 @@ AdvantageName = Literal[
     "gae",
     "preference",
 ]
-ObjectiveName = Literal["likelihood", "clipped_ratio", "dpo"]
-AggregationName = Literal["sequence_mean", "token_mean", "sequence_sum", "pair_mean"]
-
-SELECTION_NAMES: tuple[SelectionName, ...] = get_args(SelectionName)
-ADVANTAGE_NAMES: tuple[AdvantageName, ...] = get_args(AdvantageName)
-OBJECTIVE_NAMES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
-AGGREGATION_NAMES: tuple[AggregationName, ...] = get_args(AggregationName)
+_AggregationName = Literal["sequence_mean", "token_mean", "sequence_sum", "pair_mean"]
+SELECTION_NAMES: tuple[_SelectionName, ...] = get_args(_SelectionName)
+ADVANTAGE_NAMES: tuple[_AdvantageName, ...] = get_args(_AdvantageName)
+SelectionName = Annotated[_SelectionName, one_of("selection", SELECTION_NAMES)]
+AdvantageName = Annotated[_AdvantageName, one_of("advantage", ADVANTAGE_NAMES)]
+AggregationName = Annotated[
+    _AggregationName, one_of("loss_aggregation", get_args(_AggregationName))
+]
 
 SIGN_SELECTIONS: frozenset[str] = frozenset(
     {"positive", "drop_all_wrong", "drop_all_correct", "drop_uniform"}
@@ -56,20 +81,17 @@ GROUP_RELATIVE: frozenset[AdvantageName] = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
+    """A row of the table, or what a recipe made of one."""
+
     selection: tuple[SelectionName, ...]
     advantage: AdvantageName
-    objective: ObjectiveName
+    objective: str  # a kind of objectives/registry.py
     loss_aggregation: AggregationName = "sequence_mean"
 
     @property
     def needs_group(self) -> bool:
-        """Whether groups of one response would train on nothing or on an undefined baseline."""
+        """Whether it needs group_size >= 2."""
         return self.advantage in GROUP_RELATIVE or "drop_uniform" in self.selection
-
-    @property
-    def trains_pairs(self) -> bool:
-        """Whether the loss joins two responses of a group."""
-        return self.objective == "dpo"
 
     @property
     def needs_critic(self) -> bool:
@@ -80,7 +102,7 @@ class Preset:
 def _row(
     selection: SelectionName,
     advantage: AdvantageName,
-    objective: ObjectiveName,
+    objective: str,
     loss_aggregation: AggregationName = "sequence_mean",
 ) -> Preset:
     return Preset(
@@ -109,11 +131,3 @@ PRESETS: dict[str, Preset] = {
     "ppo": _row("all", "gae", "clipped_ratio"),  # arXiv:1707.06347, 1909.08593
     "iterative_dpo": _row("best_and_worst", "preference", "dpo", "pair_mean"),  # arXiv:2305.18290
 }
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to write instead of an unknown name: the nearest one, if any is near, and all."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(known)}"

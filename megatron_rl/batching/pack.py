@@ -1,16 +1,15 @@
 """Samples to packed rows; the only place that shifts by one.
 
-A response token at position p of a sequence is predicted at entry p - 1, so that entry carries its
-weight, advantage and log-probs. Everything after this file speaks in entries.
+A response token at position p of a sequence is predicted at entry p - 1 of the row, which is where
+`LossTokens.at` points. Everything after this file speaks of the tokens that the loss is about.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megatron_rl.types import MicroBatch, Sample
+from megatron_rl.types import LossTokens, MicroBatch, Sample
 
 
 def pack(
@@ -37,66 +36,43 @@ def pack(
     if padding:
         lengths.append(padding)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    tokens = torch.zeros(used + padding, dtype=torch.int64)
-    weights = torch.zeros(used + padding, dtype=dtype)
-    advantages = torch.zeros(used + padding, dtype=dtype)
-    rollout = torch.zeros(used + padding, dtype=dtype)
-    rows: list[Tensor] = []
-    first_rows: list[int] = []
-    num_rows = 0
-    for sample, start in zip(samples, bounds.tolist(), strict=False):
-        response = len(sample.response_tokens)
-        first = start + len(sample.prompt_tokens) - 1  # predicts the first response token
-        tokens[start : first + 1] = sample.prompt_tokens
-        tokens[first + 1 : first + 1 + response] = sample.response_tokens
-        weights[first : first + response] = weight_of(sample)
-        advantages[first : first + response] = sample.advantage
-        if sample.rollout_logprobs is not None:
-            rollout[first : first + response] = sample.rollout_logprobs.to(dtype)
-        rows.append(torch.arange(first, first + response))
-        first_rows.append(num_rows)
-        num_rows += response
-    has_rollout = all(sample.rollout_logprobs is not None for sample in samples)
+    sequences = [torch.cat([s.prompt_tokens, s.response_tokens]) for s in samples]
+    tokens = torch.cat([*sequences, torch.zeros(padding, dtype=torch.int64)])
     return MicroBatch(
         tokens=tokens.to(device),
-        targets=torch.cat([tokens[1:], tokens.new_zeros(1)]).to(device),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).to(device),
         cu_seqlens=bounds.to(device, torch.int32),
         max_seqlen=max(lengths),
-        loss_rows=(torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)).to(device),
-        weights=weights.to(device),
-        advantages=advantages.to(device),
-        old_logprobs=None,
-        rollout_logprobs=rollout.to(device) if has_rollout else None,
-        ref_logprobs=None,
+        loss=_loss_tokens(samples, bounds.tolist(), weight_of, dtype, device),
         samples=tuple(samples),
-        first_loss_rows=tuple(first_rows),
     )
 
 
-def with_old_logprobs(batch: MicroBatch, values: Tensor) -> MicroBatch:
-    """The batch with old_logprobs; values [N] at its loss rows."""
-    return replace(batch, old_logprobs=_spread(values, batch))
+def _loss_tokens(
+    samples: Sequence[Sample],
+    starts: Sequence[int],
+    weight_of: Callable[[Sample], float],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LossTokens:
+    counts = torch.tensor([len(sample.response_tokens) for sample in samples], dtype=torch.int64)
 
+    def per_token(values: Sequence[float]) -> Tensor:
+        # float64 first, as a fill with a Python number rounds once, too.
+        return torch.tensor(values, dtype=torch.float64).to(dtype).repeat_interleave(counts)
 
-def with_ref_logprobs(batch: MicroBatch, values: Tensor) -> MicroBatch:
-    """The batch with ref_logprobs; values [N] at its loss rows."""
-    return replace(batch, ref_logprobs=_spread(values, batch))
-
-
-def with_token_advantages(
-    batch: MicroBatch, advantages: Tensor, *, old_values: Tensor, returns: Tensor
-) -> MicroBatch:
-    """The batch with what gae gives; all [N] at its loss rows."""
-    return replace(
-        batch,
-        advantages=_spread(advantages, batch),
-        old_values=_spread(old_values, batch),
-        returns=_spread(returns, batch),
+    firsts = [start + len(s.prompt_tokens) - 1 for s, start in zip(samples, starts, strict=False)]
+    rollout = [s.rollout_logprobs for s in samples if s.rollout_logprobs is not None]
+    at = [torch.arange(f, f + n) for f, n in zip(firsts, counts.tolist(), strict=True)]
+    tokens = LossTokens(
+        at=_joined(at, torch.int64),
+        targets=_joined([sample.response_tokens for sample in samples], torch.int64),
+        weights=per_token([weight_of(sample) for sample in samples]),
+        advantages=per_token([sample.advantage for sample in samples]),
+        rollout_logprobs=_joined(rollout, dtype) if len(rollout) == len(samples) else None,
     )
+    return tokens.to(device)
 
 
-def _spread(values: Tensor, batch: MicroBatch) -> Tensor:
-    spread = torch.zeros_like(batch.weights)
-    spread[batch.loss_rows] = values.to(spread)
-    return spread
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=dtype), *(part.to(dtype) for part in parts)])

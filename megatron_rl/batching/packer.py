@@ -29,7 +29,7 @@ class Packer:
         self._groups, self._algorithm = groups, algorithm
         self._row_tokens, self._row_multiple = row_tokens, row_multiple
         self._max_response_tokens, self._dtype = max_response_tokens, dtype
-        self._keep_groups_whole = algorithm.preset.trains_pairs
+        self._keep_groups_whole = algorithm.objective.trains_pairs
         # The interleaved schedule wants a multiple of the pipeline size.
         self._count_multiple = groups.layout.pp if groups.layout.vpp > 1 else 1
 

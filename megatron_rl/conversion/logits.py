@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from megatron_rl.batching.pack import pack
 from megatron_rl.errors import InputError
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups, init_distributed, make_groups
 from megatron_rl.platforms.base import CPU
 from megatron_rl.prompts.tokenizer import load_tokenizer
-from megatron_rl.types import MicroBatch
+from megatron_rl.types import MicroBatch, Sample
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.model_source import ModelSource
 
@@ -104,20 +105,14 @@ def _one_rank() -> Groups:
 
 def _row(tokens: Tensor) -> MicroBatch:
     """A packed row of one sequence, of which no token carries loss."""
-    length = len(tokens)
-    none = torch.empty(0)
-    return MicroBatch(
-        tokens=tokens,
-        targets=tokens.roll(-1),
-        position_ids=torch.arange(length),
-        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
-        max_seqlen=length,
-        loss_rows=torch.empty(0, dtype=torch.int64),
-        weights=none,
-        advantages=none,
-        old_logprobs=None,
-        rollout_logprobs=None,
-        ref_logprobs=None,
-        samples=(),
-        first_loss_rows=(),
+    sample = Sample(
+        group_id=0,
+        index=0,
+        update=0,
+        prompt_tokens=tokens,
+        response_tokens=tokens[:0],
+        advantage=0.0,
+    )
+    return pack(
+        [sample], weight_of=lambda _: 0.0, multiple=1, dtype=torch.float32, device=tokens.device
     )

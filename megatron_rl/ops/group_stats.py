@@ -13,7 +13,6 @@ KeepRule = Literal["positive", "drop_all_wrong", "drop_all_correct", "drop_unifo
 GroupAdvantage = Literal[
     "one",
     "reward",
-    "sign",
     "reward_minus_mean",
     "group_norm",
     "reward_over_std",
@@ -77,7 +76,6 @@ def group_stats(
             correct. drop_all_correct: some are not. drop_uniform: both.
         advantage: which one. Those that subtract the mean are exactly 0 where all_equal, but for a
             single response under group_norm (mean 0, std 1) and leave_one_out, which is its reward.
-            sign is 1 for a correct response and -1 for another.
         std_eps: added to the standard deviation, in reward units.
     """
     rewards = rewards.double()
@@ -187,7 +185,6 @@ def _leave_one_out(rewards: Tensor, own: _OwnGroup) -> Tensor:
 _ADVANTAGES: dict[GroupAdvantage, Callable[[Tensor, _OwnGroup], Tensor]] = {
     "one": lambda rewards, own: torch.ones_like(rewards),
     "reward": lambda rewards, own: rewards.clone(),
-    "sign": lambda rewards, own: 2.0 * (rewards > 0).double() - 1.0,
     "reward_minus_mean": lambda rewards, own: rewards - own.mean,
     "group_norm": _group_norm,
     "reward_over_std": lambda rewards, own: rewards / own.divisor,

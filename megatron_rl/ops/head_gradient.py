@@ -1,6 +1,6 @@
-"""The gradient of an LM head's weight: summed over chunks of rows, for autograd or in main_grad."""
+"""The gradient of an LM head's weight: summed over chunks of rows, for autograd or in a buffer."""
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,22 +8,34 @@ from torch import Tensor
 from megatron_rl.ops.vocab_parallel import compute_dtype
 
 BLOCK_ELEMENTS = 2**22
-"""Of a product that a CPU adds up at a time. A whole product, and the copy of it that a sum of two
-dtypes makes, are so large that the system gives fresh memory for them every time, which costs more
-than the product; 8 and 16 MB are used again. Smaller blocks wait more often for a second thread."""
+"""Number of elements of the product that a CPU computes and adds per step. A whole product would be
+fresh memory each time, which costs more than computing it; 8 and 16 MB are used again. Smaller
+blocks wait more often for a second thread."""
+
+
+class GradientBuffer(Protocol):
+    """Memory that adds up the gradients of one weight over the losses of a step."""
+
+    @property
+    def total(self) -> Tensor:
+        """The sum so far, in the shape of the weight and maybe a wider dtype; added to in place."""
+        ...
+
+    def hand_over(self) -> Tensor | None:
+        """The gradient of the weight that a backward returns, the true one being in total."""
+        ...
 
 
 class HeadGradient:
     """The sum over chunks of logits_grad.T @ hidden, [V/tp, H], in the compute dtype.
 
-    For autograd it is a tensor of its own, rounded once to the dtype of weight. Into main_grad, the
-    buffer in which Megatron's DDP adds up and reduces gradients, it takes no memory.
+    For autograd it is a tensor of its own, rounded once to the dtype of weight. In a buffer it
+    takes no memory.
     """
 
-    def __init__(self, weight: Tensor, *, num_chunks: int, into_main_grad: bool) -> None:
-        self._weight: Any = weight  # has attributes of Megatron's
-        self._num_chunks, self._into_main_grad = num_chunks, into_main_grad
-        self._total = main_grad_of(weight) if into_main_grad else None
+    def __init__(self, weight: Tensor, *, num_chunks: int, buffer: GradientBuffer | None) -> None:
+        self._weight, self._num_chunks, self._buffer = weight, num_chunks, buffer
+        self._total = None if buffer is None else buffer.total
 
     def add(self, logits_grad: Tensor, hidden: Tensor) -> None:
         """Add the product of a chunk of C rows: [C, V/tp] and [C, H]."""
@@ -37,34 +49,22 @@ class HeadGradient:
         add_product(self._total, logits_grad.T, hidden, overwrites=is_first)
 
     def rescale(self, grad: Tensor) -> None:
-        """Times grad, which almost always is 1; then nothing is done. Native ops only.
+        """Multiply by grad, which almost always is 1; then nothing is done. Native ops only.
 
-        main_grad holds the gradients of others too, so there any other number makes NaN of it.
+        A buffer holds the gradients of others too, so there any other number makes NaN of it.
         """
         if self._total is None:
             return
-        if self._into_main_grad:
+        if self._buffer is not None:
             grad = grad.where(grad == 1, torch.nan)
         torch.ops.megatron_rl.rescale_if_(self._total, grad.contiguous(), 1.0)
 
     def hand_over(self) -> Tensor | None:
-        """What a backward returns as the gradient of weight.
-
-        For one that is in main_grad already, Megatron's hook wants to be told so, and a gradient to
-        ignore: without any it would run on another thread, out of order with the collectives of
-        other ranks. An empty sparse one takes no memory. Where an embedding shares the weight, its
-        gradient arrives there anyhow, and must be added.
-        """
-        if not self._into_main_grad:
-            total = self._total
-            return torch.zeros_like(self._weight) if total is None else total.to(self._weight.dtype)
-        self._weight.grad_added_to_main_grad = True
-        if getattr(self._weight, "zero_out_wgrad", False):
-            return None
-        weight = self._weight
-        return torch.zeros(
-            weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo
-        )
+        """The gradient of weight that a backward returns."""
+        if self._buffer is not None:
+            return self._buffer.hand_over()
+        total = self._total
+        return torch.zeros_like(self._weight) if total is None else total.to(self._weight.dtype)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool = False) -> None:
@@ -78,14 +78,3 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool 
         size = max(1, BLOCK_ELEMENTS // right.size(1))
         for part, rows in zip(total.split(size), left.split(size), strict=True):
             part.copy_(rows @ right) if overwrites else part.add_(rows @ right)
-
-
-def main_grad_of(weight: Any) -> Tensor:
-    """Raises ValueError where there is none."""
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    if main_grad is None:
-        raise ValueError(
-            "into_main_grad=True: weight has no main_grad; wrap its module in Megatron's "
-            "DistributedDataParallel, or leave into_main_grad out"
-        )
-    return main_grad

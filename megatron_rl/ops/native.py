@@ -8,6 +8,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.loss_spec import EXTREMA, SUMS
+
 FAULT = "" if importlib.util.find_spec("megatron_rl._C") else "it was not compiled"
 """Why there are no native ops; empty where there are."""
 
@@ -109,7 +111,7 @@ def _loss_results(
     like: Tensor, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     totals = (
-        like.new_empty(18, dtype=torch.float64),
-        like.new_empty(2, dtype=torch.float64),
+        like.new_empty(len(SUMS), dtype=torch.float64),
+        like.new_empty(len(EXTREMA), dtype=torch.float64),
     )
     return like.new_empty(rows, dtype=dtype), like.new_empty((), dtype=dtype), totals

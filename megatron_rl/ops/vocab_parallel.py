@@ -4,65 +4,34 @@ Three pure steps: local statistics of a shard, the merge of all shards' statisti
 of a shard. Each has a native op, and beside it the definition that the op must equal.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops import backend
 
-# exp() of this is 0 in float64, and 0 times it is 0: stands for -inf where a product follows.
+# Stands in for -inf: exp(-1e4) is exactly 0 and 0 * -1e4 is 0, while 0 * -inf would be NaN.
 _LOG_ZERO = -1e4
 
 
-def vocab_parallel_logprobs(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    tp_group: dist.ProcessGroup | None,
-    vocab_start: int,
-    valid_vocab: int,
-    temperature: float,
-    with_entropy: bool,
-    overwrite_logits: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probability of each target and entropy of each row, in nats, equal on all tp ranks.
+class Shard(NamedTuple):
+    """This rank's columns of a vocabulary that is split over tp ranks, and their temperature."""
 
-    Differentiable in logits: the gradients that arrive must be equal on all tp ranks, and each
-    rank gets the gradient of its own shard, rounded once to the dtype of logits.
+    tp_group: dist.ProcessGroup | None  # None: the vocabulary is not split
+    vocab_start: int  # global id of the first column
+    valid_vocab: int  # columns from this global id on are padding: they count for nothing
+    temperature: float  # logits are divided by it, in the compute dtype
 
-    Args:
-        logits: [N, V/tp], this rank's columns, any float dtype. Computed in float64 if float64,
-            else in float32, which is also the dtype of the results.
-        targets: [N] int64 global token ids, equal on all ranks. One outside [0, valid_vocab) has
-            log-probability -inf.
-        tp_group: joins one all-gather of 4 numbers a row, in the forward only. None: unsharded.
-        vocab_start: global id of this rank's first column.
-        valid_vocab: columns from this global id on are padding: they count for nothing.
-        temperature: logits are divided by it, in the compute dtype.
-        with_entropy: whether the second result is [N] or None.
-        overwrite_logits: let the backward of native ops put the gradient where the logits are; then
-            a later backward that needs these logits raises.
-    """
-    _check_rows(logits, targets)
-    logprobs, entropy = _VocabParallelLogprobs.apply(
-        logits,
-        targets,
-        tp_group,
-        shard_columns(logits.size(1), vocab_start, valid_vocab),
-        vocab_start,
-        temperature,
-        with_entropy,
-        overwrite_logits,
-    )
-    return logprobs, entropy if with_entropy else None
+    @property
+    def is_whole(self) -> bool:
+        """Whether no other rank has columns."""
+        return self.tp_group is None or dist.get_world_size(self.tp_group) == 1
 
-
-def shard_columns(num_columns: int, vocab_start: int, valid_vocab: int) -> int:
-    """How many of a shard's columns are vocabulary, not padding; they are its first ones."""
-    return min(max(valid_vocab - vocab_start, 0), num_columns)
+    def num_valid(self, num_columns: int) -> int:
+        """How many of the shard's columns are vocabulary, not padding; they are its first ones."""
+        return min(max(self.valid_vocab - self.vocab_start, 0), num_columns)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,54 +44,46 @@ def row_slices(num_rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(size, 1))]
 
 
-def shard_stats(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    num_valid: int,
-    vocab_start: int,
-    temperature: float,
-    with_entropy: bool = True,
-) -> Tensor:
+def shard_stats(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
     """[N, 4] of one shard, z being scaled logits: max z, sum e, sum e * (z - max), z[target].
 
     e = exp(z - max). The target's z is -inf in the shards that do not own it, and a shard of
-    nothing but padding is (-inf, 0, 0, -inf). Native ops leave the third one 0 if nobody asks for
-    the entropy.
+    nothing but padding is (-inf, 0, 0, -inf).
+
+    Args:
+        logits: [N, V/tp], this rank's columns, any float dtype.
+        targets: [N] int64 global token ids.
+        shard: which columns these are.
     """
     if backend.is_native("row_stats", logits):
         stats: Tensor = torch.ops.megatron_rl.row_stats(
-            with_dense_rows(logits),
+            _with_dense_rows(logits),
             targets.contiguous(),
             None,
-            vocab_start,
-            vocab_start + num_valid,
-            1.0 / temperature,
-            with_entropy,
+            shard.vocab_start,
+            shard.vocab_start + shard.num_valid(logits.size(1)),
+            1.0 / shard.temperature,
+            True,
         )
         return stats
-    return shard_stats_definition(
-        logits, targets, num_valid=num_valid, vocab_start=vocab_start, temperature=temperature
-    )
+    return shard_stats_definition(logits, targets, shard)
 
 
-def with_dense_rows(logits: Tensor) -> Tensor:
+def _with_dense_rows(logits: Tensor) -> Tensor:
     """The same logits, copied if the columns of a row are not next to each other."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def shard_stats_definition(
-    logits: Tensor, targets: Tensor, *, num_valid: int, vocab_start: int, temperature: float
-) -> Tensor:
-    """What the native op must equal, and what runs where there is none."""
-    dtype = compute_dtype(logits.dtype)
+def shard_stats_definition(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
+    """The same in PyTorch: the native op must equal it, and it runs where there is none."""
+    dtype, num_valid = compute_dtype(logits.dtype), shard.num_valid(logits.size(1))
     if num_valid == 0:
         return torch.tensor(
             [-torch.inf, 0.0, 0.0, -torch.inf], dtype=dtype, device=logits.device
         ).expand(len(logits), 4)
-    scaled = logits[:, :num_valid].to(dtype) * (1.0 / temperature)
+    scaled = logits[:, :num_valid].to(dtype) * (1.0 / shard.temperature)
     row_max = scaled.amax(dim=1)
-    local_targets = targets - vocab_start
+    local_targets = targets - shard.vocab_start
     owned = (local_targets >= 0) & (local_targets < num_valid)
     picked = scaled.gather(1, local_targets.where(owned, 0)[:, None])[:, 0]
     finite_max = row_max.where(row_max > -torch.inf, 0.0)
@@ -158,7 +119,7 @@ def merge_stats(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def merge_stats_definition(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the native op must equal, and what runs where there is none."""
+    """The same in PyTorch: the native op must equal it, and it runs where there is none."""
     maxima, target_logits = gathered[:, :, 0], gathered[:, :, 3]
     row_max = maxima.amax(dim=0)
     total = torch.zeros_like(row_max)
@@ -180,41 +141,31 @@ def shard_gradient(
     entropy: Tensor,
     logprobs_grad: Tensor | None,
     entropy_grad: Tensor | None,
-    *,
-    num_valid: int,
-    vocab_start: int,
-    temperature: float,
-    overwrite: bool = False,
+    shard: Shard,
 ) -> Tensor:
     """[N, V/tp] gradient of a shard's logits, rounded once; exactly 0 in the padding.
 
     d logprob / dz_i = [i = target] - p_i and d entropy / dz_i = -p_i * (log p_i + entropy).
-    Native ops put it where the logits are if told to overwrite them.
+    All other tensors are [N].
     """
-    if not backend.is_native("dlogits_", logits):
+    if not backend.is_native("dlogits", logits):
         return shard_gradient_definition(
-            logits, targets, log_sum_exp, entropy, logprobs_grad, entropy_grad,
-            num_valid=num_valid, vocab_start=vocab_start, temperature=temperature,
-        )  # fmt: skip
+            logits, targets, log_sum_exp, entropy, logprobs_grad, entropy_grad, shard
+        )
     zeros = torch.zeros_like(log_sum_exp)
-    of_target = zeros if logprobs_grad is None else logprobs_grad / temperature
-    of_entropy = zeros if entropy_grad is None else entropy_grad / temperature
+    of_target = zeros if logprobs_grad is None else logprobs_grad / shard.temperature
+    of_entropy = zeros if entropy_grad is None else entropy_grad / shard.temperature
     # As csrc/dlogits/gradient_row.h takes them. An entropy that has no gradient may be anything.
     of_all = -of_target if entropy_grad is None else -(of_target + entropy * of_entropy)
-    params = torch.stack([log_sum_exp, of_target, of_entropy, of_all], dim=1)
-    settings = (
+    gradient: Tensor = torch.ops.megatron_rl.dlogits(
+        _with_dense_rows(logits),
         targets.contiguous(),
-        params,
+        torch.stack([log_sum_exp, of_target, of_entropy, of_all], dim=1),
         None,
-        vocab_start,
-        vocab_start + num_valid,
-        1.0 / temperature,
+        shard.vocab_start,
+        shard.vocab_start + shard.num_valid(logits.size(1)),
+        1.0 / shard.temperature,
     )
-    if overwrite and logits.stride(1) == 1:
-        torch.ops.megatron_rl.dlogits_(logits, *settings)
-        torch.autograd.graph.increment_version(logits)
-        return logits
-    gradient: Tensor = torch.ops.megatron_rl.dlogits(with_dense_rows(logits), *settings)
     return gradient
 
 
@@ -225,16 +176,14 @@ def shard_gradient_definition(
     entropy: Tensor,
     logprobs_grad: Tensor | None,
     entropy_grad: Tensor | None,
-    *,
-    num_valid: int,
-    vocab_start: int,
-    temperature: float,
+    shard: Shard,
 ) -> Tensor:
-    """What the native op must equal, and what runs where there is none."""
+    """The same in PyTorch: the native op must equal it, and it runs where there is none."""
     gradient = torch.zeros_like(logits)
+    num_valid = shard.num_valid(logits.size(1))
     if num_valid == 0:
         return gradient
-    scaled = logits[:, :num_valid].to(log_sum_exp.dtype) * (1.0 / temperature)
+    scaled = logits[:, :num_valid].to(log_sum_exp.dtype) * (1.0 / shard.temperature)
     log_p = (scaled - log_sum_exp[:, None]).clamp(min=_LOG_ZERO)
     p = log_p.exp()
     total = torch.zeros_like(p)
@@ -242,62 +191,10 @@ def shard_gradient_definition(
         total -= p * (log_p + entropy[:, None]) * entropy_grad[:, None]
     if logprobs_grad is not None:
         total -= p * logprobs_grad[:, None]
-        local_targets = targets - vocab_start
+        local_targets = targets - shard.vocab_start
         owned = (local_targets >= 0) & (local_targets < num_valid)
         total.scatter_add_(
             1, local_targets.where(owned, 0)[:, None], logprobs_grad.where(owned, 0.0)[:, None]
         )
-    gradient[:, :num_valid] = total * (1.0 / temperature)
+    gradient[:, :num_valid] = total * (1.0 / shard.temperature)
     return gradient
-
-
-class _VocabParallelLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        tp_group: dist.ProcessGroup | None,
-        num_valid: int,
-        vocab_start: int,
-        temperature: float,
-        with_entropy: bool,
-        overwrite_logits: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.overwrite_logits = overwrite_logits
-        ctx.shard = {
-            "num_valid": num_valid,
-            "vocab_start": vocab_start,
-            "temperature": temperature,
-        }
-        ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
-        stats = shard_stats(logits, targets, with_entropy=with_entropy, **ctx.shard)
-        logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, tp_group))
-        ctx.save_for_backward(logits, targets, log_sum_exp, entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        logits, targets, log_sum_exp, entropy = ctx.saved_tensors
-        gradient = shard_gradient(
-            logits,
-            targets,
-            log_sum_exp,
-            entropy,
-            logprobs_grad,
-            entropy_grad,
-            overwrite=ctx.overwrite_logits,
-            **ctx.shard,
-        )
-        return gradient, None, None, None, None, None, None, None
-
-
-def _check_rows(logits: Tensor, targets: Tensor) -> None:
-    if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(
-            f"expected logits [N, V/tp] and targets [N], got {list(logits.shape)} and "
-            f"{list(targets.shape)}: flatten the rows first"
-        )

@@ -6,7 +6,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_rl.ops.value_loss import VALUE_SUMS, value_loss, value_metrics
+from megatron_rl.objectives.value import VALUE_SUMS, value_loss, value_metrics
 from megatron_rl.policy.model import ValueModel
 from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
@@ -70,12 +70,13 @@ class Critic(TrainedModel):
         sums = torch.zeros(len(VALUE_SUMS), dtype=torch.float64)
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            assert batch.old_values is not None
-            assert batch.returns is not None
+            tokens = batch.loss
+            assert tokens.old_values is not None
+            assert tokens.returns is not None
             result = value_loss(
                 self._values(hidden, batch),
-                old_values=batch.old_values[batch.loss_rows],
-                returns=batch.returns[batch.loss_rows],
+                old_values=tokens.old_values,
+                returns=tokens.returns,
                 weight=1.0 / num_tokens,
                 clip=clip,
             )
@@ -93,7 +94,7 @@ class Critic(TrainedModel):
         """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        rows = hidden[:, 0].index_select(0, batch.loss_rows)
+        rows = hidden[:, 0].index_select(0, batch.loss.at)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         weight = self.chunks[-1].output_layer.weight
         values: Tensor = rows.to(dtype) @ weight[0].to(dtype)

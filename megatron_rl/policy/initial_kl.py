@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_rl.batching.measured import measured_samples
 from megatron_rl.batching.packer import Packer
-from megatron_rl.ops.token_loss import k3
+from megatron_rl.objectives.token_loss import k3
 from megatron_rl.parallel.collectives import sum_over
 from megatron_rl.policy.policy import Policy
 from megatron_rl.types import Report, RolloutGroup
@@ -57,8 +57,8 @@ class InitialKl:
         sums = torch.zeros(3, dtype=torch.float64)
         if values is not None and self._policy.groups.is_first_copy:
             for batch, initial in zip(batches, values, strict=True):
-                if batch.rollout_logprobs is not None:
-                    sampled = batch.rollout_logprobs[batch.loss_rows]
+                sampled = batch.loss.rollout_logprobs
+                if sampled is not None:
                     sums += _kl_sums((sampled - initial).double().cpu())
         tokens, k1_sum, k3_sum = sum_over(sums.tolist(), self._policy.groups.host)
         if tokens:

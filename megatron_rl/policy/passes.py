@@ -10,10 +10,10 @@ class PassPlan:
     """Which forward passes the algorithm needs besides the update's own, and why not the others."""
 
     old: bool  # before the first update
-    old_first: bool  # for the mini-batch that is trained first, too
+    old_first: bool  # also for the first mini-batch, which otherwise needs none: its ratio is 1
     ref: bool
     values: bool
-    reasons: tuple[str, ...]
+    reasons: tuple[tuple[str, str], ...]  # name of a pass, and why it runs or not
 
 
 def plan_passes(
@@ -23,11 +23,11 @@ def plan_passes(
     old_first = algorithm.has_kl_in_reward or critic_warmup > 0
     values = algorithm.preset.needs_critic
     reasons = [
-        _why_old(algorithm, num_updates, epochs, old_first=old_first),
-        _why_ref(algorithm),
+        ("old-log-prob pass", _why_old(algorithm, num_updates, epochs, old_first=old_first)),
+        ("reference pass", _why_ref(algorithm)),
     ]
     if values:
-        reasons.append("value pass: every kept response, algorithm.advantage=gae")
+        reasons.append(("value pass", "every kept response, algorithm.advantage=gae"))
     return PassPlan(
         old=algorithm.needs_old_logprobs and (num_updates > 1 or old_first),
         old_first=old_first,
@@ -39,26 +39,23 @@ def plan_passes(
 
 def _why_old(algorithm: Algorithm, num_updates: int, epochs: int, *, old_first: bool) -> str:
     if not algorithm.needs_old_logprobs:
-        return "old-log-prob pass: skipped, the loss does not use them"
+        return "skipped, the loss does not use them"
     if algorithm.has_kl_in_reward:
-        return "old-log-prob pass: every kept response, algorithm.kl_reward_coef is in its reward"
+        return "every kept response, algorithm.kl_reward_coef is in its reward"
     if old_first:
-        return "old-log-prob pass: every kept response, while the policy waits for the critic"
+        return "every kept response, while the policy waits for the critic"
     if num_updates * epochs == 1:
-        return "old-log-prob pass: skipped, one update on fresh rollouts has ratio exactly 1"
+        return "skipped, one update on fresh rollouts has ratio exactly 1"
     if num_updates == 1:
-        return "old-log-prob pass: skipped, the first epoch's own forward gives them"
-    return (
-        f"old-log-prob pass: for {num_updates - 1} of {num_updates} mini-batches, the first "
-        "has ratio exactly 1"
-    )
+        return "skipped, the first epoch's own forward gives them"
+    return f"for {num_updates - 1} of {num_updates} mini-batches, the first has ratio exactly 1"
 
 
 def _why_ref(algorithm: Algorithm) -> str:
     if not algorithm.needs_ref_logprobs:
-        return "reference pass: skipped, neither loss nor reward asks for the initial policy"
+        return "skipped, neither loss nor reward asks for the initial policy"
     config = algorithm.config
-    if algorithm.preset.trains_pairs:
-        return "reference pass: both responses of every pair, algorithm.dpo_reference=initial"
+    if algorithm.objective.needs_ref_logprobs:
+        return "both responses of every pair, algorithm.objective.reference=initial"
     name = "kl_reward_coef" if algorithm.has_kl_in_reward else "kl_coef"
-    return f"reference pass: every kept response, algorithm.{name}={getattr(config, name)}"
+    return f"every kept response, algorithm.{name}={getattr(config, name)}"

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -12,13 +11,14 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from megatron_rl.ops.linear_loss import linear_logprobs
-from megatron_rl.ops.pair_loss import PairSpec
-from megatron_rl.ops.token_loss import LossSpec
+from megatron_rl.megatron.gradients import MainGrad
+from megatron_rl.objectives.loss import Loss, no_extrema
+from megatron_rl.ops.head import Head
+from megatron_rl.ops.linear_logprobs import linear_logprobs
+from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.config import ModelConfig, OptimizerConfig
-from megatron_rl.policy.objectives import Head, no_extrema, objective_of
 from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
@@ -53,61 +53,59 @@ class Policy(TrainedModel):
         self.temperature = temperature
 
     def logprobs(self, microbatches: Sequence[MicroBatch]) -> list[Tensor] | None:
-        """Log-probabilities [N] of the loss rows of each micro-batch; None off the last stage.
+        """Log-probabilities [N] of the loss tokens of each micro-batch; None off the last stage.
 
         Every rank calls it, with its own data-parallel rank's micro-batches.
         """
         collected: list[Tensor] = []
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            head = self._head(hidden, batch)
-            values, _ = linear_logprobs(head.hidden, head.weight, head.targets, **head.settings)
+            values, _ = linear_logprobs(self._head(hidden, batch), batch.loss.targets)
             collected.append(values)
             return values.sum()
 
         self.forward(microbatches, measure)
         return collected if self.groups.is_last_stage else None
 
-    def update(self, microbatches: Sequence[MicroBatch], spec: LossSpec | PairSpec) -> UpdateResult:
+    def update(self, microbatches: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         """One optimizer step on a mini-batch whose weights are shares of the global loss."""
-        objective = objective_of(spec)
-        sums = torch.zeros(objective.num_sums, dtype=torch.float64)
+        sums = torch.zeros(loss.num_sums, dtype=torch.float64)
         extrema = no_extrema()
         collected: list[Tensor] = []
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            result = objective(self._head(hidden, batch), batch)
-            sums.add_(result.sums)
-            torch.maximum(extrema, result.extrema, out=extrema)
+            result = loss(self._head(hidden, batch, is_trained=True), batch)
+            sums.add_(result.sums.cpu())
+            torch.maximum(extrema, result.extrema.cpu(), out=extrema)
             collected.append(result.logprobs)
             return result.loss
 
         self.backward(microbatches, measure)
-        metrics = objective.metrics(self.summed(sums), self.largest(extrema))
+        metrics = loss.metrics(self.summed(sums), self.largest(extrema))
         metrics |= self.step(metrics["policy/loss"])
         return UpdateResult(
             metrics=metrics, logprobs=collected if self.groups.is_last_stage else None
         )
 
-    def _head(self, hidden: Tensor, batch: MicroBatch) -> Head:
+    def _head(self, hidden: Tensor, batch: MicroBatch, *, is_trained: bool = False) -> Head:
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
-        rows = batch.loss_rows
+        weight = self.chunks[-1].head_weight()
         return Head(
-            hidden=hidden[:, 0].index_select(0, rows),
-            weight=self.chunks[-1].head_weight(),
-            targets=batch.targets[rows],
-            settings=self._head_settings(),
+            hidden=hidden[:, 0].index_select(0, batch.loss.at),
+            head_weight=weight,
+            shard=self._shard(),
+            gradient_buffer=MainGrad(weight) if is_trained else None,
         )
 
-    def _head_settings(self) -> dict[str, Any]:
+    def _shard(self) -> Shard:
         tp = self.groups.layout.tp
-        shard = padded_vocab_size(self.arch.vocab_size, tp) // tp
-        return {
-            "tp_group": parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
-            "vocab_start": self.groups.here.tp_rank * shard,
-            "valid_vocab": self.arch.vocab_size,
-            "temperature": self.temperature,
-        }
+        return Shard(
+            tp_group=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
+            vocab_start=self.groups.here.tp_rank
+            * (padded_vocab_size(self.arch.vocab_size, tp) // tp),
+            valid_vocab=self.arch.vocab_size,
+            temperature=self.temperature,
+        )

@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_rl.algorithms.advantage import SumOverRanks, whiten
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.gae import gae, token_rewards
-from megatron_rl.batching.pack import with_token_advantages
 from megatron_rl.types import MicroBatch, MiniBatch
 
 
@@ -56,7 +55,7 @@ def estimate(
         sum_over_ranks=sum_over_ranks,
     ).split([len(advantages) for advantages, _ in estimates])
     finished = iter(
-        with_token_advantages(row, advantages, old_values=value, returns=returns)
+        row.with_loss(advantages=advantages, old_values=value, returns=returns)
         for row, advantages, value, (_, returns) in zip(
             rows, whitened, flat, estimates, strict=True
         )
@@ -81,15 +80,15 @@ def estimate(
 def _of_row(
     row: MicroBatch, values: Tensor, config: AlgorithmConfig, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns [N] of the row's loss rows, float64 on the host."""
+    """Advantages and returns [N] of the row's loss tokens, float64 on the host."""
     lengths = torch.tensor([len(s.response_tokens) for s in row.samples], dtype=torch.int64)
     if not len(lengths):
         return values, values
     rewards = token_rewards(
         torch.tensor([sample.advantage for sample in row.samples], dtype=torch.float64),
         lengths,
-        old_logprobs=_padded(_at_rows(row.old_logprobs, row), lengths) if kl_coef else None,
-        ref_logprobs=_padded(_at_rows(row.ref_logprobs, row), lengths) if kl_coef else None,
+        old_logprobs=_padded(_on_host(row.loss.old_logprobs), lengths) if kl_coef else None,
+        ref_logprobs=_padded(_on_host(row.loss.ref_logprobs), lengths) if kl_coef else None,
         kl_coef=kl_coef,
     )
     advantages, returns = gae(
@@ -100,13 +99,13 @@ def _of_row(
 
 
 def _kl_sum(row: MicroBatch) -> float:
-    difference = _at_rows(row.old_logprobs, row) - _at_rows(row.ref_logprobs, row)
+    difference = _on_host(row.loss.old_logprobs) - _on_host(row.loss.ref_logprobs)
     return float(difference.sum())
 
 
-def _at_rows(values: Tensor | None, row: MicroBatch) -> Tensor:
+def _on_host(values: Tensor | None) -> Tensor:
     assert values is not None
-    return values[row.loss_rows].cpu().double()
+    return values.cpu().double()
 
 
 def _padded(values: Tensor, lengths: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.gae import adapted_kl_coef
-from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.policy.config import CriticConfig
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.passes import PassPlan
@@ -47,15 +46,14 @@ class Trainer:
         if self.passes.old:
             trained = [batch.update for batch in _trained(batches)]
             for update in trained if self.passes.old_first else trained[1:]:
-                result[update] = _with_old(
-                    result[update], self.policy.logprobs(result[update].microbatches)
-                )
+                values = self.policy.logprobs(result[update].microbatches)
+                result[update] = _with(result[update], "old_logprobs", values)
         if self.passes.ref and list(_trained(batches)):
             assert self._reference is not None
             with self.policy.weights_replaced(self._reference):
                 for batch in _trained(batches):
                     values = self.policy.logprobs(batch.microbatches)
-                    result[batch.update] = _with_ref(result[batch.update], values)
+                    result[batch.update] = _with(result[batch.update], "ref_logprobs", values)
         return result
 
     def add_advantages(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
@@ -89,12 +87,12 @@ class Trainer:
                 is_first = epoch == 0 and step == 0
                 result = self.policy.update(
                     [_measurable(mb, is_first=is_first) for mb in batch.microbatches],
-                    self.algorithm.loss_spec(),
+                    self.algorithm.loss(),
                 )
                 history.append(result.metrics)
                 updates += 1
                 if self._keeps_own_as_old(is_first=is_first):
-                    trained[0] = _with_old(batch, result.logprobs)
+                    trained[0] = _with(batch, "old_logprobs", result.logprobs)
         skipped = (len(batches) - len(trained)) * self._epochs
         self._report(
             {
@@ -159,24 +157,22 @@ def _trained(batches: Sequence[MiniBatch]) -> Iterator[MiniBatch]:
 
 
 def _measurable(batch: MicroBatch, *, is_first: bool) -> MicroBatch:
-    """Without old log-probs the gap to the engine is only defined on the first update."""
-    if is_first or batch.old_logprobs is not None:
+    """The row without rollout_logprobs where their distance would not measure the engine.
+
+    After the first update logprobs have moved, so their distance from rollout_logprobs would
+    measure learning. Without old_logprobs, drop it there.
+    """
+    if is_first or batch.loss.old_logprobs is not None:
         return batch
-    return replace(batch, rollout_logprobs=None)
+    return batch.with_loss(rollout_logprobs=None)
 
 
-def _with_old(batch: MiniBatch, values: list[Tensor] | None) -> MiniBatch:
+def _with(batch: MiniBatch, name: str, values: Sequence[Tensor] | None) -> MiniBatch:
+    """The mini-batch with [N] constants of each row's loss; as it is where there are none."""
     if values is None:  # the loss is computed on the last stage only
         return batch
-    pairs = zip(batch.microbatches, values, strict=True)
-    return replace(batch, microbatches=tuple(with_old_logprobs(mb, v) for mb, v in pairs))
-
-
-def _with_ref(batch: MiniBatch, values: list[Tensor] | None) -> MiniBatch:
-    if values is None:
-        return batch
-    pairs = zip(batch.microbatches, values, strict=True)
-    return replace(batch, microbatches=tuple(with_ref_logprobs(mb, v) for mb, v in pairs))
+    rows = zip(batch.microbatches, values, strict=True)
+    return replace(batch, microbatches=tuple(row.with_loss(**{name: v}) for row, v in rows))
 
 
 def _over_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -69,8 +69,9 @@ def check_engine(
 
 def _gap(batch: MicroBatch, logprobs: Tensor) -> float:
     """Largest difference of one row; logprobs [N] are the policy's."""
-    if batch.rollout_logprobs is None or not len(logprobs):
+    sampled = batch.loss.rollout_logprobs
+    if sampled is None or not len(logprobs):
         return 0.0
-    difference = (batch.rollout_logprobs[batch.loss_rows] - logprobs).abs()
+    difference = (sampled - logprobs).abs()
     # Comparisons with nan are false: max() and the collective would drop it.
     return float(difference.nan_to_num(nan=torch.inf).max())

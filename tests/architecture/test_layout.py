@@ -20,9 +20,9 @@ CONFIGS = sorted(PACKAGE.glob("*/config.py"))
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
     "__main__", "commands", "session", "plan", "grade", "build", "loop", "run", "preflight",
-    "config", "checkpoint", "conversion", "rollout", "evaluation", "policy", "weights", "batching",
-    "prompts", "reward", "algorithms", "metrics", "parallel", "ops", "platforms", "types",
-    "settings", "errors",
+    "config", "checkpoint", "conversion", "rollout", "evaluation", "policy", "megatron", "weights",
+    "batching", "prompts", "reward", "algorithms", "objectives", "metrics", "parallel", "ops",
+    "platforms", "types", "settings", "errors",
 ]  # fmt: skip
 
 MAX_FILE_LINES = 450
@@ -47,6 +47,23 @@ def test_rooms_import_downwards():
         if ROOMS.index(target) < ROOMS.index(room_of(path))
     ]
     assert not upward, "\n".join(upward)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {module_of(path): files_imported(path.read_text()) for path in FILES}
+    circles = circles_of(graph)
+    assert not circles, "\n".join(" -> ".join(circle) for circle in circles)
+
+
+def test_a_circle_is_found_wherever_its_imports_stand():
+    a = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from megatron_rl.ops import b\n"
+    b = "def f():\n    import megatron_rl.ops.c\n"
+    c = "from megatron_rl.ops.a import thing\nfrom megatron_rl.ops.d import other\n"
+    sources = {"a": a, "b": b, "c": c, "d": "import torch\n"}
+    graph = {f"megatron_rl.ops.{name}": files_imported(text) for name, text in sources.items()}
+    assert [set(circle) for circle in circles_of(graph)] == [
+        {"megatron_rl.ops.a", "megatron_rl.ops.b", "megatron_rl.ops.c"}
+    ]
 
 
 def test_every_form_of_import_is_seen():
@@ -175,3 +192,40 @@ def rooms_imported(source: str) -> Iterator[tuple[int, str]]:
             room = rest.partition(".")[0]
             if package == "megatron_rl" and room in ROOMS:  # _C and the like are no rooms
                 yield node.lineno, room
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def files_imported(source: str) -> set[str]:
+    """Names that may be modules of ours, those under TYPE_CHECKING and in functions among them."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name.startswith("megatron_rl.")}
+
+
+def circles_of(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of two or more modules each of which reaches all others; and self-importers."""
+
+    def reached(start: str) -> set[str]:
+        seen, left = set(), [start]
+        while left:
+            for name in graph.get(left.pop(), set()) & graph.keys():
+                if name not in seen:
+                    seen.add(name)
+                    left.append(name)
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    circles = {
+        tuple(sorted(other for other in reach[name] if name in reach[other]))
+        for name in graph
+        if name in reach[name]
+    }
+    return [list(circle) for circle in sorted(circles)]

@@ -183,7 +183,7 @@ def gap(run: Run, rows: Sequence[MicroBatch]) -> tuple[float, int]:
     largest, count = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     for batch, own in zip(rows, run.policy.logprobs(rows) or [], strict=False):
         if len(own):
-            difference = (batch.rollout_logprobs[batch.loss_rows] - own).abs().double()
+            difference = (batch.loss.rollout_logprobs - own).abs().double()
             largest = largest.maximum(difference.nan_to_num(nan=torch.inf).max())
             count += len(own) * run.groups.is_first_copy
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)

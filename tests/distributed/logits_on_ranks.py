@@ -72,7 +72,7 @@ def logits_error(policy: Policy, sequences: Sequence[Tensor], expected: Sequence
         if policy.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
         weight = policy.chunks[-1].head_weight()
-        logits = F.linear(hidden[:, 0].index_select(0, batch.loss_rows), weight)
+        logits = F.linear(hidden[:, 0].index_select(0, batch.loss.at), weight)
         logits = gather_from_tensor_model_parallel_region(logits)
         wanted = torch.cat([expected[sample.group_id][:-1] for sample in batch.samples])
         difference = (logits[:, : policy.arch.vocab_size] - wanted).abs().max().double()

@@ -24,9 +24,11 @@ from torch.distributed.distributed_c10d import _world
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
-from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
+from megatron_rl.algorithms.presets import PRESETS
 from megatron_rl.batching.packer import Packer
-from megatron_rl.ops import backend, linear_loss
+from megatron_rl.objectives.registry import OBJECTIVES
+from megatron_rl.ops import backend
+from megatron_rl.ops import head as head_module
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups, make_groups
 from megatron_rl.platforms.base import detect
@@ -181,7 +183,7 @@ def _softmax_in_own_dtype(values: Tensor, dim: int, dtype: torch.dtype | None = 
 
 def _small_chunks(layout: Layout) -> AbstractContextManager[Any]:
     row_bytes = 8 * padded_vocab_size(VOCAB_SIZE, layout.tp) // layout.tp
-    return mock.patch.object(linear_loss, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
+    return mock.patch.object(head_module, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
 
 
 @contextmanager
@@ -199,7 +201,24 @@ def _overlapped_reduction(model: TrainedModel) -> Iterator[None]:
 
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
-    return Algorithm(AlgorithmConfig(**vars(recipe), train_on_everything=train_on_everything))
+    settings = dict(vars(recipe))
+    own = {name: settings.pop(key) for key, name in OBJECTIVE_SETTINGS.items()}
+    kind = OBJECTIVES[PRESETS[recipe.preset].objective]
+    objective = {name: value for name, value in own.items() if name in kind.model_fields}
+    config = AlgorithmConfig(
+        **settings, objective=objective, train_on_everything=train_on_everything
+    )
+    return Algorithm(config)
+
+
+OBJECTIVE_SETTINGS = {
+    "eps_low": "eps_low",
+    "eps_high": "eps_high",
+    "dual_clip": "dual_clip",
+    "dpo_beta": "beta",
+    "dpo_reference": "reference",
+}
+"""Field of a Recipe -> setting of the objective that has it."""
 
 
 def pack(
@@ -245,9 +264,9 @@ def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[Micro
     )
     rows = batch.microbatches
     if question.has_old:
-        rows = tuple(with_old_logprobs(row, _at_rows(problem.old, row)) for row in rows)
+        rows = tuple(row.with_loss(old_logprobs=_at_rows(problem.old, row)) for row in rows)
     if algorithm.needs_ref_logprobs:
-        rows = tuple(with_ref_logprobs(row, _at_rows(problem.ref, row)) for row in rows)
+        rows = tuple(row.with_loss(ref_logprobs=_at_rows(problem.ref, row)) for row in rows)
     if algorithm.preset.needs_critic:
         rows = with_values(policy, replace(batch, microbatches=rows), algorithm, problem)
     return rows
@@ -303,8 +322,8 @@ def measure(
     rows = rows if change is None else change(rows)
     weights = policy.snapshot()
     with nullcontext() if fault is None else fault(policy):
-        spec = algorithm_of(case.question.recipe).loss_spec()
-        loss = policy.update(rows, spec).metrics["policy/loss"]
+        minimised = algorithm_of(case.question.recipe).loss()
+        loss = policy.update(rows, minimised).metrics["policy/loss"]
         norm = policy.optimizer.get_grad_norm()
     for name, parameter in policy.named_parameters().items():
         parameter.copy_(weights[name])

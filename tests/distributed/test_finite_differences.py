@@ -46,13 +46,13 @@ def measure_slopes(problems: dict[str, Path], out: Path) -> None:
         start = policy.snapshot()
         for name, question in QUESTIONS.items():
             rows = microbatches_of(policy, Case(question=question), problem)
-            spec = algorithm_of(question.recipe).loss_spec()
+            loss = algorithm_of(question.recipe).loss()
 
-            def loss_at(shift: dict[str, torch.Tensor], step: float, rows=rows, spec=spec) -> float:
+            def loss_at(shift: dict[str, torch.Tensor], step: float, rows=rows, loss=loss) -> float:
                 for key, parameter in policy.named_parameters().items():
                     parameter.copy_(start[key] + step * shift[key])
-                loss: float = policy.update(rows, spec).metrics["policy/loss"]
-                return loss
+                value: float = policy.update(rows, loss).metrics["policy/loss"]
+                return value
 
             still = {key: torch.zeros_like(value) for key, value in start.items()}
             loss_at(still, 0.0)

@@ -151,13 +151,13 @@ def error_of_a_division(policy: Any, problem: Any, layout: Any) -> str:
 
 def other_targets(rows: tuple[Any, ...]) -> tuple[Any, ...]:
     """Another target wherever the weight is 0."""
-    assert any((row.weights[row.loss_rows] == 0).any() for row in rows), "no rejected sample here"
-    return tuple(
-        replace(
-            row, targets=torch.where(row.weights == 0, (row.targets + 1) % VOCAB_SIZE, row.targets)
-        )
-        for row in rows
-    )
+    assert any((row.loss.weights == 0).any() for row in rows), "no rejected sample here"
+
+    def changed(tokens: Any) -> Any:
+        others = (tokens.targets + 1) % VOCAB_SIZE
+        return replace(tokens, targets=torch.where(tokens.weights == 0, others, tokens.targets))
+
+    return tuple(replace(row, loss=changed(row.loss)) for row in rows)
 
 
 def shift_one_target(policy: Any) -> Any:
@@ -166,10 +166,10 @@ def shift_one_target(policy: Any) -> Any:
     def change(rows: tuple[Any, ...]) -> tuple[Any, ...]:
         if policy.groups.here.dp_rank:
             return rows
-        targets = rows[0].targets.clone()
-        entry = rows[0].loss_rows[0]
-        targets[entry] = (targets[entry] + 1) % VOCAB_SIZE
-        return (replace(rows[0], targets=targets), *rows[1:])
+        targets = rows[0].loss.targets.clone()
+        targets[0] = (targets[0] + 1) % VOCAB_SIZE
+        shifted = replace(rows[0], loss=replace(rows[0].loss, targets=targets))
+        return (shifted, *rows[1:])
 
     return change
 

@@ -238,8 +238,8 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
             row_tokens=PAIR_ROWS,
         )
         passes = plan_passes(algorithm, num_updates=len(batches), epochs=run.epochs)
-        assert passes.old == (not algorithm.preset.trains_pairs)
-        assert passes.ref == (bool(run.recipe.kl_coef) or algorithm.preset.trains_pairs)
+        assert passes.old == (not algorithm.objective.trains_pairs)
+        assert passes.ref == (bool(run.recipe.kl_coef) or algorithm.objective.trains_pairs)
         metrics: dict[str, float] = {}
         trainer = Trainer(
             policy,

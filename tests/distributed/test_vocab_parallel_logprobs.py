@@ -3,9 +3,13 @@ import torch
 import torch.distributed as dist
 from harness import run_on_ranks
 
-from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
-from megatron_rl.ops.token_loss import LossSpec
-from megatron_rl.ops.vocab_parallel import vocab_parallel_logprobs
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.token_loss import linear_policy_loss
+from megatron_rl.ops.head import Head
+from megatron_rl.ops.linear_logprobs import linear_logprobs
+from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.vocab_parallel import Shard
+from megatron_rl.types import LossTokens
 
 ROWS, HIDDEN, TEMPERATURE = 33, 16, 0.7
 
@@ -49,10 +53,9 @@ def check_logprobs(tp: int) -> None:
             entropy = -(log_p.exp() * log_p).sum(-1)
             (logprobs @ logprobs_grad + entropy @ entropy_grad).backward()
 
-            shard = my_part(logits, tp, dim=1).to(dtype).requires_grad_()
-            actual_logprobs, actual_entropy = vocab_parallel_logprobs(
-                shard, targets, with_entropy=True, **my_shard(tp, valid_vocab)
-            )
+            head = head_of(my_part(logits, tp, dim=1).to(dtype), tp, valid_vocab)
+            shard = head.head_weight.requires_grad_()
+            actual_logprobs, actual_entropy = linear_logprobs(head, targets)
             (
                 actual_logprobs @ logprobs_grad.to(dtype) + actual_entropy @ entropy_grad.to(dtype)
             ).backward()
@@ -60,64 +63,50 @@ def check_logprobs(tp: int) -> None:
             close = {"check_dtype": False, **tolerance}
             torch.testing.assert_close(actual_logprobs, logprobs, **close)
             torch.testing.assert_close(actual_entropy, entropy, **close)
-            torch.testing.assert_close(shard.grad, my_part(exact.grad, tp, dim=1), **close)
-            start = my_shard(tp, valid_vocab)["vocab_start"]
-            assert (shard.grad[:, max(valid_vocab - start, 0) :] == 0).all()
+            torch.testing.assert_close(shard.grad.T, my_part(exact.grad, tp, dim=1), **close)
+            start = head.shard.vocab_start
+            assert (shard.grad[max(valid_vocab - start, 0) :] == 0).all()
 
 
 def check_linear_loss(tp: int) -> None:
     for valid_vocab in VALID_VOCABS:
         for dtype, tolerance in TOLERANCES.items():
-            hidden, weight, targets, loss_inputs = linear_problem(valid_vocab)
+            hidden, weight, tokens = linear_problem(valid_vocab)
             exact_hidden, exact_weight = (
                 hidden.clone().requires_grad_(),
                 weight.clone().requires_grad_(),
             )
             log_p = (exact_hidden @ exact_weight[:valid_vocab].T / TEMPERATURE).log_softmax(-1)
-            loss = reference_loss(log_p, targets, loss_inputs)
+            loss = reference_loss(log_p, tokens)
             loss.backward()
 
             my_hidden = hidden.to(dtype).requires_grad_()
             my_weight = my_part(weight, tp, dim=0).to(dtype).requires_grad_()
             for chunk_rows in (8, 100):
                 my_hidden.grad = my_weight.grad = None
-                result, logprobs = linear_policy_loss(
-                    my_hidden,
-                    my_weight,
-                    targets,
-                    spec=SPEC,
-                    with_entropy=True,
-                    chunk_rows=chunk_rows,
-                    **loss_inputs,
-                    **my_shard(tp, valid_vocab),
+                head = Head(
+                    hidden=my_hidden, head_weight=my_weight, shard=my_shard(tp, valid_vocab)
                 )
+                result = linear_policy_loss(head, tokens, *LOSS, chunk_rows=chunk_rows)
                 result.loss.backward()
                 dist.all_reduce(my_hidden.grad)  # as the mapping behind the LM head does
 
                 close = {"check_dtype": False, **tolerance}
                 torch.testing.assert_close(result.loss, loss, **close)
-                torch.testing.assert_close(
-                    logprobs, log_p.detach().gather(-1, targets[:, None])[:, 0], **close
-                )
+                exact_logprobs = log_p.detach().gather(-1, tokens.targets[:, None])[:, 0]
+                torch.testing.assert_close(result.logprobs, exact_logprobs, **close)
                 torch.testing.assert_close(my_hidden.grad, exact_hidden.grad, **close)
                 torch.testing.assert_close(
                     my_weight.grad, my_part(exact_weight.grad, tp, dim=0), **close
                 )
-                again, _ = linear_logprobs(
-                    hidden.to(dtype),
-                    my_weight,
-                    targets,
-                    chunk_rows=chunk_rows,
-                    **my_shard(tp, valid_vocab),
-                )
-                assert torch.equal(again, logprobs)
+                with torch.no_grad():
+                    again, _ = linear_logprobs(head, tokens.targets, chunk_rows=chunk_rows)
+                assert torch.equal(again, result.logprobs)
 
 
 def check_bits(tp: int) -> None:
     logits, targets, _, _ = logits_problem(52)
-    results = vocab_parallel_logprobs(
-        my_part(logits, tp, dim=1).float(), targets, with_entropy=True, **my_shard(tp, 52)
-    )
+    results = linear_logprobs(head_of(my_part(logits, tp, dim=1).float(), tp, 52), targets)
     for result in results:
         everyones = [torch.empty_like(result) for _ in range(tp)]
         dist.all_gather(everyones, result)
@@ -125,36 +114,28 @@ def check_bits(tp: int) -> None:
 
 
 def check_backward_of_one_rank(tp: int) -> None:
-    hidden, weight, targets, loss_inputs = linear_problem(52)
+    hidden, weight, tokens = linear_problem(52)
     hidden.requires_grad_()
-    result, _ = linear_policy_loss(
-        hidden,
-        my_part(weight, tp, dim=0),
-        targets,
-        spec=SPEC,
-        with_entropy=True,
-        chunk_rows=8,
-        **loss_inputs,
-        **my_shard(tp, 52),
-    )
+    head = Head(hidden=hidden, head_weight=my_part(weight, tp, dim=0), shard=my_shard(tp, 52))
+    result = linear_policy_loss(head, tokens, *LOSS, chunk_rows=8)
     if dist.get_rank() == 0:
         result.loss.backward()  # would wait for rank 1 until the test times out
         assert hidden.grad.abs().sum() > 0
 
 
-SPEC = LossSpec(kind="clipped_ratio", kl_coef=0.1, kl_estimator="k3", entropy_coef=0.05)
+LOSS = (ClippedRatio(), SharedTerms(kl_coef=0.1, kl_estimator="k3", entropy_coef=0.05))
 
 
-def reference_loss(log_p, targets, inputs):
-    """The same loss as SPEC's, from the definitions."""
-    logprobs = log_p.gather(-1, targets[:, None])[:, 0]
-    ratio = (logprobs - inputs["old_logprobs"]).exp()
-    advantages = inputs["advantages"]
+def reference_loss(log_p, tokens):
+    """The same loss as LOSS, from the definitions."""
+    logprobs = log_p.gather(-1, tokens.targets[:, None])[:, 0]
+    ratio = (logprobs - tokens.old_logprobs).exp()
+    advantages = tokens.advantages
     policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    to_ref = inputs["ref_logprobs"] - logprobs
+    to_ref = tokens.ref_logprobs - logprobs
     kl = to_ref.exp() - 1 - to_ref
     entropy = -(log_p.exp() * log_p).sum(-1)
-    return (inputs["weights"] * (policy + 0.1 * kl - 0.05 * entropy)).sum()
+    return (tokens.weights * (policy + 0.1 * kl - 0.05 * entropy)).sum()
 
 
 def logits_problem(valid_vocab):
@@ -173,23 +154,30 @@ def linear_problem(valid_vocab):
     targets = torch.randint(0, valid_vocab, (ROWS,))
     log_p = (hidden @ weight[:valid_vocab].T / TEMPERATURE).log_softmax(-1)
     logprobs = log_p.gather(-1, targets[:, None])[:, 0]
-    loss_inputs = {
-        "old_logprobs": logprobs + torch.linspace(-0.5, 0.5, ROWS).double(),
-        "ref_logprobs": logprobs + 0.3 * torch.randn(ROWS).double(),
-        "rollout_logprobs": None,
-        "advantages": torch.randn(ROWS).double(),
-        "weights": torch.full((ROWS,), 1 / ROWS).double(),
-    }
-    return hidden, weight, targets, loss_inputs
+    tokens = LossTokens(
+        at=torch.arange(ROWS),
+        targets=targets,
+        old_logprobs=logprobs + torch.linspace(-0.5, 0.5, ROWS).double(),
+        ref_logprobs=logprobs + 0.3 * torch.randn(ROWS).double(),
+        advantages=torch.randn(ROWS).double(),
+        weights=torch.full((ROWS,), 1 / ROWS).double(),
+    )
+    return hidden, weight, tokens
+
+
+def head_of(logits, tp, valid_vocab):
+    """A head whose logits are these: a unit vector as the hidden state of each row."""
+    hidden = torch.eye(len(logits), dtype=logits.dtype)
+    return Head(hidden=hidden, head_weight=logits.T, shard=my_shard(tp, valid_vocab))
 
 
 def my_shard(tp, valid_vocab):
-    return {
-        "tp_group": dist.group.WORLD if tp > 1 else None,
-        "vocab_start": dist.get_rank() * PADDED_VOCAB // tp,
-        "valid_vocab": valid_vocab,
-        "temperature": TEMPERATURE,
-    }
+    return Shard(
+        tp_group=dist.group.WORLD if tp > 1 else None,
+        vocab_start=dist.get_rank() * PADDED_VOCAB // tp,
+        valid_vocab=valid_vocab,
+        temperature=TEMPERATURE,
+    )
 
 
 def my_part(tensor, tp, *, dim):

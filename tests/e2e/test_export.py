@@ -150,9 +150,11 @@ def export_on_ranks(model_dir: Path, folder: Path, tp: int, pp: int) -> None:
     ]
     rows = run.packer.pack_for_measuring(samples if dist.get_rank() == 0 else [])
     measured = [
-        (sample.prompt_tokens, sample.response_tokens, own[at : at + len(sample.response_tokens)])
+        (sample.prompt_tokens, sample.response_tokens, part)
         for batch, own in zip(rows, run.policy.logprobs(rows) or [], strict=False)
-        for sample, at in zip(batch.samples, batch.first_loss_rows, strict=True)
+        for sample, part in zip(
+            batch.samples, own.split([len(s.response_tokens) for s in batch.samples]), strict=True
+        )
     ]
     stock, limit_of = export_module.plan_files, {"one": 1 << 30, "several": 100_000}
     for name, limit in limit_of.items():  # the second export replaces the first

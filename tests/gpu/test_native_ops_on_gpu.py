@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from megatron_rl.megatron.gradients import MainGrad
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.token_loss import linear_policy_loss
 from megatron_rl.ops import backend, native
 from megatron_rl.ops.group_stats import (
     GROUP_ADVANTAGES,
@@ -10,10 +13,12 @@ from megatron_rl.ops.group_stats import (
     group_stats,
     group_stats_definition,
 )
-from megatron_rl.ops.linear_loss import linear_logprobs, linear_policy_loss
-from megatron_rl.ops.native_loss import LossInputs
-from megatron_rl.ops.policy_loss import policy_loss
-from megatron_rl.ops.token_loss import LossSpec
+from megatron_rl.ops.head import Head
+from megatron_rl.ops.linear_logprobs import linear_logprobs
+from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.native_loss import loss_arguments
+from megatron_rl.ops.vocab_parallel import Shard
+from megatron_rl.types import LossTokens
 
 GPU = torch.device("cuda")
 pytestmark = [
@@ -26,8 +31,8 @@ ops = torch.ops.megatron_rl
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # One block, clusters of 1, 2, 4 and 8, beyond the largest cluster, and rows that no pack fits.
 VOCABS = [1, 17, 32, 1024, 20480, 20488, 50257, 81920, 128256, 151936, 163840, 163848, 200064]
-SPEC = LossSpec(kind="clipped_ratio", eps_high=0.28, kl_coef=0.1, entropy_coef=0.05)
-PLAIN = LossSpec(kind="clipped_ratio")
+FULL = (ClippedRatio(eps_high=0.28), SharedTerms(kl_coef=0.1, entropy_coef=0.05))
+PLAIN = (ClippedRatio(), SharedTerms())
 
 
 def problem(rows, vocab, dtype):
@@ -35,44 +40,43 @@ def problem(rows, vocab, dtype):
     logits = (torch.randn(rows, vocab) * 4).to(dtype)
     targets = torch.randint(0, vocab, (rows,))
     logprobs = logits.double().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    inputs = {
-        "old_logprobs": logprobs + 0.3 * torch.randn(rows),
-        "ref_logprobs": logprobs + 0.3 * torch.randn(rows),
-        "rollout_logprobs": logprobs + 0.3 * torch.randn(rows),
-        "advantages": torch.randn(rows).double(),
-        "weights": torch.rand(rows).double(),
-    }
-    inputs["weights"][1] = 0.0
-    return logits, targets, inputs
-
-
-def run(logits, targets, inputs, spec, *, overwrite):
-    leaf = logits.clone().requires_grad_()
-    result, logprobs = policy_loss(
-        leaf * 1,
-        targets,
-        tp_group=None,
-        vocab_start=0,
-        valid_vocab=max(1, logits.size(1) - 3),
-        temperature=0.8,
-        spec=spec,
-        with_entropy=spec is SPEC,
-        overwrite_logits=overwrite,
-        **{name: value.to(logits.device) for name, value in inputs.items()},
+    tokens = LossTokens(
+        at=torch.arange(rows),
+        targets=targets,
+        old_logprobs=logprobs + 0.3 * torch.randn(rows),
+        ref_logprobs=logprobs + 0.3 * torch.randn(rows),
+        rollout_logprobs=logprobs + 0.3 * torch.randn(rows),
+        advantages=torch.randn(rows).double(),
+        weights=torch.rand(rows).double(),
     )
+    tokens.weights[1] = 0.0
+    return logits, tokens
+
+
+def run(logits, tokens, loss):
+    """Of a head whose logits are these: a unit vector as the hidden state of each row."""
+    leaf = logits.T.contiguous().requires_grad_()
+    head = Head(
+        hidden=torch.eye(len(logits), dtype=logits.dtype, device=logits.device),
+        head_weight=leaf,
+        shard=Shard(None, 0, max(1, logits.size(1) - 3), 0.8),
+    )
+    result = linear_policy_loss(head, tokens.to(logits.device), *loss)
     result.loss.backward()
-    return result.sums.cpu(), logprobs.cpu(), leaf.grad.cpu()
+    return result.sums.cpu(), result.logprobs.cpu(), leaf.grad.T.cpu()
 
 
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", [SPEC, PLAIN], ids=["entropy", "plain"])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_loss_and_gradient_equal_float64(vocab, dtype, spec, overwrite):
-    logits, targets, inputs = problem(5, vocab, dtype)
-    targets.clamp_(max=max(0, vocab - 4))
-    exact = run(logits.double(), targets, inputs, spec, overwrite=False)
-    actual = run(logits.to(GPU), targets.to(GPU), inputs, spec, overwrite=overwrite)
+@pytest.mark.parametrize("loss", [FULL, PLAIN], ids=["entropy", "plain"])
+@pytest.mark.parametrize("is_whole", [True, False], ids=["one pass", "two passes"])
+def test_loss_and_gradient_equal_float64(monkeypatch, vocab, dtype, loss, is_whole):
+    logits, tokens = problem(5, vocab, dtype)
+    tokens.targets.clamp_(max=max(0, vocab - 4))
+    exact = run(logits.double(), tokens, loss)
+    if not is_whole:
+        monkeypatch.setattr(Shard, "is_whole", False)
+    actual = run(logits.to(GPU), tokens, loss)
     torch.testing.assert_close(actual[0], exact[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(actual[1].double(), exact[1], atol=1e-5, rtol=0)
     best = (exact[2].to(dtype).double() - exact[2]).norm()
@@ -83,8 +87,8 @@ def test_loss_and_gradient_equal_float64(vocab, dtype, spec, overwrite):
 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_passes_agree_bit_for_bit(vocab):
-    logits, targets, inputs = problem(7, vocab, torch.bfloat16)
-    logits, targets = logits.to(GPU), targets.to(GPU)
+    logits, tokens = problem(7, vocab, torch.bfloat16)
+    logits, targets = logits.to(GPU), tokens.targets.to(GPU)
     stats = ops.row_stats(logits, targets, None, 0, vocab, 1.0, False)
     parts = [
         ops.row_stats(logits[i : i + 1], targets[i : i + 1], None, 0, vocab, 1.0, False)
@@ -93,11 +97,16 @@ def test_passes_agree_bit_for_bit(vocab):
     if vocab % 8 == 0:  # else rows start elsewhere in their 16 bytes
         assert torch.equal(torch.cat(parts), stats)
     old, _, _ = ops.merge_stats(stats[None])
-    values = {name: value.to(GPU) for name, value in inputs.items()} | {"old_logprobs": old}
-    values["weights"] = values["weights"] + 0.1
-    arguments = LossInputs(**values, spec=PLAIN, with_entropy=False).to(torch.float32).arguments()
+    tokens = tokens.to(GPU).replace(old_logprobs=old, weights=tokens.weights.to(GPU) + 0.1)
+    arguments = arguments_of(tokens, PLAIN, with_entropy=False)
     logprobs, *_ = ops.policy_loss_onepass_(logits, targets, *arguments, vocab, 1.0, 1.0)
     assert torch.equal(logprobs, old)  # the ratio of the first update is exactly 1
+
+
+def arguments_of(tokens, loss, *, with_entropy):
+    objective, shared = loss
+    *arguments, _ = loss_arguments(tokens.constants(torch.float32), objective.native, shared)
+    return (*arguments, with_entropy)
 
 
 def test_offsets_beyond_31_bits_and_70_001_rows():
@@ -118,26 +127,27 @@ def test_offsets_beyond_31_bits_and_70_001_rows():
     torch.testing.assert_close(logits[-3:].double(), expected, atol=1e-8, rtol=2.0**-8)
 
 
+def head_of(hidden, weight, vocab, buffer=None):
+    shard = Shard(None, 0, vocab, 1.0)
+    return Head(hidden=hidden, head_weight=weight, shard=shard, gradient_buffer=buffer)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_chunked_head_agrees_with_the_cpu_and_with_the_pass_without_gradient(dtype):
     torch.manual_seed(0)
     hidden, weight = torch.randn(50, 64), torch.randn(1024, 64) / 8
-    _, targets, inputs = problem(50, 1000, torch.float32)
-    shard = {"tp_group": None, "vocab_start": 0, "valid_vocab": 1000, "temperature": 1.0}
+    _, tokens = problem(50, 1000, torch.float32)
     grads = []
     for device in ("cpu", "cuda"):
         leaves = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
-        result, logprobs = linear_policy_loss(
-            *leaves, targets.to(device), spec=PLAIN, with_entropy=False, chunk_rows=16, **shard,
-            **{name: value.to(device) for name, value in inputs.items()},
-        )  # fmt: skip
+        head = head_of(*leaves, 1000)
+        result = linear_policy_loss(head, tokens.to(device), *PLAIN, chunk_rows=16)
         result.loss.backward()
         grads.append([leaf.grad.float().cpu() for leaf in leaves])
-    again, _ = linear_logprobs(
-        hidden.to(GPU, dtype), weight.to(GPU, dtype), targets.to(GPU), chunk_rows=16, **shard
-    )
-    has_weight = inputs["weights"].to(GPU) != 0
-    assert torch.equal(again[has_weight], logprobs[has_weight])
+    with torch.no_grad():
+        again, _ = linear_logprobs(head, tokens.targets.to(GPU), chunk_rows=16)
+    has_weight = tokens.weights.to(GPU) != 0
+    assert torch.equal(again[has_weight], result.logprobs[has_weight])
     # products of bfloat16 differ by its rounding (2^-8) and by that of the logits (0.02 at 3)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
     for on_cpu, on_gpu in zip(*grads, strict=True):
@@ -150,26 +160,20 @@ def test_the_gradient_of_the_head_goes_into_main_grad_and_nowhere_else(ops_backe
     rows, vocab, hidden_size, chunk = 64, 50_000, 512, 16
     hidden = torch.randn(rows, hidden_size).bfloat16()
     weight = (torch.randn(vocab, hidden_size) / 22).bfloat16()
-    _, targets, inputs = problem(rows, vocab, torch.float32)
-    settings = {
-        "tp_group": None, "vocab_start": 0, "valid_vocab": vocab, "temperature": 1.0,
-        "spec": PLAIN, "with_entropy": False, "chunk_rows": chunk,
-    }  # fmt: skip
+    _, tokens = problem(rows, vocab, torch.float32)
     exact = [x.double().requires_grad_() for x in (hidden, weight)]
-    result, _ = linear_policy_loss(*exact, targets, **inputs, **settings)
-    result.loss.backward()
+    linear_policy_loss(head_of(*exact, vocab), tokens, *PLAIN, chunk_rows=chunk).loss.backward()
 
     backend.choose(ops_backend, GPU)
-    on_gpu = {name: value.to(GPU) for name, value in inputs.items()}
+    tokens = tokens.to(GPU)
     leaves = [x.to(GPU).requires_grad_() for x in (hidden, weight)]
     leaves[1].main_grad = torch.ones(vocab, hidden_size, device=GPU)
-    targets = targets.to(GPU)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode("error" if ops_backend == "native" else "default")
     try:
-        result, _ = linear_policy_loss(*leaves, targets, into_main_grad=True, **on_gpu, **settings)
-        result.loss.backward()
+        head = head_of(*leaves, vocab, MainGrad(leaves[1]))
+        linear_policy_loss(head, tokens, *PLAIN, chunk_rows=chunk).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
         backend.choose("auto", GPU)
@@ -182,15 +186,12 @@ def test_the_gradient_of_the_head_goes_into_main_grad_and_nowhere_else(ops_backe
 
 
 def test_a_scaled_loss_makes_main_grad_nan():
-    _, targets, inputs = problem(8, 1000, torch.float32)
+    _, tokens = problem(8, 1000, torch.float32)
     weight = torch.randn(1000, 64, device=GPU).bfloat16().requires_grad_()
     weight.main_grad = torch.zeros(1000, 64, device=GPU)
-    result, _ = linear_policy_loss(
-        torch.randn(8, 64, device=GPU).bfloat16(), weight, targets.to(GPU), tp_group=None,
-        vocab_start=0, valid_vocab=1000, temperature=1.0, spec=PLAIN, with_entropy=False,
-        into_main_grad=True, **{name: value.to(GPU) for name, value in inputs.items()},
-    )  # fmt: skip
-    (result.loss / 2).backward()
+    hidden = torch.randn(8, 64, device=GPU).bfloat16()
+    head = head_of(hidden, weight, 1000, MainGrad(weight))
+    (linear_policy_loss(head, tokens.to(GPU), *PLAIN).loss / 2).backward()
     assert weight.main_grad.isnan().all()
 
 
@@ -222,10 +223,9 @@ def test_equal_rewards_have_exactly_no_advantage(advantage):
 
 
 def test_no_op_waits_for_the_device_and_all_can_be_captured():
-    logits, targets, inputs = problem(5, 1024, torch.bfloat16)
-    logits, targets = logits.to(GPU), targets.to(GPU)
-    values = {name: value.to(GPU) for name, value in inputs.items()}
-    arguments = LossInputs(**values, spec=SPEC, with_entropy=True).to(torch.float32).arguments()
+    logits, tokens = problem(5, 1024, torch.bfloat16)
+    logits, targets = logits.to(GPU), tokens.targets.to(GPU)
+    arguments = arguments_of(tokens.to(GPU), FULL, with_entropy=True)
     work, scale = logits.clone(), torch.ones((), device=GPU)
     rewards, offsets = torch.randn(8, device=GPU).double(), torch.tensor([0, 3, 8], device=GPU)
 
@@ -237,7 +237,7 @@ def test_no_op_waits_for_the_device_and_all_can_be_captured():
         gradient = ops.dlogits(work, targets, params, scale, 0, 1024, 1.0)
         ops.policy_loss_onepass_(work, targets, *arguments, 1024, 1.0, 1.0)
         ops.rescale_if_(work, scale, 1.0)
-        ops.group_stats(rewards, offsets, 1, 7, 4, 1e-6)
+        ops.group_stats(rewards, offsets, 1, 7, 3, 1e-6)
         return gradient
 
     torch.cuda.set_sync_debug_mode("error")

@@ -6,6 +6,11 @@ from rollout_groups import make_group
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.dpo import Dpo
+from megatron_rl.objectives.likelihood import Likelihood
+from megatron_rl.objectives.loss import PairLoss, TokenLoss
+from megatron_rl.ops.loss_spec import SharedTerms
 from megatron_rl.types import UpdateTotals
 
 
@@ -164,15 +169,12 @@ def test_needs_and_loss_follow_the_config():
     raft = Algorithm(AlgorithmConfig(preset="raft"))
     assert not raft.needs_old_logprobs
     assert not raft.needs_ref_logprobs
-    assert not raft.needs_entropy
-    assert raft.loss_spec().kind == "likelihood"
+    assert raft.loss() == TokenLoss(Likelihood(), SharedTerms())
     assert Algorithm(AlgorithmConfig(preset="raft", rollout_is_cap=2.0)).needs_old_logprobs
 
     config = AlgorithmConfig(
         preset="grpo",
-        eps_low=0.1,
-        eps_high=0.3,
-        dual_clip=3.0,
+        objective={"eps_low": 0.1, "eps_high": 0.3, "dual_clip": 3.0},
         kl_coef=0.01,
         kl_estimator="k2",
         entropy_coef=0.02,
@@ -181,8 +183,12 @@ def test_needs_and_loss_follow_the_config():
     algorithm = Algorithm(config)
     assert algorithm.needs_old_logprobs
     assert algorithm.needs_ref_logprobs
-    assert algorithm.needs_entropy
-    spec = algorithm.loss_spec()
-    for field in type(spec).__dataclass_fields__:
-        if field != "kind":
-            assert getattr(spec, field) == getattr(config, field)
+    assert algorithm.loss() == TokenLoss(
+        ClippedRatio(eps_low=0.1, eps_high=0.3, dual_clip=3.0),
+        SharedTerms(kl_coef=0.01, kl_estimator="k2", entropy_coef=0.02, rollout_is_cap=2.0),
+    )
+    assert ClippedRatio(eps_low=0.1, eps_high=0.3, dual_clip=3.0).native == (
+        "clipped_ratio", 0.1, 0.3, 3.0,
+    )  # fmt: skip
+    dpo = AlgorithmConfig(preset="iterative_dpo", objective={"beta": 0.4})
+    assert Algorithm(dpo).loss() == PairLoss(Dpo(beta=0.4))

@@ -2,10 +2,15 @@ import subprocess
 import sys
 
 import pytest
-from pydantic import ValidationError
 
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import PRESETS
+from megatron_rl.algorithms.rules import algorithm_problems
+from megatron_rl.errors import ConfigErrors
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.dpo import Dpo
+from megatron_rl.objectives.likelihood import Likelihood
+from megatron_rl.objectives.registry import OBJECTIVES
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -79,16 +84,23 @@ def test_overrides_replace_their_part_of_the_row():
         ({"objective": "clip"}, "objective='clip': is not known"),
         ({"loss_aggregation": "token-mean"}, r"Did you mean 'token_mean'\?"),
         ({"epslow": 0.1}, "epslow"),
-        ({"eps_low": 1.5}, "eps_low"),
-        ({"dual_clip": 1.0}, "dual_clip"),
+        ({"objective": {"kind": "clip", "eps_low": 0.1}}, "objective='clip': is not known"),
+        ({"objective": {"eps_low": 1.5}}, "objective.clipped_ratio.eps_low"),
+        ({"objective": {"dual_clip": 1.0}}, "objective.clipped_ratio.dual_clip"),
+        ({"objective": {"beta": 1.0}}, "objective.clipped_ratio.beta"),
+        ({"objective": [1]}, "objective"),
+        ({"eps_low": 1.5}, "objective.clipped_ratio.eps_low"),
         ({"kl_estimator": "k2"}, "no effect under algorithm.kl_coef=0"),
         ({"preset": "raft", "eps_high": 0.3}, "no effect under an objective other than clipped"),
         ({"preset": "raft", "dual_clip": 3.0}, "no effect under an objective other than clipped"),
         ({"gae_lambda": 0.9}, "no effect under an advantage other than gae"),
         ({"preset": "ppo", "kl_reward_target": 6.0}, "so without anything to adapt"),
         ({"dpo_beta": 0.5}, "no effect under an objective other than dpo"),
-        ({"preset": "iterative_dpo", "kl_coef": 0.1}, "whose loss is about pairs"),
-        ({"preset": "iterative_dpo", "normalize_over": "collected"}, "whose loss is about pairs"),
+        ({"preset": "iterative_dpo", "kl_coef": 0.1}, "whose loss is not about tokens"),
+        (
+            {"preset": "iterative_dpo", "normalize_over": "collected"},
+            "whose loss is not about tokens",
+        ),
         ({"objective": "dpo"}, "only work together. Set algorithm.preset=iterative_dpo"),
         ({"preset": "iterative_dpo", "advantage": "reward"}, "only work together"),
         ({"preset": "iterative_dpo", "max_per_group": 1}, "take a pair apart"),
@@ -96,7 +108,7 @@ def test_overrides_replace_their_part_of_the_row():
             {"preset": "iterative_dpo", "selection": ["best_and_worst", "drop_truncated"]},
             "best_and_worst must come last",
         ),
-        ({"preset": "ppo", "objective": "likelihood"}, "advantages per token need a loss"),
+        ({"preset": "ppo", "objective": "likelihood"}, "need an objective with a ratio"),
         ({"preset": "ppo", "train_on_everything": True}, "whitening"),
         ({"selection": "drop_overlong"}, "drop_overlong needs a limit"),
         ({"overlong_tokens": 10}, "no effect under a selection without drop_overlong"),
@@ -108,15 +120,49 @@ def test_overrides_replace_their_part_of_the_row():
     ],
 )
 def test_what_cannot_work_is_refused_by_name(settings, message):
-    with pytest.raises(ValidationError, match=message):
-        AlgorithmConfig(**{"preset": "grpo", **settings})
+    with pytest.raises(ValueError, match=message):
+        raise_problems(AlgorithmConfig(**{"preset": "grpo", **settings}))
 
 
 def test_all_problems_are_told_at_once():
-    with pytest.raises(ValidationError, match="2 problems") as error:
-        AlgorithmConfig(preset="raft", eps_low=0.1, kl_estimator="k1")
-    assert "algorithm.eps_low=0.1" in str(error.value)
+    config = AlgorithmConfig(preset="raft", overlong_tokens=10, kl_estimator="k1")
+    with pytest.raises(ConfigErrors, match="2 problems") as error:
+        raise_problems(config)
+    assert "algorithm.overlong_tokens=10" in str(error.value)
     assert "algorithm.kl_estimator='k1'" in str(error.value)
+
+
+def raise_problems(config):
+    if found := [str(problem) for problem in algorithm_problems(config)]:
+        raise ConfigErrors(found)
+
+
+def test_every_preset_names_a_known_objective_and_contradicts_nothing():
+    for name, row in PRESETS.items():
+        config = AlgorithmConfig(preset=name)
+        assert type(config.objective) is OBJECTIVES[row.objective]
+        raise_problems(config)
+
+
+def test_what_an_objective_needs_is_its_own_word():
+    assert {"likelihood": Likelihood, "clipped_ratio": ClippedRatio, "dpo": Dpo} == OBJECTIVES
+    assert [o.has_ratio for o in OBJECTIVES.values()] == [False, True, False]
+    assert [o.trains_pairs for o in OBJECTIVES.values()] == [False, False, True]
+    needs = {
+        name: (objective.needs_old_logprobs, objective.needs_ref_logprobs)
+        for name, objective in {
+            "likelihood": Likelihood(),
+            "clipped_ratio": ClippedRatio(),
+            "dpo": Dpo(),
+            "dpo of the iteration": Dpo(reference="previous_iteration"),
+        }.items()
+    }
+    assert needs == {
+        "likelihood": (False, False),
+        "clipped_ratio": (True, False),
+        "dpo": (False, True),
+        "dpo of the iteration": (True, False),
+    }
 
 
 def test_reading_a_config_does_not_import_torch():

@@ -8,7 +8,8 @@ from rollout_groups import make_group
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
-from megatron_rl.ops.token_loss import token_loss
+from megatron_rl.objectives.token_loss import token_loss
+from megatron_rl.types import LossTokens
 
 MAX_RESPONSE_TOKENS = 12
 GROUPS = [
@@ -33,16 +34,15 @@ def step_gradient(**settings):
         key = (sample.group_id, sample.index)
         length = len(sample.response_tokens)
         weight = algorithm.token_weight(sample, selection.totals[0], MAX_RESPONSE_TOKENS)
-        result = token_loss(
-            logprobs[key],
-            None,
+        tokens = LossTokens(
+            at=torch.arange(length),
+            targets=sample.response_tokens,
             old_logprobs=old_logprobs[key],
-            ref_logprobs=None,
-            rollout_logprobs=None,
             advantages=torch.full((length,), sample.advantage, dtype=torch.float64),
             weights=torch.full((length,), weight, dtype=torch.float64),
-            spec=algorithm.loss_spec(),
         )
+        config = algorithm.config
+        result = token_loss(logprobs[key], None, tokens, config.objective, config.shared_terms)
         result.loss.backward()
     return {
         key: torch.zeros_like(value) if value.grad is None else value.grad

@@ -121,7 +121,6 @@ def exact_advantage(name, group, index, std_ddof, std_eps):
     return {
         "one": lambda: 1.0,
         "reward": lambda: float(own),
-        "sign": lambda: 1.0 if own > 0 else -1.0,
         "reward_minus_mean": lambda: float(own - mean),
         "group_norm": lambda: float(own - mean if others else own) / (std + std_eps),
         "reward_over_std": lambda: float(own) / (std + std_eps),

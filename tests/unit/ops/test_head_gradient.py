@@ -3,15 +3,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_rl.megatron.gradients import MainGrad
+from megatron_rl.objectives.likelihood import Likelihood
+from megatron_rl.objectives.token_loss import linear_policy_loss
 from megatron_rl.ops import head_gradient
+from megatron_rl.ops.head import Head
 from megatron_rl.ops.head_gradient import add_product
-from megatron_rl.ops.linear_loss import differentiable_linear_logprobs, linear_policy_loss
-from megatron_rl.ops.token_loss import LossSpec
+from megatron_rl.ops.linear_logprobs import linear_logprobs
+from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.vocab_parallel import Shard
+from megatron_rl.types import LossTokens
 
 BLOCK = 1000  # rows of a product, made small so that a small head has several
 ROWS, VOCAB, HIDDEN, CHUNK = 20, 3 * BLOCK + 5, 32, 4
-SHARD = {"tp_group": None, "vocab_start": 0, "valid_vocab": VOCAB, "temperature": 1.0}
-SPEC = LossSpec(kind="likelihood")
+SHARD = Shard(tp_group=None, vocab_start=0, valid_vocab=VOCAB, temperature=1.0)
 BEFORE = 3.0  # what others have added to main_grad
 
 
@@ -50,19 +55,24 @@ def problem(dtype, rows=ROWS):
     return hidden, weight, targets, weights
 
 
+def head_of(hidden, weight, *, into_main_grad=True):
+    buffer = MainGrad(weight) if into_main_grad else None
+    return Head(hidden=hidden, head_weight=weight, shard=SHARD, gradient_buffer=buffer)
+
+
 def loss_of(hidden, weight, targets, weights, *, into_main_grad=True):
-    result, _ = linear_policy_loss(
-        hidden, weight, targets, spec=SPEC, with_entropy=False, chunk_rows=CHUNK, old_logprobs=None,
-        ref_logprobs=None, rollout_logprobs=None, advantages=torch.ones_like(weights),
-        weights=weights, into_main_grad=into_main_grad, **SHARD,
-    )  # fmt: skip
-    return result.loss
+    tokens = LossTokens(
+        at=torch.arange(len(weights)),
+        targets=targets,
+        weights=weights,
+        advantages=torch.ones_like(weights),
+    )
+    head = head_of(hidden, weight, into_main_grad=into_main_grad)
+    return linear_policy_loss(head, tokens, Likelihood(), SharedTerms(), chunk_rows=CHUNK).loss
 
 
 def other_loss_of(hidden, weight, targets, weights):
-    logprobs, _ = differentiable_linear_logprobs(
-        hidden, weight, targets, chunk_rows=CHUNK, into_main_grad=True, **SHARD
-    )
+    logprobs, _ = linear_logprobs(head_of(hidden, weight), targets, chunk_rows=CHUNK)
     return -(weights * logprobs).sum()
 
 
@@ -154,7 +164,7 @@ def test_other_losses_may_be_scaled():
 @pytest.mark.parametrize("loss", [loss_of, other_loss_of])
 def test_a_weight_without_main_grad_is_refused(loss):
     hidden, weight, *rest = problem(torch.float32)
-    with pytest.raises(ValueError, match="weight has no main_grad; wrap its module"):
+    with pytest.raises(ValueError, match="parameter has no main_grad: wrap its module"):
         loss(hidden, weight.detach(), *rest)
 
 

@@ -97,7 +97,7 @@ def test_an_error_names_argument_expected_and_actual():
         ops.group_stats(rewards, torch.tensor([0, 2, 1, 3]), 1, 0, 0, 0.0)
     with pytest.raises(RuntimeError, match="keep_rules: expected bits of 7, got 8"):
         ops.group_stats(rewards, torch.tensor([0, 3]), 1, 8, 0, 0.0)
-    with pytest.raises(RuntimeError, match="advantage_mode: expected 0 up to 6, got 7"):
+    with pytest.raises(RuntimeError, match="advantage_mode: expected 0 up to 5, got 7"):
         ops.group_stats(rewards, torch.tensor([0, 3]), 1, 0, 7, 0.0)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_rl.ops.value_loss import value_loss, value_metrics
+from megatron_rl.objectives.value import value_loss, value_metrics
 
 
 def tensor(*values):

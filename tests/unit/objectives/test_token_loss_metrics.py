@@ -2,15 +2,19 @@ import math
 
 import pytest
 import torch
+from loss_tokens import tokens_of
 
-from megatron_rl.ops.token_loss import EXTREMA, SUMS, LossSpec, metrics_from, token_loss
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.likelihood import Likelihood
+from megatron_rl.objectives.token_loss import metrics_from
+from megatron_rl.ops.loss_spec import EXTREMA, SUMS, SharedTerms
 
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def measure(rows=slice(None), **changes):
+def measure(token_loss, rows=slice(None), *, objective=None, **changes):
     """Four tokens with ratios 2, 0.5, 3, 1, of which the last has no weight."""
     inputs = {
         "entropy": f64(1.0, 2.0, 3.0, 100.0),
@@ -19,19 +23,20 @@ def measure(rows=slice(None), **changes):
         "rollout_logprobs": f64(-2.5, -1.75, -2.0, -9.0),
         "advantages": f64(1.0, -1.0, -2.0, 1.0),
         "weights": f64(0.5, 0.25, 0.25, 0.0),
-        "spec": LossSpec(kind="clipped_ratio", dual_clip=2.5),
     } | changes
-    spec = inputs.pop("spec")
+    entropy = inputs.pop("entropy")
     logprobs = -2.0 + f64(2.0, 0.5, 3.0, 1.0).log()
     return token_loss(
         logprobs[rows],
-        spec=spec,
-        **{name: value if value is None else value[rows] for name, value in inputs.items()},
+        None if entropy is None else entropy[rows],
+        tokens_of(**inputs)[rows],
+        objective or ClippedRatio(dual_clip=2.5),
+        SharedTerms(),
     )
 
 
-def test_metrics_match_hand_calculation():
-    result = measure()
+def test_metrics_match_hand_calculation(token_loss):
+    result = measure(token_loss)
     log2, log3 = math.log(2.0), math.log(3.0)
     k3_of_ref = [0.5 - 1 + log2, 2.0 - 1 - log2, 1 / 3 - 1 + log3]  # 1/s - 1 + log s
     k3_of_old = [2.0 - 1 - log2, 0.5 - 1 + log2, 3.0 - 1 - log3]  # s - 1 - log s
@@ -57,27 +62,26 @@ def test_metrics_match_hand_calculation():
     assert result.sums[SUMS.index("gap")].item() == pytest.approx(0.25)
 
 
-def test_accumulated_micro_batches_give_the_metrics_of_the_whole():
-    whole = measure()
-    parts = [measure(rows) for rows in (slice(0, 1), slice(1, 1), slice(1, 4))]
+def test_accumulated_micro_batches_give_the_metrics_of_the_whole(token_loss):
+    whole = measure(token_loss)
+    parts = [measure(token_loss, rows) for rows in (slice(0, 1), slice(1, 1), slice(1, 4))]
     sums = sum(part.sums for part in parts)
     extrema = torch.stack([part.extrema for part in parts]).amax(0)
     expected = metrics_from(whole.sums, whole.extrema)
     assert metrics_from(sums, extrema) == pytest.approx(expected, rel=1e-12)
 
 
-def test_what_was_not_measured_is_absent():
-    spec = LossSpec(kind="likelihood")
+def test_what_was_not_measured_is_absent(token_loss):
     nothing = dict.fromkeys(("entropy", "old_logprobs", "ref_logprobs", "rollout_logprobs"))
-    result = measure(spec=spec, **nothing)
+    result = measure(token_loss, objective=Likelihood(), **nothing)
     assert set(metrics_from(result.sums, result.extrema)) == {
         "policy/loss",
         "policy/trained_tokens",
     }
 
 
-def test_a_likelihood_with_old_logprobs_measures_the_drift_but_clips_nothing():
-    result = measure(spec=LossSpec(kind="likelihood"))
+def test_a_likelihood_with_old_logprobs_measures_the_drift_but_clips_nothing(token_loss):
+    result = measure(token_loss, objective=Likelihood())
     metrics = metrics_from(result.sums, result.extrema)
     assert metrics["policy/ratio_max"] == pytest.approx(3.0)
     assert metrics["policy/clip_high_frac"] == 0.0

@@ -2,24 +2,28 @@ import math
 
 import pytest
 import torch
+from loss_tokens import tokens_of
 
-from megatron_rl.ops.token_loss import LossSpec, k3, kl_estimate, token_loss
+from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.likelihood import Likelihood
+from megatron_rl.objectives.token_loss import k3, kl_estimate, linear_policy_loss
+from megatron_rl.objectives.token_loss import token_loss as token_loss_definition
+from megatron_rl.ops.head import Head
+from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.vocab_parallel import Shard
 
-NOTHING_MEASURED = {"old_logprobs": None, "ref_logprobs": None, "rollout_logprobs": None}
+NOTHING_SHARED = SharedTerms()
 
 
 def f64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def loss_and_gradient(ratio, advantage, **spec):
+def loss_and_gradient(token_loss, ratio, advantage, **settings):
     """Of one token of weight 1 with this ratio."""
     logprobs = f64(math.log(ratio)).requires_grad_()
-    inputs = NOTHING_MEASURED | {"old_logprobs": f64(0.0)}
-    spec = LossSpec(kind="clipped_ratio", **spec)
-    result = token_loss(
-        logprobs, None, advantages=f64(advantage), weights=f64(1.0), spec=spec, **inputs
-    )
+    tokens = tokens_of(f64(1.0), f64(advantage), old_logprobs=f64(0.0))
+    result = token_loss(logprobs, None, tokens, ClippedRatio(**settings), NOTHING_SHARED)
     result.loss.backward()
     return result.loss.item(), logprobs.grad.item()
 
@@ -38,8 +42,8 @@ def loss_and_gradient(ratio, advantage, **spec):
         (4.0, 0.0, 0.0, 0.0),
     ],
 )
-def test_clip_stops_credit_but_not_blame(ratio, advantage, loss, gradient):
-    actual = loss_and_gradient(ratio, advantage, eps_low=0.2, eps_high=0.3)
+def test_clip_stops_credit_but_not_blame(token_loss, ratio, advantage, loss, gradient):
+    actual = loss_and_gradient(token_loss, ratio, advantage, eps_low=0.2, eps_high=0.3)
     assert actual == pytest.approx((loss, gradient), abs=1e-14)
 
 
@@ -52,33 +56,25 @@ def test_clip_stops_credit_but_not_blame(ratio, advantage, loss, gradient):
         (4.0, 2.0, -2.4, 0.0),  # and positive advantages too
     ],
 )
-def test_dual_clip_bounds_the_blame(ratio, advantage, loss, gradient):
-    actual = loss_and_gradient(ratio, advantage, dual_clip=3.0)
+def test_dual_clip_bounds_the_blame(token_loss, ratio, advantage, loss, gradient):
+    actual = loss_and_gradient(token_loss, ratio, advantage, dual_clip=3.0)
     assert actual == pytest.approx((loss, gradient), abs=1e-14)
 
 
-def test_likelihood_is_minus_advantage_times_logprob():
+def test_likelihood_is_minus_advantage_times_logprob(token_loss):
     logprobs = f64(-0.5, -2.0, -3.0).requires_grad_()
-    result = token_loss(
-        logprobs,
-        None,
-        advantages=f64(1.0, -1.0, 0.5),
-        weights=f64(0.5, 0.25, 1.0),
-        spec=LossSpec(kind="likelihood"),
-        **NOTHING_MEASURED,
-    )
+    tokens = tokens_of(f64(0.5, 0.25, 1.0), f64(1.0, -1.0, 0.5))
+    result = token_loss(logprobs, None, tokens, Likelihood(), NOTHING_SHARED)
     result.loss.backward()
     assert result.loss.item() == pytest.approx(0.5 * 0.5 - 0.25 * 2.0 + 0.5 * 3.0)
     assert logprobs.grad.tolist() == [-0.5, 0.25, -0.5]
 
 
-def test_without_old_logprobs_the_ratio_is_exactly_one():
+def test_without_old_logprobs_the_ratio_is_exactly_one(token_loss):
     logprobs = torch.randn(50).mul(10).requires_grad_()
     advantages, weights = torch.randn(50), torch.rand(50)
-    spec = LossSpec(kind="clipped_ratio")
-    result = token_loss(
-        logprobs, None, advantages=advantages, weights=weights, spec=spec, **NOTHING_MEASURED
-    )
+    tokens = tokens_of(weights, advantages)
+    result = token_loss(logprobs, None, tokens, ClippedRatio(), NOTHING_SHARED)
     result.loss.backward()
     torch.testing.assert_close(result.loss, (weights * -advantages).sum())
     assert torch.equal(logprobs.grad, weights * -advantages)
@@ -86,18 +82,10 @@ def test_without_old_logprobs_the_ratio_is_exactly_one():
 
 @pytest.mark.parametrize("log_ratio", [30.0, 1000.0, -30.0, -1000.0])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_an_outlier_ratio_is_finite_and_without_gradient(log_ratio, advantage):
+def test_an_outlier_ratio_is_finite_and_without_gradient(token_loss, log_ratio, advantage):
     logprobs = torch.tensor([log_ratio], requires_grad=True)
-    inputs = NOTHING_MEASURED | {"old_logprobs": torch.zeros(1)}
-    spec = LossSpec(kind="clipped_ratio")
-    result = token_loss(
-        logprobs,
-        None,
-        advantages=torch.tensor([advantage]),
-        weights=torch.ones(1),
-        spec=spec,
-        **inputs,
-    )
+    tokens = tokens_of(torch.ones(1), torch.tensor([advantage]), old_logprobs=torch.zeros(1))
+    result = token_loss(logprobs, None, tokens, ClippedRatio(), NOTHING_SHARED)
     result.loss.backward()
     assert result.loss.isfinite()
     assert logprobs.grad.item() == 0.0
@@ -145,33 +133,23 @@ def test_k3_is_zero_gradient_outside_its_bound():
     assert d.grad.tolist() == pytest.approx([0.0, 0.0, math.e - 1], abs=1e-14)
 
 
-def test_importance_weights_are_capped_and_have_no_gradient():
+def test_importance_weights_are_capped_and_have_no_gradient(token_loss):
     logprobs = f64(-1.0, -1.0).requires_grad_()
     old = f64(-1.0, -1.0)
     rollout = f64(-1.0 - math.log(2.0), -1.0 - math.log(0.5))  # weights 2 and 0.5
-    result = token_loss(
-        logprobs,
-        None,
-        old_logprobs=old,
-        ref_logprobs=None,
-        rollout_logprobs=rollout,
-        advantages=f64(1.0, 1.0),
-        weights=f64(1.0, 1.0),
-        spec=LossSpec(kind="clipped_ratio", rollout_is_cap=1.5),
-    )
+    tokens = tokens_of(f64(1.0, 1.0), f64(1.0, 1.0), old_logprobs=old, rollout_logprobs=rollout)
+    result = token_loss(logprobs, None, tokens, ClippedRatio(), SharedTerms(rollout_is_cap=1.5))
     result.loss.backward()
     assert result.loss.item() == pytest.approx(-1.5 - 0.5)
     assert logprobs.grad.tolist() == pytest.approx([-1.5, -0.5])
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-@pytest.mark.parametrize("kind", ["likelihood", "clipped_ratio"])
-def test_gradient_equals_finite_differences(kind, estimator):
+@pytest.mark.parametrize("objective", [Likelihood(), ClippedRatio(dual_clip=1.5)])
+def test_gradient_equals_finite_differences(token_loss, objective, estimator):
     torch.manual_seed(3)
-    inputs = random_inputs(40)
-    spec = LossSpec(
-        kind=kind,
-        dual_clip=1.5,
+    tokens = random_tokens(40)
+    shared = SharedTerms(
         kl_coef=0.3,
         kl_estimator=estimator,
         entropy_coef=0.2,
@@ -179,7 +157,7 @@ def test_gradient_equals_finite_differences(kind, estimator):
     )
 
     def loss(logprobs, entropy):
-        return token_loss(logprobs, entropy, spec=spec, **inputs).loss
+        return token_loss(logprobs, entropy, tokens, objective, shared).loss
 
     logprobs = (-torch.rand(40).double() * 3).requires_grad_()
     entropy = torch.rand(40).double().requires_grad_()
@@ -187,9 +165,9 @@ def test_gradient_equals_finite_differences(kind, estimator):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_equals_the_formulas_of_the_paper(seed):
+def test_equals_the_formulas_of_the_paper(token_loss, seed):
     torch.manual_seed(seed)
-    inputs = random_inputs(60)
+    tokens = random_tokens(60)
     logprobs, entropy = -torch.rand(60).double() * 3, torch.rand(60).double()
     eps_low, eps_high, dual, kl_coef, entropy_coef, cap = 0.1, 0.3, 1.4, 0.05, 0.01, 1.2
 
@@ -199,11 +177,11 @@ def test_equals_the_formulas_of_the_paper(seed):
             series[t].item()
             for series in (
                 logprobs,
-                inputs["old_logprobs"],
-                inputs["ref_logprobs"],
-                inputs["rollout_logprobs"],
-                inputs["advantages"],
-                inputs["weights"],
+                tokens.old_logprobs,
+                tokens.ref_logprobs,
+                tokens.rollout_logprobs,
+                tokens.advantages,
+                tokens.weights,
             )
         )
         s = math.exp(current - old)
@@ -215,33 +193,25 @@ def test_equals_the_formulas_of_the_paper(seed):
         kl = math.exp(ref - current) - 1 - (ref - current)
         total += weight * (policy + kl_coef * kl - entropy_coef * entropy[t].item())
 
-    spec = LossSpec(
-        kind="clipped_ratio",
-        eps_low=eps_low,
-        eps_high=eps_high,
-        dual_clip=dual,
-        kl_coef=kl_coef,
-        entropy_coef=entropy_coef,
-        rollout_is_cap=cap,
-    )
-    loss = token_loss(logprobs, entropy, spec=spec, **inputs).loss
+    objective = ClippedRatio(eps_low=eps_low, eps_high=eps_high, dual_clip=dual)
+    shared = SharedTerms(kl_coef=kl_coef, entropy_coef=entropy_coef, rollout_is_cap=cap)
+    loss = token_loss(logprobs, entropy, tokens, objective, shared).loss
     assert loss.item() == pytest.approx(total, rel=1e-12)
 
 
-def test_weightless_tokens_have_no_gradient_whatever_else_they_say():
+def test_weightless_tokens_have_no_gradient_whatever_else_they_say(token_loss):
     logprobs = torch.tensor([-1.0, -torch.inf, -2.0, -3.0], requires_grad=True)
     entropy = torch.tensor([1.0, torch.nan, 1.0, 1.0], requires_grad=True)
     poison = torch.tensor([-1.0, torch.nan, -torch.inf, -2.0])
-    result = token_loss(
-        logprobs,
-        entropy,
+    tokens = tokens_of(
+        torch.tensor([1.0, 0.0, 0.0, 0.0]),
+        torch.tensor([1.0, torch.nan, 1.0, 1.0]),
         old_logprobs=poison,
         ref_logprobs=poison,
         rollout_logprobs=poison,
-        advantages=torch.tensor([1.0, torch.nan, 1.0, 1.0]),
-        weights=torch.tensor([1.0, 0.0, 0.0, 0.0]),
-        spec=LossSpec(kind="clipped_ratio", kl_coef=1.0, entropy_coef=1.0, rollout_is_cap=2.0),
     )
+    shared = SharedTerms(kl_coef=1.0, entropy_coef=1.0, rollout_is_cap=2.0)
+    result = token_loss(logprobs, entropy, tokens, ClippedRatio(), shared)
     result.loss.backward()
     assert result.loss.item() == -2.0  # ratio 1, no KL, entropy 1
     assert logprobs.grad.tolist() == [-1.0, 0.0, 0.0, 0.0]
@@ -249,41 +219,37 @@ def test_weightless_tokens_have_no_gradient_whatever_else_they_say():
     assert result.sums.isfinite().all()
 
 
-def test_metric_only_entropy_gets_no_gradient():
+def test_metric_only_entropy_gets_no_gradient(token_loss):
     logprobs = f64(-1.0).requires_grad_()
     entropy = f64(0.5).requires_grad_()
-    spec = LossSpec(kind="likelihood")
-    result = token_loss(
-        logprobs, entropy, advantages=f64(1.0), weights=f64(1.0), spec=spec, **NOTHING_MEASURED
-    )
+    tokens = tokens_of(f64(1.0), f64(1.0))
+    result = token_loss(logprobs, entropy, tokens, Likelihood(), NOTHING_SHARED)
     result.loss.backward()
     assert entropy.grad is None
 
 
 @pytest.mark.parametrize(
     ("setting", "name"),
-    [
-        ({"entropy_coef": 0.1}, "entropy"),
-        ({"kl_coef": 0.1}, "ref_logprobs"),
-        ({"rollout_is_cap": 2.0}, "rollout_logprobs"),
-    ],
+    [({"kl_coef": 0.1}, "ref_logprobs"), ({"rollout_is_cap": 2.0}, "rollout_logprobs")],
 )
-def test_a_missing_input_is_named(setting, name):
-    spec = LossSpec(kind="clipped_ratio", **setting)
+def test_a_missing_constant_is_named(setting, name):
+    shared, tokens = SharedTerms(**setting), tokens_of(f64(1.0), f64(1.0))
     with pytest.raises(ValueError, match=f"needs {name}, got None"):
-        token_loss(
-            f64(-1.0), None, advantages=f64(1.0), weights=f64(1.0), spec=spec, **NOTHING_MEASURED
-        )
+        token_loss_definition(f64(-1.0), f64(0.5), tokens, ClippedRatio(), shared)
+    head = Head(
+        hidden=torch.zeros(1, 2), head_weight=torch.zeros(3, 2), shard=Shard(None, 0, 3, 1.0)
+    )
+    with pytest.raises(ValueError, match=f"needs {name}, got None"):
+        linear_policy_loss(head, tokens, ClippedRatio(), shared)
 
 
-def random_inputs(num_tokens):
+def random_tokens(num_tokens):
     def logprobs():
         return -torch.rand(num_tokens, dtype=torch.float64) * 3
 
-    return {
-        "old_logprobs": logprobs(),
-        "ref_logprobs": logprobs(),
-        "rollout_logprobs": logprobs(),
-        "advantages": torch.randn(num_tokens, dtype=torch.float64),
-        "weights": torch.rand(num_tokens, dtype=torch.float64),
-    }
+    old, ref, rollout = logprobs(), logprobs(), logprobs()
+    advantages = torch.randn(num_tokens, dtype=torch.float64)
+    weights = torch.rand(num_tokens, dtype=torch.float64)
+    return tokens_of(
+        weights, advantages, old_logprobs=old, ref_logprobs=ref, rollout_logprobs=rollout
+    )

@@ -1,0 +1,150 @@
+"""Settings of an algorithm that cannot work together."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.errors import ConfigError
+
+
+def algorithm_problems(config: AlgorithmConfig) -> Iterator[ConfigError]:
+    """Everything that is wrong with a section whose settings are right one by one."""
+    yield from _without_effect(config)
+    yield from _contradictions(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reach:
+    """Settings that act only under a condition."""
+
+    fields: tuple[str, ...]
+    acts: Callable[[AlgorithmConfig], bool]
+    condition: str
+    way_out: str
+
+
+_REACHES = (
+    _Reach(
+        fields=("kl_estimator",),
+        acts=lambda c: c.kl_coef != 0,
+        condition="algorithm.kl_coef=0, so without a KL term",
+        way_out="Set algorithm.kl_coef > 0 or leave it out",
+    ),
+    _Reach(
+        fields=("overlong_tokens",),
+        acts=lambda c: "drop_overlong" in c.resolved.selection,
+        condition="a selection without drop_overlong",
+        way_out="Add drop_overlong to algorithm.selection or leave it out",
+    ),
+    _Reach(
+        fields=("gamma", "gae_lambda", "kl_reward_coef", "kl_reward_target", "kl_reward_horizon"),
+        acts=lambda c: c.resolved.needs_critic,
+        condition="an advantage other than gae",
+        way_out="Set algorithm.advantage=gae, use algorithm.kl_coef, or leave it out",
+    ),
+    _Reach(
+        fields=("kl_reward_target", "kl_reward_horizon"),
+        acts=lambda c: c.kl_reward_coef != 0 or not c.resolved.needs_critic,
+        condition="algorithm.kl_reward_coef=0, so without anything to adapt",
+        way_out="Set algorithm.kl_reward_coef > 0 or leave it out",
+    ),
+    _Reach(
+        fields=("kl_coef", "entropy_coef", "rollout_is_cap", "normalize_over", "std_ddof"),
+        acts=lambda c: not c.objective.trains_pairs,
+        condition="an objective that trains pairs, whose loss is not about tokens",
+        way_out="Leave it out",
+    ),
+)
+
+
+def _without_effect(config: AlgorithmConfig) -> Iterator[ConfigError]:
+    for reach in _REACHES:
+        for name in reach.fields:
+            value = getattr(config, name)
+            if value != AlgorithmConfig.model_fields[name].default and not reach.acts(config):
+                yield ConfigError(
+                    f"algorithm.{name}", value, f"has no effect under {reach.condition}",
+                    reach.way_out,
+                )  # fmt: skip
+
+
+def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
+    row = config.resolved
+    if config.overlong_tokens is None and "drop_overlong" in row.selection:
+        yield ConfigError(
+            "algorithm.selection",
+            list(row.selection),
+            "drop_overlong needs a limit",
+            "Set algorithm.overlong_tokens",
+        )
+    if "gold" in row.selection and (row.advantage != "one" or config.rollout_is_cap is not None):
+        yield ConfigError(
+            "algorithm.selection",
+            list(row.selection),
+            "gold responses have neither a reward nor rollout_logprobs",
+            "Set algorithm.advantage=one and algorithm.rollout_is_cap=null",
+        )
+    yield from _pair_contradictions(config)
+    mixed_only = "drop_uniform" in row.selection or (
+        {"drop_all_wrong", "drop_all_correct"} <= set(row.selection)
+    )
+    if row.advantage == "reward_over_std" and not mixed_only:
+        yield ConfigError(
+            "algorithm.advantage",
+            row.advantage,
+            "a group of equal rewards has std 0, so its advantages would be reward / std_eps",
+            "Add drop_uniform to algorithm.selection",
+        )
+    if config.train_on_everything and config.has_loss_on_every_token:
+        yield ConfigError(
+            "algorithm.train_on_everything",
+            True,
+            "a KL or entropy term would act on kept responses only, so nothing is compared",
+            "Set algorithm.kl_coef=0 and algorithm.entropy_coef=0",
+        )
+    if config.train_on_everything and row.advantage in ("batch_norm", "gae"):
+        yield ConfigError(
+            "algorithm.train_on_everything",
+            True,
+            "whitening over the batch would give rejected responses an advantage",
+            "Set another algorithm.advantage",
+        )
+    if row.needs_critic and not config.objective.has_ratio:
+        yield ConfigError(
+            "algorithm.advantage",
+            "gae",
+            f"advantages per token need an objective with a ratio, {row.objective} has none",
+            "Set algorithm.objective=clipped_ratio",
+        )
+
+
+def _pair_contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
+    """The four settings that make pairs come together or not at all."""
+    row = config.resolved
+    ways = {
+        "objective": config.objective.trains_pairs,
+        "selection": "best_and_worst" in row.selection,
+        "advantage": row.advantage == "preference",
+        "loss_aggregation": row.loss_aggregation == "pair_mean",
+    }
+    if any(ways.values()) and not all(ways.values()):
+        name = next(name for name, is_pair in ways.items() if not is_pair)
+        yield ConfigError(
+            f"algorithm.{name}",
+            getattr(row, name),
+            "objective=dpo, selection best_and_worst, advantage=preference and "
+            "loss_aggregation=pair_mean only work together",
+            "Set algorithm.preset=iterative_dpo",
+        )
+    if config.objective.trains_pairs and (
+        row.selection[-1] != "best_and_worst"
+        or config.max_per_group is not None
+        or config.train_on_everything
+    ):
+        yield ConfigError(
+            "algorithm.selection",
+            list(row.selection),
+            "nothing may take a pair apart: best_and_worst must come last, without max_per_group "
+            "and train_on_everything",
+            "Reorder it, or leave those out",
+        )

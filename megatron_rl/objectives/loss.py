@@ -1,0 +1,95 @@
+"""The loss of packed rows that an optimizer step minimises: over tokens, or over pairs."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_rl.objectives.dpo import PAIR_SUMS, Dpo, pair_metrics
+from megatron_rl.objectives.likelihood import Likelihood
+from megatron_rl.objectives.objective import Objective, TokenObjective
+from megatron_rl.objectives.token_loss import linear_policy_loss, metrics_from, token_loss
+from megatron_rl.ops.head import Head
+from megatron_rl.ops.linear_logprobs import linear_logprobs
+from megatron_rl.ops.loss_spec import EXTREMA, SUMS, MeasuredLoss, SharedTerms
+from megatron_rl.types import MicroBatch
+
+
+class Loss(Protocol):
+    """The loss of packed rows."""
+
+    @property
+    def num_sums(self) -> int: ...
+
+    def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss: ...
+
+    def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
+        """Named metrics of what all micro-batches measured."""
+        ...
+
+
+def loss_of(objective: Objective, shared: SharedTerms) -> Loss:
+    """The loss of an objective; the shared terms are about tokens, so pairs have none."""
+    if isinstance(objective, Dpo):
+        return PairLoss(objective)
+    assert isinstance(objective, TokenObjective)
+    return TokenLoss(objective, shared)
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of an objective that sums over tokens."""
+
+    objective: TokenObjective
+    shared: SharedTerms = field(default_factory=SharedTerms)
+    num_sums = len(SUMS)
+
+    def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
+        return linear_policy_loss(head, batch.loss, self.objective, self.shared)
+
+    def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
+        return metrics_from(sums, extrema)
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The loss of direct preference optimization.
+
+    Both responses of a pair are in one row (batching/), so one forward and one backward suffice.
+    """
+
+    objective: Dpo
+    num_sums = len(SUMS) + len(PAIR_SUMS)
+
+    def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
+        logprobs, entropy = linear_logprobs(head, batch.loss.targets)
+        loss, pair_sums = self.objective.pair_loss(logprobs, batch.loss, *_pairs(batch))
+        with torch.no_grad():
+            tokens = token_loss(logprobs, entropy, batch.loss, Likelihood(), SharedTerms())
+            tokens.sums[SUMS.index("loss")] = loss.double()
+        return MeasuredLoss(
+            loss=loss,
+            logprobs=logprobs.detach(),
+            sums=torch.cat([tokens.sums, pair_sums]),
+            extrema=tokens.extrema,
+        )
+
+    def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
+        return metrics_from(sums[: len(SUMS)], extrema) | pair_metrics(sums[len(SUMS) :])
+
+
+def no_extrema() -> Tensor:
+    """Where maxima start from."""
+    return torch.zeros(len(EXTREMA), dtype=torch.float64)
+
+
+def _pairs(batch: MicroBatch) -> tuple[Tensor, int]:
+    """([N] number of the pair of each token, how many pairs)."""
+    numbers: dict[int, int] = {}
+    of_sample = [numbers.setdefault(s.group_id, len(numbers)) for s in batch.samples]
+    lengths = [len(sample.response_tokens) for sample in batch.samples]
+    pair_of = torch.tensor(of_sample, dtype=torch.int64).repeat_interleave(
+        torch.tensor(lengths, dtype=torch.int64)
+    )
+    return pair_of.to(batch.loss.at.device), len(numbers)

@@ -1,0 +1,220 @@
+"""The loss of tokens: an objective's own term of each, with the terms that all of them share.
+
+loss = sum_t weight_t * (is_t * own_t + kl_coef * KL_t - entropy_coef * H_t)
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_rl.objectives.objective import ClipFlags, TokenObjective
+from megatron_rl.ops import backend
+from megatron_rl.ops.head import Head
+from megatron_rl.ops.linear_logprobs import linear_logprobs
+from megatron_rl.ops.loss_spec import (
+    EXTREMA,
+    MAX_LOG_RATIO,
+    SUMS,
+    KlEstimator,
+    MeasuredLoss,
+    SharedTerms,
+)
+from megatron_rl.ops.native_loss import native_policy_loss
+from megatron_rl.types import LossTokens
+
+
+def linear_policy_loss(
+    head: Head,
+    tokens: LossTokens,
+    objective: TokenObjective,
+    shared: SharedTerms,
+    *,
+    chunk_rows: int | None = None,
+) -> MeasuredLoss:
+    """Loss of N tokens by the compiled ops, or by its definition: here and nowhere else is decided.
+
+    The loss is equal on all tp ranks. Zero tokens give a loss of 0 that is connected to hidden and
+    head_weight, with gradients of 0. Gradients and chunk_rows: as in linear_logprobs.
+    """
+    _check_constants(tokens, shared)
+    native, hidden = objective.native, head.hidden
+    if (
+        native is not None
+        and backend.is_native("policy_loss_onepass_", hidden)
+        and hidden.dtype == head.head_weight.dtype
+    ):
+        return native_policy_loss(head, tokens, native, shared, chunk_rows=chunk_rows)
+    logprobs, entropy = linear_logprobs(head, tokens.targets, chunk_rows=chunk_rows)
+    return token_loss(logprobs, entropy, tokens, objective, shared)
+
+
+def token_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    tokens: LossTokens,
+    objective: TokenObjective,
+    shared: SharedTerms,
+) -> MeasuredLoss:
+    """Weighted loss of N tokens and its metrics: the native ops must equal it.
+
+    A token of weight 0 has no gradient and no part in the metrics, whatever its other entries.
+
+    Args:
+        logprobs: [N] current, with gradient; its dtype is what everything is computed in.
+        entropy: [N] with gradient if shared.entropy_coef is not 0, else only measured.
+        tokens: ref_logprobs are only measured if shared.kl_coef is 0, and rollout_logprobs if
+            shared.rollout_is_cap is None.
+        objective: gives the own term.
+        shared: the numbers of the other terms.
+    """
+    _check_constants(tokens, shared)
+    active = tokens.weights != 0
+    has_ratio = objective.has_ratio or tokens.old_logprobs is not None
+    logprobs = logprobs.where(active, 0.0)
+    entropy = None if entropy is None else entropy.where(active, 0.0)
+    old = _constant(tokens.old_logprobs, logprobs, active)
+    old = logprobs.detach() if old is None else old
+    ref = _constant(tokens.ref_logprobs, logprobs, active)
+    rollout = _constant(tokens.rollout_logprobs, logprobs, active)
+    advantages = tokens.advantages.detach().to(logprobs.dtype).where(active, 0.0)
+    weights = tokens.weights.detach().to(logprobs.dtype)
+
+    ratio = bounded_exp(logprobs - old)
+    terms, flags = objective.own_terms(logprobs, ratio, advantages)
+    if shared.rollout_is_cap is not None and rollout is not None:
+        terms = terms * bounded_exp(old - rollout).clamp(max=shared.rollout_is_cap)
+    if shared.kl_coef != 0 and ref is not None:
+        terms = terms + shared.kl_coef * kl_estimate(logprobs, ref, shared.kl_estimator)
+    if shared.entropy_coef != 0:
+        assert entropy is not None, "an entropy term needs the entropy"
+        terms = terms - shared.entropy_coef * entropy
+    loss = (weights * terms).sum()
+
+    meter = _Meter(active)
+    with torch.no_grad():
+        meter.add("tokens", torch.ones_like(logprobs))
+        meter.add("loss", weights * terms)
+        if has_ratio:
+            _measure_ratio(meter, logprobs, old, ratio, flags)
+        if entropy is not None:
+            meter.add("entropy_tokens", torch.ones_like(entropy))
+            meter.add("entropy", entropy)
+        if ref is not None:
+            meter.add("ref_tokens", torch.ones_like(ref))
+            meter.add("kl_ref_k1", logprobs - ref)
+            meter.add("kl_ref_k3", k3(ref - logprobs))
+        if rollout is not None:
+            _measure_gap(meter, old - rollout)
+    return MeasuredLoss(loss, logprobs.detach(), meter.sums, meter.extrema)
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) -> Tensor:
+    """Estimate of KL(current || ref) from each sampled token, with gradient.
+
+    Source: Schulman, "Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html.
+    """
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio.square() / 2
+    return k3(-log_ratio)
+
+
+def k3(d: Tensor) -> Tensor:
+    """exp(d) - 1 - d, which is never negative, d clamped to MAX_LOG_RATIO either way.
+
+    Near 0 the difference would cancel to noise; there it is the Taylor series.
+    """
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    is_small = d.abs() < 0.03
+    x = d.where(is_small, 0.0)
+    series = torch.full_like(x, 1 / 40320)
+    for factorial in (5040, 720, 120, 24, 6, 2):  # to x^8: the rest is under 1e-16 of the sum
+        series = series * x + 1 / factorial
+    return torch.where(is_small, x * x * series, torch.expm1(d) - d)
+
+
+def bounded_exp(log_ratio: Tensor) -> Tensor:
+    """exp() of a difference of log-probabilities that no outlier token can overflow."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def metrics_from(sums: Tensor, extrema: Tensor) -> dict[str, float]:
+    """Named metrics of accumulated sums and extrema, without those that were not measured.
+
+    Cost: two copies to the host.
+    """
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    largest = dict(zip(EXTREMA, extrema.tolist(), strict=True))
+    metrics = {"policy/loss": total["loss"], "policy/trained_tokens": total["tokens"]}
+    if num := total["ratio_tokens"]:
+        metrics["policy/clip_low_frac"] = total["clip_low"] / num
+        metrics["policy/clip_high_frac"] = total["clip_high"] / num
+        metrics["policy/dual_clip_frac"] = total["dual_clip"] / num
+        metrics["policy/ratio_mean"] = total["ratio"] / num
+        metrics["policy/ratio_max"] = largest["ratio"]
+        metrics["policy/kl_old_k1"] = total["kl_old_k1"] / num
+        metrics["policy/kl_old_k3"] = total["kl_old_k3"] / num
+    if num := total["entropy_tokens"]:
+        metrics["policy/entropy_mean"] = total["entropy"] / num
+    if num := total["ref_tokens"]:
+        metrics["policy/kl_ref_k1"] = total["kl_ref_k1"] / num
+        metrics["policy/kl_ref_k3"] = total["kl_ref_k3"] / num
+    if num := total["rollout_tokens"]:
+        metrics["rollout/logprob_gap_mean"] = total["abs_gap"] / num
+        metrics["rollout/logprob_gap_max"] = largest["abs_gap"]
+        metrics["rollout/logprob_gap_k3"] = total["gap_k3"] / num
+    return metrics
+
+
+class _Meter:
+    """Accumulators of one call, in float64: float32 counts wrong from 16 million tokens on."""
+
+    def __init__(self, active: Tensor) -> None:
+        self._active = active
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=active.device)
+        self.extrema = torch.zeros(len(EXTREMA), dtype=torch.float64, device=active.device)
+
+    def add(self, name: str, values: Tensor) -> None:
+        self.sums[SUMS.index(name)] = values.double().where(self._active, 0.0).sum()
+
+    def largest(self, name: str, values: Tensor) -> None:
+        if values.numel() > 0:
+            self.extrema[EXTREMA.index(name)] = values.double().where(self._active, 0.0).amax()
+
+
+def _measure_ratio(
+    meter: _Meter, logprobs: Tensor, old: Tensor, ratio: Tensor, flags: ClipFlags | None
+) -> None:
+    if flags is not None:
+        meter.add("clip_low", flags.low)
+        meter.add("clip_high", flags.high)
+        meter.add("dual_clip", flags.dual)
+    meter.add("ratio_tokens", torch.ones_like(ratio))
+    meter.add("ratio", ratio)
+    meter.largest("ratio", ratio)
+    meter.add("kl_old_k1", old - logprobs)
+    meter.add("kl_old_k3", k3(logprobs - old))
+
+
+def _measure_gap(meter: _Meter, gap: Tensor) -> None:
+    meter.add("rollout_tokens", torch.ones_like(gap))
+    meter.add("gap", gap)
+    meter.add("abs_gap", gap.abs())
+    meter.largest("abs_gap", gap.abs())
+    meter.add("gap_k3", k3(gap))
+
+
+def _constant(values: Tensor | None, like: Tensor, active: Tensor) -> Tensor | None:
+    return None if values is None else values.detach().to(like.dtype).where(active, 0.0)
+
+
+def _check_constants(tokens: LossTokens, shared: SharedTerms) -> None:
+    """Raise ValueError where a term needs something that is None."""
+    for name, setting, is_needed in (
+        ("ref_logprobs", "kl_coef", shared.kl_coef != 0),
+        ("rollout_logprobs", "rollout_is_cap", shared.rollout_is_cap is not None),
+    ):
+        if is_needed and getattr(tokens, name) is None:
+            value = getattr(shared, setting)
+            raise ValueError(f"{setting}={value}: needs {name}, got None; measure {name} first")

@@ -1,0 +1,73 @@
+"""What a native loss is told besides tensors, and the order of what it measures.
+
+Each order is an enum of csrc/token_loss/token_terms.h too; tests/csrc compares them. Settings are
+made of these, so torch is imported for type checking only.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LossKind = Literal["likelihood", "clipped_ratio"]
+KlEstimator = Literal["k1", "k2", "k3"]
+
+LOSS_KINDS: tuple[LossKind, ...] = get_args(LossKind)
+KL_ESTIMATORS: tuple[KlEstimator, ...] = get_args(KlEstimator)
+
+MAX_LOG_RATIO = 20.0
+"""Differences of log-probabilities are clamped to this before exp(); no gradient outside."""
+
+SUMS = (
+    "tokens",  # with weight != 0; the only ones that any entry below speaks about
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "ratio_tokens",  # tokens whose ratio is known
+    "ratio",
+    "kl_old_k1",  # of KL(old || current)
+    "kl_old_k3",
+    "entropy_tokens",
+    "entropy",
+    "ref_tokens",
+    "kl_ref_k1",  # of KL(current || ref)
+    "kl_ref_k3",
+    "rollout_tokens",
+    "gap",  # old - rollout
+    "abs_gap",
+    "gap_k3",  # of KL(rollout || old)
+    "loss",  # weight * (all terms)
+)
+"""Order of a loss's sums: to be added over micro-batches and data-parallel ranks."""
+
+EXTREMA = ("ratio", "abs_gap")
+"""Order of a loss's extrema: largest values, 0 where not measured."""
+
+
+class NativeTerm(NamedTuple):
+    """The compiled form of an objective's own term of a token, and its numbers."""
+
+    kind: LossKind
+    eps_low: float = 0.0
+    eps_high: float = 0.0
+    dual_clip: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedTerms:
+    """What every loss of tokens may add to its objective's own term."""
+
+    kl_coef: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    entropy_coef: float = 0.0
+    rollout_is_cap: float | None = None  # weights exp(old - rollout) up to this; None: no weights
+
+
+class MeasuredLoss(NamedTuple):
+    """A loss of N tokens and what it measured on the way; only the loss has a gradient."""
+
+    loss: "Tensor"  # [], in the dtype that it is computed in
+    logprobs: "Tensor"  # [N]; 0 at weight 0
+    sums: "Tensor"  # [at least len(SUMS)] float64
+    extrema: "Tensor"  # [len(EXTREMA)] float64
