@@ -98,7 +98,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
 def _read_benchmarks(
     config: RunConfig, tokenizer: Tokenizer, problems: list[str]
 ) -> dict[str, list[Prompt]]:
-    """Every benchmark's problems; what is wrong with the others is added to problems."""
+    """The questions of every benchmark; faults of those that cannot be read go to problems."""
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
