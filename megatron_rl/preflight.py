@@ -120,7 +120,7 @@ def _read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptStream:
 def _read_benchmarks(
     config: RunConfig, tokenizer: Tokenizer, found: _Problems
 ) -> dict[str, list[Prompt]]:
-    """Every benchmark's problems; what is wrong with the others is noted."""
+    """The questions of every benchmark; faults of those that cannot be read are noted."""
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
