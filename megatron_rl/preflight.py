@@ -8,14 +8,15 @@ from pathlib import Path
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_problems
-from megatron_rl.policy.refusals import engine_problems, model_problems
+from megatron_rl.megatron.refusals import model_problems
+from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.reward.gold import check_gold
+from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.critic_files import open_critic_weights
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import ModelSource, find_model
 
@@ -61,7 +62,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
             tp = config.rollout.tensor_model_parallel_size
             problems.extend(str(problem) for problem in engine_problems(arch, tp))
         problems.extend(_length_problems(config, arch))
-        model.open_weights(arch)
+        open_weights(model, arch)
         found["arch"] = arch
         found["critic"] = _critic(config, arch, model)
 

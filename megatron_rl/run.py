@@ -14,6 +14,7 @@ from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import InputError, RunError
 from megatron_rl.evaluation.evaluator import Evaluator
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.metrics import tally
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.metrics.timers import PhaseTimer
@@ -21,7 +22,6 @@ from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.prompts.dataset import PromptStream

@@ -18,6 +18,8 @@ import yaml
 
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.megatron.enter import enter
+from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.writers import MetricsWriter, open_writers
@@ -47,7 +49,7 @@ def train_session(config: RunConfig) -> None:
     """`train`: returns on success; every rank calls it."""
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    platform.prepare_megatron()
+    enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
     output = Path(config.run.output_dir)
@@ -78,15 +80,14 @@ def evaluate_session(config: RunConfig) -> None:
         )
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    platform.prepare_megatron()
+    enter(platform)
     init_distributed(platform)
 
     from megatron_rl.build import build_evaluator
-    from megatron_rl.parallel.groups import make_groups
     from megatron_rl.reward.scorer import RewardScorer
     from megatron_rl.rollout.sampler import Sampler
 
-    groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
+    groups = join(platform, config.parallel, config.rollout.tensor_model_parallel_size)
     engine = _engine_with_weights(config, inputs, groups)
     evaluator = build_evaluator(config, inputs, groups)
     assert evaluator is not None

@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_rl.conversion.command import DTYPES, progress_bar, run_command
 from megatron_rl.conversion.to_megatron import convert_to_megatron
 from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.megatron.refusals import model_problems
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.policy.refusals import model_problems
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import find_model
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_rl.conversion.command import DTYPES, progress_bar, run_command
 from megatron_rl.conversion.to_hf import convert_to_hf
 from megatron_rl.errors import InputError
+from megatron_rl.megatron.stored_files import MegatronCheckpoint
 from megatron_rl.weights.families.registry import read_model_config
-from megatron_rl.weights.megatron_files import MegatronCheckpoint
 from megatron_rl.weights.model_source import find_model
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_rl.conversion.command import progress_bar, run_command, silence_libraries
 from megatron_rl.conversion.compare import compare_weights, differences_of_arch
 from megatron_rl.conversion.logits import logits_of, tokens_of
+from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import ModelSource, find_model
@@ -62,8 +63,8 @@ def verify(options: argparse.Namespace) -> int:
 def has_same_tensors(sources: list[ModelSource], arch: ModelArch, tolerance: float | None) -> bool:
     with progress_bar("comparing") as bar:
         found = compare_weights(
-            sources[0].open_weights(arch),
-            sources[1].open_weights(arch),
+            open_weights(sources[0], arch),
+            open_weights(sources[1], arch),
             arch,
             tolerance=tolerance,
             progress=bar,

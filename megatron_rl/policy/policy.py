@@ -5,21 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.ops.linear_loss import linear_logprobs
 from megatron_rl.ops.pair_loss import PairSpec
 from megatron_rl.ops.token_loss import LossSpec
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.objectives import Head, no_extrema, objective_of
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 
@@ -90,15 +85,10 @@ class Policy(TrainedModel):
         )
 
     def _head(self, hidden: Tensor, batch: MicroBatch) -> Head:
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
-        rows = batch.loss_rows
         return Head(
-            hidden=hidden[:, 0].index_select(0, rows),
-            weight=self.chunks[-1].head_weight(),
-            targets=batch.targets[rows],
+            hidden=self.head_input(hidden, batch.loss_rows),
+            weight=self.head_weight,
+            targets=batch.targets[batch.loss_rows],
             settings=self._head_settings(),
         )
 
@@ -106,7 +96,7 @@ class Policy(TrainedModel):
         tp = self.groups.layout.tp
         shard = padded_vocab_size(self.arch.vocab_size, tp) // tp
         return {
-            "tp_group": parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
+            "tp_group": self.groups.tensor_parallel,
             "vocab_start": self.groups.here.tp_rank * shard,
             "valid_vocab": self.arch.vocab_size,
             "temperature": self.temperature,

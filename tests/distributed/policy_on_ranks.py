@@ -26,16 +26,17 @@ from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.batching.pack import with_old_logprobs, with_ref_logprobs
 from megatron_rl.batching.packer import Packer
+from megatron_rl.megatron import model as model_module
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.groups import join
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.ops import backend, linear_loss
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.groups import Groups, make_groups
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.platforms.base import detect
-from megatron_rl.policy import trained_model as model_module
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.token_advantages import estimate
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
 from megatron_rl.weights.arch import padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
@@ -75,7 +76,7 @@ def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
     parallel = _parallel(layout)
     with _groups_destroyed():
         try:
-            yield parallel, make_groups(detect(), parallel, 1)
+            yield parallel, join(detect(), parallel, 1)
         finally:
             parallel_state.destroy_model_parallel()
 
@@ -285,7 +286,7 @@ def named_main_grads(policy: TrainedModel) -> dict[str, Tensor]:
 
 def head_is_in_main_grad(policy: Policy) -> bool:
     """Whether the head's gradient came there without one of autograd's; last stage only."""
-    return policy.chunks[-1].head_weight().grad_added_to_main_grad
+    return policy.head_weight.grad_added_to_main_grad
 
 
 def measure(
