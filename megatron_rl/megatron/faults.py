@@ -56,7 +56,7 @@ FAULTS = {
             name="interleaving_without_overlap",
             versions=(V0_16_1,),
             wrong="posts two sends to the same peer in the interleaved schedule at PP 2 without "
-            "`overlap_p2p_comm`; they cross, and gradients are wrong without an error",
+            "`overlap_p2p_comm`; they cross, which makes wrong gradients without an error",
             action="refused",
             by="refusals.config_problems",
             probes=ON_RANKS,
