@@ -22,7 +22,7 @@ class Fault:
     """One fault."""
 
     name: str
-    """Also the name of its probe: a function without arguments, True where the fault shows."""
+    """Also the name of its probe, a function that returns True where the fault shows."""
 
     versions: tuple[str, ...]
     """That have it, of the supported ones."""
@@ -47,7 +47,7 @@ FAULTS = {
         Fault(
             name="cuda_in_its_source",
             versions=(V0_16_1,),
-            wrong="names CUDA devices in its source, so it builds no layer on a CPU",
+            wrong="names CUDA devices in its source, so it does not run on a CPU",
             action="fitted",
             by="on_cpu.install",
             probes=ALONE,
@@ -87,7 +87,7 @@ FAULTS = {
             "loss weights which are global already leave out",
             action="refused",
             by="refusals.config_problems",
-            probes=ON_RANKS,
+            probes=ALONE,
         ),
         Fault(
             name="experts_without_sequence_parallelism",
@@ -193,8 +193,7 @@ FAULTS = {
         Fault(
             name="clipping_in_float64",
             versions=(V0_16_1,),
-            wrong="asserts float32 gradients where it clips, so float64 needs "
-            "`optimizer.clip_grad=0`",
+            wrong="clips float32 gradients only",
             action="refused",
             by="refusals.optimizer_problems",
             probes=ALONE,

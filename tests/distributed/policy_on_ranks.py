@@ -108,12 +108,17 @@ def _parallel(layout: Layout) -> ParallelConfig:
 
 @contextmanager
 def policy_at(
-    layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
+    layout: Layout,
+    problem: Problem,
+    optimizer: OptimizerConfig,
+    dtype: str = "float64",
+    *,
+    megatron: dict[str, Any] | None = None,
 ) -> Iterator[Policy]:
-    """The policy with the problem's weights, ready to be trained."""
+    """The policy with the problem's weights, ready to be trained; `megatron` is not checked."""
     build = partial(Policy, temperature=TEMPERATURE)
     with (
-        _model_at(build, layout, problem, problem.model_dir, optimizer, dtype) as policy,
+        _model_at(build, layout, problem, problem.model_dir, optimizer, dtype, megatron) as policy,
         _small_chunks(layout) if layout.chunk_rows else nullcontext(),
     ):
         yield policy
@@ -153,8 +158,14 @@ def _model_at(
     model_dir: Path,
     optimizer: OptimizerConfig,
     dtype: str,
+    megatron: dict[str, Any] | None = None,
 ) -> Iterator[Any]:
-    settings = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
+    settings = ModelConfig(
+        path=str(problem.model_dir),
+        dtype=dtype,
+        megatron=megatron or {},
+        **RECOMPUTE[layout.recompute],
+    )
     softmax = mock.patch("torch.softmax", _softmax_in_own_dtype)
     with groups_at(layout) as (parallel, groups), _ops(layout), softmax:
         arch = read_model_config(problem.model_dir)
