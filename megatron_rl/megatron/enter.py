@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 
 from megatron_rl.megatron import faults, on_cpu, repairs
@@ -29,8 +30,10 @@ def config_fields() -> Mapping[str, object]:
 
     A check of a recipe may ask before anything else has entered.
     """
-    enter(detect())
-    from megatron.core.transformer import TransformerConfig
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is not installed, in the midst of a check's answer
+        enter(detect())
+        from megatron.core.transformer import TransformerConfig
 
     return {
         field.name: None if field.default is dataclasses.MISSING else field.default

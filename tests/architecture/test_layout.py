@@ -24,7 +24,7 @@ ROOMS = [
 # What only somebody knows who has read Megatron-Core: names of its classes, of its marks on
 # parameters, and of the keys of its checkpoints.
 MEGATRON_NAMES = re.compile(
-    r"\b(?:GPTModel|HybridModel|TransformerConfig\(|parallel_state|finalize_model_grads"
+    r"\b(?:GPTModel|HybridModel|TransformerConfig|parallel_state|finalize_model_grads"
     r"|sharded_state_dict\w*|param_state\w*|param_groups|chained_optimizers|main_grad"
     r"|grad_added_to_main_grad|zero_out_wgrad|zero_grad_buffer|_extra_state|common_backend"
     r"|te_general_gemm|maybe_move_tensor_to_cpu|model_param_group_index_map|HAVE_APEX_OR_TE"
