@@ -79,7 +79,8 @@ MODELS = {"dense": DENSE, "experts": EXPERTS, "small experts": SMALL_EXPERTS}
 # What a conversion process runs: the command, timed from the end of its imports.
 CHILD = """
 import json, sys, time
-import megatron_rl.conversion.to_hf, megatron_rl.conversion.to_megatron, megatron_rl.policy.refusals
+import megatron_rl.conversion.to_hf, megatron_rl.conversion.to_megatron
+import megatron_rl.megatron.refusals
 from megatron_rl.commands.main import main
 started = time.perf_counter()
 code = main(["convert", *sys.argv[1:]])

@@ -27,6 +27,7 @@ from grading_throughput import MIXES, Response, make_responses
 from measure import describe_machine
 
 from megatron_rl.config import load_config
+from megatron_rl.megatron.enter import enter
 from megatron_rl.parallel.groups import init_distributed
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_inputs
@@ -98,7 +99,7 @@ def measure(
     config = load_config(recipe, [])
     platform = detect()
     inputs = read_inputs(config, 1)
-    platform.prepare_megatron()
+    enter(platform)
     init_distributed(platform)
 
     from megatron_rl.build import build_run

@@ -17,11 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megatron_rl.megatron.enter import enter
+from megatron_rl.megatron.groups import join
 from megatron_rl.parallel.groups import init_distributed
 from megatron_rl.platforms.base import detect
 
 PLATFORM = detect()
-PLATFORM.prepare_megatron()  # before the first import of megatron.core
+enter(PLATFORM)  # before the first import of megatron.core
 
 import torch  # noqa: E402
 from measure import describe_machine  # noqa: E402
@@ -29,9 +31,9 @@ from measure import describe_machine  # noqa: E402
 from megatron_rl.algorithms.algorithm import Algorithm  # noqa: E402
 from megatron_rl.algorithms.config import AlgorithmConfig  # noqa: E402
 from megatron_rl.batching.packer import Packer  # noqa: E402
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig  # noqa: E402
 from megatron_rl.parallel.config import ParallelConfig  # noqa: E402
-from megatron_rl.parallel.groups import Groups, make_groups  # noqa: E402
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig  # noqa: E402
+from megatron_rl.parallel.groups import Groups  # noqa: E402
 from megatron_rl.policy.critic import Critic  # noqa: E402
 from megatron_rl.policy.passes import plan_passes  # noqa: E402
 from megatron_rl.policy.policy import Policy  # noqa: E402
@@ -63,7 +65,7 @@ class Bench:
     def __init__(self, model_dir: Path, num_updates: int) -> None:
         parallel = ParallelConfig()
         self.model = ModelConfig(path=str(model_dir), dtype="float32")
-        self.groups: Groups = make_groups(PLATFORM, parallel, 1)
+        self.groups: Groups = join(PLATFORM, parallel, 1)
         self.num_updates = num_updates
         optimizer, arch = OptimizerConfig(), read_model_config(model_dir)
         shared = (arch, self.model, parallel, optimizer, self.groups)

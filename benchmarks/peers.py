@@ -71,9 +71,10 @@ def head_peers(p: Any) -> Providers:
 
 def megatron_cross_entropy(device_type: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Megatron-Core's, at one tensor-parallel rank."""
+    from megatron_rl.megatron.enter import enter
     from megatron_rl.platforms import base
 
-    {"cpu": base.CPU, "cuda": base.CUDA}[device_type].prepare_megatron()
+    enter({"cpu": base.CPU, "cuda": base.CUDA}[device_type])
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 

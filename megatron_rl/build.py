@@ -16,17 +16,18 @@ from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.votes import MathEquality
+from megatron_rl.megatron.groups import join
+from megatron_rl.megatron.transformer_config import DTYPES
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
 from megatron_rl.parallel.collectives import agree_or_raise, same_or_raise
-from megatron_rl.parallel.groups import Groups, make_groups
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import Platform
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.initial_kl import InitialKl
-from megatron_rl.policy.model import DTYPES
 from megatron_rl.policy.passes import plan_passes
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.trainer import Trainer
@@ -49,7 +50,7 @@ def build_run(
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
-    groups = make_groups(platform, config.parallel, rollout_tp)
+    groups = join(platform, config.parallel, rollout_tp)
     say(choose_ops(config.ops.backend, groups))
     meter = Meter(groups)
     algorithm = Algorithm(config.algorithm)

@@ -21,11 +21,12 @@ from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.policy.config import CriticConfig, ModelConfig, OptimizerConfig
-from megatron_rl.policy.refusals import config_problems
+from megatron_rl.policy.config import CriticConfig
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import for_mathematics
 from megatron_rl.reward.config import RewardConfig
@@ -246,26 +247,7 @@ def _training_problems(config: RunConfig) -> Iterator[ConfigError]:
             "Set algorithm.preset=ppo or leave the section out",
         )
     for section, optimizer in trained.items():
-        yield from _optimizer_problems(config.model.dtype, section, optimizer)
-
-
-def _optimizer_problems(
-    dtype: str, section: str, optimizer: OptimizerConfig
-) -> Iterator[ConfigError]:
-    if dtype == "float64" and optimizer.clip_grad:
-        yield ConfigError(
-            f"{section}.clip_grad",
-            optimizer.clip_grad,
-            "Megatron-Core clips float32 gradients only, and model.dtype is float64",
-            "Set 0 (float64 is for verification)",
-        )
-    if optimizer.min_lr > optimizer.lr:
-        yield ConfigError(
-            "optimizer.min_lr",
-            optimizer.min_lr,
-            f"must not exceed {section}.lr={optimizer.lr}",
-            "Lower it",
-        )
+        yield from optimizer_problems(config.model.dtype, section, optimizer)
 
 
 def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:

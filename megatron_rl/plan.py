@@ -8,8 +8,9 @@ import torch
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors
+from megatron_rl.megatron.refusals import model_problems
 from megatron_rl.parallel.layout import EngineLayout, Layout
-from megatron_rl.policy.refusals import engine_problems, model_problems
+from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import expert_pieces, shared_pieces

@@ -9,14 +9,15 @@ from typing import ParamSpec, TypeVar
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions
-from megatron_rl.policy.refusals import engine_problems, model_problems
+from megatron_rl.megatron.refusals import model_problems
+from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.reward.gold import check_gold
+from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.critic_files import open_critic_weights
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import ModelSource, find_model
 
@@ -98,7 +99,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     if not config.is_supervised:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
     found.note(_length_problems(config, arch))
-    model.open_weights(arch)
+    open_weights(model, arch)
     return arch
 
 

@@ -10,13 +10,13 @@ from megatron_rl.checkpoint.model_files import ModelFiles
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import InputError
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.policy.initial_kl import InitialKl
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.prompts.dataset import PromptStream

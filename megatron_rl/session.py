@@ -18,6 +18,8 @@ import yaml
 
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.megatron.enter import enter
+from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.writers import MetricsWriter, open_writers
@@ -46,7 +48,7 @@ def train_session(config: RunConfig) -> None:
     """`train`: returns on success; every rank calls it."""
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    platform.prepare_megatron()
+    enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
     output = Path(config.run.output_dir)
@@ -75,14 +77,13 @@ def evaluate_session(config: RunConfig) -> None:
         )
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    platform.prepare_megatron()
+    enter(platform)
     init_distributed(platform)
 
     from megatron_rl.build import build_policy, build_sampled
     from megatron_rl.metrics.meter import Meter
-    from megatron_rl.parallel.groups import make_groups
 
-    groups = make_groups(platform, config.parallel, config.rollout.tensor_model_parallel_size)
+    groups = join(platform, config.parallel, config.rollout.tensor_model_parallel_size)
     # The engine reads Hugging Face files itself; others come through the policy and the bridge.
     is_hf = inputs.model.megatron_dir is None
     rollouts = build_sampled(config, inputs, groups, Meter(groups), _say_early, load_weights=is_hf)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.checkpoint.config import CheckpointConfig
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.critic import Critic
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.weights.export import export_hf
 from megatron_rl.weights.hf_files import copy_companions
 from megatron_rl.weights.model_source import COMPANION_DIR

@@ -23,21 +23,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.checkpoint.optimizer_state import fitted
 from megatron_rl.errors import RunError
+from megatron_rl.megatron.checkpoint import load_model, save_model
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.trained_model import TrainedModel
-from megatron_rl.weights.dcp_files import read_metadata
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 2
 NAME = re.compile(r"iteration_(\d{6,})")
-# Names without the number of Megatron's optimizer, which depends on expert parallelism.
-SHARDING = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
 
 
 class CheckpointStore:
@@ -109,25 +103,15 @@ class CheckpointStore:
     def _write(
         self, temporary: Path, models: Sequence[TrainedModel], state: dict[str, Any]
     ) -> None:
-        from megatron.core import dist_checkpointing
-
         for model in models:
-            dist_checkpointing.save(
-                _sharded_state(model, is_loading=False), str(temporary / model.name)
-            )
+            save_model(model, temporary / model.name)
         states = self._groups.platform.rng_state()
         torch.save(_plain(states), temporary / f"rank_{self._groups.rank}.pt")
         if self._groups.is_main:
             layout = self._groups.layout
             saved = {
                 **state,
-                "models": {
-                    model.name: {
-                        "version": model.version,
-                        "scheduler": model.scheduler.state_dict(),
-                    }
-                    for model in models
-                },
+                "models": {model.name: model.state_dict() for model in models},
                 "layout": [layout.world_size, layout.tp, layout.pp, layout.vpp],
             }
             (temporary / "state.json").write_text(json.dumps(saved, indent=2) + "\n")
@@ -191,10 +175,9 @@ class CheckpointStore:
                 f"{path}: it holds {', '.join(state['models'])}, this recipe trains "
                 f"{', '.join(names)}. Use another run.output_dir, or the recipe it was made with"
             )
-        # Byte entries of a checkpoint are pickles; this keeps torch from running them.
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
         for model in models:
-            _restore_model(model, path / model.name, state["models"][model.name])
+            load_model(model, path / model.name)
+            model.load_state_dict(state["models"][model.name])
         layout = self._groups.layout
         if state["layout"] == [layout.world_size, layout.tp, layout.pp, layout.vpp]:
             states = torch.load(path / f"rank_{self._groups.rank}.pt", weights_only=True)
@@ -203,29 +186,6 @@ class CheckpointStore:
     def _together(self, work: Callable[[], None], *, only_main: bool = False) -> None:
         has_part = self._groups.is_main or not only_main
         all_or_none(work if has_part else nothing, self._groups.host)
-
-
-def _restore_model(model: TrainedModel, directory: Path, state: dict[str, Any]) -> None:
-    from megatron.core import dist_checkpointing
-
-    read_metadata(directory)  # a pickle, which Megatron-Core opens without looking
-    loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(directory))
-    for number, chunk in enumerate(model.chunks):
-        chunk.load_state_dict(loaded[f"model{number}"])
-    model.optimizer.load_state_dict(fitted(model.optimizer, loaded["optimizer"]))
-    model.scheduler.load_state_dict(state["scheduler"])
-    model.version = state["version"]
-
-
-def _sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
-    chunks = {
-        f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(model.chunks)
-    }
-    every = {key: value for chunk in chunks.values() for key, value in chunk.items()}
-    if len(model.chunks) > 1:
-        every = chunks
-    optimizer = model.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING)
-    return {**chunks, "optimizer": optimizer}
 
 
 def _plain(states: dict[str, Any]) -> dict[str, Any]:

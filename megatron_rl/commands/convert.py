@@ -54,7 +54,7 @@ def _to_megatron(options: argparse.Namespace) -> Path:
     import torch
 
     from megatron_rl.conversion.to_megatron import convert_to_megatron
-    from megatron_rl.policy.refusals import model_problems
+    from megatron_rl.megatron.refusals import model_problems
     from megatron_rl.weights.families.registry import read_model_config
     from megatron_rl.weights.model_source import find_model
 
@@ -83,8 +83,8 @@ def _to_hf(options: argparse.Namespace) -> Path:
     import torch
 
     from megatron_rl.conversion.to_hf import convert_to_hf
+    from megatron_rl.megatron.stored_files import MegatronCheckpoint
     from megatron_rl.weights.families.registry import read_model_config
-    from megatron_rl.weights.megatron_files import MegatronCheckpoint
     from megatron_rl.weights.model_source import find_model
 
     source = find_model(options.megatron, "--megatron", options.hf_config)

@@ -73,11 +73,12 @@ def has_same_tensors(
     sources: list["ModelSource"], arch: "ModelArch", tolerance: float | None
 ) -> bool:
     from megatron_rl.conversion.compare import compare_weights
+    from megatron_rl.megatron.stored_files import open_weights
 
     with progress_bar("comparing") as bar:
         found = compare_weights(
-            sources[0].open_weights(arch),
-            sources[1].open_weights(arch),
+            open_weights(sources[0], arch),
+            open_weights(sources[1], arch),
             arch,
             tolerance=tolerance,
             progress=bar,

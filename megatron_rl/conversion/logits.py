@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megatron_rl.batching.pack import pack
 from megatron_rl.errors import InputError
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.groups import join
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.groups import Groups, init_distributed, make_groups
+from megatron_rl.parallel.groups import Groups, init_distributed
 from megatron_rl.platforms.base import CPU
 from megatron_rl.prompts.tokenizer import load_tokenizer
 from megatron_rl.types import MicroBatch, Sample
@@ -76,8 +78,7 @@ def _by_megatron(source: ModelSource, arch: ModelArch, tokens: Tensor) -> Tensor
     collected: list[Tensor] = []
 
     def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-        head: Tensor = policy.chunks[-1].head_weight()
-        collected.append(hidden[:, 0] @ head[: arch.vocab_size].T)
+        collected.append(hidden[:, 0] @ policy.head_weight[: arch.vocab_size].T)
         return hidden.sum()
 
     policy.forward([_row(tokens)], measure)
@@ -87,7 +88,6 @@ def _by_megatron(source: ModelSource, arch: ModelArch, tokens: Tensor) -> Tensor
 def _policy(source: ModelSource, arch: ModelArch) -> "Policy":
     groups = _one_rank()
 
-    from megatron_rl.policy.config import ModelConfig, OptimizerConfig
     from megatron_rl.policy.policy import Policy  # imports Megatron-Core, adapted by then
 
     model = ModelConfig(path=str(source.megatron_dir), dtype="float32", layer_spec="local")
@@ -98,9 +98,8 @@ def _policy(source: ModelSource, arch: ModelArch) -> "Policy":
 
 @functools.cache
 def _one_rank() -> Groups:
-    CPU.prepare_megatron()
     init_distributed(CPU)
-    return make_groups(CPU, ParallelConfig(), rollout_tp=1)
+    return join(CPU, ParallelConfig(), rollout_tp=1)
 
 
 def _row(tokens: Tensor) -> MicroBatch:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.conversion.partial import PartialOutput, Progress, describe_files
+from megatron_rl.megatron.stored_files import MegatronCheckpoint
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.dcp_files import METADATA, Chunk
 from megatron_rl.weights.hf_files import (
@@ -20,7 +21,6 @@ from megatron_rl.weights.hf_files import (
     write_index,
 )
 from megatron_rl.weights.layouts import hf_shapes
-from megatron_rl.weights.megatron_files import MegatronCheckpoint
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
 FORMAT = 1  # of the journal; another number discards unfinished work

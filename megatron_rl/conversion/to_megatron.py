@@ -16,6 +16,13 @@ import torch
 
 from megatron_rl.conversion.partial import JOURNAL, PartialOutput, Progress, describe_files
 from megatron_rl.errors import InputError
+from megatron_rl.megatron.stored_files import MegatronCheckpoint, describe
+from megatron_rl.megatron.stored_names import (
+    StoredParams,
+    extra_state_keys,
+    stock_naming,
+    stored_params,
+)
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.dcp_files import (
     Chunk,
@@ -27,15 +34,8 @@ from megatron_rl.weights.dcp_files import (
 from megatron_rl.weights.disk import sync
 from megatron_rl.weights.hf_files import CONFIG, HfCheckpoint, copy_companions
 from megatron_rl.weights.layouts import MegatronParam, hf_shapes
-from megatron_rl.weights.megatron_files import MegatronCheckpoint
 from megatron_rl.weights.model_source import COMPANION_DIR, TRACKER
 from megatron_rl.weights.pieces import Box, blocks, size
-from megatron_rl.weights.stored_layout import (
-    StoredParams,
-    extra_state_keys,
-    stock_naming,
-    stored_params,
-)
 
 BLOCK_BYTES = 16 << 20
 """Most bytes of one chunk, and so of the weights that are in memory at a time."""
@@ -43,14 +43,6 @@ BLOCK_BYTES = 16 << 20
 ITERATION = 1  # Megatron-LM refuses 0
 FORMAT = 1  # of the journal; another number discards unfinished work
 IDENTITY = "conversion.json"  # the file that says what the checkpoint was made of
-DESCRIPTION = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-# At version 3.0 Megatron-LM leaves the rows of linear_qkv in the order in which they are.
-COMMON = {"iteration": ITERATION, "checkpoint_version": 3.0}
 
 
 @dataclass(frozen=True)
@@ -205,8 +197,7 @@ def _write_descriptions(partial: PartialOutput, plan: _Plan, arch: ModelArch) ->
         [StoredTensor(shape, tuple(chunks[key])) for key, shape in plan.shapes.items()],
         dict.fromkeys(extra_state_keys(arch, stock_naming(arch)), (states, *record)),
     )
-    torch.save(COMMON, directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps(DESCRIPTION))
+    describe(directory, ITERATION)
 
 
 def _is_unnamed(final: Path, identity: dict[str, Any]) -> bool:

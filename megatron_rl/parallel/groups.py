@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
 from megatron_rl.platforms.base import Platform
 
@@ -25,6 +24,7 @@ class Groups:
     host: dist.ProcessGroup  # gloo over the whole world, for CPU tensors and objects
     bridge: dist.ProcessGroup  # weight sync, apart from everybody else's collectives
     engine: dist.ProcessGroup  # gloo, the ranks of this rank's rollout engine
+    tensor_parallel: dist.ProcessGroup | None  # Megatron's; None where a layer is not split
     nodes: tuple[int, ...]  # of every rank, the number of its node
 
     @property
@@ -41,7 +41,10 @@ class Groups:
 
     @property
     def is_first_copy(self) -> bool:
-        """One rank per data-parallel replica and pipeline end: whose numbers are counted."""
+        """True on one rank of each data-parallel replica (last stage, tp_rank 0).
+
+        Only these add to sums, so nothing counts twice.
+        """
         return self.is_last_stage and self.here.tp_rank == 0
 
 
@@ -63,20 +66,15 @@ def init_distributed(platform: Platform) -> None:
     dist.init_process_group(platform.collective_backend, timeout=TIMEOUT)
 
 
-def make_groups(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -> Groups:
-    """Initialize Megatron's groups and ours; every rank calls it, after init_distributed."""
-    from megatron.core import parallel_state
-
+def make_groups(
+    platform: Platform,
+    layout: Layout,
+    rollout_tp: int,
+    *,
+    tensor_parallel: dist.ProcessGroup | None,
+) -> Groups:
+    """The groups of a run, of which Megatron made some; every rank calls it."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    layout = parallel.layout(world_size)
-    parallel_state.initialize_model_parallel(
-        layout.tp,
-        layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
-    )
     engines = EngineLayout(world_size=world_size, tp=rollout_tp)
     engine_groups = [
         dist.new_group([engine * rollout_tp + tp for tp in range(rollout_tp)], backend="gloo")
@@ -91,6 +89,7 @@ def make_groups(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -
         host=host,
         bridge=dist.new_group(timeout=TIMEOUT),
         engine=engine_groups[engines.engine_of(rank)],
+        tensor_parallel=tensor_parallel,
         nodes=_nodes(host),
     )
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from megatron_rl.errors import InputError
-from megatron_rl.platforms import megatron_cpu, megatron_repairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +34,6 @@ class Platform:
         """Make local_rank's device the current one."""
         if self.device_type == "cuda":
             torch.cuda.set_device(local_rank)
-
-    def prepare_megatron(self) -> None:
-        """Adapt Megatron-Core; before its first import on a CPU, harmless when repeated."""
-        if self.device_type == "cpu":
-            megatron_cpu.install()
-        megatron_repairs.apply()
 
     def peak_memory_bytes(self) -> int:
         """Largest amount of device memory this process has held (resident memory on a CPU)."""

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megatron_rl.megatron.model import TrainedModel
+from megatron_rl.megatron.stored_files import open_critic_weights
 from megatron_rl.objectives.value import VALUE_SUMS, value_loss, value_metrics
-from megatron_rl.policy.model import ValueModel
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
-from megatron_rl.weights.critic_files import critic_pieces, open_critic_weights, read_value_head
+from megatron_rl.weights.critic_files import critic_pieces, read_value_head
 from megatron_rl.weights.hf_files import WeightFiles
 from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
@@ -20,7 +19,7 @@ class Critic(TrainedModel):
     """The value model: V(s_t), the return expected before token t of a response is sampled."""
 
     name = "critic"
-    chunk_class = ValueModel
+    has_value_head = True
 
     def _pieces(self) -> list[Piece]:
         return critic_pieces(super()._pieces())
@@ -28,10 +27,7 @@ class Critic(TrainedModel):
     @property
     def value_head(self) -> Tensor | None:
         """[1, H]; None off the last stage."""
-        if not self.groups.is_last_stage:
-            return None
-        weight: Tensor = self.chunks[-1].output_layer.weight
-        return weight
+        return self.head_weight if self.groups.is_last_stage else None
 
     def _weights(self, source: ModelSource) -> WeightFiles:
         return open_critic_weights(source, self.arch)
@@ -88,14 +84,8 @@ class Critic(TrainedModel):
         return metrics | self.step(metrics["critic/loss"])
 
     def _values(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """[N], float32 or float64. Every tensor-parallel rank computes all of them.
-
-        So the gradient that leaves here is whole on every rank: nothing sums it over them.
-        """
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        rows = hidden[:, 0].index_select(0, batch.loss.at)
+        """[N], float32 or float64; every tensor-parallel rank computes all of them."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        weight = self.chunks[-1].output_layer.weight
-        values: Tensor = rows.to(dtype) @ weight[0].to(dtype)
+        rows = self.head_input(hidden, batch.loss.at)
+        values: Tensor = rows.to(dtype) @ self.head_weight[0].to(dtype)
         return values

@@ -4,22 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from torch import Tensor
 
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.gradients import MainGrad
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.objectives.loss import Loss, no_extrema
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 
@@ -88,13 +83,9 @@ class Policy(TrainedModel):
         )
 
     def _head(self, hidden: Tensor, batch: MicroBatch, *, is_trained: bool = False) -> Head:
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
-        weight = self.chunks[-1].head_weight()
+        weight = self.head_weight
         return Head(
-            hidden=hidden[:, 0].index_select(0, batch.loss.at),
+            hidden=self.head_input(hidden, batch.loss.at),
             head_weight=weight,
             shard=self._shard(),
             gradient_buffer=MainGrad(weight) if is_trained else None,
@@ -102,10 +93,10 @@ class Policy(TrainedModel):
 
     def _shard(self) -> Shard:
         tp = self.groups.layout.tp
+        columns = padded_vocab_size(self.arch.vocab_size, tp) // tp
         return Shard(
-            tp_group=parallel_state.get_tensor_model_parallel_group() if tp > 1 else None,
-            vocab_start=self.groups.here.tp_rank
-            * (padded_vocab_size(self.arch.vocab_size, tp) // tp),
+            tp_group=self.groups.tensor_parallel,
+            vocab_start=self.groups.here.tp_rank * columns,
             valid_vocab=self.arch.vocab_size,
             temperature=self.temperature,
         )

@@ -45,6 +45,18 @@ class ModelArch:
     def key_rows(self) -> int:
         return self.num_query_groups * self.head_dim
 
+    @property
+    def dense_rows(self) -> list[tuple[str, int]]:
+        """(name, number) of the rows that tensor parallelism cuts in a dense layer, if any is."""
+        if all(self.has_experts(layer) for layer in range(self.num_layers)):
+            return []
+        return [("rows of the feed-forward layer", self.ffn_hidden_size)]
+
+    @property
+    def expert_rows(self) -> list[tuple[str, int]]:
+        """(name, number) of the rows that tensor parallelism cuts in an expert, if there is one."""
+        return [("rows of an expert", self.mixture.ffn_hidden_size)] if self.mixture else []
+
     def has_experts(self, layer: int) -> bool:
         """True where a layer, counted over the whole model, is a mixture of experts."""
         return self.mixture is not None and layer not in self.mixture.dense_layers

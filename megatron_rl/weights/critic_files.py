@@ -9,21 +9,12 @@ from torch import Tensor
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.hf_files import HfCheckpoint, WeightFiles
 from megatron_rl.weights.layouts import hf_shapes
-from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 from megatron_rl.weights.plan import Holders
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_HEAD = "value_head.weight"
-
-
-def open_critic_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
-    """The weights of an exported critic, or of a language model of either kind."""
-    if source.megatron_dir is not None:
-        return source.open_weights(arch)
-    return HfCheckpoint(source.config_dir, critic_shapes(arch, source.config_dir))
 
 
 def critic_shapes(arch: ModelArch, model_dir: Path) -> dict[str, tuple[int, ...]]:

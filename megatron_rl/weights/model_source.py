@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.errors import InputError
-from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.dcp_files import METADATA
-from megatron_rl.weights.hf_files import COMPANIONS, CONFIG, INDEX, HfCheckpoint, WeightFiles
-from megatron_rl.weights.layouts import hf_shapes
-from megatron_rl.weights.megatron_files import MegatronCheckpoint
+from megatron_rl.weights.hf_files import COMPANIONS, CONFIG, INDEX
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMPANION_DIR = "hf_config"
@@ -31,16 +28,6 @@ class ModelSource:
 
     megatron_dir: Path | None = None
     """The distributed checkpoint with the weights; None: they are in config_dir."""
-
-    def open_weights(self, arch: ModelArch) -> WeightFiles:
-        """The weights, checked against the model; no tensor is read yet.
-
-        Raises:
-            InputError: they are damaged, or of another model.
-        """
-        if self.megatron_dir is not None:
-            return MegatronCheckpoint(self.megatron_dir, arch)
-        return HfCheckpoint(self.config_dir, hf_shapes(arch))
 
 
 def find_model(path: str, setting: str, config_path: str | None = None) -> ModelSource:

@@ -18,7 +18,7 @@ from policy_on_ranks import groups_at
 from torch import Tensor
 
 import megatron_rl.weights.export as export_module
-from megatron_rl.checkpoint import store
+from megatron_rl.megatron.checkpoint import sharded_state
 from megatron_rl.policy.policy import Policy
 from megatron_rl.weights.export import export_hf
 from megatron_rl.weights.model_source import ModelSource
@@ -53,7 +53,7 @@ def save_with_optimizer(source: Path, output: Path) -> None:
             for main in group["params"]:
                 main.data.add_(main.data.abs() * 2**-10)
         _on_main(lambda: output.mkdir(parents=True))
-        dist_checkpointing.save(store._sharded_state(policy, is_loading=False), str(output))
+        dist_checkpointing.save(sharded_state(policy, is_loading=False), str(output))
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -18,9 +18,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_rl.batching.pack import pack
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.policy import Policy
 from megatron_rl.types import MicroBatch, Sample
 from megatron_rl.weights.arch import ModelArch
@@ -71,8 +71,7 @@ def logits_error(policy: Policy, sequences: Sequence[Tensor], expected: Sequence
     def compare(hidden: Tensor, batch: MicroBatch) -> Tensor:
         if policy.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
-        weight = policy.chunks[-1].head_weight()
-        logits = F.linear(hidden[:, 0].index_select(0, batch.loss.at), weight)
+        logits = F.linear(hidden[:, 0].index_select(0, batch.loss.at), policy.head_weight)
         logits = gather_from_tensor_model_parallel_region(logits)
         wanted = torch.cat([expected[sample.group_id][:-1] for sample in batch.samples])
         difference = (logits[:, : policy.arch.vocab_size] - wanted).abs().max().double()

@@ -26,18 +26,19 @@ from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import PRESETS
 from megatron_rl.batching.packer import Packer
+from megatron_rl.megatron import model as model_module
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.groups import join
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.objectives.registry import OBJECTIVES
 from megatron_rl.ops import backend
 from megatron_rl.ops import head as head_module
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.groups import Groups, make_groups
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.platforms.base import detect
-from megatron_rl.policy import trained_model as model_module
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.token_advantages import estimate
-from megatron_rl.policy.trained_model import TrainedModel
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
 from megatron_rl.weights.arch import padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
@@ -77,7 +78,7 @@ def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
     parallel = _parallel(layout)
     with _groups_destroyed():
         try:
-            yield parallel, make_groups(detect(), parallel, 1)
+            yield parallel, join(detect(), parallel, 1)
         finally:
             parallel_state.destroy_model_parallel()
 
@@ -109,12 +110,17 @@ def _parallel(layout: Layout) -> ParallelConfig:
 
 @contextmanager
 def policy_at(
-    layout: Layout, problem: Problem, optimizer: OptimizerConfig, dtype: str = "float64"
+    layout: Layout,
+    problem: Problem,
+    optimizer: OptimizerConfig,
+    dtype: str = "float64",
+    *,
+    megatron: dict[str, Any] | None = None,
 ) -> Iterator[Policy]:
-    """The policy with the problem's weights, ready to be trained."""
+    """The policy with the problem's weights, ready to be trained; `megatron` is not checked."""
     build = partial(Policy, temperature=TEMPERATURE)
     with (
-        _model_at(build, layout, problem, problem.model_dir, optimizer, dtype) as policy,
+        _model_at(build, layout, problem, problem.model_dir, optimizer, dtype, megatron) as policy,
         _small_chunks(layout) if layout.chunk_rows else nullcontext(),
     ):
         yield policy
@@ -154,8 +160,14 @@ def _model_at(
     model_dir: Path,
     optimizer: OptimizerConfig,
     dtype: str,
+    megatron: dict[str, Any] | None = None,
 ) -> Iterator[Any]:
-    settings = ModelConfig(path=str(problem.model_dir), dtype=dtype, **RECOMPUTE[layout.recompute])
+    settings = ModelConfig(
+        path=str(problem.model_dir),
+        dtype=dtype,
+        megatron=megatron or {},
+        **RECOMPUTE[layout.recompute],
+    )
     softmax = mock.patch("torch.softmax", _softmax_in_own_dtype)
     with groups_at(layout) as (parallel, groups), _ops(layout), softmax:
         arch = read_model_config(problem.model_dir)
@@ -304,7 +316,7 @@ def named_main_grads(policy: TrainedModel) -> dict[str, Tensor]:
 
 def head_is_in_main_grad(policy: Policy) -> bool:
     """Whether the head's gradient came there without one of autograd's; last stage only."""
-    return policy.chunks[-1].head_weight().grad_added_to_main_grad
+    return policy.head_weight.grad_added_to_main_grad
 
 
 def measure(

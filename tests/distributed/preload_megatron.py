@@ -1,7 +1,8 @@
 """Imported once by the server that ranks fork from: Megatron-Core, adapted to this machine."""
 
+from megatron_rl.megatron.enter import enter
 from megatron_rl.platforms.base import detect
 
-detect().prepare_megatron()  # before the first import of megatron.core
+enter(detect())  # before the first import of megatron.core
 
 import megatron_rl.policy.trainer  # noqa: E402, F401

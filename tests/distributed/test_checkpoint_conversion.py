@@ -14,8 +14,8 @@ from torch import Tensor, equal
 
 from megatron_rl.conversion.to_hf import convert_to_hf
 from megatron_rl.conversion.to_megatron import convert_to_megatron
+from megatron_rl.megatron.stored_files import MegatronCheckpoint
 from megatron_rl.weights.families.registry import read_model_config
-from megatron_rl.weights.megatron_files import MegatronCheckpoint
 
 pytestmark = pytest.mark.slow
 

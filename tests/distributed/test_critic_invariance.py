@@ -120,7 +120,7 @@ def measure_layout(
 ) -> dict[str, dict[str, float]]:
     from policy_on_ranks import algorithm_of, critic_at, pack, with_values
 
-    from megatron_rl.policy.config import OptimizerConfig
+    from megatron_rl.megatron.config import OptimizerConfig
 
     errors = {}
     groups = problem.groups["graded"]

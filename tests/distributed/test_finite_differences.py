@@ -37,7 +37,7 @@ def measure_slopes(problems: dict[str, Path], out: Path) -> None:
     from cases import Case
     from policy_on_ranks import algorithm_of, microbatches_of, named_main_grads, policy_at
 
-    from megatron_rl.policy.config import OptimizerConfig
+    from megatron_rl.megatron.config import OptimizerConfig
 
     (layout,) = (layout for layout in LAYOUTS if layout.name == "one rank")
     problem = torch.load(problems[layout.model], weights_only=False)

@@ -85,7 +85,7 @@ def test_a_run_with_native_ops_stops_if_the_schedule_divides(errors, layout):
 def measure_faults(problems: dict[str, Path], out: Path) -> None:
     from policy_on_ranks import measure, policy_at
 
-    from megatron_rl.policy.config import OptimizerConfig
+    from megatron_rl.megatron.config import OptimizerConfig
 
     found: dict[str, Any] = {}
     world = dist.get_world_size()
@@ -176,7 +176,7 @@ def shift_one_target(policy: Any) -> Any:
 
 @contextmanager
 def one_rank_doubled(policy: Any) -> Iterator[None]:
-    from megatron_rl.policy import trained_model as module
+    from megatron_rl.megatron import schedule as module
 
     stock = module.finalize_model_grads
 
@@ -241,7 +241,7 @@ def norms_without_tag(policy: Any) -> Iterator[None]:
 
 @contextmanager
 def no_reduction_behind_the_head(policy: Any) -> Iterator[None]:
-    from megatron_rl.policy import policy as module
+    from megatron_rl.megatron import network as module
 
     with mock.patch.object(module, "copy_to_tensor_model_parallel_region", lambda hidden: hidden):
         yield

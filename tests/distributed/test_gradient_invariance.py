@@ -44,7 +44,7 @@ def measure_layouts(problems: dict[str, Path], layouts: list[Layout], out: Path)
         uncovered_elements,
     )
 
-    from megatron_rl.policy.config import OptimizerConfig
+    from megatron_rl.megatron.config import OptimizerConfig
 
     loaded = {m: torch.load(problems[m], weights_only=False) for m in {y.model for y in layouts}}
     rows = []

@@ -159,7 +159,8 @@ def train_on_ranks(problems: dict[str, Path], answers: Path, out: Path) -> None:
 def train(layout: Any, problem: Any, answer: dict[str, Any]) -> dict[str, float]:
     from policy_on_ranks import algorithm_of, critic_beside, largest_error, pack, policy_at
 
-    from megatron_rl.policy.config import CriticConfig, OptimizerConfig
+    from megatron_rl.megatron.config import OptimizerConfig
+    from megatron_rl.policy.config import CriticConfig
     from megatron_rl.policy.passes import plan_passes
     from megatron_rl.policy.trainer import Trainer
 

@@ -214,7 +214,7 @@ def train_on_ranks(problems: dict[str, Path], answers: Path, out: Path) -> None:
 def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any]:
     from policy_on_ranks import algorithm_of, largest_error, pack, policy_at
 
-    from megatron_rl.policy.config import OptimizerConfig
+    from megatron_rl.megatron.config import OptimizerConfig
     from megatron_rl.policy.passes import plan_passes
     from megatron_rl.policy.trainer import Trainer
 

@@ -51,6 +51,10 @@ class Runs:
 
     def train(self, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
         """Exit code and everything printed."""
+        return self.command("train", name, ranks, *overrides)
+
+    def command(self, command: str, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
+        """The same of any command that takes a recipe."""
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(
             yaml.safe_dump(recipe_of(self.folder / "models" / "qwen2", self.folder / name))
@@ -61,7 +65,7 @@ class Runs:
             start += ["-m", "megatron_rl"]
         # A pipe, as `| tee` is: it closes when the last process of the run has ended.
         done = subprocess.run(
-            [sys.executable, *start, "train", str(recipe), *overrides],
+            [sys.executable, *start, command, str(recipe), *overrides],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,

@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from megatron_rl.conversion.to_hf import convert_to_hf
 from megatron_rl.conversion.to_megatron import convert_to_megatron
+from megatron_rl.megatron.stored_files import MegatronCheckpoint
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.hf_files import INDEX
 from megatron_rl.weights.layouts import hf_shapes
-from megatron_rl.weights.megatron_files import MegatronCheckpoint
 from megatron_rl.weights.model_source import find_model
 
 SIZES: dict[str, Any] = {  # 6 query heads in 3 groups of 4 rows: q has 24 rows, k and v have 12

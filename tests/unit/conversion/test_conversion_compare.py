@@ -6,6 +6,7 @@ from conversion_models import Told, save_tensors, to_megatron, write_model
 
 from megatron_rl.conversion import compare as compare_module
 from megatron_rl.conversion.compare import compare_weights, differences_of_arch
+from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import find_model
 
@@ -25,7 +26,7 @@ def models(tmp_path):
         save_tensors(tmp_path / "other", changed)
         told = Told()
         found = compare_weights(
-            *(find_model(str(tmp_path / n), n).open_weights(arch) for n in ("one", "other")),
+            *(open_weights(find_model(str(tmp_path / n), n), arch) for n in ("one", "other")),
             arch,
             tolerance=tolerance,
             progress=told,
@@ -102,7 +103,7 @@ def test_either_kind_compares_with_either(models, tmp_path):
     save_tensors(folder, changed(tensors, UP, (17, 3), 2.5))
     to_megatron(folder, tmp_path / "changed")
     weights = {
-        name: find_model(str(tmp_path / name), name).open_weights(arch)
+        name: open_weights(find_model(str(tmp_path / name), name), arch)
         for name in ("one", "same", "changed")
     }
 

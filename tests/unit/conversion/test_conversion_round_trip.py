@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_rl.conversion import to_megatron as to_megatron_module
 from megatron_rl.errors import InputError
+from megatron_rl.megatron.stored_files import MegatronCheckpoint
 from megatron_rl.weights.dcp_files import read_stored_tensors
 from megatron_rl.weights.families.registry import read_model_config
-from megatron_rl.weights.megatron_files import MegatronCheckpoint
 
 LAYER = "model.layers.1."
 

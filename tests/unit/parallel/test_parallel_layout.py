@@ -1,5 +1,6 @@
 import pytest
 
+from megatron_rl.megatron.enter import enter
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.platforms.base import detect
@@ -16,7 +17,7 @@ LAYOUTS = [
 
 def groups_of(layout, tp, ep):
     """Megatron-Core's own groups; its rank order is fixed in initialize_model_parallel."""
-    detect().prepare_megatron()
+    enter(detect())
     from megatron.core.parallel_state import RankGenerator
 
     dp = layout.world_size // (tp * ep * layout.pp)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_rl.megatron.stored_names import local_name
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.families.tables import FAMILIES
 from megatron_rl.weights.layouts import MegatronParam, hf_shapes, megatron_params
-from megatron_rl.weights.names import local_name
 from megatron_rl.weights.pieces import view
 
 HEADS, GROUPS, HEAD_DIM = 6, 3, 24

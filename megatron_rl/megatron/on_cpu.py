@@ -1,6 +1,6 @@
 """Megatron-Core on a CPU: its hard-coded CUDA calls, retargeted while it is imported.
 
-Megatron-Core 0.16.1 spells the device in its source (`torch.cuda.current_device()`, "cuda",
+Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "cuda",
 `Tensor.cuda()`). `install()` puts a finder in front of `sys.meta_path` that answers only for
 `megatron.core` and rewrites four patterns in the syntax tree before it is compiled:
 
@@ -259,8 +259,8 @@ def install() -> None:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
-            "megatron.core was imported before platforms.megatron_cpu.install(): on a CPU its "
-            "source must be retargeted first. Import megatron_rl.platforms.base and call "
-            "detect().prepare_megatron() before anything that imports megatron.core"
+            "megatron.core was imported before megatron_rl.megatron.enter.enter(platform): on a "
+            "CPU its source must be retargeted first. Call it before anything that imports "
+            "megatron.core"
         )
     sys.meta_path.insert(0, _Finder())

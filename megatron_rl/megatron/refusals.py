@@ -1,17 +1,18 @@
 """Layouts and settings that would be wrong, each with its reason, found before anything is built.
 
-Some of these stock Megatron-Core 0.16.1 trains on without an error, and with wrong gradients.
+On some of these stock Megatron-Core trains without an error, and with wrong gradients; such a one
+is refused where the installed version has the fault (faults.py).
 """
 
-import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.megatron import faults
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.policy.config import ModelConfig
-from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.weights.arch import ModelArch
 
 # What network the checkpoint is; Megatron-Core would train another one without an error.
 NETWORK = (
@@ -79,23 +80,22 @@ ROUTED_OTHERWISE = (
     "moe_expert_capacity_factor",
     "moe_pad_expert_input_to_capacity",
 )
-AUXILIARY_LOSSES = ("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff")
+# Settings that are refused while Megatron-Core has the fault.
+FAULTY = {
+    "perform_initialization": "weights_without_marks",
+    "moe_router_load_balancing_type": "auxiliary_losses_times_tokens",
+    "moe_aux_loss_coeff": "auxiliary_losses_times_tokens",
+    "moe_z_loss_coeff": "auxiliary_losses_times_tokens",
+}
 OWNED = {
     "calculate_per_token_loss": "loss weights are global already, so nothing may divide again",
     "finalize_model_grads_func": "loss weights are global already, so nothing may divide again",
-    "perform_initialization": "false would leave weights without their tensor-parallel marks, and "
-    "Megatron-Core 0.16.1 then computes a wrong gradient norm without an error",
     "use_cpu_initialization": "the device decides it",
     "init_method": "every weight is loaded",
     "output_layer_init_method": "every weight is loaded",
     "variable_seq_lengths": "rows are packed, and their lengths differ",
     **dict.fromkeys(NETWORK, "the model's config.json decides it"),
     **dict.fromkeys(ROUTED_OTHERWISE, "the trainer must route tokens as the engine does"),
-    **dict.fromkeys(
-        AUXILIARY_LOSSES,
-        "Megatron-Core 0.16.1 multiplies auxiliary losses by the token count and expects a "
-        "division that loss weights which are global already leave out",
-    ),
     "moe_grouped_gemm": "model.layer_spec decides it",
     "moe_use_legacy_grouped_gemm": "model.layer_spec decides it",
     **dict.fromkeys(LAYER_SPLITS, "layers are split evenly over pipeline stages"),
@@ -129,13 +129,13 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
             "not available yet",
             "Set it to 1",
         )
-    if etp is not None and etp != tp and parallel.expert_model_parallel_size == 1:
+    is_uneven = etp is not None and etp != tp and parallel.expert_model_parallel_size == 1
+    if is_uneven and (reason := faults.reason("experts_of_smaller_tensor_parallelism")):
         yield ConfigError(
             "parallel.expert_tensor_parallel_size",
             etp,
             f"must equal tensor_model_parallel_size={tp} while expert_model_parallel_size is 1: "
-            "Megatron-Core 0.16.1 reduces such experts over data-parallel ranks only, so their "
-            "gradients are wrong without an error",
+            f"{reason}",
             "Leave it out",
         )
     if parallel.sequence_parallel and tp == 1:
@@ -156,13 +156,12 @@ def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[Co
         yield ConfigError(
             field, vpp, f"has no effect at pipeline_model_parallel_size={pp}", "Leave it out"
         )
-    if pp == 2 and model.megatron.get("overlap_p2p_comm") is False:
+    is_crossed = pp == 2 and model.megatron.get("overlap_p2p_comm") is False
+    if is_crossed and (reason := faults.reason("interleaving_without_overlap")):
         yield ConfigError(
             "model.megatron.overlap_p2p_comm",
             False,
-            "the interleaved schedule at pipeline_model_parallel_size=2 posts two sends to the "
-            "same peer and they cross: Megatron-Core 0.16.1 computes wrong gradients without an "
-            "error",
+            reason,
             "Leave it out (it is then true), or drop virtual_pipeline_model_parallel_size",
         )
 
@@ -170,13 +169,14 @@ def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[Co
 def _override_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
     if not overrides:
         return
-    from megatron.core.transformer import TransformerConfig
+    from megatron_rl.megatron.enter import config_fields  # it imports torch and Megatron-Core
 
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    known = config_fields()
     for name, value in overrides.items():
         field = f"model.megatron.{name}"
-        if name in OWNED:
-            yield ConfigError(field, value, f"cannot be set here: {OWNED[name]}", "Leave it out")
+        why_not = OWNED.get(name) or (faults.reason(FAULTY[name]) if name in FAULTY else None)
+        if why_not:
+            yield ConfigError(field, value, f"cannot be set here: {why_not}", "Leave it out")
         elif name in DROPOUTS and value:
             yield ConfigError(
                 field,
@@ -190,27 +190,24 @@ def _override_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
             yield ConfigError(field, value, "TransformerConfig has no such field", hint)
 
 
-def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
-    """Whether the rollout engine can split this model; vLLM would say so after minutes."""
-    field = "rollout.tensor_model_parallel_size"
-    padded_vocab = padded_vocab_size(arch.vocab_size, 1)
-    for what, count in (
-        ("attention heads", arch.num_attention_heads),
-        *_dense_rows(arch),
-        *_expert_rows(arch),
-        ("rows of the padded vocabulary", padded_vocab),
-    ):
-        if count % rollout_tp:
-            yield ConfigError(
-                field, rollout_tp, f"must divide the model's {count} {what}", "Choose a divisor"
-            )
-    groups = arch.num_query_groups
-    if groups % rollout_tp and rollout_tp % groups:
+def optimizer_problems(
+    dtype: str, section: str, optimizer: OptimizerConfig
+) -> Iterator[ConfigError]:
+    """What is wrong with the settings of one optimizer."""
+    is_clipped = dtype == "float64" and optimizer.clip_grad > 0
+    if is_clipped and (reason := faults.reason("clipping_in_float64")):
         yield ConfigError(
-            field,
-            rollout_tp,
-            f"must divide the model's {groups} key/value heads or be a multiple of them",
-            "Choose such a size",
+            f"{section}.clip_grad",
+            optimizer.clip_grad,
+            f"{reason}, and model.dtype is float64",
+            "Set 0 (float64 is for verification)",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        yield ConfigError(
+            "optimizer.min_lr",
+            optimizer.min_lr,
+            f"must not exceed {section}.lr={optimizer.lr}",
+            "Lower it",
         )
 
 
@@ -222,7 +219,7 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     field = "parallel.tensor_model_parallel_size"
     for what, count in (
         ("attention heads", arch.num_attention_heads),
-        *_dense_rows(arch),
+        *arch.dense_rows,
     ):
         if count % tp:
             yield ConfigError(
@@ -261,7 +258,7 @@ def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Conf
             "Choose a divisor",
         )
     etp = parallel.expert_tensor_parallel_size or tp
-    for what, count in _expert_rows(arch):
+    for what, count in arch.expert_rows:
         if count % etp:
             yield ConfigError(
                 "parallel.expert_tensor_parallel_size",
@@ -269,23 +266,6 @@ def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Conf
                 f"must divide the model's {count} {what}",
                 "Choose a divisor",
             )
-    if tp > 1 and not parallel.sequence_parallel:
-        yield ConfigError(
-            "parallel.sequence_parallel",
-            False,
-            "Megatron-Core 0.16.1 does not train experts under tensor parallelism without it",
-            "Set it to true",
-        )
-
-
-def _dense_rows(arch: ModelArch) -> list[tuple[str, int]]:
-    """What a dense feed-forward layer, where the model has one, is cut along."""
-    if all(arch.has_experts(layer) for layer in range(arch.num_layers)):
-        return []
-    return [("rows of the feed-forward layer", arch.ffn_hidden_size)]
-
-
-def _expert_rows(arch: ModelArch) -> list[tuple[str, int]]:
-    if arch.mixture is None:
-        return []
-    return [("rows of an expert", arch.mixture.ffn_hidden_size)]
+    is_whole = tp > 1 and not parallel.sequence_parallel
+    if is_whole and (reason := faults.reason("experts_without_sequence_parallelism")):
+        yield ConfigError("parallel.sequence_parallel", False, reason, "Set it to true")

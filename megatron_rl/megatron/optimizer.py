@@ -7,7 +7,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rl.policy.config import OptimizerConfig
+from megatron_rl.megatron.config import OptimizerConfig
 
 # Constant schedules never reach the end of their decay.
 FOREVER = 1 << 60

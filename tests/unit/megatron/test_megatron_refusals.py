@@ -2,10 +2,18 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_rl.megatron import faults
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.enter import config_fields
+from megatron_rl.megatron.refusals import (
+    FAULTY,
+    OWNED,
+    config_problems,
+    model_problems,
+    optimizer_problems,
+)
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.platforms.base import detect
-from megatron_rl.policy.config import ModelConfig
-from megatron_rl.policy.refusals import OWNED, config_problems, engine_problems, model_problems
+from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import MixtureArch, ModelArch
 
 # 28 layers, 12 heads over 2 key/value heads, as Qwen2.5-1.5B
@@ -34,12 +42,6 @@ TP, PP, VPP, EP, ETP = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _megatron():
-    """The names of Megatron's settings are read from Megatron-Core."""
-    detect().prepare_megatron()
 
 
 def problems_of(parallel=(), megatron=()):
@@ -106,7 +108,7 @@ def test_crossing_sends_of_the_interleaved_schedule_are_refused():
     assert problems_of({PP: 2}, no_overlap) == []
 
 
-@pytest.mark.parametrize("name", sorted(OWNED))
+@pytest.mark.parametrize("name", sorted({**OWNED, **FAULTY}))
 def test_what_we_decide_cannot_be_overridden(name):
     (problem,) = problems_of(megatron={name: 1})
     assert problem.startswith(f"model.megatron.{name}=1: cannot be set here: ")
@@ -120,7 +122,7 @@ def test_what_makes_a_wrong_gradient_or_another_model_is_ours():
         "tensor_model_parallel_size",
         "sequence_parallel",
         "num_layers",
-    } <= set(OWNED)
+    } <= {*OWNED, *FAULTY}
 
 
 @pytest.mark.parametrize(
@@ -143,12 +145,7 @@ def test_what_would_train_another_network_without_an_error_is_ours(name):
 
 def test_every_name_that_we_own_is_one_of_megatrons():
     """But for sizes that Megatron-Core keeps outside of TransformerConfig."""
-    import dataclasses
-
-    from megatron.core.transformer import TransformerConfig
-
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert set(OWNED) - known == {"world_size"}
+    assert {*OWNED, *FAULTY} - config_fields().keys() == {"world_size"}
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout"])
@@ -234,6 +231,37 @@ def test_an_engine_cuts_every_expert():
 def test_auxiliary_losses_are_refused_with_their_reason(name):
     (problem,) = problems_of(megatron={name: 0.01})
     assert "multiplies auxiliary losses by the token count" in problem
+
+
+@pytest.mark.parametrize(
+    ("parallel", "megatron"),
+    [
+        ({TP: 2, ETP: 1}, {}),
+        ({PP: 2, VPP: 2}, {"overlap_p2p_comm": False}),
+        ({}, {"perform_initialization": False}),
+        ({}, {"moe_aux_loss_coeff": 0.01}),
+    ],
+)
+def test_a_fault_is_refused_where_the_installed_version_has_it(monkeypatch, parallel, megatron):
+    (problem,) = problems_of(parallel, megatron)
+    assert f"Megatron-Core {faults.installed_version()} " in problem
+    monkeypatch.setattr(faults, "is_present", lambda name: False)
+    assert problems_of(parallel, megatron) == []
+
+
+def test_experts_under_tensor_parallelism_are_refused_while_the_version_has_the_fault(monkeypatch):
+    parallel = ParallelConfig(**{TP: 2})
+    assert len(list(model_problems(EXPERTS, parallel))) == 1
+    monkeypatch.setattr(faults, "is_present", lambda name: False)
+    assert list(model_problems(EXPERTS, parallel)) == []
+
+
+def test_clipping_in_float64_is_refused_and_in_float32_not():
+    (problem,) = [str(p) for p in optimizer_problems("float64", "critic", OptimizerConfig())]
+    assert problem.startswith("critic.clip_grad=1.0: ")
+    assert "float32" in problem
+    assert not list(optimizer_problems("float64", "critic", OptimizerConfig(clip_grad=0.0)))
+    assert not list(optimizer_problems("float32", "critic", OptimizerConfig()))
 
 
 @pytest.mark.parametrize("name", ["moe_expert_capacity_factor", "moe_input_jitter_eps"])

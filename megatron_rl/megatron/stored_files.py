@@ -1,5 +1,6 @@
-"""Megatron-Core checkpoints on disk as Hugging Face tensors, saved at whatever layout."""
+"""Weights on disk as Hugging Face tensors: checkpoints of Megatron-Core, or safetensors."""
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import InputError
+from megatron_rl.megatron.stored_names import NAMINGS, Naming, StoredParams, stored_params
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.critic_files import critic_shapes
 from megatron_rl.weights.dcp_files import (
     Chunk,
     StoredTensor,
@@ -18,13 +21,38 @@ from megatron_rl.weights.dcp_files import (
     read_chunk,
     read_stored_tensors,
 )
-from megatron_rl.weights.layouts import MegatronParam
+from megatron_rl.weights.hf_files import HfCheckpoint, WeightFiles
+from megatron_rl.weights.layouts import MegatronParam, hf_shapes
+from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece, Tensors, intersection
-from megatron_rl.weights.stored_layout import NAMINGS, Naming, StoredParams, stored_params
 
+DESCRIPTION = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 MAIN_WEIGHTS = re.compile(r"(?:.*\.)?optimizer\.state\.param\.(.+)")
 # What a trainer keeps beside the model.
 NOT_THE_MODEL = re.compile(r"optimizer\.|chained_\d+\.|rng_state|rerun_state|opt_param_scheduler")
+
+
+def open_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
+    """The weights of a language model, checked against it; no tensor is read yet.
+
+    Raises:
+        InputError: they are damaged, or of another model.
+    """
+    if source.megatron_dir is not None:
+        return MegatronCheckpoint(source.megatron_dir, arch)
+    return HfCheckpoint(source.config_dir, hf_shapes(arch))
+
+
+def open_critic_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
+    """The weights of an exported critic, or of a language model of either kind."""
+    if source.megatron_dir is not None:
+        return MegatronCheckpoint(source.megatron_dir, arch)
+    return HfCheckpoint(source.config_dir, critic_shapes(arch, source.config_dir))
 
 
 @dataclass(frozen=True)
@@ -119,6 +147,15 @@ class MegatronCheckpoint:
                     f"{list(wanted)}"
                 )
             check_cover(self.directory, key, self._stored[key])
+
+
+def describe(directory: Path, iteration: int) -> None:
+    """Write what makes tensors a checkpoint; metadata.json last, since Megatron-Core looks for it.
+
+    checkpoint_version 3.0 is the order of rows in linear_qkv that Megatron-LM leaves as it is.
+    """
+    torch.save({"iteration": iteration, "checkpoint_version": 3.0}, directory / "common.pt")
+    (directory / "metadata.json").write_text(json.dumps(DESCRIPTION))
 
 
 def _is_padded(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -7,7 +7,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_rl.policy.layers import Norm, PackedAttention
+from megatron_rl.megatron.layers import Norm, PackedAttention
 
 
 def block_spec(

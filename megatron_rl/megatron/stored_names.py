@@ -1,4 +1,7 @@
-"""Where the parameters of a model stand in the tensors of a Megatron-Core checkpoint.
+"""Names of Megatron-Core's parameters, and where they stand in the tensors of its checkpoints.
+
+The tables of weights/ name parameters as the local layers do. Transformer Engine's layers fuse a
+norm into the linear that follows it, and keep all experts of a rank in one module.
 
 A checkpoint has other names than a model. The layers of a stack that are alike are one tensor with
 the layer as its first axis, their experts a second axis; where dense and mixture layers alternate,
@@ -7,6 +10,7 @@ them.
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -19,10 +23,26 @@ MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj")
 DENSE_LINEARS = ("mlp.linear_fc1", "mlp.linear_fc2")
 EXPERT_LINEARS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
-# Of Transformer Engine's layers; the local ones do not ask for it.
+# Only Transformer Engine's layers ask for this entry.
 ATTENTION_STATE = "self_attention.core_attention"
 
+_FROM_TRANSFORMER_ENGINE = (
+    (r"\.self_attention\.linear_qkv\.layer_norm_weight$", ".input_layernorm.weight"),
+    (r"\.mlp\.linear_fc1\.layer_norm_weight$", ".pre_mlp_layernorm.weight"),
+    (
+        r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$",
+        r".mlp.experts.local_experts.\2.\1.weight",
+    ),
+)
+
 Lead = tuple[int, ...]
+
+
+def local_name(name: str) -> str:
+    """The name in the local layers of a parameter of either kind of layers."""
+    for pattern, replacement in _FROM_TRANSFORMER_ENGINE:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 @dataclass(frozen=True)

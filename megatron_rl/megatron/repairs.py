@@ -1,75 +1,77 @@
-"""Faults of Megatron-Core 0.16.1, each repaired by name, on CPU and GPU alike.
+"""Faults of Megatron-Core that are repaired by name when it is entered, on CPU and GPU alike.
 
-They are applied after import, and only to the version they were found in: another version is
-refused, since a repair that no longer fits is a new fault.
+A repair is made only at a version that has the fault (faults.py), since one that no longer fits is
+a new fault.
 """
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rl.errors import InputError
-
-SUPPORTED_VERSION = "0.16.1"
+from megatron_rl.megatron import faults
 
 
+@functools.cache
 def apply() -> None:
     """Import the modules concerned and repair them; harmless when repeated."""
-    version = importlib.metadata.version("megatron-core")
-    if version != SUPPORTED_VERSION:
-        raise InputError(
-            f"megatron-core {version} is installed: this package repairs and relies on exactly "
-            f"{SUPPORTED_VERSION}. Install megatron-core=={SUPPORTED_VERSION}"
-        )
-    _adam_step_survives_a_load()
-    _experts_run_without_transformer_engine()
+    for fault, repair in REPAIRS.items():
+        if faults.is_present(fault):
+            repair()
 
 
-def _experts_run_without_transformer_engine() -> None:
-    """The router asks for a name that only Transformer Engine binds, and the dispatcher expects
-    numpy arrays, which stock code makes of CUDA tensors only.
-    """
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+# -- experts ---------------------------------------------------------------------------------------
+
+
+def bind_router_product() -> None:
+    """The router asks whether a name is None that only Transformer Engine binds."""
+    from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def give_numpy_on_a_cpu() -> None:
+    """The dispatcher expects numpy arrays, which stock code makes of CUDA tensors only."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
     stock = moe_utils.maybe_move_tensor_to_cpu
-    if getattr(stock, "_megatron_rl_repaired", False):
-        return
 
     @functools.wraps(stock)
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         moved = stock(tensor, as_numpy=as_numpy, record_stream=record_stream)
         return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
 
-    move._megatron_rl_repaired = True  # type: ignore[attr-defined]
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
-def _adam_step_survives_a_load() -> None:
-    """torch's Adam under the distributed optimizer (no Apex, no Transformer Engine).
+# -- torch's Adam under the distributed optimizer --------------------------------------------------
 
-    Stock code (1) cannot load into an optimizer that has not stepped, (2) copies `step`, which the
-    checkpoint does not hold, and (3) leaves all parameters with one shared `step` tensor, which
-    then advances once per parameter: wrong bias correction, without an error.
-    """
+
+def give_states_to_load_into() -> None:
+    """An optimizer that has not stepped gets the states that a first step would make."""
+    _repair_optimizer("sharded_state_dict", _with_states)
+
+
+def keep_step() -> None:
+    """Loading copies `step` onto itself, since the checkpoint does not hold it as a tensor."""
+    _repair_optimizer("_set_main_param_and_optimizer_states", _keeping_step)
+
+
+def give_own_steps() -> None:
+    """Every parameter gets a `step` tensor of its own after a load."""
+    _repair_optimizer("load_state_dict", _with_own_steps)
+
+
+def _repair_optimizer(method: str, repaired: Callable[[Callable[..., Any]], Any]) -> None:
+    """Nothing to do with Apex or Transformer Engine: there the step lives in the param group."""
     from megatron.core.optimizer import distrib_optimizer
 
-    cls = distrib_optimizer.DistributedOptimizer
-    if getattr(cls, "_megatron_rl_repaired", False):
-        return
-    if getattr(distrib_optimizer, "HAVE_APEX_OR_TE", False):
-        return  # there the step lives in the parameter group
-    cls._megatron_rl_repaired = True
-    cls._set_main_param_and_optimizer_states = _keeping_step(
-        cls._set_main_param_and_optimizer_states
-    )
-    cls.load_state_dict = _with_own_steps(cls.load_state_dict)
-    cls.sharded_state_dict = _with_states(cls.sharded_state_dict)
+    if not getattr(distrib_optimizer, "HAVE_APEX_OR_TE", False):
+        optimizer = distrib_optimizer.DistributedOptimizer
+        setattr(optimizer, method, repaired(getattr(optimizer, method)))
 
 
 def _keeping_step(stock: Callable[..., None]) -> Callable[..., None]:
@@ -107,3 +109,12 @@ def _with_states(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(self, *args, **kwargs)
 
     return sharded_state_dict
+
+
+REPAIRS = {
+    "router_without_transformer_engine": bind_router_product,
+    "dispatcher_without_numpy": give_numpy_on_a_cpu,
+    "adam_without_states": give_states_to_load_into,
+    "adam_step_not_saved": keep_step,
+    "adam_step_shared": give_own_steps,
+}

@@ -1,45 +1,40 @@
 """A Megatron-Core model of this rank: weights, schedule, gradients and optimizer steps."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
 from megatron_rl.errors import RunError
-from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.config import ModelConfig, OptimizerConfig
-from megatron_rl.policy.layers import packed_rows
-from megatron_rl.policy.model import (
-    DTYPES,
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.network import (
     HiddenStatesModel,
+    ValueModel,
     build_chunks,
     in_training_precision,
+)
+from megatron_rl.megatron.optimizer import build_optimizer, build_scheduler
+from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, run_schedule
+from megatron_rl.megatron.stored_files import open_weights
+from megatron_rl.megatron.stored_names import local_name
+from megatron_rl.megatron.transformer_config import (
+    DTYPES,
     transformer_config,
     uses_transformer_engine,
 )
-from megatron_rl.policy.optimizer import build_optimizer, build_scheduler
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.hf_files import WeightFiles
 from megatron_rl.weights.layouts import VOCABULARY, check_filled, megatron_pieces
 from megatron_rl.weights.model_source import ModelSource
-from megatron_rl.weights.names import local_name
 from megatron_rl.weights.pieces import Piece
-
-Measure = Callable[[Tensor, MicroBatch], Tensor]
-"""Final hidden states of a row and the row -> its share of the loss; runs on the last stage."""
 
 
 class TrainedModel:
@@ -48,7 +43,8 @@ class TrainedModel:
     name: str
     """Of the model in metrics, messages and checkpoints."""
 
-    chunk_class: type[HiddenStatesModel] = HiddenStatesModel
+    has_value_head = False
+    """Whether a value head stands in the place of the LM head."""
 
     def __init__(
         self,
@@ -65,20 +61,20 @@ class TrainedModel:
         self.dtype = DTYPES[model.dtype]
         device_type = groups.platform.device_type
         self.config = transformer_config(arch, model, parallel, device_type=device_type)
-        self.config.finalize_model_grads_func = _finalize_without_dividing
+        self.config.finalize_model_grads_func = finalize_without_dividing
         self.chunks: list[Any] = build_chunks(
             arch,
             self.config,
             groups,
             use_te=uses_transformer_engine(model, device_type),
-            chunk_class=self.chunk_class,
+            chunk_class=ValueModel if self.has_value_head else HiddenStatesModel,
         )
         self.pieces: list[Piece] = self._pieces()
         self.version = 0  # optimizer steps taken
         self._optimizer_config = optimizer
         self._run_updates = run_updates
         self._trainable: list[Any] = []
-        self._run = get_forward_backward_func()
+        self._chunk_settings: dict[str, object] = {}
 
     def _pieces(self) -> list[Piece]:
         """Which rectangles of the Hugging Face tensors this rank's parameters hold."""
@@ -107,12 +103,12 @@ class TrainedModel:
 
     def _weights(self, source: ModelSource) -> WeightFiles:
         """The files with the first weights."""
-        return source.open_weights(self.arch)
+        return open_weights(source, self.arch)
 
     def prepare_training(self) -> None:
         """Wrap the loaded model in DDP and build the optimizer (whose main weights copy it)."""
         config = self._optimizer_config
-        # The distributed optimizer of 0.16.1 knows no float64 parameters.
+        # See faults.py, distributed_optimizer_in_float64.
         is_sharded = config.use_distributed_optimizer and self.dtype != torch.float64
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=self.dtype != torch.float64,
@@ -122,6 +118,8 @@ class TrainedModel:
         self._trainable = [
             DistributedDataParallel(self.config, ddp_config, module) for module in modules
         ]
+        if self.config.bf16:
+            self._chunk_settings = {"fp32_output": False}
         self.optimizer = build_optimizer(config, self._trainable, self.dtype, is_sharded=is_sharded)
         self.scheduler = build_scheduler(config, self.optimizer, self._run_updates)
 
@@ -142,19 +140,40 @@ class TrainedModel:
         """A copy of this rank's weights in host memory."""
         return {name: param.cpu().clone() for name, param in self.named_parameters().items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know besides weights and optimizer, as JSON."""
+        return {"version": self.version, "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.version = state["version"]
+
+    # -- the head, which is applied outside ------------------------------------------------------
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V/tp, H] rows of the LM head on this rank, or [1, H] value head; last stage only."""
+        weight: Tensor = self.chunks[-1].head_weight()
+        return weight
+
+    def head_input(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """[N, H] final hidden states at rows [N] of a micro-batch, whole on every rank."""
+        whole: Tensor = self.chunks[-1].head_input(hidden)
+        return whole[:, 0].index_select(0, rows)
+
     # -- passes ----------------------------------------------------------------------------------
 
     def forward(self, microbatches: Sequence[MicroBatch], measure: Measure) -> None:
         """Run the rows without gradients; every rank calls it, with its own rows."""
         with torch.no_grad():
-            self._schedule(microbatches, measure, forward_only=True)
+            self._run(microbatches, measure, forward_only=True)
 
     def backward(self, microbatches: Sequence[MicroBatch], measure: Measure) -> None:
         """Gradients of the mini-batch, reduced over data-parallel ranks, in main_grad."""
         for module in self._trainable:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._schedule(microbatches, measure, forward_only=False)
+        self._run(microbatches, measure, forward_only=False)
 
     def step(self, loss: float) -> dict[str, float]:
         """Take the optimizer step on the gradients of this loss; equal on all ranks.
@@ -193,42 +212,13 @@ class TrainedModel:
         dist.all_reduce(values, op=op, group=self.groups.host)
         return values
 
-    def _schedule(
+    def _run(
         self, microbatches: Sequence[MicroBatch], measure: Measure, *, forward_only: bool
     ) -> None:
-        """Run Megatron's own schedule."""
-        models = self._trainable or list(self.chunks)
-        extra = {"fp32_output": False} if self._trainable and self.config.bf16 else {}
-
-        def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
-            batch = next(batches)
-            rows = packed_rows(batch.cu_seqlens, batch.max_seqlen)
-            hidden = model(
-                batch.tokens[None],
-                batch.position_ids[None],
-                None,
-                packed_seq_params=rows,
-                **extra,
-            )
-            return hidden, partial(loss, batch=batch)
-
-        def loss(hidden: Tensor, *, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            # Three elements and calculate_per_token_loss: the schedule divides by nothing. The
-            # returned tensor may be changed in place.
-            return measure(hidden, batch).clone(), torch.zeros((), dtype=torch.int32), {}
-
-        iterators = [iter(microbatches) for _ in models]
-        self._run(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(models) > 1 else iterators[0],
-            model=models if len(models) > 1 else models[0],
-            num_microbatches=len(microbatches),
-            seq_length=max(len(batch.tokens) for batch in microbatches),
-            micro_batch_size=1,
+        run_schedule(
+            self._trainable or self.chunks,
+            microbatches,
+            measure,
             forward_only=forward_only,
+            settings=self._chunk_settings,
         )
-
-
-def _finalize_without_dividing(models: list[Any], num_tokens: Any = None, **rest: Any) -> None:
-    """Megatron's gradient reductions, told no token count: there is nothing left to divide by."""
-    finalize_model_grads(models, None, **rest)

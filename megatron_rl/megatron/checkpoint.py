@@ -1,0 +1,94 @@
+"""A trained model as a distributed checkpoint of Megatron-Core, which loads at any layout.
+
+With expert_model_parallel_size above 1, Megatron-Core has one optimizer of shared and one of expert
+parameters, else one of all. Tensors of a checkpoint are the same under the same names; only what
+stands beside them (learning rates and steps, by parameter group) is nested another way, and is
+fitted to this layout when it is loaded.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from megatron_rl.megatron.model import TrainedModel
+from megatron_rl.weights.dcp_files import read_metadata
+
+# Names without the number of Megatron's optimizer, which depends on expert parallelism.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+# Two checkpoints' groups of parameters are the same where these are; whether it holds experts is
+# what differs between layouts.
+ALIKE = ("wd_mult", "lr_mult", "is_decoupled_lr")
+TENSORS, KIND = "param_state", "param_state_sharding_type"
+
+
+def save_model(model: TrainedModel, directory: Path) -> None:
+    """Write weights and optimizer into an existing directory; every rank calls it."""
+    dist_checkpointing.save(sharded_state(model, is_loading=False), str(directory))
+
+
+def load_model(model: TrainedModel, directory: Path) -> None:
+    """Read weights and optimizer, saved at whatever layout; every rank calls it.
+
+    Raises:
+        InputError: the checkpoint is damaged or hostile.
+    """
+    # Byte entries of a checkpoint are pickles; this keeps torch from running them.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    read_metadata(directory)  # a pickle, which Megatron-Core opens without looking
+    loaded = dist_checkpointing.load(sharded_state(model, is_loading=True), str(directory))
+    for number, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
+    model.optimizer.load_state_dict(fitted(model.optimizer, loaded["optimizer"]))
+
+
+def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
+    """Megatron's description of what this rank holds of weights and optimizer."""
+    chunks = {
+        f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(model.chunks)
+    }
+    every = {key: value for chunk in chunks.values() for key, value in chunk.items()}
+    if len(model.chunks) > 1:
+        every = chunks
+    optimizer = model.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING)
+    return {**chunks, "optimizer": optimizer}
+
+
+def fitted(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """Loaded state of any layout, nested as Megatron's optimizer of this rank reads it.
+
+    State of an optimizer that is not distributed is returned as it is.
+    """
+    saved = [
+        part
+        for part in (loaded, *loaded.values())
+        if isinstance(part, dict) and KIND in part and "optimizer" in part
+    ]
+    if not saved:
+        return loaded
+    groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
+    own = optimizer.chained_optimizers
+    if len(own) == 1:
+        return _part(own[0], saved[0], groups, loaded[TENSORS])
+    return {
+        number: _part(one, saved[0], groups, loaded[number][TENSORS])
+        for number, one in enumerate(own)
+    }
+
+
+def _part(
+    optimizer: Any, saved: dict[Any, Any], groups: list[dict[str, Any]], tensors: Any
+) -> dict[str, Any]:
+    fitting = []
+    for own in optimizer.optimizer.param_groups:
+        alike = next(g for g in groups if all(g[name] == own[name] for name in ALIKE))
+        fitting.append({**alike, "is_expert_parallel": own["is_expert_parallel"]})
+    return {
+        KIND: saved[KIND],
+        "optimizer": {**saved["optimizer"], "param_groups": fitting},
+        TENSORS: tensors,
+    }

@@ -1,0 +1,78 @@
+"""The model that is trained, and how its weights are updated."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_rl.settings import Settings
+
+
+class ModelConfig(Settings):
+    """Which model, in which precision."""
+
+    path: str
+    """Hugging Face directory (config.json, *.safetensors, tokenizer) or hub name."""
+
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    """Dtype of weights and activations. bfloat16 keeps float32 main weights in the optimizer."""
+
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers of Megatron-Core to build: Transformer Engine's on a GPU where it is installed."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Megatron's activation recompute."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Megatron's: which layers `full` recomputes."""
+
+    recompute_num_layers: int | None = None
+    """Megatron's: layers per recomputed unit."""
+
+    recompute_modules: tuple[str, ...] | None = None
+    """Megatron's: what `selective` recomputes, for example core_attn."""
+
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Any other field of Megatron's TransformerConfig, under its own name."""
+
+
+class OptimizerConfig(Settings):
+    """AdamW on the policy. Defaults are the paper's."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+
+    min_lr: float = Field(default=0.0, ge=0)
+    """Where a decaying schedule ends."""
+
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up."""
+
+    lr_warmup_updates: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up from 0."""
+
+    lr_decay_updates: int | None = Field(default=None, gt=0)
+    """Optimizer steps until min_lr; None: the whole run."""
+
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled; not on biases and norms (Megatron's rule)."""
+
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's decay of the mean of gradients, per optimizer step."""
+
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Adam's decay of the mean of squared gradients, per optimizer step."""
+
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Added to the square root of that second mean before it divides."""
+
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    use_distributed_optimizer: bool = True
+    """Megatron's: optimizer state and main weights are sharded over data-parallel ranks."""
+
+    prompts_per_update: int | None = Field(default=None, gt=0)
+    """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration."""
+
+    epochs: int = Field(default=1, gt=0)
+    """Passes over an iteration's samples."""

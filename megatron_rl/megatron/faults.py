@@ -1,0 +1,244 @@
+"""Every fault of stock Megatron-Core that this package repairs, refuses, or builds around.
+
+A row names the versions that have the fault. Each row has a probe, which runs stock code and must
+show the fault: a probe that finds none at an installed version fails its test, so that the row
+learns the version or goes. Nothing else in the package spells a version of Megatron-Core.
+"""
+
+import functools
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_rl.errors import InputError
+
+V0_16_1 = "0.16.1"
+SUPPORTED_VERSIONS = (V0_16_1,)
+ALONE, ON_RANKS = "tests/unit/megatron/fault_probes.py", "tests/distributed/fault_probes.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault."""
+
+    name: str
+    """Also the name of its probe, a function that returns True where the fault shows."""
+
+    versions: tuple[str, ...]
+    """That have it, of the supported ones."""
+
+    wrong: str
+    """What stock code does; continues the sentence that begins with "Megatron-Core <version>"."""
+
+    action: Literal["repaired", "refused", "fitted"]
+    """Repaired: stock code is changed when it is imported. Refused: the configuration check ends
+    the run. Fitted: a part of ours stands in its place or takes it into account."""
+
+    by: str
+    """What does so: a name of this room, as module.name."""
+
+    probes: str
+    """The file with the probe: of a lone process, or of several ranks."""
+
+
+FAULTS = {
+    fault.name: fault
+    for fault in (
+        Fault(
+            name="cuda_in_its_source",
+            versions=(V0_16_1,),
+            wrong="names CUDA devices in its source, so it does not run on a CPU",
+            action="fitted",
+            by="on_cpu.install",
+            probes=ALONE,
+        ),
+        Fault(
+            name="interleaving_without_overlap",
+            versions=(V0_16_1,),
+            wrong="posts two sends to the same peer in the interleaved schedule at PP 2 without "
+            "`overlap_p2p_comm`; they cross, which makes wrong gradients without an error",
+            action="refused",
+            by="refusals.config_problems",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="experts_of_smaller_tensor_parallelism",
+            versions=(V0_16_1,),
+            wrong="reduces experts whose tensor parallelism is not the model's over data-parallel "
+            "ranks only while EP is 1, so their gradients are wrong without an error",
+            action="refused",
+            by="refusals.config_problems",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="weights_without_marks",
+            versions=(V0_16_1,),
+            wrong="leaves weights without their tensor-parallel marks where "
+            "`perform_initialization` is false, so the gradient norm, and with it clipping, is "
+            "wrong without an error",
+            action="refused",
+            by="refusals.config_problems",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="auxiliary_losses_times_tokens",
+            versions=(V0_16_1,),
+            wrong="multiplies auxiliary losses by the token count and expects a division that "
+            "loss weights which are global already leave out",
+            action="refused",
+            by="refusals.config_problems",
+            probes=ALONE,
+        ),
+        Fault(
+            name="experts_without_sequence_parallelism",
+            versions=(V0_16_1,),
+            wrong="does not train experts under tensor parallelism without sequence parallelism",
+            action="refused",
+            by="refusals.model_problems",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="norm_without_mark",
+            versions=(V0_16_1,),
+            wrong="leaves a norm that does not mark its weight out of the reduction over the ranks "
+            "of sequence parallelism, so its gradient is wrong without an error",
+            action="fitted",
+            by="layers.Norm",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="norm_of_torch",
+            versions=(V0_16_1,),
+            wrong="refuses its norm of local layers under sequence parallelism",
+            action="fitted",
+            by="layers.Norm",
+            probes=ALONE,
+        ),
+        Fault(
+            name="packed_local_attention",
+            versions=(V0_16_1,),
+            wrong="has no attention of packed rows without Transformer Engine",
+            action="fitted",
+            by="layers.PackedAttention",
+            probes=ALONE,
+        ),
+        Fault(
+            name="no_output_hook",
+            versions=(V0_16_1,),
+            wrong="always computes whole logits: a model has no output hook",
+            action="fitted",
+            by="network.HiddenStatesModel",
+            probes=ALONE,
+        ),
+        Fault(
+            name="router_without_transformer_engine",
+            versions=(V0_16_1,),
+            wrong="ends in a `NameError` in the router where Transformer Engine is not installed",
+            action="repaired",
+            by="repairs.bind_router_product",
+            probes=ALONE,
+        ),
+        Fault(
+            name="dispatcher_without_numpy",
+            versions=(V0_16_1,),
+            wrong="makes no numpy arrays of CPU tensors, which its dispatcher of tokens expects",
+            action="repaired",
+            by="repairs.give_numpy_on_a_cpu",
+            probes=ALONE,
+        ),
+        Fault(
+            name="adam_without_states",
+            versions=(V0_16_1,),
+            wrong="cannot load into an Adam of torch that has not taken a step",
+            action="repaired",
+            by="repairs.give_states_to_load_into",
+            probes=ALONE,
+        ),
+        Fault(
+            name="adam_step_not_saved",
+            versions=(V0_16_1,),
+            wrong="ends in a `KeyError` when it loads into an Adam of torch: it copies `step`, "
+            "which a checkpoint does not hold",
+            action="repaired",
+            by="repairs.keep_step",
+            probes=ALONE,
+        ),
+        Fault(
+            name="adam_step_shared",
+            versions=(V0_16_1,),
+            wrong="leaves all parameters of torch's Adam with one `step` tensor after a load, "
+            "which advances once per parameter: wrong bias correction without an error",
+            action="repaired",
+            by="repairs.give_own_steps",
+            probes=ALONE,
+        ),
+        Fault(
+            name="optimizers_of_a_mixture",
+            versions=(V0_16_1,),
+            wrong="has two optimizers for a mixture under expert parallelism, whose state the one "
+            "optimizer of other layouts cannot load",
+            action="fitted",
+            by="checkpoint.fitted",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="name_of_a_mixtures_norm",
+            versions=(V0_16_1,),
+            wrong="saves the norm before a mixture under another name by local layers than by "
+            "Transformer Engine's",
+            action="fitted",
+            by="spec.block_spec",
+            probes=ALONE,
+        ),
+        Fault(
+            name="clipping_in_float64",
+            versions=(V0_16_1,),
+            wrong="clips float32 gradients only",
+            action="refused",
+            by="refusals.optimizer_problems",
+            probes=ALONE,
+        ),
+        Fault(
+            name="distributed_optimizer_in_float64",
+            versions=(V0_16_1,),
+            wrong="has no distributed optimizer of float64 parameters",
+            action="fitted",
+            by="model.TrainedModel",
+            probes=ALONE,
+        ),
+    )
+}
+
+
+@functools.cache
+def installed_version() -> str:
+    """The version of megatron-core on this machine.
+
+    Raises:
+        InputError: none is installed, or one that this package was not tested with.
+    """
+    known = " or ".join(SUPPORTED_VERSIONS)
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(
+            f"megatron-core is not installed. Install megatron-core=={known}"
+        ) from error
+    if version not in SUPPORTED_VERSIONS:
+        raise InputError(
+            f"megatron-core {version} is installed: this package repairs and relies on exactly "
+            f"{known}. Install megatron-core=={SUPPORTED_VERSIONS[-1]}"
+        )
+    return version
+
+
+def is_present(name: str) -> bool:
+    """True where the installed version has the fault."""
+    return installed_version() in FAULTS[name].versions
+
+
+def reason(name: str) -> str | None:
+    """A sentence that says what the installed version does wrong; None where it does not."""
+    if not is_present(name):
+        return None
+    return f"Megatron-Core {installed_version()} {FAULTS[name].wrong}"

@@ -1,0 +1,131 @@
+"""The network of a rank: model chunks that end in hidden states, and the head behind them."""
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from megatron_rl.megatron.spec import block_spec
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose last stage returns the final hidden states.
+
+    LM head and loss run outside, on the rows that carry loss and in chunks, so whole logits never
+    exist; Megatron-Core itself has no hook there (faults.py, no_output_hook).
+    """
+
+    def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """[V/tp, H] rows of the LM head on this rank; last stage only."""
+        if self.share_embeddings_and_output_weights:
+            weight: Tensor = self.shared_embedding_or_output_weight()
+            return weight
+        head: Tensor = self.output_layer.weight
+        return head
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final hidden states as the LM head takes them: whole rows on every rank.
+
+        Each tensor-parallel rank has a part of the head, so backward sums their gradients.
+        """
+        if self.config.sequence_parallel:
+            whole: Tensor = gather_from_sequence_parallel_region(hidden)
+            return whole
+        copied: Tensor = copy_to_tensor_model_parallel_region(hidden)
+        return copied
+
+
+class ValueModel(HiddenStatesModel):
+    """A model with a value head instead of the LM head: V = hidden . weight, on the last stage.
+
+    The head is whole on every tensor-parallel rank and starts at 0, so the first values are 0.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **settings: Any) -> None:
+        settings["share_embeddings_and_output_weights"] = False
+        super().__init__(config, *args, **settings)
+        if self.post_process:
+            self.output_layer = torch.nn.Linear(
+                config.hidden_size, 1, bias=False, dtype=config.params_dtype
+            )
+            torch.nn.init.zeros_(self.output_layer.weight)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Final hidden states as the value head takes them: whole rows on every rank.
+
+        Every tensor-parallel rank computes all values, so the gradient that comes back is whole on
+        every rank: nothing sums it over them.
+        """
+        if not self.config.sequence_parallel:
+            return hidden
+        whole: Tensor = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False
+        )
+        return whole
+
+
+def build_chunks(
+    arch: ModelArch,
+    config: TransformerConfig,
+    groups: Groups,
+    *,
+    use_te: bool,
+    chunk_class: type[HiddenStatesModel] = HiddenStatesModel,
+) -> list[HiddenStatesModel]:
+    """This rank's model chunks (one without interleaving), weights not yet loaded."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1)  # weights are loaded, dropout is 0
+    vpp = groups.layout.vpp
+    return [
+        _build_chunk(arch, config, groups, chunk if vpp > 1 else None, use_te, chunk_class)
+        for chunk in range(vpp)
+    ]
+
+
+def _build_chunk(
+    arch: ModelArch,
+    config: TransformerConfig,
+    groups: Groups,
+    chunk: int | None,
+    use_te: bool,
+    chunk_class: type[HiddenStatesModel],
+) -> HiddenStatesModel:
+    stage: dict[str, Any] = {} if chunk is None else {"vp_stage": chunk}
+    where: dict[str, Any] = {} if chunk is None else {"ignore_virtual": False, **stage}
+    model = chunk_class(
+        config,
+        block_spec(config, use_te=use_te, vp_stage=chunk),
+        vocab_size=padded_vocab_size(arch.vocab_size, groups.layout.tp),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        rope_scaling=arch.rope_scaling_factor is not None,
+        rope_scaling_factor=arch.rope_scaling_factor or 8.0,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        **stage,
+    )
+    placed: HiddenStatesModel = model.to(groups.platform.current_device())
+    return placed
+
+
+def in_training_precision(
+    config: TransformerConfig, chunks: list[HiddenStatesModel]
+) -> list[torch.nn.Module]:
+    """Chunks in bfloat16 where asked for."""
+    if not config.bf16:
+        return list(chunks)
+    return [Float16Module(config, chunk) for chunk in chunks]

@@ -1,0 +1,64 @@
+"""Micro-batches through Megatron-Core's own pipeline schedule."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.megatron.layers import packed_rows
+from megatron_rl.types import MicroBatch
+
+Measure = Callable[[Tensor, MicroBatch], Tensor]
+"""Final hidden states of a row and the row -> its share of the loss; runs on the last stage."""
+
+
+def run_schedule(
+    models: Sequence[Any],
+    microbatches: Sequence[MicroBatch],
+    measure: Measure,
+    *,
+    forward_only: bool,
+    settings: Mapping[str, object],
+) -> None:
+    """Run the rows through the model chunks of this rank; every rank calls it, with its own rows.
+
+    settings: keyword arguments of the chunks, besides the row.
+    """
+
+    def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        rows = packed_rows(batch.cu_seqlens, batch.max_seqlen)
+        hidden = model(
+            batch.tokens[None],
+            batch.position_ids[None],
+            None,
+            packed_seq_params=rows,
+            **settings,
+        )
+        return hidden, partial(loss, batch=batch)
+
+    def loss(hidden: Tensor, *, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        # Three elements and calculate_per_token_loss: the schedule divides by nothing. The
+        # returned tensor may be changed in place.
+        return measure(hidden, batch).clone(), torch.zeros((), dtype=torch.int32), {}
+
+    run = get_forward_backward_func()
+    iterators = [iter(microbatches) for _ in models]
+    run(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=models if len(models) > 1 else models[0],
+        num_microbatches=len(microbatches),
+        seq_length=max(len(batch.tokens) for batch in microbatches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def finalize_without_dividing(models: list[Any], num_tokens: Any = None, **rest: Any) -> None:
+    """Megatron's gradient reductions, told no token count: there is nothing left to divide by."""
+    finalize_model_grads(models, None, **rest)

@@ -1,0 +1,106 @@
+"""Megatron-Core's configuration of a model at a layout."""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_rl.megatron.config import ModelConfig
+from megatron_rl.megatron.enter import config_fields
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.weights.arch import MixtureArch, ModelArch
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def uses_transformer_engine(model: ModelConfig, device_type: str) -> bool:
+    """True where layers are Transformer Engine's."""
+    if model.layer_spec == "auto":
+        has = importlib.util.find_spec("transformer_engine") is not None
+        return has and device_type == "cuda"
+    return model.layer_spec == "transformer_engine"
+
+
+def transformer_config(
+    arch: ModelArch, model: ModelConfig, parallel: ParallelConfig, *, device_type: str
+) -> TransformerConfig:
+    """Megatron's configuration of this model and layout."""
+    dtype = DTYPES[model.dtype]
+    use_te = uses_transformer_engine(model, device_type)
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    settings: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_query_groups": arch.num_query_groups,
+        "kv_channels": arch.head_dim,
+        "layernorm_epsilon": arch.rms_norm_eps,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": device_type == "cpu",
+        "init_method": _leave,  # every weight is loaded
+        "output_layer_init_method": _leave,
+        # Loss weights are global, so the schedule and DDP must not divide.
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, experts or not
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": use_te,
+        "bias_dropout_fusion": use_te,
+        "apply_rope_fusion": use_te,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "recompute_granularity": model.recompute_granularity,
+        "recompute_method": model.recompute_method,
+        "recompute_num_layers": model.recompute_num_layers,
+    }
+    if arch.mixture is not None:
+        settings |= _mixture_settings(arch.mixture, arch.num_layers, use_te=use_te)
+    if model.recompute_modules is not None:
+        settings["recompute_modules"] = list(model.recompute_modules)
+    if vpp is not None:
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    names = config_fields()
+    settings |= {
+        name: value
+        for name, value in parallel.model_dump(exclude={"world_size"}).items()
+        if name in names
+    }
+    settings["expert_tensor_parallel_size"] = (
+        parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    )
+    return TransformerConfig(**{**settings, **model.megatron})
+
+
+def _mixture_settings(mixture: MixtureArch, num_layers: int, *, use_te: bool) -> dict[str, Any]:
+    return {
+        "num_moe_experts": mixture.num_experts,
+        "moe_ffn_hidden_size": mixture.ffn_hidden_size,
+        # A list, even of ones, puts layer numbers into the names of a checkpoint.
+        "moe_layer_freq": [int(layer not in mixture.dense_layers) for layer in range(num_layers)]
+        if mixture.dense_layers
+        else 1,
+        "moe_router_topk": mixture.top_k,
+        # A softmax over the chosen experts is one over all of them, scaled so that theirs sum to 1.
+        "moe_router_pre_softmax": not mixture.renormalized,
+        # See faults.py, auxiliary_losses_times_tokens.
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": use_te,
+    }

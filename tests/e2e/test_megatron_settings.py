@@ -1,0 +1,28 @@
+"""A field of Megatron-Core's own configuration, set in a recipe, on a machine without a GPU."""
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ACCEPTED = "model.megatron.attention_softmax_in_fp32=true"
+REFUSED = "model.megatron.attention_softmax_in_fp23=true"
+ONE_ITERATION = ("run.num_iterations=1", "checkpoint.save_every=0", "checkpoint.export_hf=false")
+
+
+def test_a_run_with_an_accepted_setting_trains(runs):
+    runs.finish("own setting", 1, ACCEPTED, *ONE_ITERATION)
+    (record,) = runs.records("own setting")
+    assert record["policy/updates"] == 2
+
+
+def test_the_plan_of_a_run_with_an_accepted_setting_is_printed(runs):
+    code, said = runs.command("plan", "planned", 1, ACCEPTED)
+    assert code == 0, said
+    assert "optimizer steps" in said
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_setting_that_megatron_core_has_not_is_named(runs, command):
+    code, said = runs.command(command, "misspelt", 1, REFUSED)
+    assert code == 2
+    assert "Did you mean attention_softmax_in_fp32?" in said

@@ -1,0 +1,107 @@
+"""The table of Megatron-Core's faults is true of the installed version, and complete."""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.megatron import faults, repairs
+from megatron_rl.megatron.faults import ALONE, FAULTS, ON_RANKS, SUPPORTED_VERSIONS
+
+ROOT = Path(__file__).parents[3]
+LONE = sorted(fault.name for fault in FAULTS.values() if fault.probes == ALONE)
+REPAIRED = sorted(fault.name for fault in FAULTS.values() if fault.action == "repaired")
+ON_A_CPU = "cuda_in_its_source"
+
+
+def run_probes(*arguments):
+    """In a fresh process: here Megatron-Core may be repaired already."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / ALONE), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """Fault -> whether stock code shows it."""
+    return run_probes(ON_A_CPU) | run_probes(*(name for name in LONE if name != ON_A_CPU))
+
+
+@pytest.mark.parametrize("name", LONE)
+def test_a_row_names_the_installed_version_just_where_stock_code_shows_the_fault(shown, name):
+    assert shown[name] == faults.is_present(name)
+
+
+def test_repaired_code_shows_none_of_the_repaired_faults():
+    assert run_probes("--repaired", *REPAIRED) == dict.fromkeys(REPAIRED, False)
+
+
+def test_every_row_has_one_probe_and_every_probe_a_row():
+    found = [
+        (node.name, probes)
+        for probes in (ALONE, ON_RANKS)
+        for node in ast.parse((ROOT / probes).read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    assert sorted(found) == sorted((fault.name, fault.probes) for fault in FAULTS.values())
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
+def test_a_row_names_what_deals_with_it(fault):
+    module, _, name = fault.by.partition(".")
+    source = (ROOT / "megatron_rl" / "megatron" / f"{module}.py").read_text()
+    assert name in {getattr(node, "name", None) for node in ast.parse(source).body}
+    is_repair = repairs.REPAIRS.get(fault.name)
+    assert (fault.action == "repaired") == (is_repair is not None)
+    assert is_repair is None or fault.by == f"repairs.{is_repair.__name__}"
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=list(FAULTS))
+def test_a_row_is_of_versions_that_are_supported(fault):
+    assert fault.versions
+    assert set(fault.versions) <= set(SUPPORTED_VERSIONS)
+
+
+def test_a_version_that_nobody_tested_is_refused(monkeypatch):
+    faults.installed_version.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1")
+    with pytest.raises(faults.InputError, match=r"megatron-core 0\.1 is installed"):
+        faults.installed_version()
+    monkeypatch.undo()
+    assert faults.installed_version() in SUPPORTED_VERSIONS
+
+
+def test_the_documented_table_is_this_one():
+    documented = [
+        line
+        for line in (ROOT / "docs" / "architecture.md").read_text().splitlines()
+        if line.startswith("| Megatron-Core") or line.endswith(".py` |")
+    ]
+    part = f"Megatron-Core {', '.join(SUPPORTED_VERSIONS)}"
+    expected = [
+        f"| {part if number == 0 else ''} | {fault.wrong} | "
+        f"{fault.action} in `megatron/{fault.by.partition('.')[0]}.py` |".replace("|  |", "| |")
+        for number, fault in enumerate(FAULTS.values())
+    ]
+    assert documented == expected
+
+
+def test_requirements_ask_for_supported_versions():
+    for file in ("pyproject.toml", "requirements/cpu.txt", "requirements/cuda.txt"):
+        text = (ROOT / file).read_text()
+        assert any(f"megatron-core=={version}" in text for version in SUPPORTED_VERSIONS), file
