@@ -35,7 +35,7 @@ def linear_policy_loss(
     The loss is equal on all tp ranks. Zero tokens give a loss of 0 that is connected to hidden and
     head_weight, with gradients of 0. Gradients and chunk_rows: as in linear_logprobs.
     """
-    _check_constants(tokens, shared)
+    _check_inputs(tokens, shared)
     native, hidden = objective.native, head.hidden
     if (
         native is not None
@@ -66,7 +66,7 @@ def token_loss(
         objective: gives the own term.
         shared: the numbers of the other terms.
     """
-    _check_constants(tokens, shared)
+    _check_inputs(tokens, shared)
     active = tokens.weights != 0
     has_ratio = objective.has_ratio or tokens.old_logprobs is not None
     logprobs = logprobs.where(active, 0.0)
@@ -85,7 +85,8 @@ def token_loss(
     if shared.kl_coef != 0 and ref is not None:
         terms = terms + shared.kl_coef * kl_estimate(logprobs, ref, shared.kl_estimator)
     if shared.entropy_coef != 0:
-        assert entropy is not None, "an entropy term needs the entropy"
+        if entropy is None:
+            raise _missing("entropy", "entropy_coef", shared)
         terms = terms - shared.entropy_coef * entropy
     loss = (weights * terms).sum()
 
@@ -209,12 +210,13 @@ def _constant(values: Tensor | None, like: Tensor, active: Tensor) -> Tensor | N
     return None if values is None else values.detach().to(like.dtype).where(active, 0.0)
 
 
-def _check_constants(tokens: LossTokens, shared: SharedTerms) -> None:
-    """Raise ValueError where a term needs something that is None."""
-    for name, setting, is_needed in (
-        ("ref_logprobs", "kl_coef", shared.kl_coef != 0),
-        ("rollout_logprobs", "rollout_is_cap", shared.rollout_is_cap is not None),
-    ):
-        if is_needed and getattr(tokens, name) is None:
-            value = getattr(shared, setting)
-            raise ValueError(f"{setting}={value}: needs {name}, got None; measure {name} first")
+def _check_inputs(tokens: LossTokens, shared: SharedTerms) -> None:
+    if shared.kl_coef != 0 and tokens.ref_logprobs is None:
+        raise _missing("ref_logprobs", "kl_coef", shared)
+    if shared.rollout_is_cap is not None and tokens.rollout_logprobs is None:
+        raise _missing("rollout_logprobs", "rollout_is_cap", shared)
+
+
+def _missing(name: str, setting: str, shared: SharedTerms) -> ValueError:
+    value = getattr(shared, setting)
+    return ValueError(f"{setting}={value}: needs {name}, got None; measure {name} first")

@@ -166,5 +166,5 @@ def test_what_an_objective_needs_is_its_own_word():
 
 
 def test_reading_a_config_does_not_import_torch():
-    code = "import sys; import megatron_rl.algorithms.config; sys.exit('torch' in sys.modules)"
+    code = "import sys; import megatron_rl.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -243,6 +243,12 @@ def test_a_missing_constant_is_named(setting, name):
         linear_policy_loss(head, tokens, ClippedRatio(), shared)
 
 
+def test_a_missing_entropy_is_named():
+    tokens, shared = tokens_of(f64(1.0), f64(1.0)), SharedTerms(entropy_coef=0.1)
+    with pytest.raises(ValueError, match="needs entropy, got None"):
+        token_loss_definition(f64(-1.0), None, tokens, ClippedRatio(), shared)
+
+
 def random_tokens(num_tokens):
     def logprobs():
         return -torch.rand(num_tokens, dtype=torch.float64) * 3
