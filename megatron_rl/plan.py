@@ -93,6 +93,7 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
 
     algorithm = Algorithm(config.algorithm)
     preset = algorithm.preset
+    yield from (("notice", text) for text in config.algorithm.notices)
     yield "algorithm", config.algorithm.preset
     yield (
         "selection",

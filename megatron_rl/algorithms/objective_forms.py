@@ -38,8 +38,7 @@ def overlaid(below: Any, above: Any) -> Any:
     if not isinstance(upper, Mapping) or not isinstance(lower, str | Mapping):
         return merged
     settings = {"kind": lower} if isinstance(lower, str) else dict(lower)
-    preset = OmegaConf.select(below, "algorithm.preset")
-    kind = settings.get("kind", PRESETS[preset].objective if preset in PRESETS else None)
+    kind = settings.get("kind", _kind_under(OmegaConf.select(below, "algorithm.preset")))
     is_other = upper.get("kind", kind) != kind
     joint = dict(upper) if is_other else settings | dict(upper)
     OmegaConf.update(merged, OBJECTIVE, joint, merge=False)
@@ -86,12 +85,16 @@ def in_nested_form(section: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
 def _kind_of(objective: Mapping[str, Any], preset: Any) -> str | None:
     kind = objective.get("kind")
     if kind is None:
-        return PRESETS[preset].objective if preset in PRESETS else None
-    if kind not in OBJECTIVES:
+        return _kind_under(preset)
+    if not isinstance(kind, str) or kind not in OBJECTIVES:
         raise ConfigError(
             "algorithm.objective", kind, "is not known", nearest(str(kind), OBJECTIVES)
         )
-    return str(kind)
+    return kind
+
+
+def _kind_under(preset: Any) -> str | None:
+    return PRESETS[preset].objective if isinstance(preset, str) and preset in PRESETS else None
 
 
 def _moved(
@@ -109,7 +112,9 @@ def _moved(
             )
         elif owner == kind:
             moved[name] = value
-            notices.append(f"algorithm.{flat} goes away: write {path}={value}")
+            notices.append(
+                f"algorithm.{flat} goes away: write {path}={'null' if value is None else value}"
+            )
         elif value == OBJECTIVES[owner].model_fields[name].default:
             notices.append(f"algorithm.{flat} goes away: leave it out, {kind} has no {name}")
         else:

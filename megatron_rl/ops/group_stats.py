@@ -32,7 +32,7 @@ _KEEP_BITS: dict[KeepRule, int] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupStats:
-    """Of each of G groups, and of each of their n responses.
+    """Statistics of G groups, and verdicts about their n responses.
 
     A group without responses has mean 0, std 1, max -inf, min inf and no flag set.
     """
@@ -121,7 +121,7 @@ def group_stats_definition(
     advantage: GroupAdvantage = "reward",
     std_eps: float = 0.0,
 ) -> GroupStats:
-    """What the native op must equal, and what runs where there is none."""
+    """The same in PyTorch: the native op must equal it, and it runs where there is none."""
     _check_offsets(rewards, offsets)
     rewards = rewards.double()
     counts = offsets.diff()

@@ -42,7 +42,7 @@ _COMPILED = {
 
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DEVICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of logits, on a CPU and elsewhere."""
+"""The dtypes of logits that the ops take, on a CPU and elsewhere."""
 
 
 def has(op: str, device: torch.device) -> bool:

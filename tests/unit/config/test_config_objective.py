@@ -138,6 +138,18 @@ def test_the_new_form_says_nothing(case):
             "Known: likelihood, clipped_ratio, dpo",
         ),
         (
+            {"preset": "grpo", "objective": {"kind": ["dpo"]}},
+            "algorithm.objective=['dpo']: is not known. ",
+        ),
+        (
+            {"preset": ["grpo"], "objective": {"eps_low": 0.1}},
+            "algorithm.preset=['grpo']: Input should be a valid string",
+        ),
+        (
+            {"preset": "grpo", "objective": 3},
+            "algorithm.objective=3: ",
+        ),
+        (
             {"preset": "grpo", "objective": {"eps_low": 2}},
             "algorithm.objective.eps_low=2: Input should be less than or equal to 1",
         ),
