@@ -95,7 +95,7 @@ class Bench:
             metrics.update,
             epochs=1,
             reference=self.policy.snapshot(),
-            critic=self.critic if algorithm.preset.needs_critic else None,
+            critic=self.critic if algorithm.choice.needs_critic else None,
         )
         update_of = {
             group.prompt.group_id: number * self.num_updates // GROUPS

@@ -63,7 +63,7 @@ def build_run(
     run_updates = config.run.num_iterations * config.num_updates * config.optimizer.epochs
     policy = build_policy(config, inputs, groups, run_updates)
     # Where all responses go through the reference pass, the loss or the reward measures this KL.
-    is_measured_anyway = passes.ref and algorithm.preset.selection == ("all",)
+    is_measured_anyway = passes.ref and algorithm.choice.selection == ("all",)
     kl_every = 0 if config.is_supervised or is_measured_anyway else config.metrics.kl_every
     initial = policy.snapshot() if passes.ref or kl_every else None
     policy.prepare_training()
@@ -82,7 +82,7 @@ def build_run(
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         selector=Selector(
             algorithm=algorithm,
-            world=groups.host,
+            world=groups.world,
             prompts_per_update=config.optimizer.prompts_per_update,
             run_seed=config.run.seed,
             report=meter.report,
@@ -174,13 +174,13 @@ def choose_ops(choice: Backend, groups: Groups) -> str:
         told = backend.choose(choice, groups.platform.current_device())
     except ConfigErrors as problem:
         error = problem
-    agree_or_raise(error, groups.host)
+    agree_or_raise(error, groups.world)
     same_or_raise(
         f"ops.backend={choice}",
         told,
         "ranks that split a vocabulary would wait in different collectives. Install the package "
         "alike on all machines, or set ops.backend=reference",
-        groups.host,
+        groups.world,
     )
     return told
 

@@ -54,7 +54,7 @@ def train(run: Run, record: Record) -> bool:
                 evaluation = run.rollouts.evaluate(iteration, run.policy.version)
             run.meter.report(evaluation.metrics())
         record(IterationMetrics(iteration=iteration, values=run.meter.take()))
-        is_stopped = not is_last and run.stop.agreed(run.groups.host)
+        is_stopped = not is_last and run.stop.agreed(run.groups.world)
         if is_stopped or _is_due(iteration, config.checkpoint.save_every):
             with run.meter.phase("checkpoint"):
                 run.save(iteration)

@@ -92,15 +92,15 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
     from megatron_rl.policy.passes import plan_passes
 
     algorithm = Algorithm(config.algorithm)
-    preset = algorithm.preset
+    choice = algorithm.choice
     yield from (("notice", text) for text in config.algorithm.notices)
     yield "algorithm", config.algorithm.preset
     yield (
         "selection",
-        f"{', '.join(preset.selection)}; what is not kept reaches no pass of the update",
+        f"{', '.join(choice.selection)}; what is not kept reaches no pass of the update",
     )
-    yield "advantage", preset.advantage
-    yield "objective", f"{preset.objective}, {preset.loss_aggregation}"
+    yield "advantage", choice.advantage
+    yield "objective", f"{choice.objective}, {choice.loss_aggregation}"
     yield from plan_passes(
         algorithm,
         num_updates=config.num_updates,

@@ -182,7 +182,7 @@ def _start_lines(run: "Run") -> list[str]:
         + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else "")
         + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),
         *(f"  {row}" for row in prompts.hopeless_rows),
-        f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.preset}",
+        f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.choice}",
         *(f"{name}: {why}" for name, why in run.trainer.passes.reasons),
         *run.config.algorithm.notices,
         *run.rollouts.describe(),

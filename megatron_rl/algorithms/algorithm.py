@@ -68,7 +68,7 @@ class Algorithm:
     config: AlgorithmConfig
 
     @property
-    def preset(self) -> Preset:
+    def choice(self) -> Preset:
         """Selection, advantage, objective and aggregation, with the recipe's changes."""
         return self.config.resolved
 
@@ -91,7 +91,7 @@ class Algorithm:
     @property
     def has_kl_in_reward(self) -> bool:
         """Whether rewards need old and reference log-probs of every token, before any update."""
-        return self.preset.needs_critic and self.config.kl_reward_coef != 0
+        return self.choice.needs_critic and self.config.kl_reward_coef != 0
 
     def select(
         self,
@@ -145,9 +145,9 @@ class Algorithm:
             samples: all of the iteration's on this rank, possibly none.
             sum_over_ranks: every data-parallel rank must make this call under batch_norm.
         """
-        if self.preset.advantage == "preference":
+        if self.choice.advantage == "preference":
             return [replace(sample, advantage=side(sample.advantage)) for sample in samples]
-        if self.preset.advantage != "batch_norm":
+        if self.choice.advantage != "batch_norm":
             return list(samples)
         whitened = whiten(
             torch.tensor([sample.advantage for sample in samples], dtype=torch.float64),
@@ -169,7 +169,7 @@ class Algorithm:
         if self.config.train_on_everything and sample.advantage == 0:
             return 0.0
         return aggregation.token_weight(
-            self.preset.loss_aggregation,
+            self.choice.loss_aggregation,
             totals,
             response_tokens=len(sample.response_tokens),
             max_response_tokens=max_response_tokens,
@@ -187,8 +187,8 @@ class Algorithm:
             torch.tensor(rewards, dtype=torch.float64),
             torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0),
             std_ddof=self.config.std_ddof,
-            keep=keep_rules(self.preset.selection),
-            advantage=OF_GROUP[self.preset.advantage],
+            keep=keep_rules(self.choice.selection),
+            advantage=OF_GROUP[self.choice.advantage],
             std_eps=self.config.std_eps,
         )
 
@@ -198,7 +198,7 @@ class Algorithm:
         return keep_mask(
             candidates,
             by_reward,
-            self.preset.selection,
+            self.choice.selection,
             tie_break=random.Random(repr((*seed, group_id))),
             overlong_tokens=self.config.overlong_tokens,
             max_per_group=self.config.max_per_group,
@@ -210,7 +210,7 @@ class Algorithm:
         has_gradient = (
             advantage != 0
             or self.config.has_loss_on_every_token
-            or self.preset.advantage in UNFINISHED
+            or self.choice.advantage in UNFINISHED
         )
         return is_kept and (has_gradient or not self.config.drop_zero_advantage)
 

@@ -92,7 +92,7 @@ class Packer:
         """As many rows on all ranks where they share experts, since they meet in every layer."""
         if self._groups.layout.ep == 1:
             return rows
-        longest = int(max_over([len(rows)], self._groups.host)[0])
+        longest = int(max_over([len(rows)], self._groups.world)[0])
         return rows + [[] for _ in range(longest - len(rows))]
 
     def _global_totals(self, selection: Selection, num_updates: int) -> list[UpdateTotals]:
@@ -111,7 +111,7 @@ class Packer:
                     part.collected_tokens,
                 )
             ],
-            self._groups.host,
+            self._groups.world,
         )
         return [
             UpdateTotals(

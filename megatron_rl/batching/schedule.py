@@ -46,7 +46,7 @@ def distribute(
     """
     lengths = {_key(sample): sample.num_tokens for sample in samples}
     everywhere: dict[Key, int] = {}
-    for part in all_gather_objects(lengths, groups.host):
+    for part in all_gather_objects(lengths, groups.world):
         everywhere |= part
     replica_of = _replicas(everywhere, groups.layout.dp, keep_groups_whole=keep_groups_whole)
     layout = groups.layout
@@ -60,7 +60,7 @@ def distribute(
         for rank in ranks_of[replica_of[_key(sample)]]:
             messages.append(message)
             to_ranks.append(rank)
-    arrived = _decode(send_messages(messages, to_ranks, groups.host))
+    arrived = _decode(send_messages(messages, to_ranks, groups.world))
     return Distributed(
         samples=sorted(arrived, key=_key),
         num_samples=Counter(update for update, _, _ in everywhere),

@@ -55,12 +55,12 @@ class CheckpointStore:
         gives them their name.
         """
         attempt = [uuid.uuid4().hex[:12]]
-        dist.broadcast_object_list(attempt, src=0, group=self._groups.host)
+        dist.broadcast_object_list(attempt, src=0, group=self._groups.world)
         temporary = self._directory / f".{_name(iteration)}.{attempt[0]}"
         self._together(lambda: self._prepare(temporary, models), only_main=True)
         self._together(lambda: self._write(temporary, models, state))
         self._together(lambda: add_files(temporary))
-        files = all_gather_objects(self._own_files(temporary), self._groups.host)
+        files = all_gather_objects(self._own_files(temporary), self._groups.world)
         self._together(lambda: self._finish(temporary, iteration, files), only_main=True)
 
     def load(self, models: Sequence[TrainedModel]) -> dict[str, Any] | None:
@@ -73,7 +73,7 @@ class CheckpointStore:
         for path in self._newest_first():
             reasons = [
                 reason
-                for reason in all_gather_objects(self._fault(path), self._groups.host)
+                for reason in all_gather_objects(self._fault(path), self._groups.world)
                 if reason
             ]
             if reasons:
@@ -185,7 +185,7 @@ class CheckpointStore:
 
     def _together(self, work: Callable[[], None], *, only_main: bool = False) -> None:
         has_part = self._groups.is_main or not only_main
-        all_or_none(work if has_part else nothing, self._groups.host)
+        all_or_none(work if has_part else nothing, self._groups.world)
 
 
 def _plain(states: dict[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Evaluator:
             replace(question, majority=chance)
             for question, chance in zip(own, majority(own, self._equality), strict=True)
         ]
-        everywhere = all_gather_objects(voted, self._groups.host)
+        everywhere = all_gather_objects(voted, self._groups.world)
         return sorted((q for part in everywhere for q in part), key=lambda q: q.number)
 
 

@@ -209,7 +209,7 @@ class TrainedModel:
     def _reduced(self, values: Tensor, op: Any) -> Tensor:
         if not self.groups.is_first_copy:
             values.zero_()
-        dist.all_reduce(values, op=op, group=self.groups.host)
+        dist.all_reduce(values, op=op, group=self.groups.world)
         return values
 
     def _run(

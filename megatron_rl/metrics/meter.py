@@ -55,7 +55,7 @@ class Meter:
         parts of the reward.
         """
         counts, longest = tally.count(groups, parts)
-        world = self._groups.host
+        world = self._groups.world
         total = dict(zip(tally.names(parts), sum_over(counts, world), strict=True))
         self.report(tally.metrics(total, max_over([longest], world)[0]))
         return {verdict: int(total[f"verdict_{verdict}"]) for verdict in Verdict}
@@ -64,7 +64,7 @@ class Meter:
         """All metrics since the last take, with times of the slowest rank; every rank calls it."""
         times = self._timer.take()
         peak = float(self._groups.platform.peak_memory_bytes())
-        *slowest, largest = max_over([*times.values(), peak], self._groups.host)
+        *slowest, largest = max_over([*times.values(), peak], self._groups.world)
         values = {
             **self._values,
             **dict(zip(times, slowest, strict=True)),

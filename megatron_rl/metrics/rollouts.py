@@ -42,7 +42,7 @@ class RolloutLog:
         step = max(1, -(-len(prompts) // self._config.rollouts_groups))
         chosen = {prompt.group_id for prompt in prompts[::step]}
         own = [to_record(group, iteration) for group in graded if group.prompt.group_id in chosen]
-        gathered = gather_objects(own, self._groups.host)
+        gathered = gather_objects(own, self._groups.world)
         if self._groups.is_main:
             self._write(iteration, [record for part in gathered for record in part])
 

@@ -21,7 +21,7 @@ class Groups:
     layout: Layout
     engines: EngineLayout
     rank: int
-    host: dist.ProcessGroup  # gloo over the whole world, for CPU tensors and objects
+    world: dist.ProcessGroup  # gloo over the whole world, for CPU tensors and objects
     bridge: dist.ProcessGroup  # weight sync, apart from everybody else's collectives
     engine: dist.ProcessGroup  # gloo, the ranks of this rank's rollout engine
     tensor_parallel: dist.ProcessGroup | None  # Megatron's; None where a layer is not split
@@ -80,25 +80,25 @@ def make_groups(
         dist.new_group([engine * rollout_tp + tp for tp in range(rollout_tp)], backend="gloo")
         for engine in range(engines.num_engines)
     ]
-    host = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    world = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Groups(
         platform=platform,
         layout=layout,
         engines=engines,
         rank=rank,
-        host=host,
+        world=world,
         bridge=dist.new_group(timeout=TIMEOUT),
         engine=engine_groups[engines.engine_of(rank)],
         tensor_parallel=tensor_parallel,
-        nodes=_nodes(host),
+        nodes=_nodes(world),
     )
 
 
-def _nodes(host: dist.ProcessGroup) -> tuple[int, ...]:
+def _nodes(world: dist.ProcessGroup) -> tuple[int, ...]:
     """Of every rank, its node: a machine, or what one torchrun agent started on it."""
-    names = [""] * dist.get_world_size(host)
+    names = [""] * dist.get_world_size(world)
     own = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
-    dist.all_gather_object(names, own, group=host)
+    dist.all_gather_object(names, own, group=world)
     number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return tuple(number_of[name] for name in names)
 

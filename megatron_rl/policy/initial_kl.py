@@ -60,7 +60,7 @@ class InitialKl:
                 sampled = batch.loss.rollout_logprobs
                 if sampled is not None:
                     sums += _kl_sums((sampled - initial).double().cpu())
-        tokens, k1_sum, k3_sum = sum_over(sums.tolist(), self._policy.groups.host)
+        tokens, k1_sum, k3_sum = sum_over(sums.tolist(), self._policy.groups.world)
         if tokens:
             self._report(
                 {

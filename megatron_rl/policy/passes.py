@@ -21,7 +21,7 @@ def plan_passes(
 ) -> PassPlan:
     """Decide once per run; the reasons are printed at start-up and by `plan`."""
     old_first = algorithm.has_kl_in_reward or critic_warmup > 0
-    values = algorithm.preset.needs_critic
+    values = algorithm.choice.needs_critic
     reasons = [
         ("old-log-prob pass", _why_old(algorithm, num_updates, epochs, old_first=old_first)),
         ("reference pass", _why_ref(algorithm)),

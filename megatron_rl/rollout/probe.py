@@ -57,7 +57,7 @@ def check_engine(
     batches = packer.pack_for_measuring(measured_samples(groups))
     scored = policy.logprobs(batches) or []
     own = max((_gap(b, v) for b, v in zip(batches, scored, strict=False)), default=0.0)
-    gap = max_over([own], policy.groups.host)[0]
+    gap = max_over([own], policy.groups.world)[0]
     if not gap <= bound:
         raise RunError(
             f"engine probe: policy and engine differ by {gap:.3g} nats on a sampled token; "

@@ -60,7 +60,7 @@ class SampledRollouts:
         self.engine.wake_for_generation()
         self.meter.report(
             {
-                "weights/sync_bytes": sum_over([report.received_bytes], self.groups.host)[0],
+                "weights/sync_bytes": sum_over([report.received_bytes], self.groups.world)[0],
                 "weights/verified_tensors": float(report.verified_tensors),
             }
         )

@@ -88,7 +88,7 @@ class VllmEngine:
         os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
         from vllm import LLM
 
-        with groups.platform.preserved_rng(), private_shared_memory(groups.host):
+        with groups.platform.preserved_rng(), private_shared_memory(groups.world):
             self._llm: Any = LLM(**settings)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         pieces = engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank))

@@ -81,7 +81,7 @@ def export_hf(
         sync_tree(temporary)
         put_in_place(temporary, output)
 
-    all_or_none(prepare if groups.is_main else nothing, groups.host)
+    all_or_none(prepare if groups.is_main else nothing, groups.world)
     writes_head = groups.is_first_copy and groups.here.dp_rank == 0
     writer = _FileSequence(temporary, files, shapes, dtype)
     for names_of in _batches(files, nbytes, groups.layout.world_size):
@@ -96,10 +96,10 @@ def export_hf(
             device=groups.platform.current_device(),
             after_bucket=lambda _: None,
         )
-        all_or_none(partial(writer.write, tensors), groups.host)
+        all_or_none(partial(writer.write, tensors), groups.world)
     if is_critic:
-        all_or_none(write_head if writes_head else nothing, groups.host)
-    all_or_none(finish if groups.is_main else nothing, groups.host)
+        all_or_none(write_head if writes_head else nothing, groups.world)
+    all_or_none(finish if groups.is_main else nothing, groups.world)
 
 
 class _FileSequence:

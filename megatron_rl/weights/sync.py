@@ -187,7 +187,7 @@ class WeightSync:
                 f"policy and engine {self._groups.engines.engine_of(self._groups.rank)}: "
                 f"{wrong[:4]}. Sampling would go on with other weights than were trained"
             )
-        agree_or_raise(error, self._groups.host)
+        agree_or_raise(error, self._groups.world)
         received = sum(
             move.numel
             for bucket in self._plan.buckets
@@ -215,7 +215,7 @@ class WeightSync:
             if piece.hf in line_of:
                 values = piece.of(params).to(self._dtype)
                 expected[line_of[piece.hf]] += checksum(values, piece.box).cpu()
-        dist.all_reduce(expected, group=self._groups.host)
+        dist.all_reduce(expected, group=self._groups.world)
         dist.all_reduce(arrived, group=self._groups.engine)
         is_wrong = (arrived != expected[:, None]).any(dim=1)
         return [name for name, bad in zip(checked, is_wrong.tolist(), strict=True) if bad]

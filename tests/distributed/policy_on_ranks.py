@@ -244,7 +244,7 @@ def pack(
     """From this rank's groups to its packed rows, the way of the loop."""
 
     def sum_over_ranks(local: Tensor) -> Tensor:
-        dist.all_reduce(local, group=policy.groups.host)
+        dist.all_reduce(local, group=policy.groups.world)
         return local
 
     selection = algorithm.select(own_groups, update_of=update_of, seed=(0, 0))
@@ -279,7 +279,7 @@ def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[Micro
         rows = tuple(row.with_loss(old_logprobs=_at_rows(problem.old, row)) for row in rows)
     if algorithm.needs_ref_logprobs:
         rows = tuple(row.with_loss(ref_logprobs=_at_rows(problem.ref, row)) for row in rows)
-    if algorithm.preset.needs_critic:
+    if algorithm.choice.needs_critic:
         rows = with_values(policy, replace(batch, microbatches=rows), algorithm, problem)
     return rows
 

@@ -22,7 +22,7 @@ def check_choices() -> None:
 
     device = torch.device("cpu")
     platform = SimpleNamespace(current_device=lambda: device)
-    groups = SimpleNamespace(platform=platform, host=dist.group.WORLD)
+    groups = SimpleNamespace(platform=platform, world=dist.group.WORLD)
     assert choose_ops("auto", groups) == "ops: native, cpu"
 
     is_odd_one = dist.get_rank() == 1

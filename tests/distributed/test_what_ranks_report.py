@@ -19,7 +19,7 @@ def world_of(peak_bytes: int) -> SimpleNamespace:
     """The few fields of Groups that are read here."""
     return SimpleNamespace(
         rank=dist.get_rank(),
-        host=dist.group.WORLD,
+        world=dist.group.WORLD,
         layout=SimpleNamespace(world_size=dist.get_world_size()),
         platform=SimpleNamespace(
             synchronize=lambda: None, peak_memory_bytes=lambda: peak_bytes, device_type="cpu"

@@ -46,7 +46,7 @@ def sent(monkeypatch):
 
 
 def groups(**layout):
-    return SimpleNamespace(layout=Layout(**layout), host=None)
+    return SimpleNamespace(layout=Layout(**layout), world=None)
 
 
 def test_one_sample_of_three_travels(sent):

@@ -14,7 +14,7 @@ from megatron_rl.types import Prompt, Rollout, RolloutGroup, Verdict
 def groups():
     """The process groups of a single rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield SimpleNamespace(host=dist.group.WORLD, is_main=True)
+    yield SimpleNamespace(world=dist.group.WORLD, is_main=True)
     dist.destroy_process_group()
 
 
