@@ -1,6 +1,6 @@
 """The composition root: from a config to the parts of a run.
 
-The only file that knows which concrete classes make up a run.
+No other file knows which concrete classes make up a run.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from megatron_rl.types import Draw
 from megatron_rl.weights.sync import WeightSync
 
 DEFAULT_GAP = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.5}
-"""rollout.max_logprob_gap by the engine's dtype, in nats."""
+"""Default of rollout.max_logprob_gap by the engine's dtype, in nats."""
 
 
 def build_run(
@@ -118,7 +118,7 @@ def build_run(
 def build_packer(
     config: RunConfig, algorithm: Algorithm, groups: Groups, dtype: torch.dtype
 ) -> Packer:
-    """dtype: of the policy."""
+    """The packer of samples; a policy of dtype bfloat16 has its loss in float32, too."""
     return Packer(
         groups,
         algorithm,
@@ -130,7 +130,7 @@ def build_packer(
 
 
 def build_policy(config: RunConfig, inputs: Inputs, groups: Groups, run_updates: int) -> Policy:
-    """The policy with the weights of model.path; run_updates is how many it will get."""
+    """The policy with the weights of model.path, for a run of at most run_updates updates."""
     policy = Policy(
         inputs.arch,
         config.model,
@@ -226,7 +226,7 @@ def build_sampled(
     *,
     load_weights: bool,
 ) -> SampledRollouts:
-    """The engine and all that hangs on it; load_weights: the engine reads the checkpoint itself."""
+    """The engine and all that hangs on it; load_weights: the engine reads model.path itself."""
     scorer = RewardScorer(config.reward)
     engine = build_engine(config, inputs, groups, load_weights=load_weights)
     dtype = DTYPES[config.engine_dtype]

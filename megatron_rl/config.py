@@ -41,13 +41,13 @@ class RunSettings(Settings):
     """The run as a whole."""
 
     output_dir: str
-    """Where everything this run writes goes; made if it is not there."""
+    """Directory of everything that this run writes; made if it is not there."""
 
     num_iterations: int = Field(ge=1)
     """Passes through the loop."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of everything random: order of prompts, sampling, ties."""
+    """Seed of everything random: order of prompts, sampling, breaking of ties."""
 
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest good checkpoint in output_dir; never: it must hold none."""
@@ -79,34 +79,34 @@ class RunConfig(Settings):
 
     @property
     def is_supervised(self) -> bool:
-        """Gold responses instead of rollouts: no engine, no rewards."""
+        """True where gold responses take the place of sampled ones: no engine, no rewards."""
         return "gold" in self.algorithm.resolved.selection
 
     @property
     def longest_sequence(self) -> int:
-        """Tokens of the longest prompt and response together."""
+        """Most tokens of a prompt and its response together."""
         return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens
 
     @property
     def row_tokens(self) -> int:
-        """Token budget of a packed row."""
+        """Most tokens of a packed row."""
         budget = self.batching.max_tokens_per_microbatch
         return budget or max(DEFAULT_ROW_TOKENS, self.longest_unit)
 
     @property
     def longest_unit(self) -> int:
-        """Tokens of the longest thing that no row may split: a sequence, or dpo's pair of them."""
+        """Most tokens that must stay in one packed row: a sequence, or both of a pair."""
         return self.longest_sequence * (2 if self.algorithm.objective.trains_pairs else 1)
 
     @property
     def critic_optimizer(self) -> OptimizerConfig:
-        """The policy's, with what the critic section changes."""
+        """The policy's optimizer settings, with those that the critic section changes."""
         changed = {"lr": self.critic.lr, "clip_grad": self.critic.clip_grad}
         return self.optimizer.model_copy(update=changed)
 
     @property
     def num_updates(self) -> int:
-        """Mini-batches of an iteration."""
+        """Number of mini-batches of an iteration."""
         each = self.optimizer.prompts_per_update or self.prompts.prompts_per_iteration
         return -(-self.prompts.prompts_per_iteration // each)
 
@@ -124,7 +124,7 @@ class RunConfig(Settings):
 
 
 def problems(config: RunConfig) -> Iterator[ConfigError]:
-    """Rules across sections."""
+    """Every problem that settings of different sections have with each other."""
     yield from algorithm_problems(config.algorithm)
     yield from config_problems(config.model, config.parallel)
     yield from _rollout_problems(config)
@@ -135,7 +135,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
 
 
 def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
-    """Whether the layouts fit a number of ranks."""
+    """Why the layouts do not fit this number of ranks."""
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if parallel.world_size not in (None, world_size):
@@ -370,7 +370,7 @@ def _keys_at(path: Sequence[str]) -> list[str]:
 
 
 def _known_part(path: list[str]) -> list[str]:
-    """The path without what pydantic adds for the kinds a value may have."""
+    """The path down to a setting; pydantic appends the types that its value may have."""
     model: Any = RunConfig
     for depth, part in enumerate(path):
         model = _inside(model, part)

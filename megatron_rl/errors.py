@@ -1,4 +1,4 @@
-"""What can go wrong that a user can mend: one form for every message."""
+"""Errors that a user can mend, with one form for every message."""
 
 
 class ConfigError(ValueError):

@@ -1,6 +1,6 @@
 """`megatron-rl grade`: the reward of a recipe on responses that came from anywhere.
 
-So that people can see what their reward says of their own data before they spend GPUs on it.
+It shows people how their reward judges their own data before they spend GPUs on it.
 """
 
 import json
@@ -30,11 +30,11 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradeFields:
-    """Names of the fields of a line."""
+    """Names of the fields that a line of the file has."""
 
     response: str = "response"
     answer: str = "answer"
-    tokens: str | None = None  # its number of tokens, for a length penalty
+    tokens: str | None = None  # the response's number of tokens, for a length penalty
 
 
 @dataclass(frozen=True, slots=True)

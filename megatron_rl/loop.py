@@ -36,11 +36,12 @@ def run_iteration(run: Run, iteration: int) -> None:
 def train(run: Run, record: Record) -> bool:
     """A whole run, from the newest checkpoint or from the start; every rank calls it.
 
-    False: told to stop (SIGTERM), it saved a checkpoint, from which the same command goes on.
+    Returns False where it was told to stop (SIGTERM): then it has saved a checkpoint, from which
+    the same command goes on.
     """
     config = run.config
     run.resume()
-    run.rollouts.receive(run.policy)
+    run.rollouts.receive(run.policy)  # until then the engine has no weights
     run.rollouts.probe(run.policy, run.packer, run.prompts.all_prompts())
     if config.evaluation.at_start and run.done_iterations == 0:
         evaluation = run.rollouts.evaluate(0, run.policy.version)

@@ -122,6 +122,7 @@ def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
     held = params
     if config.optimizer.use_distributed_optimizer:
         held = shared // layout.dp + experts // layout.expert_dp
+    # Adam's two moments; 16-bit weights have float32 main weights and moments, 4 bytes each.
     optimizer = held * (12 if itemsize == 2 else 2 * itemsize)
     rows = config.row_tokens
     # Korthikanti et al. 2022, arXiv:2205.05198, eq. 4 without the attention scores: 34 bytes per
@@ -158,7 +159,7 @@ def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
 
 
 def _busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
-    """Parameters of the rank that holds most: outside of experts, and theirs."""
+    """Parameters of the rank that holds most: those outside of experts, and those of experts."""
     held = [
         (
             shared_pieces(arch, layout, tp_rank=0, pp_rank=stage),

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run starts from."""
+    """The files that a run starts from, read and checked."""
 
     model: ModelSource
     arch: ModelArch
@@ -38,7 +38,7 @@ class Inputs:
 
     @property
     def model_dir(self) -> Path:
-        """config.json and tokenizer."""
+        """The directory of config.json and tokenizer."""
         return self.model.config_dir
 
 
@@ -46,7 +46,7 @@ class _Problems(list[str]):
     """Every problem found so far."""
 
     def attempt(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What read returns; None where it raises InputError, which is noted."""
+        """The result of read; None where it raises InputError, which is noted."""
         try:
             return read(*args, **kwargs)
         except InputError as error:
@@ -93,7 +93,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
 
 
 def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> ModelArch:
-    """The network of a model whose files hold just it; how it does not fit the layout is noted."""
+    """The network of config.json, to which the weights must belong; layout problems are noted."""
     arch = read_model_config(model.config_dir)
     found.note(model_problems(arch, config.parallel))
     if not config.is_supervised:
@@ -121,7 +121,7 @@ def _read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptStream:
 def _read_benchmarks(
     config: RunConfig, tokenizer: Tokenizer, found: _Problems
 ) -> dict[str, list[Prompt]]:
-    """The questions of every benchmark; faults of those that cannot be read are noted."""
+    """The questions of every benchmark; problems of those that cannot be read are noted."""
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
@@ -149,6 +149,7 @@ def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSour
         return model
     critic = find_model(config.critic.path, "critic.path")
     critic_arch = read_model_config(critic.config_dir)
+    # A critic has no LM head, so it does not matter whether one is tied to the embedding.
     if replace(critic_arch, tied_embeddings=arch.tied_embeddings) != arch:
         raise InputError(
             f"critic.path={config.critic.path!r}: its config.json describes another network than "

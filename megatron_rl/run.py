@@ -46,7 +46,7 @@ class Run:
 
     @property
     def models(self) -> list[TrainedModel]:
-        """What a checkpoint holds."""
+        """The models that a checkpoint holds: the policy and, where there is one, the critic."""
         critic = self.trainer.critic
         return [self.policy] if critic is None else [self.policy, critic]
 
@@ -70,7 +70,7 @@ class Run:
         self.say(f"resumed after iteration {self.done_iterations}")
 
     def save(self, iteration: int) -> None:
-        """A checkpoint after this iteration."""
+        """Write a checkpoint of the run after this iteration."""
         self.store.save(
             iteration,
             self.models,
@@ -83,7 +83,7 @@ class Run:
         )
 
     def export(self) -> Path | None:
-        """The policy as a Hugging Face directory."""
+        """Write the policy as a Hugging Face directory; None where no export is asked for."""
         return self._model_files.export_to(Path(self.config.run.output_dir))
 
     @property

@@ -45,7 +45,7 @@ PACKAGES = (
 
 
 def train_session(config: RunConfig) -> None:
-    """`train`: returns on success; every rank calls it."""
+    """The command `train`; every rank calls it, and on success it ends the process."""
     platform = _start(config)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     enter(platform)
@@ -56,6 +56,7 @@ def train_session(config: RunConfig) -> None:
         _write_description(config, output, platform)
     recorder = _Recorder(config, is_main=is_main)
 
+    # They import Megatron-Core, so they come after enter.
     from megatron_rl.build import build_run
     from megatron_rl.loop import train
 
@@ -69,7 +70,7 @@ def train_session(config: RunConfig) -> None:
 
 
 def evaluate_session(config: RunConfig) -> None:
-    """`evaluate`: the weights of model.path, of either kind of checkpoint, on the benchmarks."""
+    """The command `evaluate`: model.path on the benchmarks; on success it ends the process."""
     if not config.evaluation.benchmarks:
         raise InputError(
             "evaluation.benchmarks={}: nothing to evaluate on. Set "
@@ -104,7 +105,7 @@ def _say_early(message: str) -> None:
 
 
 class _Recorder:
-    """Writers and display; on the main rank only, silent elsewhere."""
+    """The metric writers and the display; silent on all ranks but the main one."""
 
     def __init__(self, config: RunConfig, *, is_main: bool) -> None:
         self._config, self._is_main = config, is_main
@@ -142,7 +143,7 @@ class _Recorder:
             print(f"  model      {exported} (Hugging Face)")
 
     def _open(self, first_iteration: int) -> None:
-        """At the first record, when it is known where the run goes on."""
+        """Open at the first record: only then is it known at which iteration the run goes on."""
         settings: MetricsConfig = self._config.metrics
         if not self._is_main:
             self._display = SilentDisplay()
@@ -162,6 +163,7 @@ class _Recorder:
 def _start(config: RunConfig) -> Platform:
     warnings.filterwarnings("ignore", module="megatron|vllm|torch.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    # Else each rank of a machine would start a thread for every core.
     if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     output = Path(config.run.output_dir)
@@ -190,7 +192,7 @@ def _start_lines(run: "Run") -> list[str]:
 
 
 def _write_description(config: RunConfig, output: Path, platform: Platform) -> None:
-    """The resolved recipe, and what it ran with, beside the run."""
+    """Write the resolved recipe and the environment into the run's directory."""
     output.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     (output / "config.yaml").write_text(text)

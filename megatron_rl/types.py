@@ -1,4 +1,4 @@
-"""What moves between rooms.
+"""The frozen carriers of data that move between rooms, the folders of this package.
 
 Shape letters of the project: P prompt tokens, R response tokens, T packed tokens of one row on this
 rank, N tokens of a row that its loss is about, V vocabulary, H hidden.
@@ -20,7 +20,7 @@ FinishReason = Literal["stop", "length", "gold"]
 
 
 class Verdict(StrEnum):
-    """What a verifier says of one response; the last two are failures of ours, not the policy's."""
+    """How one response was judged; timeout and error are failures of ours, not the policy's."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -96,7 +96,7 @@ class Sample:
     update: int  # which optimizer step of this iteration it belongs to, from 0
     prompt_tokens: Tensor  # [P] int64
     response_tokens: Tensor  # [R] int64
-    advantage: float  # under gae it stays the reward: the critic then judges every token
+    advantage: float  # under gae still the reward: the critic makes advantages of tokens
     rollout_logprobs: Tensor | None = None  # [R] float32
     old_logprobs: Tensor | None = None  # [R] float32 or float64, added by policy/
     ref_logprobs: Tensor | None = None  # [R] likewise
@@ -166,7 +166,7 @@ class MicroBatch:
 
     tokens: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each sequence
-    cu_seqlens: Tensor  # [sequences + 1] int32, the padding tail being one more sequence
+    cu_seqlens: Tensor  # [sequences + 1] int32 bounds; the padding tail is a sequence, too
     max_seqlen: int
     loss: LossTokens
     samples: tuple[Sample, ...]  # in row order

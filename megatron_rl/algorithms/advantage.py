@@ -23,10 +23,10 @@ OF_GROUP: dict[AdvantageName, GroupAdvantage] = {
     "gae": "reward",
     "preference": "reward",
 }
-"""What group_stats computes of each."""
+"""Advantage of a recipe -> the one that group_stats computes for it."""
 
 UNFINISHED: frozenset[AdvantageName] = frozenset({"batch_norm", "gae", "preference"})
-"""Advantages that need more than that: whitening, a critic, the side of a pair."""
+"""Advantages that a later step finishes: by whitening, by a critic, by the side of a pair."""
 
 
 def side(reward: float) -> float:
@@ -42,9 +42,10 @@ def whiten(
     std_eps: float,
     sum_over_ranks: SumOverRanks,
 ) -> Tensor:
-    """[n] advantages less their mean and over their std, both over the batch's response tokens.
+    """[n] advantages minus their mean, divided by their std, both over the batch's tokens.
 
-    Collectives: two sums over ranks, of two numbers and of one; with n = 0 too.
+    num_tokens [n] says how many response tokens each advantage stands for.
+    Collectives: two sums over ranks, of two numbers and of one; also where n is 0.
     """
     advantages, num_tokens = advantages.double(), num_tokens.double()
     local = torch.stack([num_tokens.sum(), (advantages * num_tokens).sum()])

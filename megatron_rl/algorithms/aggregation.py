@@ -1,4 +1,4 @@
-"""What share of the loss one token has: the only place where a loss is divided."""
+"""The share of the loss that one token has: the only place where a loss is divided."""
 
 from typing import Literal
 

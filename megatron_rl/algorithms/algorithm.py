@@ -26,7 +26,7 @@ NO_TOTALS = UpdateTotals(kept_sequences=0, kept_tokens=0, collected_sequences=0,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcomes:
-    """What became of this rank's groups and responses; plain counts, to be added over ranks."""
+    """Counts of what became of this rank's groups and responses, to be added over ranks."""
 
     all_correct_groups: int = 0
     all_wrong_groups: int = 0
@@ -74,12 +74,12 @@ class Algorithm:
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """The formula that is minimised, with its settings."""
         return self.config.objective
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether the loss uses them; the first update on fresh rollouts may leave them None."""
+        """True where the loss uses them; in the first update on fresh rollouts they may be None."""
         return self.objective.needs_old_logprobs or self.config.rollout_is_cap is not None
 
     @property
@@ -90,7 +90,7 @@ class Algorithm:
 
     @property
     def has_kl_in_reward(self) -> bool:
-        """Whether rewards need old and reference log-probs of every token, before any update."""
+        """True where rewards need old and reference log-probs of every token, before any update."""
         return self.choice.needs_critic and self.config.kl_reward_coef != 0
 
     def select(
@@ -164,7 +164,7 @@ class Algorithm:
     def token_weight(self, sample: Sample, totals: UpdateTotals, max_response_tokens: int) -> float:
         """Share of the global loss of each response token, under the global totals of its update.
 
-        0 for what only train_on_everything lets through.
+        0 for a response that only train_on_everything lets through.
         """
         if self.config.train_on_everything and sample.advantage == 0:
             return 0.0
@@ -199,7 +199,7 @@ class Algorithm:
             candidates,
             by_reward,
             self.choice.selection,
-            tie_break=random.Random(repr((*seed, group_id))),
+            tie_break=random.Random(repr((*seed, group_id))),  # text: alike in every process
             overlong_tokens=self.config.overlong_tokens,
             max_per_group=self.config.max_per_group,
         )
@@ -220,7 +220,7 @@ def _usable(group: RolloutGroup) -> tuple[list[int], Candidates]:
     indices = [index for index, rollout in enumerate(group.rollouts) if _is_usable(rollout)]
     rollouts = [group.rollouts[index] for index in indices]
     return indices, Candidates(
-        rewards=tuple(1.0 if r.reward is None else float(r.reward) for r in rollouts),
+        rewards=tuple(1.0 if r.reward is None else float(r.reward) for r in rollouts),  # gold: 1
         lengths=tuple(len(r.response_tokens) for r in rollouts),
         is_truncated=tuple(r.finish_reason == "length" for r in rollouts),
         is_gold=tuple(r.finish_reason == "gold" for r in rollouts),
@@ -236,7 +236,7 @@ def _is_usable(rollout: Rollout) -> bool:
 
 
 def _by_group(values: Tensor, stats: GroupStats) -> list[list[Any]]:
-    """[n] values of all responses -> one list a group."""
+    """[n] values of all responses -> one list per group."""
     flat = iter(values.tolist())
     return [list(islice(flat, count)) for count in stats.counts.tolist()]
 

@@ -26,30 +26,31 @@ from megatron_rl.settings import Settings
 
 
 class AlgorithmConfig(Settings):
-    """Which responses are trained on, with which advantage, under which loss."""
+    """The responses that are trained on, their advantages, and the loss."""
 
     preset: Annotated[str, one_of("preset", PRESETS)]
     """Name of a row of the table in algorithms/presets.py, such as raft_pp, reinforce_rej, grpo."""
 
     selection: tuple[SelectionName, ...] | None = None
-    """Instead of the preset's: names, applied in order, each to what the ones before kept."""
+    """Selections in place of the preset's, applied in order, each to what those before kept."""
 
     advantage: AdvantageName | None = None
-    """Instead of the preset's."""
+    """Advantage in place of the preset's."""
 
     objective: AnyObjective
-    """Settings of what is minimised: {kind: clipped_ratio, eps_low: 0.2}. A kind alone gives its
-    defaults, and without a kind it is the preset's."""
+    """The formula that is minimised, with its settings: {kind: clipped_ratio, eps_low: 0.2}. A kind
+    alone takes its defaults, and settings without a kind are those of the preset's kind."""
 
     loss_aggregation: AggregationName | None = None
-    """Instead of the preset's: sequence_mean (each response counts the same), token_mean (each
-    token), or sequence_sum (tokens over max_response_tokens)."""
+    """Aggregation in place of the preset's: sequence_mean (each response counts the same),
+    token_mean (each token does), sequence_sum (each response counts by its tokens, over
+    max_response_tokens), or pair_mean (each pair of dpo counts the same)."""
 
     normalize_over: Literal["kept", "collected"] = "kept"
-    """What the loss divides by: kept responses, or all that were sampled and graded."""
+    """Responses that the loss divides by: the kept ones, or all that were sampled and graded."""
 
     max_per_group: int | None = Field(default=None, ge=1)
-    """At most so many responses of a group, the first ones, after every other selection."""
+    """Most responses of a group that are kept: the first ones that every other selection leaves."""
 
     overlong_tokens: int | None = Field(default=None, ge=1)
     """Limit of the selection drop_overlong, in response tokens."""
@@ -73,13 +74,13 @@ class AlgorithmConfig(Settings):
     """Weigh tokens by exp(old_logprobs - rollout_logprobs), at most this; null: do not."""
 
     gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount per token of gae."""
+    """gae: discount per token."""
 
     gae_lambda: float = Field(default=1.0, ge=0, le=1)
-    """0: one-step differences of values; 1: the whole return less the value."""
+    """gae: 0 takes one-step differences of values, 1 the whole return minus the value."""
 
     kl_reward_coef: float = Field(default=0.0, ge=0)
-    """Under gae: each token's reward loses this times log pi_old - log ref."""
+    """gae: each token's reward loses this times (old_logprobs - ref_logprobs)."""
 
     kl_reward_target: float | None = Field(default=None, gt=0)
     """Adapt that coefficient towards this KL, in nats per response; null: keep it fixed."""
@@ -129,7 +130,7 @@ class AlgorithmConfig(Settings):
 
     @property
     def shared_terms(self) -> SharedTerms:
-        """What the loss of a token adds to its objective's own term."""
+        """The terms that the loss of a token adds to its objective's own one."""
         return SharedTerms(
             kl_coef=self.kl_coef,
             kl_estimator=self.kl_estimator,
@@ -139,10 +140,10 @@ class AlgorithmConfig(Settings):
 
     @property
     def notices(self) -> tuple[str, ...]:
-        """What to write instead of settings that still work but will not for long."""
+        """One line for each setting that goes away, with what to write instead."""
         return self._notices
 
     @property
     def has_loss_on_every_token(self) -> bool:
-        """Whether a token of advantage 0 has a gradient: under a KL or an entropy term."""
+        """True where a token of advantage 0 has a gradient: under a KL or an entropy term."""
         return self.kl_coef != 0 or self.entropy_coef != 0

@@ -35,7 +35,7 @@ def token_rewards(
 
 
 def gae(rewards: Tensor, values: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Advantages and returns (advantages + values), [S, R] each; nothing is worth more at the end.
+    """Advantages and returns (advantages + values), [S, R] each; past the end the value is 0.
 
     A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}).
     Source: Schulman et al. 2015, arXiv:1506.02438, eq. 16.

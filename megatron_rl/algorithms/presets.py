@@ -11,7 +11,7 @@ from megatron_rl.errors import ConfigError
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to write instead of an unknown name: the nearest one, if any is near, and all."""
+    """The way out for an unknown name: the nearest known one, if any is near, and all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"Did you mean {close[0]!r}? " if close else ""
@@ -19,7 +19,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def one_of(field: str, known: Iterable[str]) -> BeforeValidator:
-    """Refuses any other name for algorithm.<field>, and says which is meant."""
+    """A validator that refuses other names for algorithm.<field> and says which is meant."""
 
     def check(name: object) -> object:
         if isinstance(name, str) and name not in known:
@@ -81,7 +81,7 @@ GROUP_RELATIVE: frozenset[AdvantageName] = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A row of the table, or what a recipe made of one."""
+    """A row of the table PRESETS, or one with a recipe's changes."""
 
     selection: tuple[SelectionName, ...]
     advantage: AdvantageName
@@ -90,12 +90,12 @@ class Preset:
 
     @property
     def needs_group(self) -> bool:
-        """Whether it needs group_size >= 2."""
+        """True where it needs group_size >= 2."""
         return self.advantage in GROUP_RELATIVE or "drop_uniform" in self.selection
 
     @property
     def needs_critic(self) -> bool:
-        """Whether advantages come from a value model."""
+        """True where advantages come from a value model."""
         return self.advantage == "gae"
 
 

@@ -1,4 +1,4 @@
-"""Which responses of a group reach the update: keep-masks in, keep-masks out."""
+"""The choice of the responses of a group that reach the update, as keep-masks."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -34,11 +34,11 @@ def keep_mask(
     overlong_tokens: int | None = None,
     max_per_group: int | None = None,
 ) -> KeepMask:
-    """Whether each response is kept, after all named selections in order and the group's cap.
+    """True for each response that is kept after all named selections and the group's cap.
 
     Conditions on rewards (all wrong, the largest one) are about the group as sampled, so their
-    place in the order does not matter; best_of_n,
-    best_and_worst and max_per_group choose among what is still kept.
+    place in the order does not matter; best_of_n, best_and_worst and max_per_group choose among
+    the responses that are still kept.
 
     Args:
         candidates: the group.

@@ -25,7 +25,7 @@ class Selector:
     def select(
         self, groups: Sequence[RolloutGroup], prompts: Sequence[Prompt], iteration: int
     ) -> Selection:
-        """What is worth a pass through the model; every rank calls it, with its own groups.
+        """The samples worth a pass through the model; every rank calls it, with its own groups.
 
         prompts: the whole batch, whose order says which group belongs to which mini-batch.
         """

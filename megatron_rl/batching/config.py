@@ -6,7 +6,7 @@ from megatron_rl.settings import Settings
 
 
 class BatchingConfig(Settings):
-    """Packing."""
+    """Packing of samples into rows."""
 
     max_tokens_per_microbatch: int | None = Field(default=None, gt=0)
     """Tokens of one packed row, the unit of a forward pass. None: 16384, or one longest sequence

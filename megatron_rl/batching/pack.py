@@ -58,7 +58,7 @@ def _loss_tokens(
     counts = torch.tensor([len(sample.response_tokens) for sample in samples], dtype=torch.int64)
 
     def per_token(values: Sequence[float]) -> Tensor:
-        # float64 first, as a fill with a Python number rounds once, too.
+        # By way of float64, which Python numbers are, so that they are rounded once.
         return torch.tensor(values, dtype=torch.float64).to(dtype).repeat_interleave(counts)
 
     firsts = [start + len(s.prompt_tokens) - 1 for s, start in zip(samples, starts, strict=False)]

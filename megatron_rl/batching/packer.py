@@ -13,7 +13,7 @@ from megatron_rl.types import MicroBatch, MiniBatch, Sample, UpdateTotals
 
 
 class Packer:
-    """Packs for one layout and algorithm."""
+    """Packs samples for one layout and algorithm."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class Packer:
     def pack(self, selection: Selection, num_updates: int) -> list[MiniBatch]:
         """The mini-batch of every update, on this data-parallel rank; every rank calls it.
 
-        Weights are shares of the global loss: they hold the aggregation over all ranks, rows and
-        optimizer steps' sizes, and nothing divides after this.
+        Weights are shares of the global loss: the aggregation over all ranks and rows of an
+        optimizer step is in them already, and nothing divides after this.
         """
         totals = self._global_totals(selection, num_updates)
         distributed = distribute(
@@ -89,7 +89,10 @@ class Packer:
         )
 
     def _evened(self, rows: list[list[Sample]]) -> list[list[Sample]]:
-        """As many rows on all ranks where they share experts, since they meet in every layer."""
+        """The rows, with empty ones added under expert parallelism.
+
+        There ranks exchange tokens in every layer, so all must run the same number of rows.
+        """
         if self._groups.layout.ep == 1:
             return rows
         longest = int(max_over([len(rows)], self._groups.world)[0])

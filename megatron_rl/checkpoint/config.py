@@ -1,4 +1,4 @@
-"""What is saved, how often, and what is kept."""
+"""Settings of checkpoints: how often they are written, how many stay, and the export."""
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ class CheckpointConfig(Settings):
     """Iterations between checkpoints; 0: none."""
 
     keep_last: int = Field(default=2, ge=1)
-    """How many of the newest stay on disk."""
+    """Number of newest checkpoints that stay on disk."""
 
     export_hf: bool = True
     """Write the policy as a Hugging Face directory: hf/ in every checkpoint, and hf/ in the run's

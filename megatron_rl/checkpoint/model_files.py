@@ -1,4 +1,4 @@
-"""The models of a run as files that start another one, or that others read."""
+"""The models of a run as files that start another run, or that other programs read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ HF_DIR = "hf"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """Every rank has one; `models` are the policy and, where there is one, the critic."""
+    """Writes the policy and, where there is one, the critic; every rank has one."""
 
     models: Sequence[TrainedModel]
     groups: Groups
@@ -25,17 +25,14 @@ class ModelFiles:
     config: CheckpointConfig
 
     def add_to(self, checkpoint: Path) -> None:
-        """Config and tokenizer beside the weights, which so load and convert by themselves.
-
-        And the export, where it is asked for.
-        """
+        """Add the export, and config and tokenizer, with which weights load and convert alone."""
         if self.groups.is_main:
             for model in self.models:
                 copy_companions(self.config_dir, checkpoint / model.name / COMPANION_DIR)
         self.export_to(checkpoint)
 
     def export_to(self, directory: Path) -> Path | None:
-        """Write directory/hf, the policy, with the critic in its subfolder critic/."""
+        """Write the policy to directory/hf, the critic to critic/ in it; None: not asked for."""
         if not self.config.export_hf:
             return None
         output = directory / HF_DIR

@@ -179,6 +179,7 @@ class CheckpointStore:
             load_model(model, path / model.name)
             model.load_state_dict(state["models"][model.name])
         layout = self._groups.layout
+        # Random states belong to ranks, so they do not fit another layout.
         if state["layout"] == [layout.world_size, layout.tp, layout.pp, layout.vpp]:
             states = torch.load(path / f"rank_{self._groups.rank}.pt", weights_only=True)
             self._groups.platform.set_rng_state(_restored(states))

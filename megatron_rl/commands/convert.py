@@ -63,7 +63,7 @@ def _to_megatron(options: argparse.Namespace) -> Path:
         raise InputError(f"--hf={options.hf!r}: it is a Megatron-Core checkpoint already")
     arch = read_model_config(source.config_dir)
     sizes = {name: getattr(options, name) for name in SIZES}
-    # As experts under tensor parallelism are trained; it is nothing to a checkpoint.
+    # Experts under tensor parallelism are trained so; a checkpoint is the same either way.
     parallel = ParallelConfig(**sizes, sequence_parallel=options.tensor_model_parallel_size > 1)
     problems = [str(problem) for problem in model_problems(arch, parallel)]
     if problems:

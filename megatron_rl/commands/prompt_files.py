@@ -34,7 +34,7 @@ Progress = Callable[[Iterable[Row | None], OpenedData], Iterable[Row | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What to read, and what to leave out."""
+    """The sets to read, and the rules by which rows are left out."""
 
     datasets: tuple[str, ...]  # as find_published takes them
     split: str | None = None  # None: each set's own
@@ -57,7 +57,7 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What became of one set."""
+    """The outcome of reading one set."""
 
     name: str
     where: str
@@ -100,7 +100,7 @@ def prepare(
 
 
 def manifest_path(output: Path) -> Path:
-    """Where the manifest of a prompt file is."""
+    """The path of a prompt file's manifest."""
     return output.with_name(output.name + ".manifest.json")
 
 
@@ -118,7 +118,7 @@ def _open_all(settings: Preparation) -> Iterator[tuple[OpenedData, Published]]:
 
 
 class _Reader:
-    """The rows of one set, and the count of those that are none."""
+    """Reads the rows of one set, and counts those that are left out."""
 
     def __init__(
         self,

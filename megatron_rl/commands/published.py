@@ -11,13 +11,13 @@ from megatron_rl.prompts.rows import column_list
 from megatron_rl.prompts.source import HUB_NAME
 from megatron_rl.reward.extract import last_box
 
-# Each ends a worked solution, and what follows is the answer: MATH as PRM800K splits it, GSM8K.
+# Each ends a worked solution, and the answer follows: in MATH as PRM800K splits it, in GSM8K.
 _MARKERS = ("The answer is:", "####")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One set. Of several columns the first that the rows have is read."""
+    """One set; where several columns are named, the first that its rows have is read."""
 
     path: str  # "owner/name" or "owner/name:subset" on the Hugging Face hub, or local
     split: str  # of a hub data set

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 def entries(section: type[Settings], path: str = "", variant: str = "") -> Iterator[Entry]:
     """Every key under a section, each group before its keys.
 
-    In a member of a union the key that names it is told without a text of its own.
+    The key that only names the member of a union has a common text.
     """
     for name, field in section.model_fields.items():
         at = f"{path}.{name}" if path else name
@@ -100,7 +100,7 @@ def choose(known: Sequence[Entry], key: str | None) -> list[Entry]:
 
 
 def lines(entry: Entry, config: RunConfig | None = None) -> Iterator[str]:
-    """What the terminal shows of an entry."""
+    """The lines of an entry on the terminal."""
     title = f"{entry.path} ({entry.variant})" if entry.variant else entry.path
     if entry.is_group:
         yield ""

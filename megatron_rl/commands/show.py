@@ -18,7 +18,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.metrics.writers import ROLLOUTS_NAME, read_jsonl
 
 HERE = Path(__file__).parent
-# As JSON writes them, so that no text can end the script element that holds the data.
+# Escaped as JSON allows, so that no text can end the script element that holds the data.
 ESCAPES = {character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 FIELDS = {"iteration", "prompt", "answer", "source", "group", "responses"}
 

@@ -1,4 +1,4 @@
-"""What a command shows on the terminal beside its result: a progress bar, and no libraries."""
+"""The terminal beside the result of a command: a progress bar, and silence of libraries."""
 
 import logging
 import warnings

@@ -20,9 +20,10 @@ SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
-# Two checkpoints' groups of parameters are the same where these are; whether it holds experts is
-# what differs between layouts.
+# Two checkpoints' groups of parameters correspond where these entries are equal; layouts differ in
+# whether experts have a group of their own.
 ALIKE = ("wd_mult", "lr_mult", "is_decoupled_lr")
+# Entries of the state of a distributed optimizer.
 TENSORS, KIND = "param_state", "param_state_sharding_type"
 
 

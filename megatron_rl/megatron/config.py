@@ -8,7 +8,7 @@ from megatron_rl.settings import Settings
 
 
 class ModelConfig(Settings):
-    """Which model, in which precision."""
+    """The model, its precision, and how Megatron-Core runs it."""
 
     path: str
     """Hugging Face directory (config.json, *.safetensors, tokenizer) or hub name."""
@@ -42,10 +42,10 @@ class OptimizerConfig(Settings):
     """Peak learning rate."""
 
     min_lr: float = Field(default=0.0, ge=0)
-    """Where a decaying schedule ends."""
+    """Learning rate at which a decaying schedule ends."""
 
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up."""
+    """Course of the learning rate after the warm-up."""
 
     lr_warmup_updates: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up from 0."""
@@ -54,7 +54,7 @@ class OptimizerConfig(Settings):
     """Optimizer steps until min_lr; None: the whole run."""
 
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled; not on biases and norms (Megatron's rule)."""
+    """Decoupled weight decay; biases and norms have none (Megatron's rule)."""
 
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's decay of the mean of gradients, per optimizer step."""

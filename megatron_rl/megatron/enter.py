@@ -31,7 +31,7 @@ def config_fields() -> Mapping[str, object]:
     A check of a recipe may ask before anything else has entered.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is not installed, in the midst of a check's answer
+        warnings.simplefilter("ignore")  # about optional packages, amid a check's answer
         enter(detect())
         from megatron.core.transformer import TransformerConfig
 

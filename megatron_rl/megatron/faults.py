@@ -25,17 +25,17 @@ class Fault:
     """Also the name of its probe, a function that returns True where the fault shows."""
 
     versions: tuple[str, ...]
-    """That have it, of the supported ones."""
+    """The supported versions that have it."""
 
     wrong: str
-    """What stock code does; continues the sentence that begins with "Megatron-Core <version>"."""
+    """The rest of the sentence that begins with "Megatron-Core <version>"."""
 
     action: Literal["repaired", "refused", "fitted"]
     """Repaired: stock code is changed when it is imported. Refused: the configuration check ends
     the run. Fitted: a part of ours stands in its place or takes it into account."""
 
     by: str
-    """What does so: a name of this room, as module.name."""
+    """The part of this room that does so, as module.name."""
 
     probes: str
     """The file with the probe: of a lone process, or of several ranks."""

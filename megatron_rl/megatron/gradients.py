@@ -1,4 +1,4 @@
-"""Where Megatron-Core's DDP adds up and reduces the gradients of a parameter."""
+"""The buffers in which Megatron-Core's DDP adds up and reduces gradients."""
 
 from typing import Any
 

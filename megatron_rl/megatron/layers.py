@@ -41,6 +41,7 @@ def packed_rows(cu_seqlens: Tensor, max_seqlen: int) -> PackedRows:
     """Plan the attention of one row; cu_seqlens [sequences + 1] int32."""
     bounds = cu_seqlens.tolist()
     device = cu_seqlens.device
+    # By length, so that sequences of like length are neighbours and share a block.
     spans = sorted(itertools.pairwise(bounds), key=lambda s: s[1] - s[0])
     groups: list[list[tuple[int, int]]] = []
     for span in spans:

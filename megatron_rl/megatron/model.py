@@ -38,13 +38,13 @@ from megatron_rl.weights.pieces import Piece
 
 
 class TrainedModel:
-    """What the policy and the critic have in common."""
+    """A model that is trained: the common part of policy and critic."""
 
     name: str
-    """Of the model in metrics, messages and checkpoints."""
+    """Its name in metrics, messages and checkpoints."""
 
     has_value_head = False
-    """Whether a value head stands in the place of the LM head."""
+    """True where a value head stands in the place of the LM head."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class TrainedModel:
         self._chunk_settings: dict[str, object] = {}
 
     def _pieces(self) -> list[Piece]:
-        """Which rectangles of the Hugging Face tensors this rank's parameters hold."""
+        """The rectangles of Hugging Face tensors that this rank's parameters hold."""
         return megatron_pieces(self.arch, self.groups.layout, self.groups.here)
 
     # -- weights ---------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class TrainedModel:
 
     @torch.no_grad()
     def load(self, source: ModelSource) -> None:
-        """Read this rank's rectangles of the checkpoint; padding rows become zero."""
+        """Read this rank's rectangles of the checkpoint; rows of padding become zero."""
         params = self.named_parameters()
         check_filled({name: tuple(param.shape) for name, param in params.items()}, self.pieces)
         for name, param in params.items():
@@ -119,13 +119,13 @@ class TrainedModel:
             DistributedDataParallel(self.config, ddp_config, module) for module in modules
         ]
         if self.config.bf16:
-            self._chunk_settings = {"fp32_output": False}
+            self._chunk_settings = {"fp32_output": False}  # hidden states stay in bfloat16
         self.optimizer = build_optimizer(config, self._trainable, self.dtype, is_sharded=is_sharded)
         self.scheduler = build_scheduler(config, self.optimizer, self._run_updates)
 
     @contextmanager
     def weights_replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run with other weights (a reference policy kept in host memory), then restore ours."""
+        """Run with other weights of the same names, maybe from host memory; then restore ours."""
         params = self.named_parameters()
         own = {name: param.cpu().clone() for name, param in params.items()}
         try:
@@ -141,7 +141,7 @@ class TrainedModel:
         return {name: param.cpu().clone() for name, param in self.named_parameters().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know besides weights and optimizer, as JSON."""
+        """The state that a resumed run needs besides weights and optimizer, as JSON."""
         return {"version": self.version, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -157,7 +157,7 @@ class TrainedModel:
         return weight
 
     def head_input(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """[N, H] final hidden states at rows [N] of a micro-batch, whole on every rank."""
+        """[N, H] final hidden states at entries [N] of a micro-batch, whole on every rank."""
         whole: Tensor = self.chunks[-1].head_input(hidden)
         return whole[:, 0].index_select(0, rows)
 
@@ -176,7 +176,7 @@ class TrainedModel:
         self._run(microbatches, measure, forward_only=False)
 
     def step(self, loss: float) -> dict[str, float]:
-        """Take the optimizer step on the gradients of this loss; equal on all ranks.
+        """Take the optimizer step on the gradients of this loss; metrics, equal on all ranks.
 
         Raises:
             RunError: the loss or the gradient is not finite.
@@ -199,11 +199,11 @@ class TrainedModel:
         return {f"{self.name}/grad_norm": norm, f"{self.name}/lr": learning_rate}
 
     def summed(self, sums: Tensor) -> Tensor:
-        """float64 sums over all ranks' rows; one copy of each replica counts. In place."""
+        """[n] float64 sums over data-parallel replicas, in place; one rank of each counts."""
         return self._reduced(sums, dist.ReduceOp.SUM)
 
     def largest(self, values: Tensor) -> Tensor:
-        """Element-wise maximum, likewise."""
+        """[n] maxima over the same ranks, in place; values are never negative."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def _reduced(self, values: Tensor, op: Any) -> Tensor:

@@ -37,9 +37,10 @@ class HiddenStatesModel(GPTModel):
         return head
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Final hidden states as the LM head takes them: whole rows on every rank.
+        """[T, 1, H] final hidden states as the LM head takes them: whole rows on every rank.
 
-        Each tensor-parallel rank has a part of the head, so backward sums their gradients.
+        Under sequence parallelism hidden is [T/tp, 1, H]. Each tensor-parallel rank has a part of
+        the head, so backward sums their gradients.
         """
         if self.config.sequence_parallel:
             whole: Tensor = gather_from_sequence_parallel_region(hidden)
@@ -64,7 +65,7 @@ class ValueModel(HiddenStatesModel):
             torch.nn.init.zeros_(self.output_layer.weight)
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Final hidden states as the value head takes them: whole rows on every rank.
+        """[T, 1, H] final hidden states as the value head takes them: whole rows on every rank.
 
         Every tensor-parallel rank computes all values, so the gradient that comes back is whole on
         every rank: nothing sums it over them.
@@ -125,7 +126,7 @@ def _build_chunk(
 def in_training_precision(
     config: TransformerConfig, chunks: list[HiddenStatesModel]
 ) -> list[torch.nn.Module]:
-    """Chunks in bfloat16 where asked for."""
+    """The chunks, in bfloat16 where the config asks for it."""
     if not config.bf16:
         return list(chunks)
     return [Float16Module(config, chunk) for chunk in chunks]

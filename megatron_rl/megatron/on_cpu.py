@@ -76,7 +76,7 @@ def _zero(*_args: object, **_kwargs: object) -> int:
 
 
 def _cpu_facade() -> types.SimpleNamespace:
-    """Every name of torch.cuda that Megatron-Core reads."""
+    """The stand-in: every name of torch.cuda that Megatron-Core reads."""
 
     def get_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
         return torch.get_rng_state()
@@ -137,7 +137,7 @@ def _is_torch_cuda(node: ast.expr) -> bool:
 
 
 class _Retarget(ast.NodeTransformer):
-    """The four rewrites."""
+    """Makes the four rewrites in a syntax tree."""
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         self.generic_visit(node)

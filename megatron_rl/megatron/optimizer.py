@@ -34,14 +34,14 @@ def build_optimizer(
 
 
 def build_scheduler(config: OptimizerConfig, optimizer: Any, run_updates: int) -> Any:
-    """Learning rate by optimizer step; run_updates is the most the run can take."""
+    """The learning rate by optimizer step; run_updates is the most that the run can take."""
     decay = FOREVER if config.lr_schedule == "constant" else config.lr_decay_updates or run_updates
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=min(config.lr_warmup_updates, decay - 1),
+        lr_warmup_steps=min(config.lr_warmup_updates, decay - 1),  # Megatron asserts warmup < decay
         lr_decay_steps=decay,
         lr_decay_style=config.lr_schedule,
         start_wd=config.weight_decay,

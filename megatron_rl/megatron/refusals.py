@@ -1,6 +1,6 @@
 """Layouts and settings that would be wrong, each with its reason, found before anything is built.
 
-On some of these stock Megatron-Core trains without an error, and with wrong gradients; such a one
+With some of them stock Megatron-Core trains without an error and with wrong gradients; such a one
 is refused where the installed version has the fault (faults.py).
 """
 
@@ -14,7 +14,8 @@ from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.weights.arch import ModelArch
 
-# What network the checkpoint is; Megatron-Core would train another one without an error.
+# Fields that say which network the checkpoint is: with another value Megatron-Core would train
+# another network without an error.
 NETWORK = (
     "num_layers",
     "hidden_size",
@@ -71,7 +72,8 @@ LAYER_SPLITS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
 )
-# The engine runs every expert that the router chose, on what the layer before said.
+# Fields that route otherwise than the engine, which runs every expert that the router chose, on
+# the very output of the layer before.
 ROUTED_OTHERWISE = (
     "moe_router_force_load_balancing",
     "moe_input_jitter_eps",
@@ -80,13 +82,14 @@ ROUTED_OTHERWISE = (
     "moe_expert_capacity_factor",
     "moe_pad_expert_input_to_capacity",
 )
-# Settings that are refused while Megatron-Core has the fault.
+# Fields that are refused while Megatron-Core has the fault.
 FAULTY = {
     "perform_initialization": "weights_without_marks",
     "moe_router_load_balancing_type": "auxiliary_losses_times_tokens",
     "moe_aux_loss_coeff": "auxiliary_losses_times_tokens",
     "moe_z_loss_coeff": "auxiliary_losses_times_tokens",
 }
+# Fields that a recipe may not set, each with the reason.
 OWNED = {
     "calculate_per_token_loss": "loss weights are global already, so nothing may divide again",
     "finalize_model_grads_func": "loss weights are global already, so nothing may divide again",
@@ -113,7 +116,7 @@ DROPOUTS = ("hidden_dropout", "attention_dropout")
 
 
 def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:
-    """What is wrong with a layout whatever the model."""
+    """Problems of a layout, whatever the model."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, etp = parallel.virtual_pipeline_model_parallel_size, parallel.expert_tensor_parallel_size
     for name in ("tensor", "pipeline", "expert"):
@@ -193,7 +196,7 @@ def _override_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
 def optimizer_problems(
     dtype: str, section: str, optimizer: OptimizerConfig
 ) -> Iterator[ConfigError]:
-    """What is wrong with the settings of one optimizer."""
+    """Problems of the settings of one optimizer."""
     is_clipped = dtype == "float64" and optimizer.clip_grad > 0
     if is_clipped and (reason := faults.reason("clipping_in_float64")):
         yield ConfigError(
@@ -212,7 +215,7 @@ def optimizer_problems(
 
 
 def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:
-    """What is wrong with a layout for this model."""
+    """Problems of a layout for this model."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     groups = arch.num_query_groups

@@ -26,7 +26,7 @@ def apply() -> None:
 
 
 def bind_router_product() -> None:
-    """The router asks whether a name is None that only Transformer Engine binds."""
+    """Bind a name that the router compares with None and only Transformer Engine binds."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -34,7 +34,7 @@ def bind_router_product() -> None:
 
 
 def give_numpy_on_a_cpu() -> None:
-    """The dispatcher expects numpy arrays, which stock code makes of CUDA tensors only."""
+    """Make numpy arrays of CPU tensors, too, which the dispatcher expects."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     stock = moe_utils.maybe_move_tensor_to_cpu
@@ -51,22 +51,22 @@ def give_numpy_on_a_cpu() -> None:
 
 
 def give_states_to_load_into() -> None:
-    """An optimizer that has not stepped gets the states that a first step would make."""
+    """Give an optimizer that has not stepped the states that a first step would make."""
     _repair_optimizer("sharded_state_dict", _with_states)
 
 
 def keep_step() -> None:
-    """Loading copies `step` onto itself, since the checkpoint does not hold it as a tensor."""
+    """Let a load copy `step` onto itself, since the checkpoint does not hold it as a tensor."""
     _repair_optimizer("_set_main_param_and_optimizer_states", _keeping_step)
 
 
 def give_own_steps() -> None:
-    """Every parameter gets a `step` tensor of its own after a load."""
+    """Give every parameter a `step` tensor of its own after a load."""
     _repair_optimizer("load_state_dict", _with_own_steps)
 
 
 def _repair_optimizer(method: str, repaired: Callable[[Callable[..., Any]], Any]) -> None:
-    """Nothing to do with Apex or Transformer Engine: there the step lives in the param group."""
+    """Replace a method, but not under Apex or Transformer Engine: their step is in param_groups."""
     from megatron.core.optimizer import distrib_optimizer
 
     if not getattr(distrib_optimizer, "HAVE_APEX_OR_TE", False):

@@ -13,7 +13,8 @@ from megatron_rl.megatron.layers import packed_rows
 from megatron_rl.types import MicroBatch
 
 Measure = Callable[[Tensor, MicroBatch], Tensor]
-"""Final hidden states of a row and the row -> its share of the loss; runs on the last stage."""
+"""Final hidden states [T, 1, H] of a row (this rank's T/tp under sequence parallelism) and the row
+-> its share [] of the loss; runs on the last stage."""
 
 
 def run_schedule(
@@ -42,8 +43,8 @@ def run_schedule(
         return hidden, partial(loss, batch=batch)
 
     def loss(hidden: Tensor, *, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        # Three elements and calculate_per_token_loss: the schedule divides by nothing. The
-        # returned tensor may be changed in place.
+        # With three elements and calculate_per_token_loss the schedule divides by nothing. It may
+        # change the tensor in place, so it gets a copy.
         return measure(hidden, batch).clone(), torch.zeros((), dtype=torch.int32), {}
 
     run = get_forward_backward_func()

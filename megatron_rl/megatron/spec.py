@@ -1,4 +1,4 @@
-"""Which modules a layer of the policy is built from."""
+"""The modules that a layer of the policy is built from."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def block_spec(
 
 
 def _make_local(layer: Any, *, has_head_norms: bool) -> None:
-    """Our norm and attention in a stock layer; layers of one kind share their spec."""
+    """Put our norm and attention into a stock layer; layers of one kind share their spec."""
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     attention = parts.self_attention.submodules

@@ -33,7 +33,7 @@ DESCRIPTION = {
     "common_backend_version": 1,
 }
 MAIN_WEIGHTS = re.compile(r"(?:.*\.)?optimizer\.state\.param\.(.+)")
-# What a trainer keeps beside the model.
+# Keys of what a trainer keeps beside the model.
 NOT_THE_MODEL = re.compile(r"optimizer\.|chained_\d+\.|rng_state|rerun_state|opt_param_scheduler")
 
 
@@ -57,10 +57,10 @@ def open_critic_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
 
 @dataclass(frozen=True)
 class MappedChunk:
-    """One record, and what of which Hugging Face tensor is in it."""
+    """One chunk on disk, and the pieces of Hugging Face tensors that are in it."""
 
     chunk: Chunk
-    pieces: tuple[Piece, ...]  # record[piece.stack][piece.index] = hf[piece.box]
+    pieces: tuple[Piece, ...]  # chunk[piece.stack][piece.index] = hf[piece.box]
 
 
 class MegatronCheckpoint:
@@ -99,7 +99,7 @@ class MegatronCheckpoint:
         self._last: tuple[Chunk | None, Tensor] = (None, torch.empty(0))
 
     def load(self, chunk: Chunk) -> Tensor:
-        """The tensor of one record."""
+        """The tensor of one chunk."""
         return read_chunk(self.directory, chunk)
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class MegatronCheckpoint:
                 target.of(params).copy_(source.of({source.param: tensor}))
 
     def _loaded(self, chunk: Chunk) -> Tensor:
-        """The last chunk is kept: its tensors are often asked for one after the other."""
+        """The tensor of a chunk; the last one is kept, as its pieces are often read one by one."""
         if self._last[0] != chunk:
             self._last = (None, torch.empty(0))  # never two at a time
             self._last = (chunk, self.load(chunk))
@@ -150,9 +150,9 @@ class MegatronCheckpoint:
 
 
 def describe(directory: Path, iteration: int) -> None:
-    """Write what makes tensors a checkpoint; metadata.json last, since Megatron-Core looks for it.
+    """Write the files that make tensors a checkpoint; last metadata.json, by which it is known.
 
-    checkpoint_version 3.0 is the order of rows in linear_qkv that Megatron-LM leaves as it is.
+    checkpoint_version 3.0 means the order of linear_qkv's matrix rows that Megatron-LM keeps.
     """
     torch.save({"iteration": iteration, "checkpoint_version": 3.0}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(DESCRIPTION))

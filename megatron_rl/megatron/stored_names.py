@@ -35,7 +35,7 @@ _FROM_TRANSFORMER_ENGINE = (
     ),
 )
 
-Lead = tuple[int, ...]
+Lead = tuple[int, ...]  # layer and expert, each where it is an axis
 
 
 def local_name(name: str) -> str:
@@ -50,10 +50,10 @@ class Naming:
     """How one writer names the tensors of a checkpoint."""
 
     is_stacked: bool
-    """Whether the layer is an axis; else its number is in the name."""
+    """True where the layer is an axis; else its number is in the name."""
 
     fuses_mixture_norm: bool = False
-    """Whether the norm before a mixture is under its linears, as stock local layers save it."""
+    """True where the norm before a mixture is under its linears, as stock local layers save it."""
 
     def key(self, param: MegatronParam, arch: ModelArch) -> str:
         """The name of the tensor that holds a parameter."""
@@ -66,13 +66,13 @@ class Naming:
         return name.replace("{i}", str(param.layer))
 
     def lead(self, param: MegatronParam) -> Lead:
-        """Where on the leading axes of that tensor it stands."""
+        """The position of a parameter on the leading axes of that tensor."""
         layer = (param.layer,) if self.is_stacked and param.layer is not None else ()
         return layer if param.expert is None else (*layer, param.expert)
 
 
 def stock_naming(arch: ModelArch) -> Naming:
-    """As Megatron-Core with Transformer Engine saves this model, and we with either layers."""
+    """The names of Megatron-Core with Transformer Engine, under which we save either layers."""
     kinds = {arch.has_experts(layer) for layer in range(arch.num_layers)}
     return Naming(is_stacked=len(kinds) == 1)
 
@@ -80,7 +80,7 @@ def stock_naming(arch: ModelArch) -> Naming:
 NAMINGS = tuple(
     Naming(is_stacked, fuses) for is_stacked in (True, False) for fuses in (False, True)
 )
-"""All that are read."""
+"""Every naming that is read."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class StoredParams:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor, without rows that pad a vocabulary."""
+        """Shape of the tensor, without rows that pad a vocabulary."""
         leads = list(self.by_lead)
         counts = tuple(1 + max(axis) for axis in zip(*leads, strict=True))
         return counts + self.first.shape
@@ -105,7 +105,7 @@ class StoredParams:
         return [name for param in self.by_lead.values() for name in param.hf_names]
 
     def pieces(self, box: Box) -> Iterator[Piece]:
-        """What a rectangle of the tensor holds: rectangle[piece.stack][piece.index] = hf[box]."""
+        """The pieces in a rectangle of a tensor: rectangle[piece.stack][piece.index] = hf[box]."""
         axes = len(next(iter(self.by_lead)))
         for lead in itertools.product(*(range(lo, hi) for lo, hi in box[:axes])):
             stack = tuple(at - lo for at, (lo, _) in zip(lead, box[:axes], strict=True))

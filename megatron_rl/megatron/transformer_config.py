@@ -59,7 +59,7 @@ def transformer_config(
         "output_layer_init_method": _leave,
         # Loss weights are global, so the schedule and DDP must not divide.
         "calculate_per_token_loss": True,
-        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,  # rows differ
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, experts or not
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": use_te,
@@ -75,7 +75,7 @@ def transformer_config(
         settings |= _mixture_settings(arch.mixture, arch.num_layers, use_te=use_te)
     if model.recompute_modules is not None:
         settings["recompute_modules"] = list(model.recompute_modules)
-    if vpp is not None:
+    if vpp is not None:  # see faults.py, interleaving_without_overlap
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     names = config_fields()
     settings |= {

@@ -1,4 +1,4 @@
-"""One object that collects an iteration's numbers from all rooms and says them at its end."""
+"""One object that collects an iteration's numbers from all rooms and gives them out at its end."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ RATES = (
 
 
 class Meter:
-    """The numbers of the iteration at hand; every rank has one, and all are told the same.
+    """The numbers of the iteration at hand; every rank has a meter, and all meters agree.
 
     A room reports what it measured while the loop runs; `take` ends the iteration. A name that is
     reported twice keeps the later value.

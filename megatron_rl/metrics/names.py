@@ -98,7 +98,7 @@ def is_evaluation(name: str) -> bool:
 
 
 def evaluation_label(name: str) -> str:
-    """As people say it: "evaluation/aime24/average_at_8" -> "aime24 average@8"."""
+    """The name as people say it: "evaluation/aime24/average_at_8" -> "aime24 average@8"."""
     match = _EVALUATION.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} is not evaluation/<benchmark>/average_at_<k>")

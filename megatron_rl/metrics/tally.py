@@ -27,7 +27,7 @@ def names(parts: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def count(groups: Sequence[RolloutGroup], parts: Sequence[str] = ()) -> tuple[list[float], float]:
-    """(`names(parts)` of this rank's groups, longest response)."""
+    """(Sums over this rank's groups, ordered as names(parts); tokens of the longest response)."""
     total = dict.fromkeys(names(parts), 0.0)
     longest = 0
     for group in groups:
@@ -55,7 +55,7 @@ def count(groups: Sequence[RolloutGroup], parts: Sequence[str] = ()) -> tuple[li
 
 
 def metrics(total: Mapping[str, float], longest: float) -> dict[str, float]:
-    """Names and values from counts summed over ranks, and the longest response of all."""
+    """Metrics from counts summed over ranks and the longest response of all."""
     groups, responses = max(total["groups"], 1.0), max(total["responses"], 1.0)
     values = {
         "rollout/responses": total["responses"],

@@ -37,7 +37,7 @@ class ClippedRatio(TokenObjective):
     def own_terms(
         self, logprobs: "Tensor", ratio: "Tensor", advantages: "Tensor"
     ) -> "tuple[Tensor, ClipFlags | None]":
-        """By cases, so that the gradient is exactly that of the case."""
+        """The formula written by cases, so that the gradient is exactly that of the case."""
         high = (advantages > 0) & (ratio > 1 + self.eps_high)
         low = (advantages < 0) & (ratio < 1 - self.eps_low)
         bounded = ratio.masked_fill(high, 1 + self.eps_high).masked_fill(low, 1 - self.eps_low)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_rl.types import LossTokens
 
 PAIR_SUMS = ("pairs", "preferred", "margin")
-"""Order of what is measured: pairs, those with a positive margin, and margins in nats."""
+"""Order of the sums: pairs, pairs with a positive margin, and margins in nats."""
 
 
 class Dpo(Objective):
@@ -72,7 +72,7 @@ class Dpo(Objective):
 
 
 def pair_metrics(sums: "Tensor") -> dict[str, float]:
-    """Named metrics of accumulated PAIR_SUMS; {} without pairs."""
+    """Named metrics of accumulated PAIR_SUMS [3]; {} without pairs."""
     pairs, preferred, margin = sums.tolist()
     if not pairs:
         return {}

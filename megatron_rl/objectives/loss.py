@@ -25,7 +25,7 @@ class Loss(Protocol):
     def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss: ...
 
     def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
-        """Named metrics of what all micro-batches measured."""
+        """Named metrics of the sums [num_sums] and extrema [len(EXTREMA)] of all micro-batches."""
         ...
 
 
@@ -65,7 +65,7 @@ class PairLoss:
     def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
         logprobs, entropy = linear_logprobs(head, batch.loss.targets)
         loss, pair_sums = self.objective.pair_loss(logprobs, batch.loss, *_pairs(batch))
-        with torch.no_grad():
+        with torch.no_grad():  # what is measured of tokens is the same under any objective
             tokens = token_loss(logprobs, entropy, batch.loss, Likelihood(), SharedTerms())
             tokens.sums[SUMS.index("loss")] = loss.double()
         return MeasuredLoss(
@@ -80,7 +80,7 @@ class PairLoss:
 
 
 def no_extrema() -> Tensor:
-    """Where maxima start from."""
+    """[len(EXTREMA)] zeros, from which maxima start."""
     return torch.zeros(len(EXTREMA), dtype=torch.float64)
 
 

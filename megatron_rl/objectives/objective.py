@@ -1,4 +1,4 @@
-"""What an objective is: a section of a recipe that knows its formula and what it needs.
+"""The base of objectives: a section of a recipe that knows its formula and what it needs.
 
 Recipes are read without torch, so this file and those of the objectives import it for type
 checking only.
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Objective(Settings):
-    """The settings of an objective, and what it asks of the run; each has a file of its own."""
+    """The settings of an objective, and its needs of the run; each has a file of its own."""
 
     kind: str
     has_ratio: ClassVar[bool] = False  # of the current policy to the one before the iteration
@@ -22,17 +22,17 @@ class Objective(Settings):
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether the loss uses them; the first update on fresh rollouts may leave them None."""
+        """True where the loss uses them; in the first update on fresh rollouts they may be None."""
         return self.has_ratio
 
     @property
     def needs_ref_logprobs(self) -> bool:
-        """Whether its own term uses those of the initial policy."""
+        """True where its own term uses those of the initial policy."""
         return False
 
 
 class ClipFlags(NamedTuple):
-    """Which tokens a bound stopped, each [N] bool."""
+    """Flags of the tokens that each bound stopped, [N] bool."""
 
     low: "Tensor"
     high: "Tensor"
@@ -50,7 +50,7 @@ class TokenObjective(Objective):
     def own_terms(
         self, logprobs: "Tensor", ratio: "Tensor", advantages: "Tensor"
     ) -> "tuple[Tensor, ClipFlags | None]":
-        """[N] own term of each token, to be minimised, and what its bounds stopped.
+        """[N] own term of each token, to be minimised, and the tokens that its bounds stopped.
 
         Args:
             logprobs: [N] current, with gradient.

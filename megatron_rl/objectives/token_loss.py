@@ -30,7 +30,7 @@ def linear_policy_loss(
     *,
     chunk_rows: int | None = None,
 ) -> MeasuredLoss:
-    """Loss of N tokens by the compiled ops, or by its definition: here and nowhere else is decided.
+    """Loss of N tokens by the compiled ops or by the definition, which only this function decides.
 
     The loss is equal on all tp ranks. Zero tokens give a loss of 0 that is connected to hidden and
     head_weight, with gradients of 0. Gradients and chunk_rows: as in linear_logprobs.
@@ -109,7 +109,7 @@ def token_loss(
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) -> Tensor:
-    """Estimate of KL(current || ref) from each sampled token, with gradient.
+    """[N] estimates of KL(current || ref), one from each sampled token [N], with gradient.
 
     Source: Schulman, "Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html.
     """
@@ -122,7 +122,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) 
 
 
 def k3(d: Tensor) -> Tensor:
-    """exp(d) - 1 - d, which is never negative, d clamped to MAX_LOG_RATIO either way.
+    """[N] exp(d) - 1 - d, which is never negative, d [N] clamped to MAX_LOG_RATIO either way.
 
     Near 0 the difference would cancel to noise; there it is the Taylor series.
     """
@@ -136,12 +136,12 @@ def k3(d: Tensor) -> Tensor:
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:
-    """exp() of a difference of log-probabilities that no outlier token can overflow."""
+    """[N] exp() of differences of log-probabilities, which no outlier token can overflow."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def metrics_from(sums: Tensor, extrema: Tensor) -> dict[str, float]:
-    """Named metrics of accumulated sums and extrema, without those that were not measured.
+    """Named metrics of SUMS [len(SUMS)] and EXTREMA [len(EXTREMA)]; none that was not measured.
 
     Cost: two copies to the host.
     """
@@ -169,7 +169,7 @@ def metrics_from(sums: Tensor, extrema: Tensor) -> dict[str, float]:
 
 
 class _Meter:
-    """Accumulators of one call, in float64: float32 counts wrong from 16 million tokens on."""
+    """Accumulators of [N] values, in float64: float32 counts wrong from 16 million tokens on."""
 
     def __init__(self, active: Tensor) -> None:
         self._active = active

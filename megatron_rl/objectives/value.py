@@ -25,7 +25,7 @@ VALUE_SUMS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ValueLoss:
-    """A loss and what it measured on the way."""
+    """A loss, and the sums measured on the way."""
 
     loss: Tensor  # [], with gradient, in the dtype of values
     sums: Tensor  # [len(VALUE_SUMS)] float64, detached
@@ -55,7 +55,7 @@ def value_loss(
 
 
 def value_metrics(sums: Tensor) -> dict[str, float]:
-    """Named metrics of accumulated sums; {} where nothing was measured."""
+    """Named metrics of accumulated VALUE_SUMS [8]; {} where nothing was measured."""
     total = dict(zip(VALUE_SUMS, sums.tolist(), strict=True))
     tokens = total["tokens"]
     if not tokens:

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen once by the run's config, asked at every call."""
+"""The implementation of an op that runs: chosen once by the run's config, asked at every call."""
 
 import torch
 from torch import Tensor
@@ -30,12 +30,12 @@ def choose(backend: Backend, device: torch.device) -> str:
 
 
 def chosen() -> Backend:
-    """What choose was last told."""
+    """The backend that choose was last given."""
     return _chosen
 
 
 def is_native(op: str, tensor: Tensor, *, any_dtype: bool = False) -> bool:
-    """Whether op runs natively on a tensor of this device and dtype.
+    """True where op runs natively on a tensor of this device and dtype, whatever its shape.
 
     any_dtype: the tensor is not of logits, and only its device counts.
 

@@ -1,4 +1,4 @@
-"""Which implementation of the ops a run uses."""
+"""The implementation of the ops that a run uses."""
 
 from typing import Literal
 

@@ -32,7 +32,7 @@ _KEEP_BITS: dict[KeepRule, int] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GroupStats:
-    """Statistics of G groups, and verdicts about their n responses.
+    """Statistics of G groups, and keep-mask and advantages of their n responses.
 
     A group without responses has mean 0, std 1, max -inf, min inf and no flag set.
     """
@@ -171,7 +171,7 @@ class _OwnGroup:
 
 
 def _group_norm(rewards: Tensor, own: _OwnGroup) -> Tensor:
-    """A response without others has mean 0 and std 1. What is 0 stays so whatever the divisor."""
+    """A response without others has mean 0 and std 1. A 0 stays 0, even over a divisor of 0."""
     centered = rewards - own.mean.where(own.count > 1, 0.0)
     return (centered / own.divisor).where(centered != 0, 0.0)
 

@@ -8,8 +8,8 @@ from megatron_rl.ops.head_gradient import GradientBuffer
 from megatron_rl.ops.vocab_parallel import Shard
 
 LOGITS_BYTES = 1_250_000_000
-"""What the logits of a chunk may take. Every chunk reads and writes the whole gradient of the head,
-so few are better. Of 151,936 columns of 16 bits these are 4,113 rows."""
+"""Most bytes that the logits of a chunk may take. Every chunk reads and writes the whole gradient
+of the head, so few are better. With 151,936 columns of 16 bits a chunk has 4,113 rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -20,9 +20,9 @@ class Head:
     head_weight: Tensor  # [V/tp, H], this rank's rows
     shard: Shard
     gradient_buffer: GradientBuffer | None = None
-    """Takes the gradient of head_weight, in all losses of a step or in none; None: autograd does.
-    A loss with a buffer must be backpropagated exactly once and as it is: native ops add the
-    gradient in the forward, and any other gradient of the loss than 1 makes NaN of the buffer."""
+    """Memory for the gradient of head_weight, in all losses of a step or in none; None: autograd
+    carries it. A loss with a buffer must be backpropagated exactly once, unscaled: native ops add
+    the gradient in the forward, and a gradient of the loss other than 1 turns the buffer to NaN."""
 
     def chunk_size(self, targets: Tensor, chunk_rows: int | None) -> int:
         """Rows of a chunk: chunks are as few as may be, and of about the same size.

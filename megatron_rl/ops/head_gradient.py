@@ -9,8 +9,8 @@ from megatron_rl.ops.vocab_parallel import compute_dtype
 
 BLOCK_ELEMENTS = 2**22
 """Number of elements of the product that a CPU computes and adds per step. A whole product would be
-fresh memory each time, which costs more than computing it; 8 and 16 MB are used again. Smaller
-blocks wait more often for a second thread."""
+fresh memory each time, which costs more than computing it; the memory of a block, 8 or 16 MB, is
+used again. Smaller blocks wait more often for a second thread."""
 
 
 class GradientBuffer(Protocol):
@@ -22,7 +22,7 @@ class GradientBuffer(Protocol):
         ...
 
     def hand_over(self) -> Tensor | None:
-        """The gradient of the weight that a backward returns, the true one being in total."""
+        """The gradient of the weight that a backward returns while the true one is in total."""
         ...
 
 
@@ -49,9 +49,10 @@ class HeadGradient:
         add_product(self._total, logits_grad.T, hidden, overwrites=is_first)
 
     def rescale(self, grad: Tensor) -> None:
-        """Multiply by grad, which almost always is 1; then nothing is done. Native ops only.
+        """Multiply by grad [], which almost always is 1; then nothing is done. Native ops only.
 
-        A buffer holds the gradients of others too, so there any other number makes NaN of it.
+        A buffer holds gradients of other losses too, which must not be scaled, so there any other
+        number turns it to NaN.
         """
         if self._total is None:
             return
@@ -68,7 +69,7 @@ class HeadGradient:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool = False) -> None:
-    """Add left @ right to total in place, whose dtype may be a wider one; or write it there."""
+    """Add left [a, b] @ right [b, c] to total [a, c], maybe of a wider dtype, or write it there."""
     beta = 0 if overwrites else 1
     if total.dtype == right.dtype:
         total.addmm_(left, right, beta=beta)

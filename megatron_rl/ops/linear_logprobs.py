@@ -30,11 +30,11 @@ def linear_logprobs(
     """Log-probabilities and entropies [N] of hidden @ head_weight.T, in nats, equal on tp ranks.
 
     The gradients that arrive must be equal on all tp ranks. The gradient of hidden is this rank's
-    partial sum over its columns, which the caller's mapping adds up over them. Zero rows have
-    gradients of 0. Collectives: one all-gather of 4 numbers a row, in the forward.
+    partial sum over its columns, which the caller's mapping adds up over tp ranks. Zero tokens have
+    gradients of 0. Collectives: one all-gather of 4 numbers a token, in the forward.
 
     Args:
-        head: computed in float64 if float64, else in float32, which is the dtype of the results.
+        head: a float64 one is computed in float64, others in float32; so are the results.
         targets: [N] int64 global token ids, equal on all ranks. One outside [0, valid_vocab) has
             log-probability -inf.
         chunk_rows: as in Head.chunk_size.

@@ -1,4 +1,4 @@
-"""What a native loss is told besides tensors, and the order of what it measures.
+"""The arguments of a native loss besides tensors, and the order of its measurements.
 
 Each order is an enum of csrc/token_loss/token_terms.h too; tests/csrc compares them. Settings are
 made of these, so torch is imported for type checking only.
@@ -17,7 +17,7 @@ LOSS_KINDS: tuple[LossKind, ...] = get_args(LossKind)
 KL_ESTIMATORS: tuple[KlEstimator, ...] = get_args(KlEstimator)
 
 MAX_LOG_RATIO = 20.0
-"""Differences of log-probabilities are clamped to this before exp(); no gradient outside."""
+"""Differences of log-probabilities are clamped to this before exp(); no gradient beyond it."""
 
 SUMS = (
     "tokens",  # with weight != 0; the only ones that any entry below speaks about
@@ -56,7 +56,7 @@ class NativeTerm(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedTerms:
-    """What every loss of tokens may add to its objective's own term."""
+    """The terms that every loss of tokens may add to its objective's own one."""
 
     kl_coef: float = 0.0
     kl_estimator: KlEstimator = "k3"
@@ -65,7 +65,7 @@ class SharedTerms:
 
 
 class MeasuredLoss(NamedTuple):
-    """A loss of N tokens and what it measured on the way; only the loss has a gradient."""
+    """A loss of N tokens and its measurements on the way; only the loss has a gradient."""
 
     loss: "Tensor"  # [], in the dtype that it is computed in
     logprobs: "Tensor"  # [N]; 0 at weight 0

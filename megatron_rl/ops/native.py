@@ -46,12 +46,12 @@ DEVICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def has(op: str, device: torch.device) -> bool:
-    """Whether op was compiled for this kind of device."""
+    """True where op was compiled for this kind of device."""
     return op in _COMPILED.get(device.type, ())
 
 
 def takes(op: str, tensor: Tensor) -> bool:
-    """Whether op was compiled for the device and dtype of this tensor."""
+    """True where op was compiled for the device and dtype of this tensor."""
     dtypes = CPU_DTYPES if tensor.device.type == "cpu" else DEVICE_DTYPES
     return tensor.dtype in dtypes and has(op, tensor.device)
 
@@ -61,7 +61,7 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 if BUILT:
-    # What torch.compile and export are told about results, without any being computed.
+    # Shapes and dtypes of results, which torch.compile and export ask for without computing any.
 
     @torch.library.register_fake("megatron_rl::row_stats")
     def _row_stats(logits: Tensor, targets: Tensor, *rest: object) -> Tensor:

@@ -110,7 +110,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         extrema = torch.stack([part[1] for part in parts]).amax(0)
         ctx.hidden_grad, ctx.head_grad, ctx.is_spent = hidden_grad, head_grad, False
         ctx.mark_non_differentiable(logprobs, sums, extrema)
-        return sums[-1].to(dtype), logprobs, sums, extrema
+        return sums[-1].to(dtype), logprobs, sums, extrema  # SUMS ends with the loss
 
     @staticmethod
     @once_differentiable
@@ -139,7 +139,7 @@ def _turn_into_gradient(
     *,
     wants: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, sums, extrema) of a chunk; its logits are their gradient afterwards, if wanted."""
+    """(logprobs, sums, extrema) of a chunk; logits turn into their gradient, if it is wanted."""
     arguments, inv_temp = loss_arguments(tokens, *terms), 1.0 / shard.temperature
     if wants and shard.is_whole:
         logprobs, _, _, sums, extrema = torch.ops.megatron_rl.policy_loss_onepass_(

@@ -26,7 +26,7 @@ class Shard(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether no other rank has columns."""
+        """True where no other rank has columns."""
         return self.tp_group is None or dist.get_world_size(self.tp_group) == 1
 
     def num_valid(self, num_columns: int) -> int:
@@ -35,12 +35,12 @@ class Shard(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a softmax over logits of this dtype is computed in."""
+    """The dtype in which a softmax over logits of this dtype is computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_slices(num_rows: int, size: int) -> list[slice]:
-    """Chunks of `size` rows, the last one of what is left; none of zero rows."""
+    """Slices of `size` rows, the last one of what is left; none where there are no rows."""
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, max(size, 1))]
 
 
@@ -86,7 +86,7 @@ def shard_stats_definition(logits: Tensor, targets: Tensor, shard: Shard) -> Ten
     local_targets = targets - shard.vocab_start
     owned = (local_targets >= 0) & (local_targets < num_valid)
     picked = scaled.gather(1, local_targets.where(owned, 0)[:, None])[:, 0]
-    finite_max = row_max.where(row_max > -torch.inf, 0.0)
+    finite_max = row_max.where(row_max > -torch.inf, 0.0)  # -inf less -inf would be NaN
     shifted = (scaled - finite_max[:, None]).clamp(min=_LOG_ZERO)
     weights = shifted.exp()
     return torch.stack(
@@ -130,6 +130,7 @@ def merge_stats_definition(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = total + scale * shard[:, 1]
         weighted = weighted + scale * (shard[:, 2] + shard[:, 1] * shift)
     log_total = total.log()
+    # Entropy is log sum e - (sum e * (z - max)) / sum e.
     logprobs = target_logits.amax(dim=0) - row_max - log_total
     return logprobs, log_total - weighted / total, row_max + log_total
 
@@ -155,7 +156,8 @@ def shard_gradient(
     zeros = torch.zeros_like(log_sum_exp)
     of_target = zeros if logprobs_grad is None else logprobs_grad / shard.temperature
     of_entropy = zeros if entropy_grad is None else entropy_grad / shard.temperature
-    # As csrc/dlogits/gradient_row.h takes them. An entropy that has no gradient may be anything.
+    # As csrc/dlogits/gradient_row.h takes them. An entropy without gradient may be anything, so it
+    # is not multiplied by 0.
     of_all = -of_target if entropy_grad is None else -(of_target + entropy * of_entropy)
     gradient: Tensor = torch.ops.megatron_rl.dlogits(
         _with_dense_rows(logits),

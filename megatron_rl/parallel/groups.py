@@ -15,7 +15,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Where this rank sits and whom it talks to."""
+    """The place of this rank in the layout, and its process groups."""
 
     platform: Platform
     layout: Layout
@@ -73,9 +73,10 @@ def make_groups(
     *,
     tensor_parallel: dist.ProcessGroup | None,
 ) -> Groups:
-    """The groups of a run, of which Megatron made some; every rank calls it."""
+    """The groups of a run; Megatron has made tensor_parallel already. Every rank calls it."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     engines = EngineLayout(world_size=world_size, tp=rollout_tp)
+    # Every rank has to call new_group for all groups, also for those that it is not in.
     engine_groups = [
         dist.new_group([engine * rollout_tp + tp for tp in range(rollout_tp)], backend="gloo")
         for engine in range(engines.num_engines)
@@ -95,7 +96,7 @@ def make_groups(
 
 
 def _nodes(world: dist.ProcessGroup) -> tuple[int, ...]:
-    """Of every rank, its node: a machine, or what one torchrun agent started on it."""
+    """The node of every rank: a machine, or the ranks on it that one torchrun agent started."""
     names = [""] * dist.get_world_size(world)
     own = f"{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}"
     dist.all_gather_object(names, own, group=world)

@@ -1,4 +1,4 @@
-"""What this process runs on: chosen once at start-up, passed on; nobody else asks for a device."""
+"""The device of this process: chosen once at start-up and passed on; nobody else asks for it."""
 
 import os
 import random
@@ -22,10 +22,10 @@ class Platform:
     """Type of torch.device: "cuda" or "cpu"."""
 
     collective_backend: str
-    """For init_process_group; CPU tensors always have gloo."""
+    """Backend for init_process_group; CPU tensors always have gloo."""
 
     def current_device(self) -> torch.device:
-        """Device of this rank."""
+        """The device of this rank."""
         if self.device_type == "cpu":
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())

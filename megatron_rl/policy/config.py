@@ -25,4 +25,4 @@ class CriticConfig(Settings):
     """First optimizer steps of the run, in which the critic learns and the policy waits."""
 
     value_clip: float | None = Field(default=0.5, gt=0)
-    """A value may improve its loss by at most this distance from the old value; null: no bound."""
+    """Largest move of a value away from its old one that lowers the loss; null: no bound."""

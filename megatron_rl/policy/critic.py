@@ -47,7 +47,7 @@ class Critic(TrainedModel):
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
             values = self._values(hidden, batch)
             collected.append(values)
-            return values.sum()
+            return values.sum()  # the schedule asks for a loss
 
         self.forward(microbatches, measure)
         return collected if self.groups.is_last_stage else None

@@ -14,7 +14,7 @@ from megatron_rl.types import Report, RolloutGroup
 
 
 class InitialKl:
-    """Measures KL(policy || initial policy) in iterations that ask.
+    """Measures KL(policy || initial policy) every few iterations.
 
     Methods that train on different responses stay comparable, since what is scored is drawn from
     all of them. The engine's log-probs stand for the policy's: it sampled from the same weights.
@@ -45,7 +45,7 @@ class InitialKl:
         self._share = -(-num_rollouts // policy.groups.layout.world_size)
 
     def measure(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
-        """Report k1 and k3 of this rank's groups and the others'; every rank calls it."""
+        """Report the estimates k1 and k3 over all groups; every rank calls it, with its own."""
         if not self._every or iteration % self._every:
             return
         assert self._initial is not None

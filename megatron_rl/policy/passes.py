@@ -1,4 +1,4 @@
-"""Which forward passes an algorithm needs besides the update's own; decided once per run."""
+"""The forward passes that an algorithm needs besides the update's own; decided once per run."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from megatron_rl.algorithms.algorithm import Algorithm
 
 @dataclass(frozen=True, kw_only=True)
 class PassPlan:
-    """Which forward passes the algorithm needs besides the update's own, and why not the others."""
+    """The forward passes that run, with a reason for each that runs or does not."""
 
     old: bool  # before the first update
     old_first: bool  # also for the first mini-batch, which otherwise needs none: its ratio is 1

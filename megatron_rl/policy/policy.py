@@ -21,9 +21,9 @@ from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """One optimizer step, equal on all ranks."""
+    """Results of one optimizer step."""
 
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # equal on all ranks
     logprobs: list[Tensor] | None  # [N] per micro-batch, detached; None off the last stage
 
 
@@ -43,7 +43,7 @@ class Policy(TrainedModel):
         temperature: float,
         run_updates: int,
     ) -> None:
-        """temperature: of sampling, so of every log-probability."""
+        """temperature: that of sampling, by which all logits are divided."""
         super().__init__(arch, model, parallel, optimizer, groups, run_updates=run_updates)
         self.temperature = temperature
 
@@ -57,7 +57,7 @@ class Policy(TrainedModel):
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
             values, _ = linear_logprobs(self._head(hidden, batch), batch.loss.targets)
             collected.append(values)
-            return values.sum()
+            return values.sum()  # the schedule asks for a loss
 
         self.forward(microbatches, measure)
         return collected if self.groups.is_last_stage else None

@@ -30,7 +30,7 @@ def estimate(
     kl_coef: float,
     sum_over_ranks: SumOverRanks,
 ) -> Estimated:
-    """Every rank calls it.
+    """Advantages and returns of every token, whitened over all ranks; every rank calls it.
 
     Args:
         batches: of the iteration; a sample's advantage holds its reward.

@@ -30,7 +30,7 @@ class Trainer:
         critic: Critic | None = None,
         critic_config: CriticConfig | None = None,
     ) -> None:
-        """reference: this rank's weights of the reference policy, in host memory."""
+        """reference: this rank's weights of the reference policy, in host memory; None: no pass."""
         self.policy, self.algorithm, self.passes = policy, algorithm, passes
         self.critic, self._critic_config = critic, critic_config or CriticConfig()
         self.kl_reward_coef = algorithm.config.kl_reward_coef
@@ -103,14 +103,14 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run must know besides weights and optimizers."""
+        """The state that a resumed run needs besides weights and optimizers."""
         return {"kl_reward_coef": self.kl_reward_coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.kl_reward_coef = state["kl_reward_coef"]
 
     def _update_critic(self, batch: MiniBatch, history: list[dict[str, float]]) -> bool:
-        """Train the critic, where there is one; whether the policy still waits for it."""
+        """Train the critic, where there is one; True where the policy still waits for it."""
         if self.critic is None:
             return False
         waits = self.critic.version < self._critic_config.warmup_updates
@@ -124,7 +124,7 @@ class Trainer:
         return waits
 
     def _keeps_own_as_old(self, *, is_first: bool) -> bool:
-        """Whether the next epoch's old log-probs are what this update has just computed."""
+        """True where this update has just computed the next epoch's old log-probs."""
         return (
             is_first
             and self._epochs > 1

@@ -15,7 +15,7 @@ _PART_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def is_import_path(text: str) -> bool:
-    """Whether it reads package.module:function."""
+    """True where it reads package.module:function."""
     module, colon, function = text.partition(":")
     parts = [*module.split("."), *function.split(".")]
     return bool(colon) and all(part.isidentifier() for part in parts)

@@ -24,7 +24,7 @@ class PartConfig(Settings):
     the part's own name."""
 
     weight: float
-    """What a value of 1 adds to the reward; negative takes away."""
+    """Reward that a value of 1 adds; a negative weight takes away."""
 
     free_tokens: int | None = Field(default=None, ge=0)
     """length_penalty: responses up to this many tokens have value 0."""
@@ -44,10 +44,10 @@ class RewardConfig(Settings):
     """The verifier, its rewards, and the limits of its worker processes."""
 
     kind: str = "math"
-    """What gives the verdict. "math": the answer equals the gold one; "exact": it is the same text,
-    white space aside; "number": it is a number within `tolerance`; "format": there is an answer
-    where `answer_in` says; "function": the user's function named by `function`. An import path
-    "package.module:function" here means the same at once."""
+    """How the verdict is found. "math": the answer equals the gold one; "exact": it is the same
+    text, white space aside; "number": it is a number within `tolerance`; "format": there is an
+    answer where `answer_in` says; "function": the user's function named by `function`. An import
+    path "package.module:function" is short for "function" and that path."""
 
     function: str | None = None
     """The import path "package.module:function" of `fn(response, answer) -> bool | float`. True and
@@ -56,7 +56,7 @@ class RewardConfig(Settings):
     ones before the run starts."""
 
     answer_in: Literal["box", "answer_tag", "response"] = "box"
-    """Where the answer stands: in the last \\boxed{}, between the last <answer> and </answer>, or
+    """Place of the answer: in the last \\boxed{}, between the last <answer> and </answer>, or
     anywhere: then the response as a whole, and for "number" the last number of it."""
 
     tolerance: float = Field(default=0.0, ge=0, lt=1)
@@ -93,13 +93,13 @@ class RewardConfig(Settings):
 
     @property
     def kinds(self) -> dict[str, str]:
-        """What is computed of every response: setting -> kind, the verdict's first."""
+        """Setting -> kind of every reward that is computed, the verdict's first."""
         parts = {f"reward.parts.{name}": part.kind or name for name, part in self.parts.items()}
         return {"reward.kind": self.function_path or self.kind, **parts}
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """What a correct response earns at least, and a wrong one at most.
+        """The least that a correct response earns, and the most that a wrong one does.
 
         Not for a function that returns floats: it sets the reward itself.
         """

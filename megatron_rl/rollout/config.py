@@ -26,7 +26,7 @@ class RolloutConfig(Settings):
     """Must be -1 (off), for the same reason."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks of one engine; the remaining ranks are replicas with other prompts."""
+    """Ranks of one engine; more ranks make more engines, each with prompts of its own."""
 
     dtype: Literal["model", "bfloat16", "float32"] = "model"
     """Dtype of the engine; `model`: as model.dtype."""

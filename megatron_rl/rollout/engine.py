@@ -1,4 +1,4 @@
-"""What the loop asks of a sampling engine."""
+"""The interface of a sampling engine."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Response:
-    """What came of a request."""
+    """The response to a request."""
 
     key: tuple[int, int]
     tokens: Tensor  # [R] int64
@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     @property
     def weights(self) -> EngineWeights:
-        """Where the bridge writes."""
+        """The engine's weights, into which the bridge writes."""
         ...
 
     def generate(
@@ -45,7 +45,10 @@ class Engine(Protocol):
         on_finished: Callable[[Response], None],
         between_steps: Callable[[], None],
     ) -> None:
-        """Sample all requests; all ranks of one engine make the same call."""
+        """Sample all requests; all ranks of one engine make the same call.
+
+        on_finished gets each response while others go on; between_steps runs after engine steps.
+        """
         ...
 
     def sleep(self) -> None:

@@ -1,4 +1,4 @@
-"""The side of a run that brings responses: what the loop asks of it."""
+"""The side of a run that brings responses: the interface that the loop uses."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,7 +10,7 @@ from megatron_rl.types import Prompt, RolloutGroup
 
 
 class Rollouts(Protocol):
-    """This rank's part of it. Every rank makes every call, with the same arguments."""
+    """This rank's part of that side. Every rank makes every call, with the same arguments."""
 
     def generate(
         self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
@@ -27,7 +27,7 @@ class Rollouts(Protocol):
         ...
 
     def receive(self, policy: Policy) -> None:
-        """Sample from these weights from now on; reports what it took.
+        """Sample from these weights from now on; the bytes that were sent are reported.
 
         Raises:
             RunError: on all ranks, if other weights arrived than were sent.

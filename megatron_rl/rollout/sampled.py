@@ -1,4 +1,4 @@
-"""Responses sampled by the engine on this rank, graded, and what keeps that engine in step."""
+"""Responses that the engine of this rank samples, their grading, and the sync of its weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

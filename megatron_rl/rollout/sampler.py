@@ -11,7 +11,7 @@ from megatron_rl.types import Draw, Prompt, Rollout, RolloutGroup
 
 
 class Grader(Protocol):
-    """Told of every finished response while others still generate; see reward/scorer."""
+    """Is told of every finished response while others still generate; see reward/scorer."""
 
     def submit(
         self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int

@@ -1,9 +1,9 @@
 """A model by directory or hub name, whichever kind of checkpoint holds its weights.
 
 Hugging Face: config.json, tokenizer and safetensors side by side. Megatron-Core: a distributed
-checkpoint with `hf_config/` in it, which holds config.json and tokenizer. It may be named itself,
-or by the directory with `latest_checkpointed_iteration.txt`, or as a checkpoint of one of our runs,
-or by the directory of those, which means the newest.
+checkpoint with `hf_config/` in it, which holds config.json and tokenizer. The path may be
+the checkpoint's, or that of the directory with `latest_checkpointed_iteration.txt`, of a checkpoint
+of one of our runs, or of the directory of those, which means the newest.
 """
 
 import re
@@ -21,7 +21,7 @@ POLICY_DIR = "policy"  # of one of our runs' checkpoints
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the parts of a model are."""
+    """The directories with the parts of a model."""
 
     config_dir: Path
     """Holds config.json and the tokenizer."""
@@ -31,7 +31,7 @@ class ModelSource:
 
 
 def find_model(path: str, setting: str, config_path: str | None = None) -> ModelSource:
-    """What a path or hub name means.
+    """The model that a path or hub name means.
 
     Args:
         path: directory of either kind, or hub name.
