@@ -18,7 +18,7 @@ PROMPTS_PER_ENGINE = 8
 MAX_RESPONSE_TOKENS = 16
 
 
-class _NoGrader:
+class NoGrader:
     """The probe asks for log-probs, not for verdicts."""
 
     def submit(
@@ -52,7 +52,7 @@ def check_engine(
         max_response_tokens=min(MAX_RESPONSE_TOKENS, draw.max_response_tokens),
     )
     groups = sampler.generate(
-        asked, short, iteration=0, policy_version=policy.version, grader=_NoGrader()
+        asked, short, iteration=0, policy_version=policy.version, grader=NoGrader()
     )
     batches = packer.pack_for_measuring(measured_samples(groups))
     scored = policy.logprobs(batches) or []

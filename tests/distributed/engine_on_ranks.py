@@ -15,31 +15,21 @@ import torch
 import torch.distributed as dist
 
 import megatron_rl.build as build_module
+from megatron_rl.batching.measured import measured_samples
 from megatron_rl.build import build_run
 from megatron_rl.config import RunConfig
 from megatron_rl.parallel.groups import _free_port
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_inputs
 from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.probe import NoGrader
 from megatron_rl.run import Run
-from megatron_rl.types import Draw, MicroBatch, Prompt, RolloutGroup, Sample
+from megatron_rl.types import Draw, MicroBatch, Prompt, RolloutGroup
 from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
 from megatron_rl.weights.pieces import view
 
 TEMPERATURE = 0.7  # the trainer divides its logits by it, and so must the engine
 RESPONSE_TOKENS = 24
-
-
-class NoGrader:
-    """Rewards are dealt out by hand here."""
-
-    def submit(
-        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
-    ) -> None:
-        pass
-
-    def poll(self) -> None:
-        pass
 
 
 def join_as_torchrun_would() -> None:
@@ -162,20 +152,7 @@ def sample(run: Run, prompts: Sequence[Prompt], iteration: int) -> list[RolloutG
 
 
 def rows_of(run: Run, groups: Sequence[RolloutGroup]) -> tuple[MicroBatch, ...]:
-    samples = [
-        Sample(
-            group_id=group.prompt.group_id,
-            index=index,
-            update=0,
-            prompt_tokens=group.prompt.tokens,
-            response_tokens=rollout.response_tokens,
-            advantage=0.0,
-            rollout_logprobs=rollout.rollout_logprobs,
-        )
-        for group in groups
-        for index, rollout in enumerate(group.rollouts)
-    ]
-    return run.packer.pack_for_measuring(samples)
+    return run.packer.pack_for_measuring(measured_samples(groups))
 
 
 def gap(run: Run, rows: Sequence[MicroBatch]) -> tuple[float, int]:
