@@ -37,7 +37,7 @@ class AlgorithmConfig(Settings):
     advantage: AdvantageName | None = None
     """Advantage in place of the preset's."""
 
-    objective: AnyObjective
+    objective: AnyObjective = Field(json_schema_extra={"filled": "default the preset's"})
     """The formula that is minimised, with its settings: {kind: clipped_ratio, eps_low: 0.2}. A kind
     alone takes its defaults, and settings without a kind are those of the preset's kind."""
 

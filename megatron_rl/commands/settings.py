@@ -160,6 +160,8 @@ def _kind(annotation: Any, rules: Sequence[Any] = ()) -> str:
 
 def _name(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _name(inner[0])
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (list, tuple):
@@ -178,7 +180,8 @@ def _is_section(annotation: Any) -> TypeGuard[type[Settings]]:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "must be set"
+        extra = field.json_schema_extra
+        return str(extra["filled"]) if isinstance(extra, dict) else "must be set"
     return f"default {_value(field.get_default(call_default_factory=True, validated_data={}))}"
 
 

@@ -63,6 +63,16 @@ def test_one_section_holds_its_own_keys_only(capsys):
     assert "  rollout." not in told
 
 
+def test_names_and_unions_of_an_algorithm_are_told_as_a_recipe_spells_them(capsys):
+    assert main(["settings", "algorithm"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Annotated" not in told
+    assert "algorithm.selection list of all | gold | positive" in told
+    assert "algorithm.objective section; default the preset's" in told
+    assert "algorithm.objective (kind: dpo)" in told
+    assert "algorithm.objective.beta float > 0; default 0.1" in told
+
+
 @pytest.mark.parametrize(
     ("key", "near"),
     [
