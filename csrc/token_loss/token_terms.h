@@ -1,5 +1,5 @@
 // The loss of one token, its gradients and what it adds to the metrics. The definition that this
-// equals is megatron_rl/objectives/token_loss.py; each kind has a file beside it, with its source.
+// equals is megatron_rl/objectives/token_loss.py; each kind has a file in that folder.
 #pragma once
 
 #include "../common/host_device.h"

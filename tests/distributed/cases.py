@@ -206,7 +206,7 @@ def question_of(preset: str, **changes: Any) -> Question:
     return Question(
         recipe=Recipe(preset=preset, **changes),
         groups=GROUPS_OF.get(preset, "graded"),
-        has_old=FORMULAS[preset].objective == "clipped_ratio",
+        has_old=FORMULAS[preset].has_ratio,
     )
 
 
@@ -223,6 +223,7 @@ def cases_of(layout: Layout) -> Iterator[Case]:
     yield Case(question=question_of("grpo"), row_tokens=MANY_ROWS, owners="backwards")
     yield Case(question=question_of("grpo"), train_on_everything=True, row_tokens=MANY_ROWS)
     yield Case(question=question_of("reinforce_rej", normalize_over="collected"))
+    yield Case(question=question_of("reinforce_rej", loss_aggregation="token_mean"))
     yield Case(question=Question(recipe=EVERY_TERM))
     yield Case(
         question=question_of("ppo", gamma=0.9, gae_lambda=0.8, kl_reward_coef=0.3),
@@ -237,6 +238,9 @@ def cases_of(layout: Layout) -> Iterator[Case]:
         yield Case(question=question_of("raft_pp"), row_tokens=row_tokens)
     for preset in ("raft", "grpo", "dr_grpo"):
         yield Case(question=question_of(preset, normalize_over="collected"))
+    yield Case(
+        question=question_of("raft", loss_aggregation="token_mean", normalize_over="collected")
+    )
     for preset in ("raft_pp", "reinforce_rej"):  # the same with rejected samples run along
         yield Case(question=question_of(preset), train_on_everything=True, row_tokens=MANY_ROWS)
     for owners in ("first rank", "last rank"):

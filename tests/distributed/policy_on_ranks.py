@@ -217,6 +217,8 @@ def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algori
     own = {name: settings.pop(key) for key, name in OBJECTIVE_SETTINGS.items()}
     kind = OBJECTIVES[PRESETS[recipe.preset].objective]
     objective = {name: value for name, value in own.items() if name in kind.model_fields}
+    for key, name in OBJECTIVE_SETTINGS.items():
+        assert name in objective or own[name] == getattr(Recipe(preset=""), key), f"no {name}"
     config = AlgorithmConfig(
         **settings, objective=objective, train_on_everything=train_on_everything
     )

@@ -31,6 +31,7 @@ class Recipe:
     """A preset's name and what is changed of it."""
 
     preset: str
+    loss_aggregation: str | None = None  # None: the preset's
     normalize_over: str = "kept"
     eps_low: float = 0.2
     eps_high: float = 0.2
@@ -60,6 +61,11 @@ class Formula:
     aggregation: str = "sequence_mean"
     whitened: bool = False
     from_values: bool = False
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether old log-probs decide its gradient: so for every objective but these two."""
+        return self.objective not in ("likelihood", "dpo")
 
 
 def _everything(r: Tensor) -> Tensor:
@@ -244,15 +250,21 @@ def loss_of(
     if formula.whitened:
         per_token = torch.cat([a.expand(len(measured.logprobs[k])) for k, a in kept.items()])
         kept = {k: (a - per_token.mean()) / (per_token.std() + STD_EPS) for k, a in kept.items()}
-    count = len(kept) if recipe.normalize_over == "kept" else len(sampled)
+    lengths = [len(measured.logprobs[k]) for k in kept]
+    counted = lengths if recipe.normalize_over == "kept" else sampled
+    aggregation = recipe.loss_aggregation or formula.aggregation
     total = torch.zeros((), dtype=torch.float64)
     low = high = 0
     for key, advantage in kept.items():
         terms, was_low, was_high = _terms(recipe, formula, key, advantage, measured)
-        if formula.aggregation == "sequence_mean":
-            total = total + terms.mean() / count
+        if aggregation == "sequence_mean":
+            total = total + terms.mean() / len(counted)
+        elif aggregation == "token_mean":
+            total = total + terms.sum() / sum(counted)
+        elif aggregation == "sequence_sum":
+            total = total + terms.sum() / (len(counted) * measured.max_response_tokens)
         else:
-            total = total + terms.sum() / (count * measured.max_response_tokens)
+            raise NotImplementedError(f"write down the aggregation {aggregation}")
         low, high = low + was_low, high + was_high
     return total, low, high
 
@@ -305,7 +317,7 @@ def _terms(
     low = high = 0
     if formula.objective == "likelihood":
         terms = -advantage * logprobs
-    else:
+    elif formula.objective == "clipped_ratio":
         ratio = (logprobs - old).exp()
         clipped = ratio.clamp(1 - recipe.eps_low, 1 + recipe.eps_high)
         reached = torch.minimum(ratio * advantage, clipped * advantage)
@@ -315,6 +327,8 @@ def _terms(
         terms = -reached
         low = int(((ratio < 1 - recipe.eps_low) & (advantage < 0)).sum())
         high = int(((ratio > 1 + recipe.eps_high) & (advantage > 0)).sum())
+    else:
+        raise NotImplementedError(f"write down the objective {formula.objective}")
     if recipe.rollout_is_cap is not None:
         correction = (old - measured.rollout[key]).exp()
         terms = terms * correction.clamp(max=recipe.rollout_is_cap)
