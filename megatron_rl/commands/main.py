@@ -65,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = GOES_ON.get(options.command)
         say(f"stopped; {hint}" if hint else "stopped")
         return STOPPED
+    except BrokenPipeError:
+        # Who reads, `head` for example, has enough. Nothing is left to flush at the end of Python.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno not in DENIED:
             raise

@@ -141,6 +141,17 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, error):
         main(["train", "recipe.yaml"])
 
 
+def test_a_reader_that_has_enough_is_no_error():
+    listing = subprocess.Popen(
+        [sys.executable, "-u", "-m", "megatron_rl", "settings"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    listing.stdout.close()  # before the first line
+    assert listing.stderr.read() == b""
+    assert listing.wait() == 0
+
+
 def test_a_fault_of_ours_exits_with_one():
     code = (
         "import sys; from megatron_rl.commands import main as file, recipe\n"
