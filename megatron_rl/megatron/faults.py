@@ -14,7 +14,7 @@ from megatron_rl.errors import InputError
 
 V0_16_1 = "0.16.1"
 SUPPORTED_VERSIONS = (V0_16_1,)
-ALONE, ON_RANKS = "tests/unit/megatron/fault_probes.py", "tests/distributed/fault_probes.py"
+ALONE, ON_RANKS = "tests/unit/megatron/faults_alone.py", "tests/distributed/faults_on_ranks.py"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,16 @@
 """Supervised training: the data set's own responses instead of sampled ones."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_rl.batching.packer import Packer
 from megatron_rl.evaluation.report import Evaluation
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.policy import Policy
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
+    from megatron_rl.policy.policy import Policy
 
 
 class GoldRollouts:
@@ -26,10 +29,10 @@ class GoldRollouts:
         self._meter.count(groups)
         return list(groups)
 
-    def receive(self, policy: Policy) -> None:
+    def receive(self, policy: "Policy") -> None:
         pass
 
-    def probe(self, policy: Policy, packer: Packer, prompts: Sequence[Prompt]) -> None:
+    def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
         pass
 
     def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +11,11 @@ from megatron_rl.batching.measured import measured_samples
 from megatron_rl.batching.packer import Packer
 from megatron_rl.errors import RunError
 from megatron_rl.parallel.collectives import max_over
-from megatron_rl.policy.policy import Policy
 from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.types import Draw, MicroBatch, Prompt
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
+    from megatron_rl.policy.policy import Policy
 
 PROMPTS_PER_ENGINE = 8
 MAX_RESPONSE_TOKENS = 16
@@ -33,7 +36,7 @@ class NoGrader:
 def check_engine(
     sampler: Sampler,
     draw: Draw,
-    policy: Policy,
+    policy: "Policy",
     packer: Packer,
     prompts: Sequence[Prompt],
     *,

@@ -1,12 +1,14 @@
 """The side of a run that brings responses: the interface that the loop uses."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_rl.batching.packer import Packer
 from megatron_rl.evaluation.report import Evaluation
-from megatron_rl.policy.policy import Policy
 from megatron_rl.types import Prompt, RolloutGroup
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
+    from megatron_rl.policy.policy import Policy
 
 
 class Rollouts(Protocol):
@@ -26,7 +28,7 @@ class Rollouts(Protocol):
         """
         ...
 
-    def receive(self, policy: Policy) -> None:
+    def receive(self, policy: "Policy") -> None:
         """Sample from these weights from now on; the bytes that were sent are reported.
 
         Raises:
@@ -34,7 +36,7 @@ class Rollouts(Protocol):
         """
         ...
 
-    def probe(self, policy: Policy, packer: Packer, prompts: Sequence[Prompt]) -> None:
+    def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
         """Sample a little and score it with the policy.
 
         Raises:

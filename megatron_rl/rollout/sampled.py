@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_rl.batching.packer import Packer
 from megatron_rl.evaluation.evaluator import Evaluator
@@ -9,7 +10,6 @@ from megatron_rl.evaluation.report import Evaluation
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.collectives import sum_over
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.policy.policy import Policy
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach, check_failures
 from megatron_rl.rollout.engine import Engine
@@ -17,6 +17,9 @@ from megatron_rl.rollout.probe import check_engine
 from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.types import Draw, Prompt, RolloutGroup
 from megatron_rl.weights.sync import WeightSync
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
+    from megatron_rl.policy.policy import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class SampledRollouts:
         check_failures(verdicts, self.reward, self.scorer.failures)
         return graded
 
-    def receive(self, policy: Policy) -> None:
+    def receive(self, policy: "Policy") -> None:
         self.engine.wake_for_weights()
         report = self.sync.push(policy.named_parameters())
         self.engine.wake_for_generation()
@@ -65,7 +68,7 @@ class SampledRollouts:
             }
         )
 
-    def probe(self, policy: Policy, packer: Packer, prompts: Sequence[Prompt]) -> None:
+    def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
         gap, num_responses = check_engine(
             self.sampler, self.draw, policy, packer, prompts, bound=self.max_logprob_gap
         )

@@ -112,6 +112,22 @@ def test_megatron_core_is_imported_only_behind_the_door():
     assert not importers, "\n".join(importers)
 
 
+def test_only_what_trains_needs_megatron_core_at_its_import():
+    """It has to be entered first, so a file that is imported earlier must not bring it along."""
+    trains = {"megatron", "policy", "checkpoint", "build", "run", "loop", "__main__"}
+    others = [module_of(path) for path in FILES if room_of(path) not in trains]
+    code = (
+        "import importlib, sys\n"
+        "for module in sys.argv[1:]:\n"
+        "    importlib.import_module(module)\n"
+        "    assert 'megatron.core' not in sys.modules, module\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *others], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_form_of_import_of_megatron_core_is_seen():
     source = (
         "import megatron.core\n"

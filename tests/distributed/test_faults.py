@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from fault_probes import _run_probes
+from faults_on_ranks import _run_probes
 from harness import run_on_ranks
 
 from megatron_rl.megatron import faults

@@ -1,6 +1,6 @@
 """Probes of megatron_rl/megatron/faults.py that need one process: each runs stock Megatron-Core.
 
-    python fault_probes.py [--repaired] NAME ...
+    python faults_alone.py [--repaired] NAME ...
 
 prints a JSON object: name of a fault -> whether it shows. Megatron-Core runs on the CPU without
 Transformer Engine and Apex, adapted to it unless that is what is probed; nothing is repaired unless
