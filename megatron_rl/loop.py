@@ -20,6 +20,7 @@ def run_iteration(run: Run, iteration: int) -> None:
         )
     with run.meter.phase("reward"):  # reward/: the last verdicts
         graded = run.rollouts.grade(groups)
+    run.rollouts.count(graded)  # metrics/: of everything drawn
     run.rollout_log.keep(graded, prompts, iteration)  # metrics/: responses to be read
     selection = run.selector.select(graded, prompts, iteration)  # algorithms/: kept, advantages
     batches = run.packer.pack(selection, run.config.num_updates)  # batching/: rows, loss shares

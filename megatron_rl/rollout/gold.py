@@ -26,8 +26,10 @@ class GoldRollouts:
         return [_gold_group(prompt, policy_version) for prompt in share]
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        self._meter.count(groups)
         return list(groups)
+
+    def count(self, groups: Sequence[RolloutGroup]) -> None:
+        self._meter.count(groups)
 
     def receive(self, policy: "Policy") -> None:
         pass

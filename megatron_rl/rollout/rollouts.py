@@ -21,7 +21,11 @@ class Rollouts(Protocol):
         ...
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """The groups with rewards and verdicts; reports what was drawn.
+        """The groups with rewards and verdicts; waits for the last of them."""
+        ...
+
+    def count(self, groups: Sequence[RolloutGroup]) -> None:
+        """Report what was drawn, over all ranks.
 
         Raises:
             RunError: on all ranks, if too many verifications failed.

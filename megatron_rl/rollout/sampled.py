@@ -52,10 +52,11 @@ class SampledRollouts:
         return groups
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        graded = attach(groups, self.scorer.collect())
-        verdicts = self.meter.count(graded, tuple(self.reward.parts))
+        return attach(groups, self.scorer.collect())
+
+    def count(self, groups: Sequence[RolloutGroup]) -> None:
+        verdicts = self.meter.count(groups, tuple(self.reward.parts))
         check_failures(verdicts, self.reward, self.scorer.failures)
-        return graded
 
     def receive(self, policy: "Policy") -> None:
         self.engine.wake_for_weights()

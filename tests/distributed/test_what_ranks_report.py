@@ -138,6 +138,7 @@ def draw_gold() -> None:
     assert [len(g.rollouts[0].response_tokens) for g in own] == [[1, 3, 5], [2, 4]][groups.rank]
     assert {g.rollouts[0].policy_version for g in own} == {4}
     assert rollouts.grade(own) == own
+    rollouts.count(own)
     assert rollouts.evaluate(1, 4).metrics() == {}
     values = rollouts._meter.take()
     assert values["rollout/tokens"] == 15
