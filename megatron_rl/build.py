@@ -68,7 +68,7 @@ def build_run(
     initial = policy.snapshot() if passes.ref or kl_every else None
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, run_updates)
-    packer = build_packer(config, algorithm, groups, policy.dtype)
+    packer = _build_packer(config, algorithm, groups, policy.dtype)
     output_dir = Path(config.run.output_dir)
     return Run(
         config=config,
@@ -115,7 +115,7 @@ def build_run(
     )
 
 
-def build_packer(
+def _build_packer(
     config: RunConfig, algorithm: Algorithm, groups: Groups, dtype: torch.dtype
 ) -> Packer:
     """The packer of samples; a policy of dtype bfloat16 has its loss in float32, too."""
@@ -203,7 +203,7 @@ def build_engine(
     )
 
 
-def build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evaluator:
+def _build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evaluator:
     """The recipe's benchmarks, of which there may be none."""
     return Evaluator(
         config.evaluation,
@@ -235,7 +235,7 @@ def build_sampled(
         sampler=Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed),
         scorer=scorer,
         sync=WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype),
-        evaluator=build_evaluator(config, inputs, groups),
+        evaluator=_build_evaluator(config, inputs, groups),
         reward=config.reward,
         draw=Draw(
             purpose="train",

@@ -12,7 +12,10 @@ if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
 
 
 class Rollouts(Protocol):
-    """This rank's part of that side. Every rank makes every call, with the same arguments."""
+    """This rank's part of that side.
+
+    Every rank makes every call. Prompts are the same on all ranks, groups are the rank's own.
+    """
 
     def generate(
         self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
