@@ -1,16 +1,19 @@
 # Everything runs in .venv, which `make install` makes and keeps up to date.
 # PYTHON names the Python that .venv is made with, for example: make install PYTHON=python3.12
+# VENV names another environment than .venv, for example: make test VENV=.venv-3.11
 
-PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
-RUN := .venv/bin/python -m
+PYTHON ?=
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+export MEGATRON_RL_VENV := $(VENV)
 
-.PHONY: install quickstart test test-fast lint types clean
+.PHONY: install quickstart test test-fast lint types lock clean
 
 install:
-	@$(PYTHON) tools/install.py
+	@python3 tools/install.py $(PYTHON)
 
 quickstart: install
-	@bash examples/quickstart/run.sh
+	@PYTHON=$(VENV)/bin/python bash examples/quickstart/run.sh
 
 test: install
 	$(RUN) pytest
@@ -21,11 +24,15 @@ test-fast: install
 lint: install
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
-	find csrc -type f | xargs .venv/bin/clang-format --dry-run -Werror
+	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 types: install
 	$(RUN) mypy
 
+# Resolves requirements/ anew; ARGS=--upgrade takes the newest versions that pyproject.toml allows.
+lock: install
+	$(VENV)/bin/python tools/lock.py $(ARGS)
+
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +

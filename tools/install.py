@@ -1,11 +1,16 @@
 """Makes .venv with everything that a run, its tests and its checks need; `make install` calls it.
 
-The one file that decides what is installed where: which Python may run us, CPU or CUDA, which
-build of torch. Standard library only, and without new syntax, so that an unsupported Python gets an
-answer instead of a syntax error. A repeated call finds its stamp in .venv and does nothing.
+    python3 tools/install.py [PYTHON]
 
-MEGATRON_RL_DEVICE=cpu or cuda overrides what is detected. Everything pip says is in
-.venv/install.log.
+The one file that decides what is installed where: which Python runs us, CPU or CUDA, which build of
+torch. PYTHON names the Python that .venv is made with; else a finished .venv keeps its own, and a
+new one gets the first of SUPPORTED_PYTHONS that is on PATH or among pyenv's. Standard library only,
+and without new syntax, since any python3 may start it. A repeated call finds its stamp in .venv and
+does nothing.
+
+MEGATRON_RL_DEVICE=cpu or cuda overrides what is detected. MEGATRON_RL_TORCH_BUILD=any lets a
+machine without a GPU take the CUDA build of torch where no CPU build is to be had.
+MEGATRON_RL_VENV=DIR is made in place of .venv. Everything pip says is in .venv/install.log.
 """
 
 from __future__ import annotations
@@ -13,25 +18,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+VENV = ROOT / os.environ.get("MEGATRON_RL_VENV", ".venv")
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "megatron_rl_install.json"
 LOG = VENV / "install.log"
 
-SUPPORTED_PYTHONS = ((3, 11), (3, 12))
+SUPPORTED_PYTHONS = ("3.12", "3.13", "3.11")  # in this order; 3.11 has an older Megatron-Core
 DEVICE_VARIABLE = "MEGATRON_RL_DEVICE"
+TORCH_VARIABLE = "MEGATRON_RL_TORCH_BUILD"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
+TIMEOUT_OF_PYTHON_S = 60
 TIMEOUT_OF_PROBE_S = 300
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 30
 LINES_SHOWN_ON_FAILURE = 20
@@ -46,7 +54,8 @@ class Step(NamedTuple):
 
     title: str
     arguments: tuple[str, ...]
-    consequence_of_failure: str = ""  # empty: the installation stops
+    consequence_of_failure: str = ""  # empty: the installation stops, or goes on with `otherwise`
+    otherwise: Step | None = None
 
 
 class Stamp(NamedTuple):
@@ -54,6 +63,7 @@ class Stamp(NamedTuple):
 
     python: str  # "3.12"
     device: str
+    torch: str  # which build may be there: "cpu", "cuda" or "any"
     requirements: str  # hash of requirements/
     package: str  # hash of what the editable installation is built from
 
@@ -61,15 +71,21 @@ class Stamp(NamedTuple):
 # Decisions. Nothing below this line up to "Actions" touches the machine.
 
 
-def python_problem(version: Sequence[int]) -> str | None:
-    """Why this Python cannot run us; None where it can."""
-    if tuple(version[:2]) in SUPPORTED_PYTHONS:
+def python_problem(name: str, version: str | None) -> str | None:
+    """Why the Python of that name cannot run us; None where it can."""
+    if version in SUPPORTED_PYTHONS:
         return None
-    found = ".".join(str(part) for part in version[:3])
+    found = f"is Python {version}" if version else "cannot be run, or has no venv and ensurepip"
     return (
-        f"Python {found} is not supported: must be 3.11 or 3.12, which torch, vLLM and "
-        "Megatron-Core all have releases for. Name one: make install PYTHON=python3.12"
+        f"PYTHON={name} {found}: must be {pythons()}, which torch, vLLM and Megatron-Core all have "
+        "releases for. Name another, or none to let one be found: make install"
     )
+
+
+def pythons() -> str:
+    """The supported Pythons in a sentence."""
+    *first, last = sorted(SUPPORTED_PYTHONS)
+    return f"{', '.join(first)} or {last}"
 
 
 def choose_device(requested: str | None, installed: str | None, has_nvidia_gpu: bool) -> str:
@@ -88,6 +104,21 @@ def choose_device(requested: str | None, installed: str | None, has_nvidia_gpu: 
     return installed or ("cuda" if has_nvidia_gpu else "cpu")
 
 
+def choose_torch(requested: str | None, device: str, found: Stamp | None) -> str:
+    """Which build of torch may be installed: "cpu", "cuda" or "any" of the two.
+
+    A request wins, then what .venv was made for; else the build is the device's.
+    """
+    if not requested:
+        return found.torch if found and found.device == device else device
+    if device == "cuda" or requested not in ("cpu", "any"):
+        raise InstallError(
+            f"{TORCH_VARIABLE}={requested!r}: must be cpu or any, and is for machines without a "
+            f"GPU; this one is installed for {device}. Unset it"
+        )
+    return requested
+
+
 def brings_cuda(report: dict[str, Any]) -> bool:
     """Whether what pip would install, by its report, is a CUDA build of torch."""
     installed = {
@@ -103,36 +134,39 @@ def brings_cuda(report: dict[str, Any]) -> bool:
 
 def torch_requirement(requirements: str) -> str:
     """The line of a requirement file that pins torch, "torch==2.13.0"."""
-    pins = [line.strip() for line in requirements.splitlines() if line.startswith("torch==")]
+    pins = re.findall(r"^torch==[^\s;]+", requirements, re.MULTILINE)
     if len(pins) != 1:
         raise InstallError(f"requirements must pin torch once, found {pins}")
     return pins[0]
 
 
-def plan_cpu(torch: str, configured_torch_is_cpu: bool) -> list[Step]:
-    """The steps for a machine without a GPU; the list of packages is closed, hence --no-deps."""
-    if configured_torch_is_cpu:
-        first = Step(torch, ("--no-deps", torch))
-    else:
+def locked(*names: str) -> tuple[str, ...]:
+    """Arguments that install the files of requirements/, which are closed, and nothing else."""
+    files = [part for name in names for part in ("-r", f"requirements/{name}.txt")]
+    return ("--require-hashes", "--no-deps", *files)
+
+
+def plan_cpu(torch: str, build: str, configured_torch_is_cpu: bool) -> list[Step]:
+    """The steps for a machine without a GPU; its build of torch is as pip's sources have it."""
+    cuda_build = Step(f"the CUDA build of {torch}, which also runs on a CPU", locked("torch-cuda"))
+    first = Step(torch, ("--no-deps", torch))
+    if not configured_torch_is_cpu:
         first = Step(
             f"{torch} from PyTorch's CPU index",
-            ("--no-deps", "--index-url", PYTORCH_CPU_INDEX, torch),
+            ("--no-deps", "--retries", "2", "--index-url", PYTORCH_CPU_INDEX, torch),
+            otherwise=cuda_build if build == "any" else None,
         )
-    files = ("-r", "requirements/cpu.txt", "-r", "requirements/dev.txt")
-    return [first, Step("packages of requirements/cpu.txt and dev.txt", ("--no-deps", *files))]
+    return [first, Step("packages of requirements/cpu.txt and dev.txt", locked("cpu", "dev"))]
 
 
-def plan_cuda(torch: str) -> list[Step]:
+def plan_cuda() -> list[Step]:
     """The steps for a machine with NVIDIA GPUs."""
     return [
-        Step(torch, (torch,)),  # first: Transformer Engine is compiled against it
-        Step(
-            "packages of requirements/cuda.txt and dev.txt",
-            ("-r", "requirements/cuda.txt", "-r", "requirements/dev.txt"),
-        ),
+        Step("packages of requirements/cuda.txt and dev.txt", locked("cuda", "dev")),
+        # It is compiled against the torch that is there by now.
         Step(
             "Transformer Engine (compiles for some minutes)",
-            ("--no-build-isolation", "-r", "requirements/cuda-compiled.txt"),
+            ("--no-build-isolation", *locked("transformer-engine")),
             consequence_of_failure=(
                 "the policy will use Megatron-Core's plain layers, which are slower"
             ),
@@ -147,7 +181,7 @@ PACKAGE_STEP = Step(
 
 def work_left(wanted: Stamp, found: Stamp | None) -> str:
     """What .venv lacks: "nothing", "package", "requirements" or, to be made anew, "venv"."""
-    if found is None or (found.python, found.device) != (wanted.python, wanted.device):
+    if found is None or found[:3] != wanted[:3]:
         return "venv"
     if found.requirements != wanted.requirements:
         return "requirements"
@@ -157,17 +191,17 @@ def work_left(wanted: Stamp, found: Stamp | None) -> str:
 # Actions.
 
 
-def main() -> None:
-    problem = python_problem(sys.version_info)
-    if problem:
-        raise InstallError(problem)
+def main(named_python: str | None = None) -> None:
     found = read_stamp()
     device = choose_device(
         os.environ.get(DEVICE_VARIABLE), found.device if found else None, has_nvidia_gpu()
     )
+    torch = choose_torch(os.environ.get(TORCH_VARIABLE), device, found)
+    python, version = python_to_use(named_python, found)
     wanted = Stamp(
-        python=f"{sys.version_info[0]}.{sys.version_info[1]}",
+        python=version,
         device=device,
+        torch=torch,
         requirements=hash_of((ROOT / "requirements").glob("*.txt")),
         package=hash_of(
             [
@@ -181,18 +215,67 @@ def main() -> None:
     if work == "nothing":
         return
     start = time.monotonic()
-    print(f"Installing into .venv for {device}; all of pip's output is in {LOG.relative_to(ROOT)}")
+    print(f"Installing into {VENV.name} for {device}, Python {version}; pip's output is in {LOG}")
     if work == "venv":
-        make_venv(keep_if_unfinished=found is None, python=wanted.python)
+        make_venv(keep_if_unfinished=found is None, python=python, version=version)
     STAMP.unlink(missing_ok=True)  # an installation that stops halfway must not look finished
     steps = [PACKAGE_STEP]
     if work != "package":
-        steps = plan(device) + steps
+        steps = plan(device, torch) + steps
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]")
-    check_imports(device)
+    check_imports(torch)
     STAMP.write_text(json.dumps(wanted._asdict()))
     print(f"Installed in {time.monotonic() - start:.0f} s. Next: make quickstart, or make test")
+
+
+def python_to_use(named: str | None, found: Stamp | None) -> tuple[str, str]:
+    """(the Python that .venv is made with, its version)."""
+    if named:
+        version = version_of(named)
+        problem = python_problem(named, version)
+        if problem or not version:
+            raise InstallError(problem)
+        return named, version
+    if found:
+        return str(VENV_PYTHON), found.python
+    for wanted in SUPPORTED_PYTHONS:
+        for candidate in candidates(wanted):
+            if version_of(candidate) == wanted:
+                return candidate, wanted
+    raise InstallError(
+        f"Python {pythons()} is needed, with venv and ensurepip, and none was found on PATH or "
+        "among pyenv's. Install one (on Debian and Ubuntu the packages python3 and python3-venv), "
+        "or name it: make install PYTHON=/path/to/python3.12"
+    )
+
+
+def candidates(version: str) -> Iterator[str]:
+    """Programs that may be that Python."""
+    for name in (f"python{version}", "python3", "python"):
+        path = shutil.which(name)
+        if path:
+            yield path
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    patches = [path for path in versions.glob(f"{version}.*") if re.search(r"\.\d+$", path.name)]
+    for path in sorted(patches, key=lambda path: -int(path.suffix[1:])):
+        yield str(path / "bin" / "python")
+
+
+def version_of(python: str) -> str | None:
+    """Its version, "3.12"; None where it does not run or cannot make an environment."""
+    code = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+    try:
+        asked = subprocess.run(
+            [python, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_OF_PYTHON_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 def has_nvidia_gpu() -> bool:
@@ -216,38 +299,32 @@ def hash_of(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def make_venv(keep_if_unfinished: bool, python: str) -> None:
+def make_venv(keep_if_unfinished: bool, python: str, version: str) -> None:
     """An empty .venv, or, after an installation that stopped halfway, the one that is there."""
     if VENV.exists() and not (VENV / "pyvenv.cfg").exists():
         raise InstallError(f"{VENV} is there but is no virtual environment. Move it away")
-    is_same_python = (VENV / "lib" / f"python{python}").is_dir()
+    is_same_python = (VENV / "lib" / f"python{version}").is_dir()
     if keep_if_unfinished and is_same_python and VENV_PYTHON.exists():
         return
-    if Path(sys.prefix).resolve() == VENV.resolve():
-        raise InstallError(
-            ".venv must be made anew, which its own Python cannot do. "
-            "Name another: make install PYTHON=python3"
-        )
+    if Path(python) == VENV_PYTHON:  # which the next call removes
+        asked = "import sys; print(sys._base_executable)"
+        python = subprocess.check_output([python, "-c", asked], text=True).strip()
     made = subprocess.run(
-        [sys.executable, "-m", "venv", "--clear", str(VENV)],
+        [python, "-m", "venv", "--clear", str(VENV)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
     if made.returncode != 0:
-        raise InstallError(
-            f"{sys.executable} -m venv failed:\n{made.stdout.strip()}\n"
-            "On Debian and Ubuntu the package python3-venv is what is missing"
-        )
+        raise InstallError(f"{python} -m venv failed:\n{made.stdout.strip()}")
 
 
-def plan(device: str) -> list[Step]:
-    requirements = (ROOT / "requirements" / f"{device}.txt").read_text()
-    torch = torch_requirement(requirements)
+def plan(device: str, torch_build: str) -> list[Step]:
     if device == "cuda":
-        return plan_cuda(torch)
-    return plan_cpu(torch, configured_torch_is_cpu(torch))
+        return plan_cuda()
+    torch = torch_requirement((ROOT / "requirements" / "torch-cuda.txt").read_text())
+    return plan_cpu(torch, torch_build, configured_torch_is_cpu(torch))
 
 
 def configured_torch_is_cpu(torch: str) -> bool:
@@ -294,6 +371,10 @@ def run_step(step: Step, position: str) -> None:
         print(f"      done in {seconds:.0f} s", flush=True)
         return
     last_lines = "\n".join(f"  | {line}" for line in tail)
+    if step.otherwise:
+        print(f"{last_lines}\n      not to be had; instead:", flush=True)
+        run_step(step.otherwise, position)
+        return
     if step.consequence_of_failure:
         print(f"{last_lines}\n      not installed: {step.consequence_of_failure}", flush=True)
         return
@@ -307,11 +388,12 @@ def hint(step: Step) -> str:
         return f"\nThe whole output is in {LOG}"
     return (
         f"\nNo CPU build of torch was found in pip's configured sources, and {PYTORCH_CPU_INDEX} "
-        "did not give one either. Set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to where one is"
+        "did not give one either. Set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to where one is, or "
+        f"take the CUDA build (3 GB), which also runs on a CPU: {TORCH_VARIABLE}=any make install"
     )
 
 
-def check_imports(device: str) -> None:
+def check_imports(torch_build: str) -> None:
     """A wrong build of torch installs without a word, so look at the result."""
     code = "import torch, megatron.core, megatron_rl; print(torch.version.cuda or 'cpu')"
     check = subprocess.run(
@@ -324,15 +406,15 @@ def check_imports(device: str) -> None:
     if check.returncode != 0:
         raise InstallError(f"The installed packages do not import:\n{check.stderr.strip()}")
     build = check.stdout.split()[-1]
-    if (build == "cpu") != (device == "cpu"):
+    if torch_build != "any" and (build == "cpu") != (torch_build == "cpu"):
         raise InstallError(
-            f"torch is a build for {build} where {device} was asked for. Remove .venv, check pip's "
-            f"configured sources, or set {DEVICE_VARIABLE}"
+            f"torch is a build for {build} where one for {torch_build} was asked for. Remove "
+            f"{VENV}, check pip's configured sources, or set {DEVICE_VARIABLE} or {TORCH_VARIABLE}"
         )
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(*sys.argv[1:2])
     except InstallError as error:
         sys.exit(f"error: {error}")

