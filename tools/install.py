@@ -370,11 +370,11 @@ def run_step(step: Step, position: str) -> None:
     if process.returncode == 0:
         print(f"      done in {seconds:.0f} s", flush=True)
         return
-    last_lines = "\n".join(f"  | {line}" for line in tail)
     if step.otherwise:
-        print(f"{last_lines}\n      not to be had; instead:", flush=True)
+        print(f"      not to be had ({seconds:.0f} s); instead:", flush=True)
         run_step(step.otherwise, position)
         return
+    last_lines = "\n".join(f"  | {line}" for line in tail)
     if step.consequence_of_failure:
         print(f"{last_lines}\n      not installed: {step.consequence_of_failure}", flush=True)
         return
