@@ -7,13 +7,15 @@ learns the version or goes. Nothing else in the package spells a version of Mega
 
 import functools
 import importlib.metadata
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rl.errors import InputError
 
-V0_16_1 = "0.16.1"
-SUPPORTED_VERSIONS = (V0_16_1,)
+V0_16_1, V0_19_2 = "0.16.1", "0.19.2"
+SUPPORTED_VERSIONS = (V0_16_1, V0_19_2)
+PYTHON_OF_0_19_2 = (3, 12)  # the oldest that it installs with
 ALONE, ON_RANKS = "tests/unit/megatron/faults_alone.py", "tests/distributed/faults_on_ranks.py"
 
 
@@ -46,7 +48,7 @@ FAULTS = {
     for fault in (
         Fault(
             name="cuda_in_its_source",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="names CUDA devices in its source, so it does not run on a CPU",
             action="fitted",
             by="on_cpu.install",
@@ -54,7 +56,7 @@ FAULTS = {
         ),
         Fault(
             name="interleaving_without_overlap",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="posts two sends to the same peer in the interleaved schedule at PP 2 without "
             "`overlap_p2p_comm`; they cross, which makes wrong gradients without an error",
             action="refused",
@@ -82,7 +84,7 @@ FAULTS = {
         ),
         Fault(
             name="auxiliary_losses_times_tokens",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="multiplies auxiliary losses by the token count and expects a division that "
             "loss weights which are global already leave out",
             action="refused",
@@ -91,7 +93,7 @@ FAULTS = {
         ),
         Fault(
             name="experts_without_sequence_parallelism",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="does not train experts under tensor parallelism without sequence parallelism",
             action="refused",
             by="refusals.model_problems",
@@ -99,7 +101,7 @@ FAULTS = {
         ),
         Fault(
             name="norm_without_mark",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="leaves a norm that does not mark its weight out of the reduction over the ranks "
             "of sequence parallelism, so its gradient is wrong without an error",
             action="fitted",
@@ -108,7 +110,7 @@ FAULTS = {
         ),
         Fault(
             name="norm_of_torch",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="refuses its norm of local layers under sequence parallelism",
             action="fitted",
             by="layers.Norm",
@@ -116,7 +118,7 @@ FAULTS = {
         ),
         Fault(
             name="packed_local_attention",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="has no attention of packed rows without Transformer Engine",
             action="fitted",
             by="layers.PackedAttention",
@@ -140,7 +142,7 @@ FAULTS = {
         ),
         Fault(
             name="dispatcher_without_numpy",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="makes no numpy arrays of CPU tensors, which its dispatcher of tokens expects",
             action="repaired",
             by="repairs.give_numpy_on_a_cpu",
@@ -148,7 +150,7 @@ FAULTS = {
         ),
         Fault(
             name="adam_without_states",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="cannot load into an Adam of torch that has not taken a step",
             action="repaired",
             by="repairs.give_states_to_load_into",
@@ -156,7 +158,7 @@ FAULTS = {
         ),
         Fault(
             name="adam_step_not_saved",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="ends in a `KeyError` when it loads into an Adam of torch: it copies `step`, "
             "which a checkpoint does not hold",
             action="repaired",
@@ -165,7 +167,7 @@ FAULTS = {
         ),
         Fault(
             name="adam_step_shared",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="leaves all parameters of torch's Adam with one `step` tensor after a load, "
             "which advances once per parameter: wrong bias correction without an error",
             action="repaired",
@@ -174,7 +176,7 @@ FAULTS = {
         ),
         Fault(
             name="optimizers_of_a_mixture",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="has two optimizers for a mixture under expert parallelism, whose state the one "
             "optimizer of other layouts cannot load",
             action="fitted",
@@ -183,7 +185,7 @@ FAULTS = {
         ),
         Fault(
             name="name_of_a_mixtures_norm",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="saves the norm before a mixture under another name by local layers than by "
             "Transformer Engine's",
             action="fitted",
@@ -192,7 +194,7 @@ FAULTS = {
         ),
         Fault(
             name="clipping_in_float64",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="clips float32 gradients only",
             action="refused",
             by="refusals.optimizer_problems",
@@ -200,7 +202,7 @@ FAULTS = {
         ),
         Fault(
             name="distributed_optimizer_in_float64",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="has no distributed optimizer of float64 parameters",
             action="fitted",
             by="model.TrainedModel",
@@ -217,17 +219,17 @@ def installed_version() -> str:
     Raises:
         InputError: none is installed, or one that this package was not tested with.
     """
-    known = " or ".join(SUPPORTED_VERSIONS)
+    fitting = V0_19_2 if sys.version_info >= PYTHON_OF_0_19_2 else V0_16_1
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
-            f"megatron-core is not installed. Install megatron-core=={known}"
+            f"megatron-core is not installed. Install megatron-core=={fitting}"
         ) from error
     if version not in SUPPORTED_VERSIONS:
         raise InputError(
             f"megatron-core {version} is installed: this package repairs and relies on exactly "
-            f"{known}. Install megatron-core=={SUPPORTED_VERSIONS[-1]}"
+            f"{' or '.join(SUPPORTED_VERSIONS)}. Install megatron-core=={fitting}"
         )
     return version
 
