@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = ROOT / "pyproject.toml"
 FOLDER = ROOT / "requirements"
 OLDEST_PYTHON = "3.11"
 HEADER = (
@@ -82,6 +83,11 @@ def write(lock: Lock, *, upgrade: bool) -> None:
             resolved.write_text(file_of(lock.name).read_text())  # uv prefers what it finds there
         overrides = Path(scratch, "overrides.txt")
         overrides.write_text("".join(f"{name}; sys_platform == 'never'\n" for name in lock.without))
+        # Without the overrides of a plain `uv sync`, which would win over ours.
+        asked = re.sub(
+            r"override-dependencies = \[.*?\n\]\n", "", PYPROJECT.read_text(), flags=re.S
+        )
+        Path(scratch, "pyproject.toml").write_text(asked)
         command = ["uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes"]
         command += ["--python-version", OLDEST_PYTHON, "--no-header", "--no-annotate"]
         command += ["--output-file", str(resolved), "--override", str(overrides)]
@@ -93,7 +99,7 @@ def write(lock: Lock, *, upgrade: bool) -> None:
             wanted = Path(scratch, "wanted.in")
             wanted.write_text("\n".join(wanted_of(lock.asks_for)) + "\n")
             command.append(str(wanted))
-        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", *command], cwd=scratch, check=True)
         text = resolved.read_text()
     others = [set(names(file_of(name).read_text())) for name in lock.agrees_with]
     known = set.intersection(*others) if others else set()
@@ -103,8 +109,9 @@ def write(lock: Lock, *, upgrade: bool) -> None:
 
 def wanted_of(name: str) -> list[str]:
     """The lines of an extra, or the one line of a package that the CUDA extra pins."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        extras: dict[str, list[str]] = tomllib.load(file)["project"]["optional-dependencies"]
+    extras: dict[str, list[str]] = tomllib.loads(PYPROJECT.read_text())["project"][
+        "optional-dependencies"
+    ]
     return extras.get(name) or [line for line in extras["cuda"] if line.startswith(f"{name}==")]
 
 
