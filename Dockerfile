@@ -1,4 +1,5 @@
-# Not yet run on a GPU, and not yet built: the steps are those of tools/install.py for CUDA.
+# Not yet run on a GPU, and not yet built as an image; docs/installation.md tells which of its steps
+# were run, and where.
 #
 #   docker build -t megatron-rl .
 #   docker run --gpus all --ipc host -v "$PWD/runs:/workspace/runs" megatron-rl train recipe.yaml
@@ -20,16 +21,17 @@ RUN python3 -m venv "$VIRTUAL_ENV"
 # requirements before sources: a change of code does not install 10 GB again
 WORKDIR /workspace
 COPY requirements requirements
-RUN pip install "$(grep '^torch==' requirements/cuda.txt)" \
-    && pip install -r requirements/cuda.txt
+RUN pip install --require-hashes --no-deps -r requirements/cuda.txt
 # 9.0 is Hopper (H100, H200); add others, separated by ";"
 RUN NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS=90 TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=8 \
-    pip install --no-build-isolation -r requirements/cuda-compiled.txt
+    pip install --no-build-isolation --require-hashes --no-deps \
+        -r requirements/transformer-engine.txt
 
 COPY pyproject.toml setup.py LICENSE ./
 COPY megatron_rl megatron_rl
 COPY csrc csrc
-RUN TORCH_CUDA_ARCH_LIST=9.0 pip install --no-deps --no-build-isolation -e .
+RUN MEGATRON_RL_CSRC=cuda MEGATRON_RL_CUDA_ARCHS=90 MAX_JOBS=8 \
+    pip install --no-deps --no-build-isolation -e .
 COPY tools tools
 COPY examples examples
 

@@ -1,13 +1,15 @@
 # Everything runs in .venv, which `make install` makes and keeps up to date.
-# PYTHON names the Python that .venv is made with, for example: make install PYTHON=python3.12
+# PYTHON names the Python that .venv is made with, for example: make install PYTHON=3.11
 # VENV names another environment than .venv, for example: make test VENV=.venv-3.11
+# TESTS names some of the tests, for example: make test TESTS=tests/unit
 
 PYTHON ?=
 VENV ?= .venv
+TESTS ?=
 RUN := $(VENV)/bin/python -m
 export MEGATRON_RL_VENV := $(VENV)
 
-.PHONY: install quickstart test test-fast lint types lock clean
+.PHONY: install quickstart test test-fast test-other lint types lock clean
 
 install:
 	@python3 tools/install.py $(PYTHON)
@@ -16,10 +18,17 @@ quickstart: install
 	@PYTHON=$(VENV)/bin/python bash examples/quickstart/run.sh
 
 test: install
-	$(RUN) pytest
+	$(RUN) pytest $(TESTS)
 
 test-fast: install
 	$(RUN) pytest -m "not slow and not gpu"
+
+# The share that depends on Megatron-Core, with Python 3.11 and its older version.
+OTHER := tests/architecture tests/unit/megatron tests/distributed/test_faults.py \
+	tests/distributed/test_gradient_invariance.py tests/distributed/test_checkpoint_conversion.py \
+	tests/e2e/test_resume.py tests/e2e/test_megatron_settings.py
+test-other:
+	@$(MAKE) test VENV=.venv-3.11 PYTHON=3.11 TESTS="$(OTHER)"
 
 lint: install
 	$(RUN) ruff check .

@@ -3,8 +3,9 @@
     python3 tools/install.py [PYTHON]
 
 The one file that decides what is installed where: which Python runs us, CPU or CUDA, which build of
-torch. PYTHON names the Python that .venv is made with; else a finished .venv keeps its own, and a
-new one gets the first of SUPPORTED_PYTHONS that is on PATH or among pyenv's. Standard library only,
+torch. PYTHON is the Python that .venv is made with, as a version (3.11) or a program; without it a
+finished .venv keeps its own, and a new one gets the first of SUPPORTED_PYTHONS. Versions are looked
+for on PATH and among pyenv's. Standard library only,
 and without new syntax, since any python3 may start it. A repeated call finds its stamp in .venv and
 does nothing.
 
@@ -231,22 +232,24 @@ def main(named_python: str | None = None) -> None:
 
 def python_to_use(named: str | None, found: Stamp | None) -> tuple[str, str]:
     """(the Python that .venv is made with, its version)."""
-    if named:
+    if named and not re.match(r"\d", named):
         version = version_of(named)
         problem = python_problem(named, version)
         if problem or not version:
             raise InstallError(problem)
         return named, version
-    if found:
+    if named and named not in SUPPORTED_PYTHONS:
+        raise InstallError(python_problem(named, named))
+    if found and not named:
         return str(VENV_PYTHON), found.python
-    for wanted in SUPPORTED_PYTHONS:
+    for wanted in (named,) if named else SUPPORTED_PYTHONS:
         for candidate in candidates(wanted):
             if version_of(candidate) == wanted:
                 return candidate, wanted
     raise InstallError(
-        f"Python {pythons()} is needed, with venv and ensurepip, and none was found on PATH or "
-        "among pyenv's. Install one (on Debian and Ubuntu the packages python3 and python3-venv), "
-        "or name it: make install PYTHON=/path/to/python3.12"
+        f"Python {named or pythons()} is needed, with venv and ensurepip, and was found neither on "
+        "PATH nor among pyenv's. Install it (on Debian and Ubuntu the packages python3 and "
+        "python3-venv), or name it: make install PYTHON=/path/to/python3.12"
     )
 
 

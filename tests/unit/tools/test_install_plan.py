@@ -90,6 +90,17 @@ def test_a_python_that_cannot_make_an_environment_is_passed_over(install, machin
         install.python_to_use("python3.12", None)
 
 
+def test_a_python_may_be_named_by_its_version(install, machine):
+    path, pyenv = machine
+    a_python(path / "python3.12", "3.12")
+    a_python(pyenv / "3.11.7" / "bin" / "python", "3.11")
+    assert install.python_to_use("3.11", None)[0] == str(pyenv / "3.11.7" / "bin" / "python")
+    with pytest.raises(install.InstallError, match=r"Python 3\.13 is needed"):
+        install.python_to_use("3.13", None)
+    with pytest.raises(install.InstallError, match=r"is Python 3\.14: must be 3\.11"):
+        install.python_to_use("3.14", None)
+
+
 def test_no_python_at_all_is_answered_with_a_way_out(install, machine):
     with pytest.raises(install.InstallError, match="make install PYTHON=/path/to/"):
         install.python_to_use(None, None)
