@@ -1,7 +1,6 @@
 """A command from its config to its end: processes joined, run built, results written and shown."""
 
 import json
-import logging
 import multiprocessing
 import os
 import subprocess
@@ -163,8 +162,7 @@ class _Recorder:
 
 
 def _start(config: RunConfig) -> Platform:
-    warnings.filterwarnings("ignore", module="megatron|vllm|torch.distributed")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(vllm|torch\.distributed)\b")
     # Else each rank of a machine would start a thread for every core.
     if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
