@@ -1,10 +1,13 @@
 """A run goes on under the version of Megatron-Core that wrote its checkpoints, or a newer one."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from megatron_rl.checkpoint.versions import WRITTEN_BY, refuse_newer
+from megatron_rl import session
+from megatron_rl.checkpoint.versions import CHECKPOINTS, WRITTEN_BY, refuse_newer
+from megatron_rl.config import load_config
 from megatron_rl.errors import InputError
 from megatron_rl.megatron import faults
 
@@ -64,3 +67,13 @@ def test_a_newer_version_is_refused_with_both_ways_out(monkeypatch, checkpoints,
     )
     assert f"Install megatron-core=={saved}, or start another run" in str(refused.value)
     assert f"model.path={newest}" in str(refused.value)
+
+
+def test_train_refuses_before_it_reads_a_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "read_inputs", lambda *_: pytest.fail("it went on"))
+    folder = tmp_path / CHECKPOINTS / "iteration_000002"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(state_of(["99.0.0"]))
+    recipe = Path(__file__).parents[3] / "examples" / "quickstart" / "sft.yaml"
+    with pytest.raises(InputError, match=r"Megatron-Core 99\.0\.0 wrote this checkpoint"):
+        session.train_session(load_config(recipe, [f"run.output_dir={tmp_path}"]))
