@@ -27,9 +27,9 @@ def refuse_newer(directory: Path) -> None:
         if faults.release(version) > faults.release(installed):
             raise InputError(
                 f"{checkpoint}: Megatron-Core {version} wrote this checkpoint, and {installed} is "
-                f"installed: an older one cannot read the state of its optimizer. Install "
-                f"megatron-core=={version}, or start another run from its weights alone, which "
-                f"every version reads: run.output_dir=ANOTHER_DIRECTORY model.path={checkpoint}"
+                f"installed: an older one cannot read the state of its optimizer. Go on where "
+                f"megatron-core=={version} is installed, or start another run from the weights "
+                f"alone, here as well: run.output_dir=ANOTHER_DIRECTORY model.path={checkpoint}"
             )
 
 

@@ -65,7 +65,7 @@ def test_a_newer_version_is_refused_with_both_ways_out(monkeypatch, checkpoints,
     assert f"{newest}: Megatron-Core {saved} wrote this checkpoint, and {installed} is" in str(
         refused.value
     )
-    assert f"Install megatron-core=={saved}, or start another run" in str(refused.value)
+    assert f"Go on where megatron-core=={saved} is installed, or start" in str(refused.value)
     assert f"model.path={newest}" in str(refused.value)
 
 
