@@ -19,7 +19,7 @@ def enter(platform: Platform) -> None:
         InputError: no version of Megatron-Core that this package knows is installed.
     """
     faults.installed_version()
-    silence()
+    silence(platform.device_type)
     if platform.device_type == "cpu":
         on_cpu.install()
     repairs.apply()

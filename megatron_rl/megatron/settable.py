@@ -20,7 +20,7 @@ def by_field(groups: Mapping[str, str]) -> dict[str, str]:
 SETTABLE = by_field(
     {
         "communication between pipeline stages: the same tensors, at other times": """
-            overlap_p2p_comm batch_p2p_comm batch_p2p_sync overlap_p2p_comm_warmup_flush""",
+            overlap_p2p_comm batch_p2p_comm batch_p2p_sync""",
         "memory: what is kept, moved to the host or computed again": """
             deallocate_pipeline_outputs distribute_saved_activations
             clone_scatter_output_in_embedding fine_grained_activation_offloading offload_modules
@@ -135,6 +135,9 @@ REFUSED = by_field(
             embedding_init_method_std init_model_with_meta_device""",
         "rows are brought to a multiple of the pipeline stages, and not of this": """
             microbatch_group_size_per_vp_stage""",
+        # Seen at PP 2 VPP 2 with deallocate_pipeline_outputs: gradients off by half their size.
+        "it sends outputs that may be freed meanwhile: wrong gradients without an error": """
+            overlap_p2p_comm_warmup_flush""",
         "the device decides it": "use_cpu_initialization",
         "rows are packed, and their lengths differ": """
             variable_seq_lengths enable_cuda_graph external_cuda_graph cuda_graph_impl

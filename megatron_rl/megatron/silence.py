@@ -14,8 +14,22 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     (r"megatron\.core\.models\.mimo\.", UserWarning, r"MimoModelConfig is experimental"),
     # Its optimizer asks for the gradient of a view, of which it says that there is none.
     (r"megatron\.core\.optimizer\.", UserWarning, r"The \.grad attribute of a Tensor that is not"),
+    # Experts of tensor parallelism 1 in a model of more.
+    (
+        r"megatron\.core\.tensor_parallel\.",
+        UserWarning,
+        r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1\.",
+    ),
     # Its own calls; torch attributes them to a wrapper of its own.
     (r"torch\.distributed\.", FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
+)
+# Advice about streams of a GPU, which is worth hearing where there is one.
+ON_A_CPU: tuple[tuple[str, type[Warning], str], ...] = (
+    (
+        r"megatron\.core\.tensor_parallel\.",
+        UserWarning,
+        r"When using (sequence parallelism|async grad allreduce) it is recommended to set",
+    ),
 )
 # Who logs, and first words.
 LOGGED = {
@@ -29,9 +43,9 @@ LOGGED = {
 }
 
 
-def silence() -> None:
+def silence(device_type: str) -> None:
     """Keep these messages off the terminal, in this process."""
-    for module, category, start in WARNINGS:
+    for module, category, start in WARNINGS + (ON_A_CPU if device_type == "cpu" else ()):
         warnings.filterwarnings("ignore", message=start, category=category, module=module)
     for name, start in LOGGED.items():
         logging.getLogger(name).addFilter(_Silenced(start))

@@ -197,15 +197,12 @@ EVERY_LAYOUT = (
         is_refused_with="weights_without_marks",
     ),
     Layout(
-        name="PP2 VPP2, settings of the schedule",
+        name="PP2 VPP2, outputs deallocated",
         world=2,
         pp=2,
         vpp=2,
         has_least=True,
-        megatron=(
-            ("deallocate_pipeline_outputs", True),
-            ("overlap_p2p_comm_warmup_flush", True),
-        ),
+        megatron=(("deallocate_pipeline_outputs", True),),
     ),
     Layout(
         name="TP2, all recomputed, settings of memory and speed",

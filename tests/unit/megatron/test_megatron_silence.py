@@ -17,7 +17,7 @@ def silent():
     before = {name: list(logging.getLogger(name).filters) for name in LOGGED}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        silence()
+        silence("cuda")
         yield warned
     for name, filters in before.items():
         logging.getLogger(name).filters[:] = filters
@@ -43,6 +43,14 @@ def test_a_warning_is_silenced_by_words_category_and_module(
     silent, message, category, module, is_heard
 ):
     warn(message, category, module)
+    assert len(silent) == is_heard
+
+
+@pytest.mark.parametrize(("device_type", "is_heard"), [("cpu", 0), ("cuda", 1)])
+def test_advice_about_a_gpu_is_heard_where_there_is_one(silent, device_type, is_heard):
+    silence(device_type)
+    advice = "When using sequence parallelism it is recommended to set the environment variable"
+    warn(advice, UserWarning, "megatron.core.tensor_parallel.layers")
     assert len(silent) == is_heard
 
 
