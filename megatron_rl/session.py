@@ -1,7 +1,6 @@
 """A command from its config to its end: processes joined, run built, results written and shown."""
 
 import json
-import logging
 import multiprocessing
 import os
 import subprocess
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megatron_rl.checkpoint.versions import CHECKPOINTS, refuse_newer
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.megatron.enter import enter
@@ -47,11 +47,12 @@ PACKAGES = (
 def train_session(config: RunConfig) -> None:
     """The command `train`; every rank calls it, and on success it ends the process."""
     platform = _start(config)
+    output = Path(config.run.output_dir)
+    refuse_newer(output / CHECKPOINTS)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
-    output = Path(config.run.output_dir)
     if is_main:
         _write_description(config, output, platform)
     recorder = _Recorder(config, is_main=is_main)
@@ -161,8 +162,7 @@ class _Recorder:
 
 
 def _start(config: RunConfig) -> Platform:
-    warnings.filterwarnings("ignore", module="megatron|vllm|torch.distributed")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(vllm|torch\.distributed)\b")
     # Else each rank of a machine would start a thread for every core.
     if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))

@@ -1,6 +1,5 @@
 """The terminal beside the result of a command: a progress bar, and silence of libraries."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +49,6 @@ def silence_libraries() -> None:
     """Keep what libraries say while they are imported and while they load off the terminal."""
     from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore", module="megatron|torch.distributed")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\b")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

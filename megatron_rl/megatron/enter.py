@@ -2,16 +2,16 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Mapping
 
 from megatron_rl.megatron import faults, on_cpu, repairs
+from megatron_rl.megatron.silence import silence
 from megatron_rl.platforms.base import Platform, detect
 
 
 @functools.cache
 def enter(platform: Platform) -> None:
-    """Check the version, retarget Megatron-Core where the device is a CPU, and repair it.
+    """Check the version, silence, retarget where the device is a CPU, and repair Megatron-Core.
 
     Harmless when repeated.
 
@@ -19,6 +19,7 @@ def enter(platform: Platform) -> None:
         InputError: no version of Megatron-Core that this package knows is installed.
     """
     faults.installed_version()
+    silence(platform.device_type)
     if platform.device_type == "cpu":
         on_cpu.install()
     repairs.apply()
@@ -30,10 +31,8 @@ def config_fields() -> Mapping[str, object]:
 
     A check of a recipe may ask before anything else has entered.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about optional packages, amid a check's answer
-        enter(detect())
-        from megatron.core.transformer import TransformerConfig
+    enter(detect())
+    from megatron.core.transformer import TransformerConfig
 
     return {
         field.name: None if field.default is dataclasses.MISSING else field.default

@@ -2,12 +2,16 @@
 
 A row names the versions that have the fault. Each row has a probe, which runs stock code and must
 show the fault: a probe that finds none at an installed version fails its test, so that the row
-learns the version or goes. Nothing else in the package spells a version of Megatron-Core.
+learns the version or goes. Nothing else in the package spells a version of Megatron-Core. A version
+that was never probed is taken to have the faults of the nearest one below it that was.
 """
 
 import functools
 import importlib.metadata
+import os
+import re
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +20,9 @@ from megatron_rl.errors import InputError
 V0_16_1, V0_19_2 = "0.16.1", "0.19.2"
 SUPPORTED_VERSIONS = (V0_16_1, V0_19_2)
 PYTHON_OF_0_19_2 = (3, 12)  # the oldest that it installs with
+UNTESTED = "MEGATRON_RL_UNTESTED_MEGATRON"
+"""The environment variable that names another version, which then runs with a warning."""
+
 ALONE, ON_RANKS = "tests/unit/megatron/faults_alone.py", "tests/distributed/faults_on_ranks.py"
 
 
@@ -214,10 +221,13 @@ FAULTS = {
 
 @functools.cache
 def installed_version() -> str:
-    """The version of megatron-core on this machine.
+    """The version of megatron-core on this machine: a tested one, or the one that UNTESTED names.
+
+    The first call warns, once per job, where the version is untested.
 
     Raises:
-        InputError: none is installed, or one that this package was not tested with.
+        InputError: none is installed, or an untested one that UNTESTED does not name, or UNTESTED
+            names another one.
     """
     fitting = V0_19_2 if sys.version_info >= PYTHON_OF_0_19_2 else V0_16_1
     try:
@@ -226,17 +236,45 @@ def installed_version() -> str:
         raise InputError(
             f"megatron-core is not installed. Install megatron-core=={fitting}"
         ) from error
-    if version not in SUPPORTED_VERSIONS:
+    asked, is_tested = os.environ.get(UNTESTED), version in SUPPORTED_VERSIONS
+    if asked and asked != version:
+        way_out = "Unset it: that one is tested" if is_tested else f"Set {UNTESTED}={version}"
+        raise InputError(
+            f"{UNTESTED}={asked}: megatron-core {version} is installed, and only that can be named "
+            f"here. {way_out}"
+        )
+    if is_tested:
+        return version
+    if not asked:
         raise InputError(
             f"megatron-core {version} is installed: this package repairs and relies on exactly "
-            f"{' or '.join(SUPPORTED_VERSIONS)}. Install megatron-core=={fitting}"
+            f"{' or '.join(SUPPORTED_VERSIONS)}. Install megatron-core=={fitting}, or set "
+            f"{UNTESTED}={version} to try it with the repairs of {nearest_tested(version)}"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"megatron-core {version} is not tested with this package ({UNTESTED} asks for it): it "
+            f"is taken to have the faults of {nearest_tested(version)}, so a fault of its own can "
+            "make wrong gradients without an error",
+            stacklevel=2,
         )
     return version
 
 
+def nearest_tested(version: str) -> str:
+    """The newest tested version that is not newer than this one; the oldest where all are."""
+    older = [tested for tested in SUPPORTED_VERSIONS if release(tested) <= release(version)]
+    return max(older or SUPPORTED_VERSIONS[:1], key=release)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, by which releases are ordered: (0, 19, 2) of 0.19.2rc1."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
 def is_present(name: str) -> bool:
-    """True where the installed version has the fault."""
-    return installed_version() in FAULTS[name].versions
+    """True where the installed version has the fault, or is taken to have it."""
+    return nearest_tested(installed_version()) in FAULTS[name].versions
 
 
 def reason(name: str) -> str | None:

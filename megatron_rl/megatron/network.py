@@ -22,7 +22,8 @@ class HiddenStatesModel(GPTModel):
     """A GPTModel whose last stage returns the final hidden states.
 
     LM head and loss run outside, on the rows that carry loss and in chunks, so whole logits never
-    exist; Megatron-Core itself has no hook there (faults.py, no_output_hook).
+    exist. Not every version has a hook there (faults.py, no_output_hook), and the model that
+    follows this one has none, so this method serves all.
     """
 
     def _postprocess(self, hidden_states: Tensor, **_: object) -> Tensor:

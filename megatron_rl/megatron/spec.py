@@ -48,7 +48,7 @@ def _make_local(layer: Any, *, has_head_norms: bool) -> None:
 def _is_mixture(mlp: ModuleSpec | functools.partial[Any]) -> bool:
     """True where a layer's MLP is a mixture of experts.
 
-    Megatron-Core 0.16 says what it builds by a ModuleSpec, later ones by a partial call.
+    Older versions say what they build by a ModuleSpec, newer ones by a partial call.
     """
     built = mlp.func if isinstance(mlp, functools.partial) else mlp.module
     return built is MoELayer

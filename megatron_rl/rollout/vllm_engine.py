@@ -1,6 +1,7 @@
 """vLLM inside the training processes, one engine per rollout tensor-parallel group."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,6 +87,8 @@ class VllmEngine:
         if kv_cache is not None:
             settings["kv_cache_memory_bytes"] = kv_cache << 20
         os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+        # vLLM reads its level when it builds an engine, and speaks before.
+        logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         from vllm import LLM
 
         with groups.platform.preserved_rng(), private_shared_memory(groups.world):

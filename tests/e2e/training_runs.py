@@ -55,6 +55,13 @@ class Runs:
 
     def command(self, command: str, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
         """The same of any command that takes a recipe."""
+        done = self.start(command, name, ranks, *overrides, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout
+
+    def start(
+        self, command: str, name: str, ranks: int, *overrides: str, stderr: int
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, its stderr where the caller wants it."""
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(
             yaml.safe_dump(recipe_of(self.folder / "models" / "qwen2", self.folder / name))
@@ -64,17 +71,16 @@ class Runs:
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             start += ["-m", "megatron_rl"]
         # A pipe, as `| tee` is: it closes when the last process of the run has ended.
-        done = subprocess.run(
+        return subprocess.run(
             [sys.executable, *start, command, str(recipe), *overrides],
             cwd=ROOT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
             timeout=STUCK_S,
         )
-        return done.returncode, done.stdout
 
     def finish(self, name: str, ranks: int, *overrides: str) -> str:
         code, said = self.train(name, ranks, *overrides)

@@ -1,0 +1,42 @@
+"""What a run prints is ours: nothing of what stock parts say at every import, build, save, load."""
+
+import subprocess
+
+import pytest
+from training_runs import PP2, TP2
+
+pytestmark = pytest.mark.slow
+
+TWO = ("run.num_iterations=2", "checkpoint.save_every=1")
+SP_EP = (
+    *TP2,
+    "parallel.sequence_parallel=true",
+    "parallel.expert_model_parallel_size=2",
+    "parallel.expert_tensor_parallel_size=1",
+)
+VPP = (*PP2, "parallel.virtual_pipeline_model_parallel_size=2")
+CASES = {
+    "one rank": ("qwen2", 1, ()),
+    "experts in bfloat16": ("qwen3_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
+    "interleaved": ("qwen2_tied", 2, VPP),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_said_beside_the_report(runs, case):
+    """Twice, so that a checkpoint is loaded as well; not what torchrun itself says of ranks."""
+    model, ranks, layout = CASES[case]
+    path = f"model.path={runs.folder / 'models' / model}"
+    for overrides in (TWO, ("run.num_iterations=3", "checkpoint.save_every=1")):
+        settings = (path, *layout, *overrides)
+        done = runs.start("train", f"silent {case}", ranks, *settings, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert "done: " in done.stdout
+        assert [line for line in done.stdout.splitlines() if not line.startswith(OURS)] == []
+
+
+OURS = (
+    "ops: ", "layout: ", "model: ", "prompts: ", "algorithm: ", "old-log-prob pass: ",
+    "reference pass: ", "iteration ", "resumed after iteration ", "done: ", "  ",
+)  # fmt: skip
