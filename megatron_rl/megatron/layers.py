@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_rl.megatron.rope import Rope, Rotation
+from megatron_rl.types import MicroBatch
+
 MAX_WASTE = 1.25
 """Sequences padded to a common length differ from it by at most this factor, plus 16 tokens."""
 
@@ -27,18 +30,21 @@ class Norm(torch.nn.RMSNorm):
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """Megatron's parameters of a packed row, and how its sequences are padded into blocks.
+    """Megatron's parameters of a packed row, its rotation, and how it is padded into blocks.
 
-    The blocks are computed once per row and used by every layer.
+    Rotation and blocks are computed once per row and used by every layer.
     """
+
+    rotation: Rotation | None = None  # None: Transformer Engine rotates
 
     blocks: tuple[Tensor, ...] = ()  # [sequences, length] int64 each: token index, tail repeated
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     # [T] int64: where in the concatenated, flattened blocks each token of the row stands
 
 
-def packed_rows(cu_seqlens: Tensor, max_seqlen: int) -> PackedRows:
-    """Plan the attention of one row; cu_seqlens [sequences + 1] int32."""
+def packed_rows(row: MicroBatch, rope: Rope | None) -> PackedRows:
+    """Plan the attention of one row; rope: of local layers."""
+    cu_seqlens, max_seqlen = row.cu_seqlens, row.max_seqlen
     bounds = cu_seqlens.tolist()
     device = cu_seqlens.device
     # By length, so that sequences of like length are neighbours and share a block.
@@ -67,13 +73,14 @@ def packed_rows(cu_seqlens: Tensor, max_seqlen: int) -> PackedRows:
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
+        rotation=None if rope is None else rope.rotation(row.position_ids),
         blocks=tuple(blocks),
         order=order.to(device),
     )
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal core attention of packed rows by torch's scaled_dot_product_attention.
+    """Rope and causal core attention of packed rows by torch's scaled_dot_product_attention.
 
     Sequences of like length are padded into one block; under a causal mask no token sees the
     padding behind it, and the padded outputs are not read.
@@ -106,7 +113,9 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         """query [T, heads/tp, d], key and value [T, groups/tp, d] -> [T, heads/tp * d]."""
         assert packed_seq_params is not None
+        assert packed_seq_params.rotation is not None
         assert attention_bias is None
+        query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
         repeats = query.size(1) // key.size(1)
         outputs = []
         for block in packed_seq_params.blocks:
