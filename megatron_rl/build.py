@@ -12,6 +12,7 @@ from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
 from megatron_rl.checkpoint.store import CheckpointStore
+from megatron_rl.checkpoint.versions import CHECKPOINTS
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.evaluation.evaluator import Evaluator
@@ -108,7 +109,7 @@ def build_run(
             num_rollouts=config.metrics.kl_rollouts,
         ),
         store=CheckpointStore(
-            output_dir / "checkpoints", groups, keep_last=config.checkpoint.keep_last
+            output_dir / CHECKPOINTS, groups, keep_last=config.checkpoint.keep_last
         ),
         stop=StopRequest(),
         say=say,

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megatron_rl.checkpoint.versions import CHECKPOINTS, refuse_newer
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.megatron.enter import enter
@@ -47,11 +48,12 @@ PACKAGES = (
 def train_session(config: RunConfig) -> None:
     """The command `train`; every rank calls it, and on success it ends the process."""
     platform = _start(config)
+    output = Path(config.run.output_dir)
+    refuse_newer(output / CHECKPOINTS)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
-    output = Path(config.run.output_dir)
     if is_main:
         _write_description(config, output, platform)
     recorder = _Recorder(config, is_main=is_main)

@@ -5,7 +5,7 @@ iteration_000120/
     critic/          the same of the critic, where there is one
     hf/              the policy as a Hugging Face directory, where checkpoint.export_hf is set
     rank_<n>.pt      random states of one rank
-    state.json       iteration, cursor, scheduler, versions
+    state.json       iteration, cursor, scheduler, policy_version, version of Megatron-Core
     MANIFEST.json    written last: every file with its size and SHA-256
 """
 
@@ -23,8 +23,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint.versions import STATE, WRITTEN_BY
 from megatron_rl.errors import RunError
 from megatron_rl.megatron.checkpoint import load_model, save_model
+from megatron_rl.megatron.faults import installed_version
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing
 from megatron_rl.parallel.groups import Groups
@@ -79,7 +81,7 @@ class CheckpointStore:
             if reasons:
                 rejected.append(f"{path.name}: {reasons[0]}")
                 continue
-            state: dict[str, Any] = json.loads((path / "state.json").read_text())
+            state: dict[str, Any] = json.loads((path / STATE).read_text())
             self._together(functools.partial(self._restore, path, models, state))
             return {**state, "rejected": rejected}
         if rejected:
@@ -113,8 +115,9 @@ class CheckpointStore:
                 **state,
                 "models": {model.name: model.state_dict() for model in models},
                 "layout": [layout.world_size, layout.tp, layout.pp, layout.vpp],
+                WRITTEN_BY: installed_version(),
             }
-            (temporary / "state.json").write_text(json.dumps(saved, indent=2) + "\n")
+            (temporary / STATE).write_text(json.dumps(saved, indent=2) + "\n")
 
     def _own_files(self, temporary: Path) -> dict[str, tuple[int, str]]:
         """Size and digest of this rank's share of the files."""

@@ -32,7 +32,8 @@ class ModelConfig(Settings):
     """Megatron's: what `selective` recomputes, for example core_attn."""
 
     megatron: dict[str, Any] = Field(default_factory=dict)
-    """Any other field of Megatron's TransformerConfig, under its own name."""
+    """Other fields of Megatron's TransformerConfig, under their own names: those that change
+    neither the network nor its gradient (megatron/settable.py lists them)."""
 
 
 class OptimizerConfig(Settings):

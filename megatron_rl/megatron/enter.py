@@ -30,6 +30,7 @@ def config_fields() -> Mapping[str, object]:
 
     A check of a recipe may ask before anything else has entered.
     """
+    faults.installed_version()  # what it warns of is ours
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about optional packages, amid a check's answer
         enter(detect())

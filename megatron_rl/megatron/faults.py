@@ -2,18 +2,27 @@
 
 A row names the versions that have the fault. Each row has a probe, which runs stock code and must
 show the fault: a probe that finds none at an installed version fails its test, so that the row
-learns the version or goes. Nothing else in the package spells a version of Megatron-Core.
+learns the version or goes. Nothing else in the package spells a version of Megatron-Core. A version
+that was never probed is taken to have the faults of the nearest one below it that was.
 """
 
 import functools
 import importlib.metadata
+import os
+import re
+import sys
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rl.errors import InputError
 
-V0_16_1 = "0.16.1"
-SUPPORTED_VERSIONS = (V0_16_1,)
+V0_16_1, V0_19_2 = "0.16.1", "0.19.2"
+SUPPORTED_VERSIONS = (V0_16_1, V0_19_2)
+PYTHON_OF_0_19_2 = (3, 12)  # the oldest that it installs with
+UNTESTED = "MEGATRON_RL_UNTESTED_MEGATRON"
+"""The environment variable that names another version, which then runs with a warning."""
+
 ALONE, ON_RANKS = "tests/unit/megatron/faults_alone.py", "tests/distributed/faults_on_ranks.py"
 
 
@@ -46,7 +55,7 @@ FAULTS = {
     for fault in (
         Fault(
             name="cuda_in_its_source",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="names CUDA devices in its source, so it does not run on a CPU",
             action="fitted",
             by="on_cpu.install",
@@ -54,7 +63,7 @@ FAULTS = {
         ),
         Fault(
             name="interleaving_without_overlap",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="posts two sends to the same peer in the interleaved schedule at PP 2 without "
             "`overlap_p2p_comm`; they cross, which makes wrong gradients without an error",
             action="refused",
@@ -82,7 +91,7 @@ FAULTS = {
         ),
         Fault(
             name="auxiliary_losses_times_tokens",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="multiplies auxiliary losses by the token count and expects a division that "
             "loss weights which are global already leave out",
             action="refused",
@@ -91,7 +100,7 @@ FAULTS = {
         ),
         Fault(
             name="experts_without_sequence_parallelism",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="does not train experts under tensor parallelism without sequence parallelism",
             action="refused",
             by="refusals.model_problems",
@@ -99,7 +108,7 @@ FAULTS = {
         ),
         Fault(
             name="norm_without_mark",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="leaves a norm that does not mark its weight out of the reduction over the ranks "
             "of sequence parallelism, so its gradient is wrong without an error",
             action="fitted",
@@ -108,7 +117,7 @@ FAULTS = {
         ),
         Fault(
             name="norm_of_torch",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="refuses its norm of local layers under sequence parallelism",
             action="fitted",
             by="layers.Norm",
@@ -116,7 +125,7 @@ FAULTS = {
         ),
         Fault(
             name="packed_local_attention",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="has no attention of packed rows without Transformer Engine",
             action="fitted",
             by="layers.PackedAttention",
@@ -140,7 +149,7 @@ FAULTS = {
         ),
         Fault(
             name="dispatcher_without_numpy",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="makes no numpy arrays of CPU tensors, which its dispatcher of tokens expects",
             action="repaired",
             by="repairs.give_numpy_on_a_cpu",
@@ -148,7 +157,7 @@ FAULTS = {
         ),
         Fault(
             name="adam_without_states",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="cannot load into an Adam of torch that has not taken a step",
             action="repaired",
             by="repairs.give_states_to_load_into",
@@ -156,7 +165,7 @@ FAULTS = {
         ),
         Fault(
             name="adam_step_not_saved",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="ends in a `KeyError` when it loads into an Adam of torch: it copies `step`, "
             "which a checkpoint does not hold",
             action="repaired",
@@ -165,7 +174,7 @@ FAULTS = {
         ),
         Fault(
             name="adam_step_shared",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="leaves all parameters of torch's Adam with one `step` tensor after a load, "
             "which advances once per parameter: wrong bias correction without an error",
             action="repaired",
@@ -174,7 +183,7 @@ FAULTS = {
         ),
         Fault(
             name="optimizers_of_a_mixture",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="has two optimizers for a mixture under expert parallelism, whose state the one "
             "optimizer of other layouts cannot load",
             action="fitted",
@@ -183,7 +192,7 @@ FAULTS = {
         ),
         Fault(
             name="name_of_a_mixtures_norm",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="saves the norm before a mixture under another name by local layers than by "
             "Transformer Engine's",
             action="fitted",
@@ -192,7 +201,7 @@ FAULTS = {
         ),
         Fault(
             name="clipping_in_float64",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="clips float32 gradients only",
             action="refused",
             by="refusals.optimizer_problems",
@@ -200,7 +209,7 @@ FAULTS = {
         ),
         Fault(
             name="distributed_optimizer_in_float64",
-            versions=(V0_16_1,),
+            versions=SUPPORTED_VERSIONS,
             wrong="has no distributed optimizer of float64 parameters",
             action="fitted",
             by="model.TrainedModel",
@@ -212,29 +221,60 @@ FAULTS = {
 
 @functools.cache
 def installed_version() -> str:
-    """The version of megatron-core on this machine.
+    """The version of megatron-core on this machine: a tested one, or the one that UNTESTED names.
+
+    The first call warns, once per job, where the version is untested.
 
     Raises:
-        InputError: none is installed, or one that this package was not tested with.
+        InputError: none is installed, or an untested one that UNTESTED does not name, or UNTESTED
+            names another one.
     """
-    known = " or ".join(SUPPORTED_VERSIONS)
+    fitting = V0_19_2 if sys.version_info >= PYTHON_OF_0_19_2 else V0_16_1
     try:
         version = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
-            f"megatron-core is not installed. Install megatron-core=={known}"
+            f"megatron-core is not installed. Install megatron-core=={fitting}"
         ) from error
-    if version not in SUPPORTED_VERSIONS:
+    asked, is_tested = os.environ.get(UNTESTED), version in SUPPORTED_VERSIONS
+    if asked and asked != version:
+        way_out = "Unset it: that one is tested" if is_tested else f"Set {UNTESTED}={version}"
+        raise InputError(
+            f"{UNTESTED}={asked}: megatron-core {version} is installed, and only that can be named "
+            f"here. {way_out}"
+        )
+    if is_tested:
+        return version
+    if not asked:
         raise InputError(
             f"megatron-core {version} is installed: this package repairs and relies on exactly "
-            f"{known}. Install megatron-core=={SUPPORTED_VERSIONS[-1]}"
+            f"{' or '.join(SUPPORTED_VERSIONS)}. Install megatron-core=={fitting}, or set "
+            f"{UNTESTED}={version} to try it with the repairs of {nearest_tested(version)}"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"megatron-core {version} is not tested with this package ({UNTESTED} asks for it): it "
+            f"is taken to have the faults of {nearest_tested(version)}, so a fault of its own can "
+            "make wrong gradients without an error",
+            stacklevel=2,
         )
     return version
 
 
+def nearest_tested(version: str) -> str:
+    """The newest tested version that is not newer than this one; the oldest where all are."""
+    older = [tested for tested in SUPPORTED_VERSIONS if release(tested) <= release(version)]
+    return max(older or SUPPORTED_VERSIONS[:1], key=release)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version, by which releases are ordered: (0, 19, 2) of 0.19.2rc1."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
 def is_present(name: str) -> bool:
-    """True where the installed version has the fault."""
-    return installed_version() in FAULTS[name].versions
+    """True where the installed version has the fault, or is taken to have it."""
+    return nearest_tested(installed_version()) in FAULTS[name].versions
 
 
 def reason(name: str) -> str | None:

@@ -5,114 +5,14 @@ is refused where the installed version has the fault (faults.py).
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.megatron import faults
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.settable import DECIDED, FAULTY, OF_TE, REFUSED, VALUES
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.weights.arch import ModelArch
-
-# Fields that say which network the checkpoint is: with another value Megatron-Core would train
-# another network without an error.
-NETWORK = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "layernorm_epsilon",
-    "normalization",
-    "layernorm_zero_centered_gamma",
-    "apply_residual_connection_post_layernorm",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "gated_linear_unit",
-    "glu_linear_offset",
-    "activation_func",
-    "activation_func_clamp_value",
-    "softmax_scale",
-    "softmax_type",
-    "qk_layernorm",
-    "qk_l2_norm",
-    "attention_output_gate",
-    "multi_latent_attention",
-    "experimental_attention_variant",
-    "window_size",
-    "window_attn_skip_freq",
-    "rotary_interleaved",
-    "no_rope_freq",
-    "mrope_section",
-    "num_moe_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "moe_latent_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_apply_probs_on_input",
-    "moe_router_topk",
-    "moe_router_topk_limited_devices",
-    "moe_router_topk_scaling_factor",
-    "moe_router_pre_softmax",
-    "moe_router_score_function",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_enable_expert_bias",
-    "mtp_num_layers",
-    "heterogeneous_block_specs",
-    "is_hybrid_model",
-)
-# weights/layouts gives every stage and chunk the same number of layers.
-LAYER_SPLITS = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
-# Fields that route otherwise than the engine, which runs every expert that the router chose, on
-# the very output of the layer before.
-ROUTED_OTHERWISE = (
-    "moe_router_force_load_balancing",
-    "moe_input_jitter_eps",
-    "moe_token_dropping",
-    "moe_token_drop_policy",
-    "moe_expert_capacity_factor",
-    "moe_pad_expert_input_to_capacity",
-)
-# Fields that are refused while Megatron-Core has the fault.
-FAULTY = {
-    "perform_initialization": "weights_without_marks",
-    "moe_router_load_balancing_type": "auxiliary_losses_times_tokens",
-    "moe_aux_loss_coeff": "auxiliary_losses_times_tokens",
-    "moe_z_loss_coeff": "auxiliary_losses_times_tokens",
-}
-# Fields that a recipe may not set, each with the reason.
-OWNED = {
-    "calculate_per_token_loss": "loss weights are global already, so nothing may divide again",
-    "finalize_model_grads_func": "loss weights are global already, so nothing may divide again",
-    "use_cpu_initialization": "the device decides it",
-    "init_method": "every weight is loaded",
-    "output_layer_init_method": "every weight is loaded",
-    "variable_seq_lengths": "rows are packed, and their lengths differ",
-    **dict.fromkeys(NETWORK, "the model's config.json decides it"),
-    **dict.fromkeys(ROUTED_OTHERWISE, "the trainer must route tokens as the engine does"),
-    "moe_grouped_gemm": "model.layer_spec decides it",
-    "moe_use_legacy_grouped_gemm": "model.layer_spec decides it",
-    **dict.fromkeys(LAYER_SPLITS, "layers are split evenly over pipeline stages"),
-    "params_dtype": "model.dtype decides it",
-    "pipeline_dtype": "model.dtype decides it",
-    "bf16": "model.dtype decides it",
-    "fp16": "model.dtype decides it",
-    "recompute_granularity": "it is model.recompute_granularity",
-    "recompute_method": "it is model.recompute_method",
-    "recompute_num_layers": "it is model.recompute_num_layers",
-    "recompute_modules": "it is model.recompute_modules",
-    **{name: f"it is parallel.{name}" for name in ParallelConfig.model_fields},
-}
-DROPOUTS = ("hidden_dropout", "attention_dropout")
 
 
 def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:
@@ -150,7 +50,7 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
         )
     if vpp is not None:
         yield from _interleaving_problems(model, pp, vpp)
-    yield from _override_problems(model.megatron)
+    yield from _override_problems(model)
 
 
 def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[ConfigError]:
@@ -169,28 +69,41 @@ def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[Co
         )
 
 
-def _override_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
-    if not overrides:
+def _override_problems(model: ModelConfig) -> Iterator[ConfigError]:
+    if not model.megatron:
         return
     from megatron_rl.megatron.enter import config_fields  # it imports torch and Megatron-Core
 
     known = config_fields()
-    for name, value in overrides.items():
+    for name, value in model.megatron.items():
         field = f"model.megatron.{name}"
-        why_not = OWNED.get(name) or (faults.reason(FAULTY[name]) if name in FAULTY else None)
-        if why_not:
+        if name not in known and name not in ParallelConfig.model_fields:
+            yield ConfigError(field, value, *_unknown(name, known))
+        elif why_not := _why_not(name, model.layer_spec):
             yield ConfigError(field, value, f"cannot be set here: {why_not}", "Leave it out")
-        elif name in DROPOUTS and value:
-            yield ConfigError(
-                field,
-                value,
-                "the engine samples without dropout, so the trainer must score without it",
-                "Set 0.0",
-            )
-        elif name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {near[0]}?" if near else "See Megatron-Core's TransformerConfig"
-            yield ConfigError(field, value, "TransformerConfig has no such field", hint)
+        elif name in VALUES and value not in VALUES[name][0]:
+            allowed, reason = VALUES[name]
+            yield ConfigError(field, value, reason, f"Set {' or '.join(map(str, allowed))}")
+
+
+def _why_not(name: str, layer_spec: str) -> str | None:
+    """Why a field that Megatron-Core has cannot be set; None where it can."""
+    if name not in DECIDED:
+        return "no tested version of Megatron-Core has it, so nobody knows what it changes"
+    if name in OF_TE and layer_spec == "local":
+        return "local layers do not read it (model.layer_spec)"
+    return REFUSED.get(name) or (faults.reason(FAULTY[name]) if name in FAULTY else None)
+
+
+def _unknown(name: str, known: Iterable[str]) -> tuple[str, str]:
+    """What is wrong with the name of a field that the installed version does not have; a hint."""
+    version = faults.installed_version()
+    if name in DECIDED:
+        others = " and ".join(other for other in faults.SUPPORTED_VERSIONS if other != version)
+        return f"Megatron-Core {version} has no such field, only {others} has", "Leave it out"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else "See Megatron-Core's TransformerConfig"
+    return "TransformerConfig has no such field", hint
 
 
 def optimizer_problems(

@@ -1,10 +1,12 @@
 """The modules that a layer of the policy is built from."""
 
+import functools
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_rl.megatron.layers import Norm, PackedAttention
@@ -35,9 +37,18 @@ def _make_local(layer: Any, *, has_head_norms: bool) -> None:
     attention.core_attention = PackedAttention
     if has_head_norms:
         attention.q_layernorm = attention.k_layernorm = Norm
-    if parts.mlp.module is MoELayer:
+    if _is_mixture(parts.mlp):
         # Transformer Engine keeps this norm apart from the experts, and so do its checkpoints:
         # under the stock map, one of local layers would not load there.
         parts.sharded_state_dict_keys_map = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
         }
+
+
+def _is_mixture(mlp: ModuleSpec | functools.partial[Any]) -> bool:
+    """True where a layer's MLP is a mixture of experts.
+
+    Megatron-Core 0.16 says what it builds by a ModuleSpec, later ones by a partial call.
+    """
+    built = mlp.func if isinstance(mlp, functools.partial) else mlp.module
+    return built is MoELayer

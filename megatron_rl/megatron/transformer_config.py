@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
 from megatron_rl.megatron.config import ModelConfig
@@ -86,7 +87,14 @@ def transformer_config(
     settings["expert_tensor_parallel_size"] = (
         parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     )
-    return TransformerConfig(**{**settings, **model.megatron})
+    return TransformerConfig(**{**settings, **_overrides(model)})
+
+
+def _overrides(model: ModelConfig) -> dict[str, Any]:
+    """What the recipe sets by model.megatron; names of an enumeration as its members."""
+    backend = model.megatron.get("attention_backend")
+    named = {} if backend is None else {"attention_backend": AttnBackend[backend]}
+    return {**model.megatron, **named}
 
 
 def _mixture_settings(mixture: MixtureArch, num_layers: int, *, use_te: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tiny_models import (
     write_model,
 )
 
+from megatron_rl.megatron import faults
 from megatron_rl.types import RolloutGroup
 
 TEMPERATURE = 0.8
@@ -41,9 +42,11 @@ class Layout:
     overlaps_reduction: bool = False  # of gradients with the backward
     has_every_preset: bool = False  # else a few, since each adds a second or two
     has_least: bool = False  # only what a way to split a model could get wrong
+    megatron: tuple[tuple[str, Any], ...] = ()  # fields of Megatron-Core that a recipe may set
+    is_refused_with: str | None = None  # a fault of Megatron-Core, at versions that have it
 
 
-LAYOUTS = (
+EVERY_LAYOUT = (
     Layout(name="one rank", world=1, has_every_preset=True),
     Layout(name="one rank, llama", world=1, model="llama"),
     Layout(name="one rank, llama3 rope", world=1, model="llama3_rope"),
@@ -154,6 +157,89 @@ LAYOUTS = (
         model="qwen3_moe_mixed",
         has_least=True,
     ),
+    Layout(
+        name="TP2 SP ETP1, EP1",
+        world=2,
+        tp=2,
+        expert_tp=1,
+        sequence_parallel=True,
+        model="qwen3_moe",
+        has_least=True,
+        is_refused_with="experts_of_smaller_tensor_parallelism",
+    ),
+    Layout(
+        name="TP4 SP ETP2, EP1",
+        world=4,
+        tp=4,
+        expert_tp=2,
+        sequence_parallel=True,
+        model="mixtral",
+        has_least=True,
+        is_refused_with="experts_of_smaller_tensor_parallelism",
+    ),
+    Layout(
+        name="TP2, without initialization",
+        world=2,
+        tp=2,
+        has_least=True,
+        megatron=(("perform_initialization", False),),
+        is_refused_with="weights_without_marks",
+    ),
+    Layout(
+        name="TP2 SP PP2, tied, without initialization",
+        world=4,
+        tp=2,
+        pp=2,
+        sequence_parallel=True,
+        model="qwen2_tied",
+        has_least=True,
+        megatron=(("perform_initialization", False),),
+        is_refused_with="weights_without_marks",
+    ),
+    Layout(
+        name="PP2 VPP2, settings of the schedule",
+        world=2,
+        pp=2,
+        vpp=2,
+        has_least=True,
+        megatron=(
+            ("deallocate_pipeline_outputs", True),
+            ("overlap_p2p_comm_warmup_flush", True),
+        ),
+    ),
+    Layout(
+        name="TP2, all recomputed, settings of memory and speed",
+        world=2,
+        tp=2,
+        recompute="full",
+        has_least=True,
+        megatron=(
+            ("distribute_saved_activations", True),
+            ("bias_activation_fusion", True),
+            ("bias_dropout_fusion", True),
+            ("deterministic_mode", True),
+        ),
+    ),
+    Layout(
+        name="TP2 SP EP2 ETP1, settings",
+        world=2,
+        tp=2,
+        ep=2,
+        expert_tp=1,
+        sequence_parallel=True,
+        model="qwen3_moe",
+        has_least=True,
+        megatron=(
+            ("clone_scatter_output_in_embedding", False),
+            ("moe_router_dtype", "fp64"),
+            ("bias_activation_fusion", True),
+        ),
+    ),
+)
+LAYOUTS = tuple(
+    layout
+    for layout in EVERY_LAYOUT
+    if layout.is_refused_with is None or not faults.is_present(layout.is_refused_with)
 )
 
 

@@ -165,7 +165,7 @@ def _model_at(
     settings = ModelConfig(
         path=str(problem.model_dir),
         dtype=dtype,
-        megatron=megatron or {},
+        megatron={**dict(layout.megatron), **(megatron or {})},
         **RECOMPUTE[layout.recompute],
     )
     softmax = mock.patch("torch.softmax", _softmax_in_own_dtype)

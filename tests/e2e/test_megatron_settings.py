@@ -4,8 +4,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ACCEPTED = "model.megatron.attention_softmax_in_fp32=true"
-REFUSED = "model.megatron.attention_softmax_in_fp23=true"
+ACCEPTED = "model.megatron.bias_activation_fusion=true"
+REFUSED = "model.megatron.bias_activation_fusoin=true"
 ONE_ITERATION = ("run.num_iterations=1", "checkpoint.save_every=0", "checkpoint.export_hf=false")
 
 
@@ -25,4 +25,4 @@ def test_the_plan_of_a_run_with_an_accepted_setting_is_printed(runs):
 def test_a_setting_that_megatron_core_has_not_is_named(runs, command):
     code, said = runs.command(command, "misspelt", 1, REFUSED)
     assert code == 2
-    assert "Did you mean attention_softmax_in_fp32?" in said
+    assert "Did you mean bias_activation_fusion?" in said

@@ -35,7 +35,7 @@ def test_resumed_weights_and_optimizer_are_bit_equal(runs, interrupted):
     straight, stopped, said = interrupted
     assert "resumed after iteration 3" in said
     expected, found = runs.files(straight), runs.files(stopped)
-    assert sum(name.startswith(WEIGHTS_IN) for name in expected) >= 2
+    assert any(name.startswith(WEIGHTS_IN) for name in expected)
     for name in expected:  # cursor and schedule too; nothing is drawn from Python's generator,
         if not name.startswith("rank_"):  # which starts elsewhere in every process
             assert found[name] == expected[name], name
@@ -130,7 +130,7 @@ DAMAGES = {
     "rank 1's tensors": ("policy/__1_0.distcp", flip_byte, "was changed after it was written"),
     "random states": ("rank_1.pt", flip_byte, "was changed after it was written"),
     "state": ("state.json", flip_byte, "was changed after it was written"),
-    "cut off": ("policy/__0_1.distcp", cut, "bytes instead of"),
+    "cut off": ("policy/__1_0.distcp", cut, "bytes instead of"),
     "missing": ("policy/.metadata", Path.unlink, "is missing"),
     "missing manifest": ("MANIFEST.json", Path.unlink, "no readable MANIFEST.json"),
     "manifest cut off": ("MANIFEST.json", cut, "no readable MANIFEST.json"),

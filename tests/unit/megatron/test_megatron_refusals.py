@@ -1,21 +1,29 @@
+import json
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_rl.megatron import faults
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.enter import config_fields
-from megatron_rl.megatron.refusals import (
+from megatron_rl.megatron.faults import FAULTS, SUPPORTED_VERSIONS
+from megatron_rl.megatron.refusals import config_problems, model_problems, optimizer_problems
+from megatron_rl.megatron.settable import (
+    DECIDED,
     FAULTY,
-    OWNED,
-    config_problems,
-    model_problems,
-    optimizer_problems,
+    OF_TE,
+    REFUSED,
+    SETTABLE,
+    SETTABLE_OF_TE,
 )
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import MixtureArch, ModelArch
 
+# Version of Megatron-Core -> all fields of its TransformerConfig.
+FIELDS = json.loads((Path(__file__).parent / "transformer_config_fields.json").read_text())
 # 28 layers, 12 heads over 2 key/value heads, as Qwen2.5-1.5B
 ARCH = ModelArch(
     model_type="qwen2",
@@ -44,8 +52,8 @@ TP, PP, VPP, EP, ETP = (
 )
 
 
-def problems_of(parallel=(), megatron=()):
-    model = ModelConfig(path="m", megatron=dict(megatron))
+def problems_of(parallel=(), megatron=(), layer_spec="auto"):
+    model = ModelConfig(path="m", megatron=dict(megatron), layer_spec=layer_spec)
     return [str(p) for p in config_problems(model, ParallelConfig(**dict(parallel)))]
 
 
@@ -86,7 +94,6 @@ def test_layouts_of_experts_that_work_are_not_refused(parallel):
         ({PP: -2}, f"{PP}=-2", "at least 1"),
         ({"context_parallel_size": 2}, "context_parallel_size=2", "not available yet"),
         ({EP: 0}, f"{EP}=0", "at least 1"),
-        ({TP: 2, ETP: 1}, f"{ETP}=1", "their gradients are wrong without an error"),
         ({"sequence_parallel": True}, "sequence_parallel=True", "has no effect"),
         ({VPP: 2}, f"{VPP}=2", f"has no effect at {PP}=1"),
         ({PP: 2, VPP: 1}, f"{VPP}=1", "has no effect"),
@@ -108,10 +115,21 @@ def test_crossing_sends_of_the_interleaved_schedule_are_refused():
     assert problems_of({PP: 2}, no_overlap) == []
 
 
-@pytest.mark.parametrize("name", sorted({**OWNED, **FAULTY}))
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() & config_fields().keys()))
 def test_what_we_decide_cannot_be_overridden(name):
     (problem,) = problems_of(megatron={name: 1})
-    assert problem.startswith(f"model.megatron.{name}=1: cannot be set here: ")
+    assert problem.startswith(f"model.megatron.{name}=1: cannot be set here: {REFUSED[name]}")
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*SETTABLE, *SETTABLE_OF_TE, "attention_backend"} & config_fields().keys())
+)
+def test_what_changes_no_number_that_matters_can_be_set(name):
+    value = "flash" if name == "attention_backend" else 1
+    assert problems_of(megatron={name: value}) == []
+    ignored = problems_of(megatron={name: value}, layer_spec="local")
+    assert len(ignored) == (name in OF_TE)
+    assert all("local layers do not read it" in problem for problem in ignored)
 
 
 def test_what_makes_a_wrong_gradient_or_another_model_is_ours():
@@ -122,7 +140,7 @@ def test_what_makes_a_wrong_gradient_or_another_model_is_ours():
         "tensor_model_parallel_size",
         "sequence_parallel",
         "num_layers",
-    } <= {*OWNED, *FAULTY}
+    } <= {*REFUSED, *FAULTY}
 
 
 @pytest.mark.parametrize(
@@ -143,9 +161,46 @@ def test_what_would_train_another_network_without_an_error_is_ours(name):
     assert "the model's config.json decides it" in problem
 
 
-def test_every_name_that_we_own_is_one_of_megatrons():
-    """But for sizes that Megatron-Core keeps outside of TransformerConfig."""
-    assert {*OWNED, *FAULTY} - config_fields().keys() == {"world_size"}
+def test_every_field_of_every_tested_version_is_decided_once():
+    """But for a size that Megatron-Core keeps outside of TransformerConfig, refused as others."""
+    assert FIELDS.keys() == set(SUPPORTED_VERSIONS)
+    of_all = {name for names in FIELDS.values() for name in names}
+    assert Counter(DECIDED) == Counter([*of_all, "world_size"])
+
+
+def test_the_listed_fields_are_those_of_the_installed_version():
+    assert sorted(FIELDS[faults.installed_version()]) == sorted(config_fields())
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for names in FIELDS.values() for name in names} - config_fields().keys())
+)
+def test_a_field_of_the_other_version_only_is_refused_with_that(name):
+    (problem,) = problems_of(megatron={name: 1})
+    (other,) = set(SUPPORTED_VERSIONS) - {faults.installed_version()}
+    assert f"{faults.installed_version()} has no such field, only {other} has" in problem
+
+
+def test_a_field_of_an_untested_version_is_refused(monkeypatch):
+    from megatron_rl.megatron import enter
+
+    known = {**config_fields(), "moe_router_of_tomorrow": None}
+    monkeypatch.setattr(enter, "config_fields", lambda: known)
+    (problem,) = problems_of(megatron={"moe_router_of_tomorrow": 1})
+    assert "cannot be set here: no tested version of Megatron-Core has it" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "way_out"),
+    [
+        ("moe_token_dispatcher_type", "allgather", "Set alltoall or flex"),
+        ("attention_backend", "local", "Set auto or flash or fused or unfused"),
+    ],
+)
+def test_a_value_that_does_not_fit_packed_rows_is_refused(name, value, way_out):
+    (problem,) = problems_of(megatron={name: value})
+    assert problem.startswith(f"model.megatron.{name}={value!r}: ")
+    assert problem.endswith(way_out)
 
 
 @pytest.mark.parametrize("name", ["hidden_dropout", "attention_dropout"])
@@ -227,33 +282,32 @@ def test_an_engine_cuts_every_expert():
     assert "must divide the model's 769 rows of an expert" in problem
 
 
-@pytest.mark.parametrize("name", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
-def test_auxiliary_losses_are_refused_with_their_reason(name):
-    (problem,) = problems_of(megatron={name: 0.01})
-    assert "multiplies auxiliary losses by the token count" in problem
-
-
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
 @pytest.mark.parametrize(
-    ("parallel", "megatron"),
+    ("fault", "parallel", "megatron"),
     [
-        ({TP: 2, ETP: 1}, {}),
-        ({PP: 2, VPP: 2}, {"overlap_p2p_comm": False}),
-        ({}, {"perform_initialization": False}),
-        ({}, {"moe_aux_loss_coeff": 0.01}),
+        ("experts_of_smaller_tensor_parallelism", {TP: 2, ETP: 1}, {}),
+        ("interleaving_without_overlap", {PP: 2, VPP: 2}, {"overlap_p2p_comm": False}),
+        *((fault, {}, {name: 1}) for name, fault in FAULTY.items()),
     ],
 )
-def test_a_fault_is_refused_where_the_installed_version_has_it(monkeypatch, parallel, megatron):
-    (problem,) = problems_of(parallel, megatron)
-    assert f"Megatron-Core {faults.installed_version()} " in problem
-    monkeypatch.setattr(faults, "is_present", lambda name: False)
-    assert problems_of(parallel, megatron) == []
+def test_a_fault_is_refused_just_at_the_versions_that_have_it(
+    monkeypatch, version, fault, parallel, megatron
+):
+    monkeypatch.setattr(faults, "installed_version", lambda: version)
+    problems = problems_of(parallel, megatron)
+    assert len(problems) == (version in FAULTS[fault].versions)
+    assert all(f"Megatron-Core {version} {FAULTS[fault].wrong}" in text for text in problems)
 
 
-def test_experts_under_tensor_parallelism_are_refused_while_the_version_has_the_fault(monkeypatch):
-    parallel = ParallelConfig(**{TP: 2})
-    assert len(list(model_problems(EXPERTS, parallel))) == 1
-    monkeypatch.setattr(faults, "is_present", lambda name: False)
-    assert list(model_problems(EXPERTS, parallel)) == []
+@pytest.mark.parametrize("version", SUPPORTED_VERSIONS)
+def test_experts_under_tensor_parallelism_are_refused_at_versions_with_the_fault(
+    monkeypatch, version
+):
+    monkeypatch.setattr(faults, "installed_version", lambda: version)
+    problems = list(model_problems(EXPERTS, ParallelConfig(**{TP: 2})))
+    has_fault = version in FAULTS["experts_without_sequence_parallelism"].versions
+    assert len(problems) == has_fault
 
 
 def test_clipping_in_float64_is_refused_and_in_float32_not():
