@@ -36,7 +36,6 @@ class PackedRows(PackedSeqParams):
     """
 
     rotation: Rotation | None = None  # None: Transformer Engine rotates
-
     blocks: tuple[Tensor, ...] = ()  # [sequences, length] int64 each: token index, tail repeated
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     # [T] int64: where in the concatenated, flattened blocks each token of the row stands

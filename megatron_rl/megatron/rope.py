@@ -16,7 +16,10 @@ from megatron_rl.weights.families.hf_config import LLAMA3_ROPE
 
 @dataclass(frozen=True)
 class Rotation:
-    """The angles of one packed row: each pairs an entry of a head's first half with its second's."""
+    """The angles of one packed row.
+
+    Each turns an entry of the first half of a head and its partner in the second half.
+    """
 
     cos: Tensor  # [T, 1, d/2]
     sin: Tensor  # [T, 1, d/2]
