@@ -79,7 +79,7 @@ class _Turn(torch.autograd.Function):
 def _turn(heads: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     # A product and a sum, each rounded, as transformers has it: addcmul rounds once.
     halves = heads.unflatten(-1, (2, -1))  # [T, heads, 2, d/2]
-    turned = halves * cos[:, None]
+    turned: Tensor = halves * cos[:, None]
     product = halves[..., 1, :] * sin
     turned[..., 0, :].add_(product, alpha=-sign)
     torch.mul(halves[..., 0, :], sin, out=product)
