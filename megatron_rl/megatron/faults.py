@@ -132,6 +132,23 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="rope_reads_lengths",
+            versions=SUPPORTED_VERSIONS,
+            wrong="reads the lengths of a packed row's sequences in every layer for its unfused "
+            "rope, which waits for the device",
+            action="fitted",
+            by="rope.Rope",
+            probes=ALONE,
+        ),
+        Fault(
+            name="rope_by_sequence",
+            versions=(V0_19_2,),
+            wrong="rotates a packed row sequence by sequence, where its rope is not fused",
+            action="fitted",
+            by="rope.Rope",
+            probes=ALONE,
+        ),
+        Fault(
             name="no_output_hook",
             versions=(V0_16_1,),
             wrong="always computes whole logits: a model has no output hook",

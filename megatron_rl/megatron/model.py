@@ -19,6 +19,7 @@ from megatron_rl.megatron.network import (
     in_training_precision,
 )
 from megatron_rl.megatron.optimizer import build_optimizer, build_scheduler
+from megatron_rl.megatron.rope import Rope
 from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, run_schedule
 from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.megatron.stored_names import local_name
@@ -62,13 +63,16 @@ class TrainedModel:
         device_type = groups.platform.device_type
         self.config = transformer_config(arch, model, parallel, device_type=device_type)
         self.config.finalize_model_grads_func = finalize_without_dividing
+        use_te = uses_transformer_engine(model, device_type)
         self.chunks: list[Any] = build_chunks(
             arch,
             self.config,
             groups,
-            use_te=uses_transformer_engine(model, device_type),
+            use_te=use_te,
             chunk_class=ValueModel if self.has_value_head else HiddenStatesModel,
         )
+        device = groups.platform.current_device()
+        self._rope = None if use_te else Rope(arch, self.dtype, device)
         self.pieces: list[Piece] = self._pieces()
         self.version = 0  # optimizer steps taken
         self._optimizer_config = optimizer
@@ -220,5 +224,6 @@ class TrainedModel:
             microbatches,
             measure,
             forward_only=forward_only,
+            rope=self._rope,
             settings=self._chunk_settings,
         )

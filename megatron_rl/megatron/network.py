@@ -113,7 +113,7 @@ def _build_chunk(
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
-        position_embedding_type="rope",
+        position_embedding_type="rope" if use_te else "none",  # local layers have rope.py
         rotary_base=arch.rope_theta,
         rope_scaling=arch.rope_scaling_factor is not None,
         rope_scaling_factor=arch.rope_scaling_factor or 8.0,

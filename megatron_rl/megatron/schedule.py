@@ -9,7 +9,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rl.megatron.layers import packed_rows
+from megatron_rl.megatron.layers import PackedRows, packed_rows
+from megatron_rl.megatron.rope import Rope
 from megatron_rl.types import MicroBatch
 
 Measure = Callable[[Tensor, MicroBatch], Tensor]
@@ -23,21 +24,28 @@ def run_schedule(
     measure: Measure,
     *,
     forward_only: bool,
+    rope: Rope | None,
     settings: Mapping[str, object],
 ) -> None:
     """Run the rows through the model chunks of this rank; every rank calls it, with its own rows.
 
-    settings: keyword arguments of the chunks, besides the row.
+    rope: of local layers. settings: keyword arguments of the chunks, besides the row.
     """
+    planned: dict[int, PackedRows] = {}  # those that a later chunk of this rank will use
+
+    def plan(batch: MicroBatch, model: Any) -> PackedRows:
+        rows = planned.pop(id(batch), None) or packed_rows(batch, rope)
+        if model is not models[-1]:
+            planned[id(batch)] = rows
+        return rows
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
-        rows = packed_rows(batch.cu_seqlens, batch.max_seqlen)
         hidden = model(
             batch.tokens[None],
             batch.position_ids[None],
             None,
-            packed_seq_params=rows,
+            packed_seq_params=plan(batch, model),
             **settings,
         )
         return hidden, partial(loss, batch=batch)

@@ -10,7 +10,8 @@ it is asked for.
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -54,6 +55,16 @@ def packed_local_attention() -> bool:
     qkv = [torch.randn(5, 1, 2, 4) for _ in range(3)]
     mask = torch.ones(1, 1, 5, 5).triu(1).bool()
     return _raises(AssertionError, lambda: attention(*qkv, mask, packed_seq_params=row))
+
+
+def rope_reads_lengths() -> bool:
+    reads, _ = _calls_of_a_rotation()
+    return reads > 0
+
+
+def rope_by_sequence() -> bool:
+    _, rotations = _calls_of_a_rotation()
+    return rotations > 1
 
 
 def no_output_hook() -> bool:
@@ -180,6 +191,36 @@ def _router_gradient(*, per_token: bool) -> Tensor:
     gradient: Tensor = router.weight.grad
     assert gradient.abs().max() > 0
     return gradient
+
+
+def _calls_of_a_rotation() -> tuple[int, int]:
+    """(lists made of tensors, rotations) while a packed row of two sequences is rotated."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings import rope_utils
+
+    _lone_rank()
+    bounds, row, angles = torch.tensor([0, 3, 5]), torch.randn(5, 2, 4), torch.randn(3, 1, 1, 4)
+    group = parallel_state.get_context_parallel_group()
+    with (
+        _counted(Tensor, "tolist") as lists,
+        _counted(rope_utils, "_apply_rotary_pos_emb_bshd") as rotations,
+    ):
+        rope_utils.apply_rotary_pos_emb(row, angles, _config(), bounds, cp_group=group)
+    assert rotations
+    return len(lists), len(rotations)
+
+
+@contextmanager
+def _counted(where: Any, name: str) -> Iterator[list[None]]:
+    """Stock code, with an entry for each of its calls."""
+    stock, calls = getattr(where, name), []
+
+    def call(*args: Any, **settings: Any) -> Any:
+        calls.append(None)
+        return stock(*args, **settings)
+
+    with mock.patch.object(where, name, call):
+        yield calls
 
 
 def _optimizer(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

@@ -1,0 +1,87 @@
+"""Rotary position embedding of packed rows: angles once per row, used by every layer.
+
+Where layers are Transformer Engine's, its fused rope runs instead.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.families.hf_config import LLAMA3_ROPE
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The angles of one packed row.
+
+    Each turns an entry of the first half of a head and its partner in the second half.
+    """
+
+    cos: Tensor  # [T, 1, d/2]
+    sin: Tensor  # [T, 1, d/2]
+
+    def turned(self, heads: Tensor) -> Tensor:
+        """[T, heads, d] queries or keys at their positions."""
+        turned: Tensor = _Turn.apply(heads, self.cos, self.sin)
+        return turned
+
+
+class Rope:
+    """The frequencies of a model; float32 whatever its dtype, as in transformers and vLLM."""
+
+    def __init__(self, arch: ModelArch, dtype: torch.dtype, device: torch.device) -> None:
+        # On the CPU first: powers of another device are others in the last bit.
+        self.frequencies = frequencies(arch).to(device)  # [d/2]
+        self.dtype = dtype
+
+    def rotation(self, position_ids: Tensor) -> Rotation:
+        """The angles of a row; position_ids [T] int64."""
+        angles = torch.outer(position_ids.float(), self.frequencies)[:, None]
+        return Rotation(angles.cos().to(self.dtype), angles.sin().to(self.dtype))
+
+
+def frequencies(arch: ModelArch) -> Tensor:
+    """[d/2] float32 radians per position.
+
+    Under llama3's scaling, waves much longer than the context of pretraining are stretched by its
+    factor, much shorter ones not at all, and those between by a blend of both.
+    """
+    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+    plain = 1.0 / arch.rope_theta**exponents
+    if arch.rope_scaling_factor is None:
+        return plain
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    waves = LLAMA3_ROPE["original_max_position_embeddings"] / (2 * math.pi / plain)
+    stretched = plain / arch.rope_scaling_factor
+    share = (waves - low) / (high - low)
+    blend = (1 - share) * plain / arch.rope_scaling_factor + share * plain
+    return torch.where(waves < low, stretched, torch.where(waves > high, plain, blend))
+
+
+class _Turn(torch.autograd.Function):
+    """The rotation; its backward turns back, so nothing but the row's angles is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(heads, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradients[0], cos, sin, -1), None, None
+
+
+def _turn(heads: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    # A product and a sum, each rounded, as transformers has it: addcmul rounds once.
+    halves = heads.unflatten(-1, (2, -1))  # [T, heads, 2, d/2]
+    turned: Tensor = halves * cos[:, None]
+    product = halves[..., 1, :] * sin
+    turned[..., 0, :].add_(product, alpha=-sign)
+    torch.mul(halves[..., 0, :], sin, out=product)
+    turned[..., 1, :].add_(product, alpha=sign)
+    return turned.flatten(-2)

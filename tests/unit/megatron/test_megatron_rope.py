@@ -1,0 +1,150 @@
+"""Our rope is transformers' own, for every family and style, on packed rows."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from megatron_rl.megatron.rope import Rope, frequencies
+from megatron_rl.weights.families.hf_config import read_arch
+from megatron_rl.weights.families.registry import FAMILIES
+
+LENGTHS = (9, 1, 300, 40)  # in 300 positions waves of all lengths of llama3's bands have begun
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+STYLES = {
+    "plain": {"rope_type": "default", "rope_theta": 10_000.0},
+    "wide": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "llama3": LLAMA3,
+    "llama3, factor 8": LLAMA3 | {"factor": 8.0},
+}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def config_of(family, style, head_dim=64):
+    settings = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    windows = {} if family == "qwen2" else {"sliding_window": None}
+    return AutoConfig.for_model(
+        family, rope_parameters=STYLES[style], head_dim=head_dim, **settings, **windows
+    )
+
+
+def arch_of(config):
+    return read_arch(FAMILIES[config.model_type], config.to_diff_dict(), "config.json")
+
+
+def positions():
+    return torch.cat([torch.arange(length) for length in LENGTHS])
+
+
+def rope_of_transformers(config, dtype):
+    """(cos, sin, apply) as a model of this dtype has them."""
+    name = config.model_type
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    prefix = type(config).__name__.removesuffix("Config")
+    rotary = getattr(module, f"{prefix}RotaryEmbedding")(config)
+    cos, sin = rotary(torch.empty(0, dtype=dtype), positions()[None])
+    return cos, sin, module.apply_rotary_pos_emb
+
+
+def heads(dtype, count=3, width=64):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(sum(LENGTHS), count, width, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotated_heads_and_their_gradients_are_those_of_transformers(family, style, dtype):
+    """Bit for bit: products and sums are the same, in the same order."""
+    config = config_of(family, style)
+    rotation = Rope(arch_of(config), dtype, torch.device("cpu")).rotation(positions())
+    cos, sin, apply = rope_of_transformers(config, dtype)
+    assert torch.equal(rotation.cos[:, 0], cos[0, :, :32])
+    assert torch.equal(rotation.sin[:, 0], sin[0, :, 32:])
+
+    query, key = heads(dtype, 4).requires_grad_(), heads(dtype, 2).requires_grad_()
+    expected = apply(query[None], key[None], cos, sin, unsqueeze_dim=2)
+    for one, wanted in zip((query, key), expected, strict=True):
+        turned = rotation.turned(one)
+        assert turned.dtype == dtype
+        assert torch.equal(turned, wanted[0])
+        gradient = torch.randn_like(turned)
+        (own,) = torch.autograd.grad(turned, one, gradient)
+        (their,) = torch.autograd.grad(wanted, one, gradient[None], retain_graph=True)
+        assert torch.equal(own, their)
+
+
+def test_frequencies_by_hand():
+    """Head of 4, base 10000: exponents 0 and 1/2, so 1 and 1/100 radians per position."""
+    arch = arch_of(config_of("llama", "plain"))
+    torch.testing.assert_close(
+        frequencies(replace(arch, head_dim=4)), torch.tensor([1.0, 0.01]), rtol=1e-7, atol=0
+    )
+
+
+def test_scaled_frequencies_by_hand():
+    """Base (8192 / 2 pi)**2 and head of 4: waves of 2 pi and 8192 positions.
+
+    The first is short and stays; the second is as long as the context, where the blend is all
+    stretched: 1/32 of it.
+    """
+    arch = replace(arch_of(config_of("llama", "llama3")), head_dim=4)
+    base = (8192 / (2 * torch.pi)) ** 2
+    told = frequencies(replace(arch, rope_theta=base))
+    wanted = torch.tensor([1.0, 2 * torch.pi / 8192 / 32])
+    torch.testing.assert_close(told, wanted, rtol=1e-5, atol=0)
+
+
+def test_a_packed_row_is_each_sequence_alone():
+    rope = Rope(arch_of(config_of("llama", "llama3")), torch.float32, torch.device("cpu"))
+    whole, row = heads(torch.float32), rope.rotation(positions())
+    alone = [
+        rope.rotation(torch.arange(len(part))).turned(part) for part in whole.split(list(LENGTHS))
+    ]
+    assert torch.equal(row.turned(whole), torch.cat(alone))
+
+
+def test_the_product_of_two_heads_depends_on_their_distance_alone():
+    rope = Rope(arch_of(config_of("llama", "plain")), torch.float64, torch.device("cpu"))
+    query, key = heads(torch.float64, 1)[:2].expand(2, 1, 64)
+    near = rope.rotation(torch.tensor([5, 2])).turned(torch.stack([query, key]))
+    far = rope.rotation(torch.tensor([105, 102])).turned(torch.stack([query, key]))
+    # Angles are float32, as in transformers.
+    torch.testing.assert_close(near[0, 0] @ near[1, 0], far[0, 0] @ far[1, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "a view"])
+def test_the_gradient_is_the_slope(is_cut):
+    """Also where heads are cut out of a larger tensor, as keys are in Megatron-Core."""
+    rope = Rope(arch_of(config_of("llama", "plain")), torch.float64, torch.device("cpu"))
+    narrow = Rope.__new__(Rope)
+    narrow.frequencies, narrow.dtype = rope.frequencies[:3], rope.dtype
+    rotation = narrow.rotation(torch.tensor([0, 3, 4, 0, 1]))
+    part = slice(4, 10) if is_cut else slice(None)
+    inputs = torch.randn(5, 2, 14 if is_cut else 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: rotation.turned(x[..., part]), (inputs,))
+
+
+def test_nothing_is_written_to_and_only_the_angles_are_kept():
+    rope = Rope(arch_of(config_of("llama", "plain")), torch.float32, torch.device("cpu"))
+    rotation, inputs = rope.rotation(positions()), heads(torch.float32).requires_grad_()
+    before = inputs.detach().clone()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.data_ptr()), lambda _: None
+    ):
+        turned = rotation.turned(inputs)
+    assert torch.equal(inputs, before)
+    assert turned.data_ptr() != inputs.data_ptr()
+    assert sorted(kept) == sorted([rotation.cos.data_ptr(), rotation.sin.data_ptr()])
