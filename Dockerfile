@@ -23,7 +23,8 @@ WORKDIR /workspace
 COPY requirements requirements
 RUN pip install --require-hashes --no-deps -r requirements/cuda.txt
 # 9.0 is Hopper (H100, H200); add others, separated by ";"
-RUN NVTE_FRAMEWORK=pytorch NVTE_CUDA_ARCHS=90 TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=8 \
+RUN NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_CUDA_ARCHS=90 \
+    TORCH_CUDA_ARCH_LIST=9.0 MAX_JOBS=8 \
     pip install --no-build-isolation --require-hashes --no-deps \
         -r requirements/transformer-engine.txt
 

@@ -57,6 +57,7 @@ class Step(NamedTuple):
     arguments: tuple[str, ...]
     consequence_of_failure: str = ""  # empty: the installation stops, or goes on with `otherwise`
     otherwise: Step | None = None
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class Stamp(NamedTuple):
@@ -160,8 +161,10 @@ def plan_cpu(torch: str, build: str, configured_torch_is_cpu: bool) -> list[Step
     return [first, Step("packages of requirements/cpu.txt and dev.txt", locked("cpu", "dev"))]
 
 
-def plan_cuda() -> list[Step]:
+def plan_cuda(site_packages: Path) -> list[Step]:
     """The steps for a machine with NVIDIA GPUs."""
+    # The headers that torch's libraries came with; a machine may have none, or older ones.
+    headers = [str(site_packages / "nvidia" / name / "include") for name in ("cudnn", "nccl")]
     return [
         Step("packages of requirements/cuda.txt and dev.txt", locked("cuda", "dev")),
         # It is compiled against the torch that is there by now.
@@ -171,6 +174,8 @@ def plan_cuda() -> list[Step]:
             consequence_of_failure=(
                 "the policy will use Megatron-Core's plain layers, which are slower"
             ),
+            # It would load a compiled file of its own from elsewhere, which has no hash here.
+            environment=(("NVTE_PYTORCH_FORCE_BUILD", "TRUE"), ("CPATH", ":".join(headers))),
         ),
     ]
 
@@ -222,7 +227,7 @@ def main(named_python: str | None = None) -> None:
     STAMP.unlink(missing_ok=True)  # an installation that stops halfway must not look finished
     steps = [PACKAGE_STEP]
     if work != "package":
-        steps = plan(device, torch) + steps
+        steps = plan(device, torch, version) + steps
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]")
     check_imports(torch)
@@ -323,9 +328,9 @@ def make_venv(keep_if_unfinished: bool, python: str, version: str) -> None:
         raise InstallError(f"{python} -m venv failed:\n{made.stdout.strip()}")
 
 
-def plan(device: str, torch_build: str) -> list[Step]:
+def plan(device: str, torch_build: str, python: str) -> list[Step]:
     if device == "cuda":
-        return plan_cuda()
+        return plan_cuda(VENV / "lib" / f"python{python}" / "site-packages")
     torch = torch_requirement((ROOT / "requirements" / "torch-cuda.txt").read_text())
     return plan_cpu(torch, torch_build, configured_torch_is_cpu(torch))
 
@@ -358,7 +363,12 @@ def run_step(step: Step, position: str) -> None:
     tail: deque[str] = deque(maxlen=LINES_SHOWN_ON_FAILURE)
     command = pip("install", "--progress-bar", "off", *step.arguments)
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, **dict(step.environment)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     with LOG.open("a", encoding="utf-8") as log, process:
         assert process.stdout is not None

@@ -194,7 +194,7 @@ def test_else_its_cuda_build_where_any_build_was_asked_for(install):
 
 def test_every_file_of_requirements_is_installed_by_its_hashes_and_nothing_beside_it(install):
     steps = [*install.plan_cpu("torch==2.13.0", "any", configured_torch_is_cpu=False)]
-    steps += [steps[0].otherwise, *install.plan_cuda()]
+    steps += [steps[0].otherwise, *install.plan_cuda(Path())]
     installed = set()
     for step in steps:
         files = {Path(part).stem for part in step.arguments if part.startswith("requirements/")}
@@ -205,8 +205,13 @@ def test_every_file_of_requirements_is_installed_by_its_hashes_and_nothing_besid
 
 
 def test_on_cuda_only_the_compiled_packages_may_fail(install):
-    steps = install.plan_cuda()
+    steps = install.plan_cuda(Path("site"))
     assert [bool(step.consequence_of_failure) for step in steps] == [False, True]
+    # Compiled here, from what was hashed, with the headers of torch's own libraries.
+    assert dict(steps[1].environment) == {
+        "NVTE_PYTORCH_FORCE_BUILD": "TRUE",
+        "CPATH": "site/nvidia/cudnn/include:site/nvidia/nccl/include",
+    }
 
 
 def test_torch_requirement_is_the_pin_of_the_file(install):
