@@ -180,6 +180,7 @@ def _start_lines(run: "Run") -> list[str]:
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
+        f"layers: {run.policy.layers}",
         f"prompts: {prompts.num_used} of {prompts.num_read} rows"
         + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else "")
         + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),

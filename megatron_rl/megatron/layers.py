@@ -36,18 +36,28 @@ def _no_index() -> Tensor:
 class PackedRows(PackedSeqParams):
     """Megatron's parameters of a packed row, its rotation, and how it is padded into blocks.
 
-    All of it is computed once per row and used by every layer. P: entries of all blocks.
+    All of it is computed once per row and used by every local layer; Transformer Engine's take the
+    row as it is. P: entries of all blocks.
     """
 
-    rotation: Rotation | None = None  # None: Transformer Engine rotates
+    rotation: Rotation | None = None
     blocks: tuple[tuple[int, int], ...] = ()  # (sequences, length) each
     tokens: Tensor = field(default_factory=_no_index)  # [P] int64 into the row; tails are repeated
     places: Tensor = field(default_factory=_no_index)  # [T] int64: tokens[places[t]] = t
 
 
 def packed_rows(row: MicroBatch, rope: Rope | None) -> PackedRows:
-    """Plan the attention of one row; rope: of local layers."""
+    """Plan the attention of one row; rope: of local layers, without which nothing is planned."""
     cu_seqlens, max_seqlen = row.cu_seqlens, row.max_seqlen
+    settings: dict[str, Any] = {
+        "qkv_format": "thd",
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_kv": cu_seqlens,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_kv": max_seqlen,
+    }
+    if rope is None:
+        return PackedRows(**settings)
     bounds = cu_seqlens.tolist()
     device = cu_seqlens.device
     # By length, so that sequences of like length are neighbours and share a block.
@@ -71,12 +81,8 @@ def packed_rows(row: MicroBatch, rope: Rope | None) -> PackedRows:
         tokens.append(torch.minimum(positions, ends[:, None] - 1).flatten())
         at += len(group) * length
     return PackedRows(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        rotation=None if rope is None else rope.rotation(row.position_ids),
+        **settings,
+        rotation=rope.rotation(row.position_ids),
         blocks=tuple((len(group), group[-1][1] - group[-1][0]) for group in groups),
         tokens=torch.cat(tokens).to(device),
         places=places.to(device),

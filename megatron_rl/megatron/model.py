@@ -21,6 +21,7 @@ from megatron_rl.megatron.network import (
 from megatron_rl.megatron.optimizer import build_optimizer, build_scheduler
 from megatron_rl.megatron.rope import Rope
 from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, run_schedule
+from megatron_rl.megatron.settable import layers_in_use
 from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.megatron.stored_names import local_name
 from megatron_rl.megatron.transformer_config import (
@@ -64,6 +65,7 @@ class TrainedModel:
         self.config = transformer_config(arch, model, parallel, device_type=device_type)
         self.config.finalize_model_grads_func = finalize_without_dividing
         use_te = uses_transformer_engine(model, device_type)
+        self.layers = layers_in_use(model.megatron, use_te=use_te)
         self.chunks: list[Any] = build_chunks(
             arch,
             self.config,

@@ -15,6 +15,13 @@ def test_a_run_with_an_accepted_setting_trains(runs):
     assert record["policy/updates"] == 2
 
 
+def test_a_run_says_what_its_layers_do_not_read(runs):
+    said = runs.finish(
+        "of other layers", 1, "model.megatron.attention_backend=flash", *ONE_ITERATION
+    )
+    assert "layers: local, which do not read model.megatron.attention_backend" in said
+
+
 def test_the_plan_of_a_run_with_an_accepted_setting_is_printed(runs):
     code, said = runs.command("plan", "planned", 1, ACCEPTED)
     assert code == 0, said

@@ -37,6 +37,6 @@ def test_nothing_is_said_beside_the_report(runs, case):
 
 
 OURS = (
-    "ops: ", "layout: ", "model: ", "prompts: ", "algorithm: ", "old-log-prob pass: ",
+    "ops: ", "layout: ", "model: ", "layers: ", "prompts: ", "algorithm: ", "old-log-prob pass: ",
     "reference pass: ", "iteration ", "resumed after iteration ", "done: ", "  ",
 )  # fmt: skip
