@@ -9,18 +9,23 @@ Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "c
     "torch.cuda.FloatTensor"                ->  "torch.FloatTensor"
     expr.cuda(...)                          ->  expr
 
-torch itself, vLLM and user code keep the real `torch.cuda`, and the files on disk stay untouched.
+torch itself, vLLM and user code keep the real `torch.cuda`, and the files on disk stay untouched;
+what was compiled is kept in files of its own in their `__pycache__`.
 On a machine with a GPU nothing of this is installed.
 """
 
 import ast
 import collections
+import contextlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
+import marshal
 import re
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +33,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 _FACADE_NAME = "__megatron_rl_cpu__"
+_CACHE_TAG = "megatronrlcpu"
+# Code of another Python, or of another version of this file, is not taken.
+_MADE_BY = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(Path(__file__).read_bytes())
 
 
 class _Null:
@@ -221,13 +229,23 @@ def _allow_uneven_runs(mappings: Any) -> None:
 
 class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> Any:
-        # Never through the .pyc of the stock source, neither read nor written.
         path = self.get_filename(fullname)
         source = self.get_data(path)
         if b"cuda" not in source:
             return super().get_code(fullname)
+        # Kept as Python keeps what it compiles, since it takes seconds, but never in the .pyc of
+        # the stock source.
+        kept = importlib.util.cache_from_source(path, optimization=_CACHE_TAG)
+        made_from = _MADE_BY + importlib.util.source_hash(source)
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # none, or damaged
+            data = self.get_data(kept)
+            if data.startswith(made_from):
+                return marshal.loads(data[len(made_from) :])
         tree = ast.fix_missing_locations(_Retarget().visit(ast.parse(source, path)))
-        return compile(tree, path, "exec", dont_inherit=True)
+        code = compile(tree, path, "exec", dont_inherit=True)
+        if not sys.dont_write_bytecode:
+            self.set_data(kept, made_from + marshal.dumps(code))  # nothing where it may not write
+        return code
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__[_FACADE_NAME] = _FACADE

@@ -1,0 +1,76 @@
+"""What is compiled of Megatron-Core's source for a CPU is kept, and never taken for another's."""
+
+import importlib.util
+
+import pytest
+
+from megatron_rl.megatron import on_cpu
+
+SOURCE = "# cuda\ndef place():\n    return 'cuda'\n"
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """(loader, source file, file of compiled code) of a module that names CUDA."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    path = tmp_path / "places.py"
+    path.write_text(SOURCE)
+    kept = importlib.util.cache_from_source(str(path), optimization="megatronrlcpu")
+    return on_cpu._Loader("megatron.core.places", str(path)), path, tmp_path / kept
+
+
+def place(loader):
+    space = {}
+    exec(loader.get_code("megatron.core.places"), space)
+    return space["place"]()
+
+
+def forbid_compiling(monkeypatch):
+    def parse(*_):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(on_cpu.ast, "parse", parse)
+
+
+def test_it_is_compiled_once_and_beside_the_stock_code(module, monkeypatch):
+    loader, path, kept = module
+    assert place(loader) == "cpu"
+    assert list(kept.parent.iterdir()) == [kept]
+    forbid_compiling(monkeypatch)
+    assert place(loader) == "cpu"
+    # What Python itself imports is the file as it stands.
+    spec = importlib.util.spec_from_file_location("stock", path)
+    stock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stock)
+    assert stock.place() == "cuda"
+
+
+def test_another_source_of_the_same_time_and_size_is_compiled(module):
+    loader, path, _ = module
+    assert place(loader) == "cpu"
+    path.write_text(SOURCE.replace("'cuda'", "'CUDA'"))
+    assert place(loader) == "CUDA"
+
+
+@pytest.mark.parametrize("damage", [b"", b"nothing of ours"])
+def test_a_damaged_file_is_made_anew(module, damage):
+    loader, _, kept = module
+    assert place(loader) == "cpu"
+    whole = kept.read_bytes()
+    kept.write_bytes(damage)
+    assert place(loader) == "cpu"
+    assert kept.read_bytes() == whole
+    kept.write_bytes(whole[:-10])
+    assert place(loader) == "cpu"
+    assert kept.read_bytes() == whole
+
+
+def test_code_that_another_rewriting_made_is_not_taken(module, monkeypatch):
+    loader, _, kept = module
+    monkeypatch.setattr(on_cpu, "_MADE_BY", b"of an older version")
+    place(loader)
+    older = kept.read_bytes()
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    assert place(loader) == "cpu"
+    assert kept.read_bytes() != older
