@@ -5,9 +5,8 @@
 The one file that decides what is installed where: which Python runs us, CPU or CUDA, which build of
 torch. PYTHON is the Python that .venv is made with, as a version (3.11) or a program; without it a
 finished .venv keeps its own, and a new one gets the first of SUPPORTED_PYTHONS. Versions are looked
-for on PATH and among pyenv's. Standard library only,
-and without new syntax, since any python3 may start it. A repeated call finds its stamp in .venv and
-does nothing.
+for on PATH and among pyenv's. Standard library only, and without new syntax, since any python3 may
+start it. A repeated call finds its stamp in .venv and does nothing.
 
 MEGATRON_RL_DEVICE=cpu or cuda overrides what is detected. MEGATRON_RL_TORCH_BUILD=any lets a
 machine without a GPU take the CUDA build of torch where no CPU build is to be had.
@@ -187,7 +186,11 @@ PACKAGE_STEP = Step(
 
 def work_left(wanted: Stamp, found: Stamp | None) -> str:
     """What .venv lacks: "nothing", "package", "requirements" or, to be made anew, "venv"."""
-    if found is None or found[:3] != wanted[:3]:
+    if found is None or (found.python, found.device, found.torch) != (
+        wanted.python,
+        wanted.device,
+        wanted.torch,
+    ):
         return "venv"
     if found.requirements != wanted.requirements:
         return "requirements"
@@ -295,8 +298,9 @@ def has_nvidia_gpu() -> bool:
 
 def read_stamp() -> Stamp | None:
     try:
-        return Stamp(**json.loads(STAMP.read_text()))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        found = json.loads(STAMP.read_text())
+        return Stamp(**{"torch": found["device"], **found})  # older ones have no choice of torch
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None  # no finished installation of this version of the file
 
 

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -149,6 +150,20 @@ def test_an_unknown_device_is_refused(install):
 )
 def test_what_counts_as_a_cuda_build(install, found, is_cuda):
     assert install.brings_cuda(report(**found)) is is_cuda
+
+
+def test_an_environment_from_before_there_was_a_choice_of_torch_stays(
+    install, monkeypatch, tmp_path
+):
+    stamp = tmp_path / "stamp.json"
+    monkeypatch.setattr(install, "STAMP", stamp)
+    older = DONE._asdict()
+    del older["torch"]
+    stamp.write_text(json.dumps(older))
+    assert install.read_stamp() == DONE
+    for unreadable in ("{", "[]", "{}"):
+        stamp.write_text(unreadable)
+        assert install.read_stamp() is None
 
 
 @pytest.mark.parametrize(
