@@ -35,7 +35,10 @@ def test_resumed_weights_and_optimizer_are_bit_equal(runs, interrupted):
     straight, stopped, said = interrupted
     assert "resumed after iteration 3" in said
     expected, found = runs.files(straight), runs.files(stopped)
-    assert any(name.startswith(WEIGHTS_IN) for name in expected)
+    ranks, _ = LAYOUTS[straight.removeprefix("straight ")]
+    names = [name for name in expected if name.startswith(WEIGHTS_IN)]
+    writers = {name.removeprefix(WEIGHTS_IN).partition("_")[0] for name in names}
+    assert writers == {str(rank) for rank in range(ranks)}  # the comparison is of every rank's
     for name in expected:  # cursor and schedule too; nothing is drawn from Python's generator,
         if not name.startswith("rank_"):  # which starts elsewhere in every process
             assert found[name] == expected[name], name
