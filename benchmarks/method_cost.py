@@ -27,6 +27,7 @@ enter(PLATFORM)  # before the first import of megatron.core
 
 import torch  # noqa: E402
 from measure import describe_machine  # noqa: E402
+from synthetic import SIZES, synthetic_groups  # noqa: E402
 
 from megatron_rl.algorithms.algorithm import Algorithm  # noqa: E402
 from megatron_rl.algorithms.config import AlgorithmConfig  # noqa: E402
@@ -38,11 +39,10 @@ from megatron_rl.policy.critic import Critic  # noqa: E402
 from megatron_rl.policy.passes import plan_passes  # noqa: E402
 from megatron_rl.policy.policy import Policy  # noqa: E402
 from megatron_rl.policy.trainer import Trainer  # noqa: E402
-from megatron_rl.types import Prompt, Rollout, RolloutGroup  # noqa: E402
 from megatron_rl.weights.families.registry import read_model_config  # noqa: E402
 from megatron_rl.weights.model_source import find_model  # noqa: E402
 
-GROUPS, PROMPT_TOKENS, RESPONSE_TOKENS, VOCAB = 16, 32, 96, 4096
+GROUPS, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 32, 96
 REWARDS = ((1.0, -1.0, -1.0, 1.0), (1.0,) * 4, (-1.0, 1.0, -1.0, -1.0), (-1.0,) * 4)
 BASE = "grpo, nothing dropped"
 METHODS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,11 @@ class Bench:
         for model in (self.policy, self.critic):
             model.load(find_model(str(model_dir), "model.path"))
             model.prepare_training()
-        self.rollouts = synthetic_groups()
+        self.rollouts = synthetic_groups(
+            itertools.islice(itertools.cycle(REWARDS), GROUPS),
+            prompt_tokens=PROMPT_TOKENS,
+            response_tokens=(RESPONSE_TOKENS, RESPONSE_TOKENS),
+        )
 
     def step(self, settings: dict[str, Any]) -> tuple[float, float, int]:
         """(seconds, response tokens trained, responses kept) of one iteration's training."""
@@ -109,44 +113,11 @@ class Bench:
         return seconds, metrics["policy/trained_tokens"], len(selection.samples)
 
 
-def synthetic_groups() -> list[RolloutGroup]:
-    """Groups of four responses of one length; every method sees the same tokens."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> torch.Tensor:
-        return torch.randint(0, VOCAB, (count,), generator=generator)
-
-    groups = []
-    for number, rewards in zip(range(GROUPS), itertools.cycle(REWARDS), strict=False):
-        rollouts = tuple(
-            Rollout(
-                response_tokens=tokens(RESPONSE_TOKENS),
-                rollout_logprobs=torch.full((RESPONSE_TOKENS,), -8.0),
-                finish_reason="stop",
-                policy_version=0,
-                reward=reward,
-            )
-            for reward in rewards
-        )
-        prompt = Prompt(group_id=number, tokens=tokens(PROMPT_TOKENS), answer="")
-        groups.append(RolloutGroup(prompt=prompt, rollouts=rollouts))
-    return groups
-
-
 def write_model(folder: Path) -> Path:
     """A random Qwen2 of 5 million parameters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
+    config = Qwen2Config(**SIZES)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -28,20 +28,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from synthetic import SIZES, synthetic_groups
+
 WARM_UP = 2
-ROLLOUTS, GROUP, PROMPT_TOKENS, VOCAB, ROW_TOKENS = 32, 4, 24, 4096, 2048
-RESPONSE_TOKENS = (8, 96)
+GROUPS, PROMPT_TOKENS, ROW_TOKENS = 8, 24, 2048
+REWARDS = (1.0, -1.0, 1.0, -1.0)  # so that no response is left out
+RESPONSE_TOKENS = (8, 95)
 ANSWER = "processor seconds: "
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
 EXPERTS = {"intermediate_size": 256, "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
@@ -194,43 +187,16 @@ def make_update(case: Case, folder: Path) -> Any:
         max_response_tokens=RESPONSE_TOKENS[1],
         dtype=torch.float32,
     )
-    own = synthetic_groups() if groups.rank == 0 else []
-    update_of = dict.fromkeys(range(ROLLOUTS // GROUP), 0)
+    made = synthetic_groups(
+        [REWARDS] * GROUPS, prompt_tokens=PROMPT_TOKENS, response_tokens=RESPONSE_TOKENS
+    )
+    own = made if groups.rank == 0 else []
+    update_of = dict.fromkeys(range(GROUPS), 0)
     selection = algorithm.select(own, update_of=update_of, seed=(0,))
     plan = plan_passes(algorithm, num_updates=1, epochs=1)
     trainer = Trainer(policy, algorithm, plan, lambda _: None, epochs=1, reference=None)
     batches = trainer.add_advantages(trainer.add_logprobs(packer.pack(selection, 1)))
     return lambda: trainer.update(batches)
-
-
-def synthetic_groups() -> list[Any]:
-    """Groups of which all responses are trained, of ragged lengths; the same in all variants."""
-    import torch
-
-    from megatron_rl.types import Prompt, Rollout, RolloutGroup
-
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> torch.Tensor:
-        return torch.randint(0, VOCAB, (count,), generator=generator)
-
-    def rollout(reward: float) -> Rollout:
-        count = int(torch.randint(*RESPONSE_TOKENS, (1,), generator=generator))
-        return Rollout(
-            response_tokens=tokens(count),
-            rollout_logprobs=torch.full((count,), -8.0),
-            finish_reason="stop",
-            policy_version=0,
-            reward=reward,
-        )
-
-    return [
-        RolloutGroup(
-            prompt=Prompt(group_id=number, tokens=tokens(PROMPT_TOKENS), answer=""),
-            rollouts=tuple(rollout((-1.0) ** index) for index in range(GROUP)),
-        )
-        for number in range(ROLLOUTS // GROUP)
-    ]
 
 
 def report(told: dict[str, Seconds]) -> list[str]:
