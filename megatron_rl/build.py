@@ -71,6 +71,7 @@ def build_run(
     critic = _build_critic(config, inputs, groups, run_updates)
     packer = _build_packer(config, algorithm, groups, policy.dtype)
     output_dir = Path(config.run.output_dir)
+    stop = StopRequest()
     return Run(
         config=config,
         inputs=inputs,
@@ -79,7 +80,7 @@ def build_run(
         prompts=inputs.prompts,
         rollouts=GoldRollouts(groups, meter)
         if config.is_supervised
-        else build_sampled(config, inputs, groups, meter, say, load_weights=False),
+        else build_sampled(config, inputs, groups, meter, stop, say, load_weights=False),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         selector=Selector(
             algorithm=algorithm,
@@ -108,10 +109,8 @@ def build_run(
             every=kl_every,
             num_rollouts=config.metrics.kl_rollouts,
         ),
-        store=CheckpointStore(
-            output_dir / CHECKPOINTS, groups, keep_last=config.checkpoint.keep_last
-        ),
-        stop=StopRequest(),
+        store=CheckpointStore(output_dir / CHECKPOINTS, groups, config.checkpoint),
+        stop=stop,
         say=say,
     )
 
@@ -223,6 +222,7 @@ def build_sampled(
     inputs: Inputs,
     groups: Groups,
     meter: Meter,
+    stop: StopRequest,
     say: Callable[[str], None],
     *,
     load_weights: bool,
@@ -247,5 +247,6 @@ def build_sampled(
         max_logprob_gap=config.rollout.max_logprob_gap or DEFAULT_GAP[config.engine_dtype],
         groups=groups,
         meter=meter,
+        stop=stop,
         say=say,
     )

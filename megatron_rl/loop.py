@@ -8,16 +8,21 @@ from megatron_rl.types import IterationMetrics
 Record = Callable[[IterationMetrics], None]
 
 
-def run_iteration(run: Run, iteration: int) -> None:
+def run_iteration(run: Run, iteration: int) -> bool:
     """Sample, grade, select, train, and hand the new weights to the engine; every rank calls it.
 
-    Each room reports what it measured to run.meter.
+    Each room reports what it measured to run.meter. Returns False where the run was told to stop
+    while it sampled: then the iteration is dropped, as if it had not begun.
     """
+    cursor = run.prompts.state_dict()
     prompts = run.prompts.next_batch()  # prompts/: the same global batch on every rank
     with run.meter.phase("rollout"):  # rollout/: responses, rollout_logprobs; grading begins
         groups = run.rollouts.generate(
             prompts, iteration=iteration, policy_version=run.policy.version
         )
+    if run.stop.agreed(run.groups.world):
+        run.prompts.load_state_dict(cursor)
+        return False
     with run.meter.phase("reward"):  # reward/: the last verdicts
         graded = run.rollouts.grade(groups)
     run.rollouts.count(graded)  # metrics/: of everything drawn
@@ -32,13 +37,14 @@ def run_iteration(run: Run, iteration: int) -> None:
         run.trainer.update(batches)
     with run.meter.phase("weight_sync"):  # weights/: the engine samples from the new weights
         run.rollouts.receive(run.policy)
+    return True
 
 
 def train(run: Run, record: Record) -> bool:
     """A whole run, from the newest checkpoint or from the start; every rank calls it.
 
-    Returns False where it was told to stop (SIGTERM): then it has saved a checkpoint, from which
-    the same command goes on.
+    Returns False where it was told to stop: then it has saved a checkpoint, from which the same
+    command goes on.
     """
     config = run.config
     run.resume()
@@ -50,19 +56,18 @@ def train(run: Run, record: Record) -> bool:
     run.meter.restart()
     for iteration in range(run.done_iterations + 1, config.run.num_iterations + 1):
         is_last = iteration == config.run.num_iterations
-        run_iteration(run, iteration)
+        if not run_iteration(run, iteration):
+            return run.leave(iteration - 1)
         if _is_due(iteration, config.evaluation.every) or (is_last and config.evaluation.at_end):
             with run.meter.phase("evaluation"):
                 evaluation = run.rollouts.evaluate(iteration, run.policy.version)
             run.meter.report(evaluation.metrics())
         record(IterationMetrics(iteration=iteration, values=run.meter.take()))
-        is_stopped = not is_last and run.stop.agreed(run.groups.world)
-        if is_stopped or _is_due(iteration, config.checkpoint.save_every):
+        if run.save_is_due(iteration):
             with run.meter.phase("checkpoint"):
                 run.save(iteration)
-        if is_stopped:
-            run.say(f"told to stop: checkpoint saved after iteration {iteration}")
-            return False
+        if not is_last and run.stop.agreed(run.groups.world):
+            return run.leave(iteration)
     return True
 
 

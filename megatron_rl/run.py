@@ -1,8 +1,10 @@
 """The parts of a run on one rank: what it goes on from, and what it leaves."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
@@ -13,6 +15,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
+from megatron_rl.parallel.collectives import max_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.policy.initial_kl import InitialKl
@@ -43,6 +46,8 @@ class Run:
     stop: StopRequest
     say: Callable[[str], None]
     done_iterations: int = 0
+    saved_iteration: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
 
     @property
     def models(self) -> list[TrainedModel]:
@@ -66,8 +71,32 @@ class Run:
             self.say(f"checkpoint rejected: {reason}")
         self.prompts.load_state_dict(state["prompts"])
         self.trainer.load_state_dict(state["trainer"])
-        self.done_iterations = state["iteration"]
+        self.done_iterations = self.saved_iteration = state["iteration"]
         self.say(f"resumed after iteration {self.done_iterations}")
+
+    def save_is_due(self, iteration: int) -> bool:
+        """True on all ranks where a checkpoint is to be written after this iteration."""
+        settings = self.config.checkpoint
+        if settings.save_every == 0:
+            return False
+        if iteration == self.config.run.num_iterations:
+            return True
+        if settings.save_every is not None:
+            return iteration % settings.save_every == 0
+        minutes = (time.monotonic() - self.saved_at) / 60
+        # Clocks of ranks differ, and all have to save or none.
+        return max_over([minutes], self.groups.world)[0] >= settings.save_minutes
+
+    def leave(self, iteration: int) -> Literal[False]:
+        """Save what is done by the end of this iteration, because a signal asks to stop."""
+        if not iteration:
+            self.say("told to stop before the first iteration was done: there is nothing to save")
+        elif self.saved_iteration == iteration:
+            self.say(f"told to stop: the checkpoint after iteration {iteration} is there")
+        else:
+            self.save(iteration)
+            self.say(f"told to stop: checkpoint saved after iteration {iteration}")
+        return False
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint of the run after this iteration."""
@@ -81,6 +110,7 @@ class Run:
             },
             add_files=self._model_files.add_to,
         )
+        self.saved_iteration, self.saved_at = iteration, time.monotonic()
 
     def export(self) -> Path | None:
         """Write the policy as a Hugging Face directory; None where no export is asked for."""

@@ -1,7 +1,6 @@
 """A command from its config to its end: processes joined, run built, results written and shown."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.writers import MetricsWriter, open_writers
 from megatron_rl.parallel.groups import init_distributed
+from megatron_rl.parallel.stop import StopRequest, follow_launcher
 from megatron_rl.platforms.base import Platform, detect
 from megatron_rl.preflight import read_inputs
 from megatron_rl.types import IterationMetrics
@@ -88,7 +88,9 @@ def evaluate_session(config: RunConfig) -> None:
     groups = join(platform, config.parallel, config.rollout.tensor_model_parallel_size)
     # The engine reads Hugging Face files itself; others come through the policy and the bridge.
     is_hf = inputs.model.megatron_dir is None
-    rollouts = build_sampled(config, inputs, groups, Meter(groups), _say_early, load_weights=is_hf)
+    rollouts = build_sampled(
+        config, inputs, groups, Meter(groups), StopRequest(), _say_early, load_weights=is_hf
+    )
     if not is_hf:
         rollouts.receive(build_policy(config, inputs, groups, run_updates=1))  # none is taken
     evaluation = rollouts.evaluate(iteration=None, policy_version=0)
@@ -162,6 +164,7 @@ class _Recorder:
 
 
 def _start(config: RunConfig) -> Platform:
+    follow_launcher()
     warnings.filterwarnings("ignore", module=r"(vllm|torch\.distributed)\b")
     # Else each rank of a machine would start a thread for every core.
     if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
@@ -189,6 +192,7 @@ def _start_lines(run: "Run") -> list[str]:
         *(f"{name}: {why}" for name, why in run.trainer.passes.reasons),
         *run.config.algorithm.notices,
         *run.rollouts.describe(),
+        *(["checkpoints: none"] if run.config.checkpoint.save_every == 0 else []),
     ]
 
 
@@ -232,15 +236,10 @@ def _commit() -> str | None:
 def _leave(close: Callable[[], None]) -> None:
     """End the process without destructors: an engine's and a group's may wait for other ranks.
 
-    close comes late, since vLLM's shutdown takes the process groups with it. Megatron-Core's
-    checkpoint writer leaves a manager process, which only destructors would have ended, and which
-    would outlive us and hold our output open.
+    close comes late, since vLLM's shutdown takes the process groups with it.
     """
     dist.barrier()
     close()
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

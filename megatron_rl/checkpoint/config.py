@@ -8,11 +8,18 @@ from megatron_rl.settings import Settings
 class CheckpointConfig(Settings):
     """Checkpoints for resuming, and the Hugging Face export."""
 
-    save_every: int = Field(default=0, ge=0)
-    """Iterations between checkpoints; 0: none."""
+    save_every: int | None = Field(default=None, ge=0)
+    """Iterations between checkpoints; 0: nothing is saved; not set: `save_minutes` decides. Where
+    anything is saved, so is the end of the run."""
+
+    save_minutes: float = Field(default=15.0, gt=0)
+    """Minutes between checkpoints, where `save_every` is not set."""
 
     keep_last: int = Field(default=2, ge=1)
-    """Number of newest checkpoints that stay on disk."""
+    """Number of newest good checkpoints that stay on disk; damaged ones do not count."""
+
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of every so many iterations stay as well; 0: none beside `keep_last`."""
 
     export_hf: bool = True
     """Write the policy as a Hugging Face directory: hf/ in every checkpoint, and hf/ in the run's

@@ -7,40 +7,47 @@ iteration_000120/
     rank_<n>.pt      random states of one rank
     state.json       iteration, cursor, scheduler, policy_version, version of Megatron-Core
     MANIFEST.json    written last: every file with its size and SHA-256
+
+A directory whose name begins with a point is a checkpoint that is being written or deleted; the
+next start removes it.
 """
 
+import errno
 import functools
-import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_rl.checkpoint import manifest
+from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.checkpoint.versions import STATE, WRITTEN_BY
 from megatron_rl.errors import RunError
-from megatron_rl.megatron.checkpoint import load_model, save_model
+from megatron_rl.megatron.checkpoint import load_model, writer_of
 from megatron_rl.megatron.faults import installed_version
 from megatron_rl.megatron.model import TrainedModel
-from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing
+from megatron_rl.megatron.writer import CheckpointWriter
+from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing, sum_over
 from megatron_rl.parallel.groups import Groups
 
-MANIFEST = "MANIFEST.json"
-FORMAT = 2
-NAME = re.compile(r"iteration_(\d{6,})")
+UNFINISHED = ".iteration_*"
+ROOM_FOR_THE_REST = 1 << 20
+"""Bytes for what stands beside the tensors: states, indices, the manifest."""
 
 
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, directory: Path, groups: Groups, *, keep_last: int) -> None:
-        self._directory, self._groups, self._keep_last = directory, groups, keep_last
+    def __init__(self, directory: Path, groups: Groups, config: CheckpointConfig) -> None:
+        self._directory, self._groups, self._config = directory, groups, config
+        self._verified: set[str] = set()  # names whose contents this process has seen in order
+        self._rejected: set[str] = set()
 
     def save(
         self,
@@ -55,15 +62,19 @@ class CheckpointStore:
         add_files writes what else belongs to the checkpoint into its directory; on every rank.
         The files stand in a temporary directory until the manifest is complete, then one rename
         gives them their name.
+
+        Raises:
+            RunError: the disk is full; checkpoints from before are as they were.
         """
         attempt = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(attempt, src=0, group=self._groups.world)
-        temporary = self._directory / f".{_name(iteration)}.{attempt[0]}"
-        self._together(lambda: self._prepare(temporary, models), only_main=True)
-        self._together(lambda: self._write(temporary, models, state))
-        self._together(lambda: add_files(temporary))
-        files = all_gather_objects(self._own_files(temporary), self._groups.world)
-        self._together(lambda: self._finish(temporary, iteration, files), only_main=True)
+        temporary = self._directory / f".{manifest.name_of(iteration)}.{attempt[0]}"
+        try:
+            self._write_all(temporary, iteration, models, state, add_files)
+        except BaseException:
+            if self._groups.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+            raise
 
     def load(self, models: Sequence[TrainedModel]) -> dict[str, Any] | None:
         """Restore the newest good checkpoint; its state, or None where there is no checkpoint.
@@ -71,18 +82,17 @@ class CheckpointStore:
         Raises:
             RunError: checkpoints are there and none is good. A run never starts afresh over them.
         """
+        self._together(self._remove_unfinished, only_main=True)
         rejected: list[str] = []
         for path in self._newest_first():
-            reasons = [
-                reason
-                for reason in all_gather_objects(self._fault(path), self._groups.world)
-                if reason
-            ]
-            if reasons:
-                rejected.append(f"{path.name}: {reasons[0]}")
+            reason = self._fault(path)
+            if reason:
+                rejected.append(f"{path.name}: {reason}")
+                self._rejected.add(path.name)
                 continue
             state: dict[str, Any] = json.loads((path / STATE).read_text())
-            self._together(functools.partial(self._restore, path, models, state))
+            self._restore(path, models, state)
+            self._verified.add(path.name)
             return {**state, "rejected": rejected}
         if rejected:
             raise RunError(
@@ -96,17 +106,63 @@ class CheckpointStore:
 
     # -- saving ----------------------------------------------------------------------------------
 
+    def _write_all(
+        self,
+        temporary: Path,
+        iteration: int,
+        models: Sequence[TrainedModel],
+        state: dict[str, Any],
+        add_files: Callable[[Path], None],
+    ) -> None:
+        self._together(functools.partial(self._prepare, temporary, models), only_main=True)
+        writers = [writer_of(model, temporary / model.name, self._groups) for model in models]
+        needed = int(sum_over([sum(w.num_bytes for w in writers)], self._groups.world)[0])
+        needed += self._export_bytes(models) + ROOM_FOR_THE_REST
+
+        def on_the_disk(work: Callable[[], None], *, only_main: bool = False) -> None:
+            self._together(lambda: _name_full_disk(work, temporary, needed), only_main=only_main)
+
+        on_the_disk(lambda: _check_room(temporary, needed), only_main=True)
+        on_the_disk(lambda: self._write(temporary, models, state, writers))
+        for writer in writers:
+            writer.gather()
+        on_the_disk(lambda: _finish_all(writers))
+        add_files(temporary)
+        listed: dict[str, tuple[int, str]] = {}
+        on_the_disk(lambda: listed.update(self._own_files(temporary)))
+        files = {
+            name: entry
+            for part in all_gather_objects(listed, self._groups.world)
+            for name, entry in part.items()
+        }
+        on_the_disk(lambda: self._name(temporary, iteration, files), only_main=True)
+        self._verified.add(manifest.name_of(iteration))
+        self._rejected.discard(manifest.name_of(iteration))
+        self._together(functools.partial(self._retire, iteration), only_main=True)
+
+    def _export_bytes(self, models: Sequence[TrainedModel]) -> int:
+        if not self._config.export_hf:
+            return 0
+        return sum(model.arch.num_parameters * model.dtype.itemsize for model in models)
+
     def _prepare(self, temporary: Path, models: Sequence[TrainedModel]) -> None:
-        for leftover in self._directory.glob(".iteration_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._remove_unfinished()
         for model in models:
             (temporary / model.name).mkdir(parents=True)
 
+    def _remove_unfinished(self) -> None:
+        for leftover in self._directory.glob(UNFINISHED):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def _write(
-        self, temporary: Path, models: Sequence[TrainedModel], state: dict[str, Any]
+        self,
+        temporary: Path,
+        models: Sequence[TrainedModel],
+        state: dict[str, Any],
+        writers: Sequence[CheckpointWriter],
     ) -> None:
-        for model in models:
-            save_model(model, temporary / model.name)
+        for writer in writers:
+            writer.write()
         states = self._groups.platform.rng_state()
         torch.save(_plain(states), temporary / f"rank_{self._groups.rank}.pt")
         if self._groups.is_main:
@@ -120,56 +176,70 @@ class CheckpointStore:
             (temporary / STATE).write_text(json.dumps(saved, indent=2) + "\n")
 
     def _own_files(self, temporary: Path) -> dict[str, tuple[int, str]]:
-        """Size and digest of this rank's share of the files."""
+        """Size and digest of this rank's share of the files, which are on the disk from here on."""
         world, rank = self._groups.layout.world_size, self._groups.rank
-        return {
-            str(path.relative_to(temporary)): (path.stat().st_size, _digest(path))
-            for path in sorted(_files(temporary))[rank::world]
-        }
+        listed = {}
+        for path in sorted(manifest.files_in(temporary))[rank::world]:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            name = str(path.relative_to(temporary))
+            listed[name] = (path.stat().st_size, manifest.digest_of(path))
+        return listed
 
-    def _finish(
-        self, temporary: Path, iteration: int, files: list[dict[str, tuple[int, str]]]
-    ) -> None:
-        listed = {name: entry for part in files for name, entry in part.items()}
-        manifest = temporary / MANIFEST
-        with manifest.open("w") as file:
-            json.dump({"format": FORMAT, "iteration": iteration, "files": listed}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        final = self._directory / _name(iteration)
-        shutil.rmtree(final, ignore_errors=True)
+    def _name(self, temporary: Path, iteration: int, files: dict[str, tuple[int, str]]) -> None:
+        """Write the manifest, and give the directory the name of a checkpoint."""
+        manifest.write_manifest(temporary, iteration, self._groups.layout.world_size, files)
+        final = self._directory / manifest.name_of(iteration)
+        if final.exists():  # rejected at the start, and repeated since
+            self._remove(final)
         temporary.rename(final)
-        for path in self._newest_first()[self._keep_last :]:
-            shutil.rmtree(path, ignore_errors=True)
+        manifest.sync_directory(self._directory)
+
+    def _retire(self, iteration: int) -> None:
+        """Delete good checkpoints that the recipe does not keep; bad ones count and go for nothing.
+
+        What this process has neither read nor written counts as good by its manifest and sizes.
+        """
+        good = [
+            path
+            for path in self._newest_first()
+            if path.name not in self._rejected
+            and (path.name in self._verified or manifest.looks_complete(path))
+        ]
+        newest = manifest.name_of(iteration)
+        every = self._config.keep_every
+        for path in good[self._config.keep_last :]:
+            is_kept = every and manifest.iteration_of(path) % every == 0
+            if path.name != newest and not is_kept:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """Delete a checkpoint, whose name goes first: a half deleted one must not look like one."""
+        leaving = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+        path.rename(leaving)
+        if leaving.is_dir() and not leaving.is_symlink():
+            shutil.rmtree(leaving, ignore_errors=True)
+        else:
+            leaving.unlink()
 
     # -- loading ---------------------------------------------------------------------------------
 
     def _newest_first(self) -> list[Path]:
         if not self._directory.is_dir():
             return []
-        found = [path for path in self._directory.iterdir() if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: path.name, reverse=True)
+        found = [path for path in self._directory.iterdir() if manifest.iteration_of(path) >= 0]
+        return sorted(found, key=manifest.iteration_of, reverse=True)
 
     def _fault(self, path: Path) -> str | None:
         """Why a checkpoint must not be loaded; every rank checks its share of the files."""
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            files = manifest["files"]
-        except (OSError, ValueError, KeyError):
-            return f"no readable {MANIFEST}"
-        if manifest.get("format") != FORMAT:
-            return f"format {manifest.get('format')} is not {FORMAT}"
-        share = sorted(files)[self._groups.rank :: self._groups.layout.world_size]
-        for name in share:
-            size, digest = files[name]
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes instead of {size}"
-            if _digest(file) != digest:
-                return f"{name} was changed after it was written"
-        return None
+        share = slice(self._groups.rank, None, self._groups.layout.world_size)
+        found: list[str | None] = [None]
+
+        def look() -> None:
+            found[0] = manifest.fault_of(path, share)
+
+        self._together(look)
+        return next((one for one in all_gather_objects(found[0], self._groups.world) if one), None)
 
     def _restore(self, path: Path, models: Sequence[TrainedModel], state: dict[str, Any]) -> None:
         names = [model.name for model in models]
@@ -188,8 +258,45 @@ class CheckpointStore:
             self._groups.platform.set_rng_state(_restored(states))
 
     def _together(self, work: Callable[[], None], *, only_main: bool = False) -> None:
+        """Do work that needs no other rank; an error of any rank is raised on all."""
         has_part = self._groups.is_main or not only_main
         all_or_none(work if has_part else nothing, self._groups.world)
+
+
+def _finish_all(writers: Sequence[CheckpointWriter]) -> None:
+    for writer in writers:
+        writer.finish()
+
+
+def _check_room(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise _full(directory, needed, free)
+
+
+def _name_full_disk(work: Callable[[], None], directory: Path, needed: int) -> None:
+    """Do work that writes; a full disk gets its name, which torch's own writer hides.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    try:
+        work()
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(directory.parent).free
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or (free < ROOM_FOR_THE_REST and not isinstance(error, RunError)):
+            raise _full(directory, needed, free) from error
+        raise
+
+
+def _full(directory: Path, needed: int, free: int) -> RunError:
+    return RunError(
+        f"{directory.parent}: no space left on device: the checkpoint needs "
+        f"{needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free. Checkpoints from before are "
+        "as they were. Free some room, or set checkpoint.keep_last=1, and start the same command "
+        "again"
+    )
 
 
 def _plain(states: dict[str, Any]) -> dict[str, Any]:
@@ -203,16 +310,3 @@ def _restored(states: dict[str, Any]) -> dict[str, Any]:
 
     kind, keys, *rest = states["numpy"]
     return {**states, "numpy": (kind, np.array(keys, dtype=np.uint32), *rest)}
-
-
-def _name(iteration: int) -> str:
-    return f"iteration_{iteration:06d}"
-
-
-def _files(directory: Path) -> Iterator[Path]:
-    return (path for path in directory.rglob("*") if path.is_file())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

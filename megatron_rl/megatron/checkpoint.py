@@ -13,6 +13,8 @@ from typing import Any
 from megatron.core import dist_checkpointing
 
 from megatron_rl.megatron.model import TrainedModel
+from megatron_rl.megatron.writer import CheckpointWriter
+from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.dcp_files import read_metadata
 
 # Names without the number of Megatron's optimizer, which depends on expert parallelism.
@@ -27,9 +29,9 @@ ALIKE = ("wd_mult", "lr_mult", "is_decoupled_lr")
 TENSORS, KIND = "param_state", "param_state_sharding_type"
 
 
-def save_model(model: TrainedModel, directory: Path) -> None:
-    """Write weights and optimizer into an existing directory; every rank calls it."""
-    dist_checkpointing.save(sharded_state(model, is_loading=False), str(directory))
+def writer_of(model: TrainedModel, directory: Path, groups: Groups) -> CheckpointWriter:
+    """A writer of weights and optimizer into an existing directory; every rank calls it."""
+    return CheckpointWriter(sharded_state(model, is_loading=False), directory, groups)
 
 
 def load_model(model: TrainedModel, directory: Path) -> None:

@@ -34,11 +34,14 @@ def agree_or_raise(error: Exception | None, group: dist.ProcessGroup) -> None:
 
 
 def all_or_none(work: Callable[[], None], group: dist.ProcessGroup) -> None:
-    """Do this rank's part of some work; an error of any rank's part is raised on all ranks."""
+    """Do this rank's part of some work; an error of any rank's part is raised on all ranks.
+
+    The work must need no other rank: where one fails inside of a collective, the others wait there.
+    """
     error: Exception | None = None
     try:
         work()
-    except (OSError, RuntimeError, ValueError) as caught:
+    except Exception as caught:
         error = caught
     agree_or_raise(error, group)
 

@@ -43,11 +43,12 @@ class Engine(Protocol):
         self,
         requests: Sequence[Request],
         on_finished: Callable[[Response], None],
-        between_steps: Callable[[], None],
+        between_steps: Callable[[], bool],
     ) -> None:
         """Sample all requests; all ranks of one engine make the same call.
 
-        on_finished gets each response while others go on; between_steps runs after engine steps.
+        on_finished gets each response while others go on; between_steps runs after engine steps,
+        and what is unfinished is dropped where it returns False, on all ranks of the engine.
         """
         ...
 

@@ -20,7 +20,10 @@ class Rollouts(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
     ) -> list[RolloutGroup]:
-        """This rank's groups of the global batch: each group is on exactly one rank."""
+        """This rank's groups of the global batch: each group is on exactly one rank.
+
+        They may be none where a rank was told to stop.
+        """
         ...
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:

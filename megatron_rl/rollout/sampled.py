@@ -10,6 +10,7 @@ from megatron_rl.evaluation.report import Evaluation
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.collectives import sum_over
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach, check_failures
 from megatron_rl.rollout.engine import Engine
@@ -36,6 +37,7 @@ class SampledRollouts:
     max_logprob_gap: float  # nats; the probe stops a run that exceeds it
     groups: Groups
     meter: Meter
+    stop: StopRequest
     say: Callable[[str], None]
 
     def generate(
@@ -47,6 +49,7 @@ class SampledRollouts:
             iteration=iteration,
             policy_version=policy_version,
             grader=self.scorer,
+            stop=self.stop,
         )
         self.engine.sleep()  # the trainer needs the memory until the next weight sync
         return groups

@@ -5,9 +5,13 @@ from typing import Protocol
 
 from megatron_rl.batching.balance import balance
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.rollout.engine import Engine, Request, Response, request_seed
 from megatron_rl.types import Draw, Prompt, Rollout, RolloutGroup
+
+STEPS_BETWEEN_LOOKS = 16
+"""Engine steps after which ranks that sample together ask each other whether to stop."""
 
 
 class Grader(Protocol):
@@ -37,11 +41,13 @@ class Sampler:
         iteration: int,
         policy_version: int,
         grader: Grader,
+        stop: StopRequest | None = None,
     ) -> list[RolloutGroup]:
         """This rank's groups: each prompt's group ends up on exactly one rank of the world.
 
         prompts is the global batch, equal on all ranks; every rank calls it. The engine's ranks all
-        sample the engine's share, and divide the finished groups among themselves.
+        sample the engine's share, and divide the finished groups among themselves. An engine whose
+        rank is told to stop breaks off; its ranks then have no groups.
         """
         share = self._engine_share(prompts)
         tp, tp_rank = self._groups.engines.tp, self._groups.engines.tp_rank_of(self._groups.rank)
@@ -67,7 +73,17 @@ class Sampler:
             for prompt in share
             for index in range(draw.group_size)
         ]
-        self._engine.generate(requests, on_finished, grader.poll)
+        looks = 0
+
+        def goes_on() -> bool:
+            nonlocal looks
+            grader.poll()
+            looks += 1
+            return stop is None or not self._is_told(stop, looks)
+
+        self._engine.generate(requests, on_finished, goes_on)
+        if any(len(found) < draw.group_size for found in rollouts.values()):
+            return []
         return [
             RolloutGroup(
                 prompt=prompt,
@@ -75,6 +91,12 @@ class Sampler:
             )
             for group_id, prompt in own.items()
         ]
+
+    def _is_told(self, stop: StopRequest, looks: int) -> bool:
+        """True on all ranks of this engine where one of them was told; they step alike."""
+        if self._groups.engines.tp == 1:
+            return stop.was_told
+        return looks % STEPS_BETWEEN_LOOKS == 0 and stop.agreed(self._groups.engine)
 
     def _engine_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts of this engine: replicas get nearly equal sums of prompt tokens."""

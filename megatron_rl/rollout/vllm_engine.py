@@ -101,7 +101,7 @@ class VllmEngine:
         self,
         requests: Sequence[Request],
         on_finished: Callable[[Response], None],
-        between_steps: Callable[[], None],
+        between_steps: Callable[[], bool],
     ) -> None:
         """Sample all requests; on_finished runs as each is done, while others go on."""
         from vllm import SamplingParams
@@ -128,8 +128,11 @@ class VllmEngine:
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        on_finished(_response(key_of[output.request_id], output.outputs[0]))
-                between_steps()
+                        key = key_of.pop(output.request_id)
+                        on_finished(_response(key, output.outputs[0]))
+                if not between_steps():
+                    engine.abort_request(list(key_of))
+                    return
 
     def sleep(self) -> None:
         if self._platform.device_type == "cuda":

@@ -4,7 +4,6 @@ A probe runs on every rank, with {model: file of its Problem}, and returns the s
 """
 
 import json
-import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,14 +68,14 @@ def optimizers_of_a_mixture(problems: Problems) -> bool:
     """A checkpoint of an expert-parallel layout loads without it only after fitting."""
     from megatron_rl.megatron import checkpoint
 
-    # Megatron-Core writes in child processes, which a daemon may not have.
-    multiprocessing.current_process()._config["daemon"] = False
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)
     with _policy(problems, replace(EXPERTS, ep=2), dtype="float32") as policy:
-        checkpoint.save_model(policy, Path(folder[0]))
-    for child in multiprocessing.active_children():
-        child.kill()
+        writer = checkpoint.writer_of(policy, Path(folder[0]), policy.groups)
+        writer.write()
+        writer.gather()
+        writer.finish()
+        dist.barrier()
     with _policy(problems, EXPERTS, dtype="float32") as policy:
         checkpoint.load_model(policy, Path(folder[0]))
         try:

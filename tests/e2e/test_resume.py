@@ -22,11 +22,12 @@ WEIGHTS_IN = "policy/__"  # files that hold tensors, of weights and optimizer
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def interrupted(runs, request):
-    """A run straight to its end, and one that stopped after four iterations and went on."""
+    """A run straight to its end, and one that was lost after four iterations and went on."""
     ranks, layout = LAYOUTS[request.param]
     straight, stopped = runs.straight(request.param, ranks, *layout), f"stopped {request.param}"
     runs.finish(stopped, ranks, *layout, "run.num_iterations=4")
     assert [record["iteration"] for record in runs.records(stopped)] == [1, 2, 3, 4]
+    shutil.rmtree(runs.folder / stopped / "checkpoints" / "iteration_000004")  # as a kill has it
     said = runs.finish(stopped, ranks, *layout)
     return straight, stopped, said
 
@@ -75,8 +76,10 @@ def test_another_layout_continues_with_the_same_loss(runs, straight_tp2):
 def test_experts_continue_at_another_layout(runs):
     """With expert parallelism Megatron has two optimizers, and without it one: there and back."""
     settings = (f"model.path={runs.folder / 'models' / 'qwen3_moe'}", "run.num_iterations=8")
-    runs.finish("EP2", 2, *settings, *EP2)
-    shutil.rmtree(runs.copy("EP2", "EP2 to PP2 to EP2") / "checkpoints" / LAST)
+    runs.finish("EP2", 2, *settings, *EP2, "checkpoint.keep_last=3")
+    copied = runs.copy("EP2", "EP2 to PP2 to EP2") / "checkpoints"
+    for name in (LAST, "iteration_000008"):
+        shutil.rmtree(copied / name)
     for layout, start, end in ((PP2, 3, 6), (EP2, 6, 8)):
         changed = (*settings, *layout, f"run.num_iterations={end}")
         said = runs.finish("EP2 to PP2 to EP2", 2, *changed)
@@ -214,7 +217,7 @@ def load_damaged(folder: Path, straight: str, out: Path) -> None:
         if is_main:
             shutil.copytree(source, directory)
         dist.barrier()
-        return directory, CheckpointStore(directory, run.groups, keep_last=2)
+        return directory, CheckpointStore(directory, run.groups, run.config.checkpoint)
 
     def change(work: Any) -> None:
         if is_main:

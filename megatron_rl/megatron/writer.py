@@ -1,0 +1,103 @@
+"""Our own writing of a distributed checkpoint, in the files that Megatron-Core reads.
+
+Megatron-Core's own save forks a process for every file and keeps a manager process beside it. A
+signal to the job's process group ends that one, and the next save waits for it for ever; killed
+writers leave a rank waiting, and a killed rank leaves writers. Here a rank writes its file itself.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
+from torch.distributed.checkpoint.planner import WriteItem
+
+from megatron_rl.parallel.collectives import all_gather_objects, gather_objects
+from megatron_rl.parallel.groups import Groups
+
+FORMAT = CheckpointingConfig("torch_dist", 1)
+
+
+class CheckpointWriter:
+    """One model's state on its way into an existing, empty directory; every rank has one.
+
+    What all ranks do together (`__init__`, `gather`) and what each does for itself (`copy`,
+    `write`, `finish`) are apart, so that a rank's own error can be told to the others.
+    """
+
+    def __init__(self, state: dict[str, Any], directory: Path, groups: Groups) -> None:
+        """Plan who writes what; nothing is written yet. state: Megatron's description."""
+        self._directory, self._groups = directory, groups
+        sharded, self._common = save_preprocess(state)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded, keep_only_main_replica=True
+        )
+        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._planner.set_up_planner(
+            mcore_to_pyt_state_dict(by_key, False), is_coordinator=groups.is_main
+        )
+        self._plan = self._planner.create_local_plan()
+        plans = gather_objects(self._plan, groups.world)
+        # It lists the tensors of all ranks, so only one needs it.
+        self._index = self._planner.create_global_plan(plans)[1] if groups.is_main else None
+        prefix = _StoragePrefix(f"__{groups.rank}_")
+        self._plan = self._planner.finish_plan(replace(self._plan, storage_data=prefix))
+        self._files = _Files(directory, sync_files=True)
+        self._source: Any = self._planner
+        self._written: list[Any] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of tensors that this rank writes."""
+        sizes = (item.tensor_storage_size() for item in self._plan.items)
+        return sum(size for size in sizes if size is not None)
+
+    def copy(self) -> None:
+        """Copy what this rank writes to memory of the host, so that training may go on."""
+        self._source = _Copies(self._planner, self._plan.items)
+
+    def write(self) -> None:
+        """Write this rank's file, and on the main rank what all ranks have in common."""
+        if self._groups.is_main:
+            torch.save(self._common, self._directory / COMMON_STATE_FNAME)
+            save_config(FORMAT, str(self._directory))
+        self._written = self._files.write_data(self._plan, self._source).value()
+
+    def gather(self) -> None:
+        """Let the main rank know where in their files the ranks wrote what."""
+        self._written = all_gather_objects(self._written, self._groups.world)
+
+    def finish(self) -> None:
+        """Write the index of all files, on the main rank."""
+        if self._index is not None:
+            self._files.finish(self._index, self._written)
+
+
+class _Files(FileSystemWriter):
+    """torch's files, without the name of the directory in them, which a rename changes."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _Copies:
+    """Tensors by the item of a plan that asks for them: what a writer needs of a planner."""
+
+    def __init__(self, planner: MCoreSavePlanner, items: list[WriteItem]) -> None:
+        self._copies = {item.index: _copied(planner.resolve_data(item)) for item in items}
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        return self._copies[item.index]
+
+
+def _copied(data: Any) -> Any:
+    return data.to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
