@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.versions import CHECKPOINTS, refuse_newer
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors, InputError
@@ -48,6 +49,8 @@ def train_session(config: RunConfig) -> None:
     """The command `train`; every rank calls it, and on success it ends the process."""
     platform = _start(config)
     output = Path(config.run.output_dir)
+    # On the main rank alone; torchrun ends the others where it is refused.
+    lock = RunLock(output, _say_early) if os.environ.get("RANK", "0") == "0" else None
     refuse_newer(output / CHECKPOINTS)
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     enter(platform)
@@ -67,6 +70,8 @@ def train_session(config: RunConfig) -> None:
     run.stop.listen()
     exported = run.export() if train(run, recorder.record) else None
     recorder.close(run.policy.version, exported)
+    if lock is not None:
+        lock.release()
     _leave(run.rollouts.close)
 
 

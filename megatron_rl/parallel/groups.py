@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
 from megatron_rl.platforms.base import Platform
@@ -63,7 +64,32 @@ def init_distributed(platform: Platform) -> None:
     if os.environ["MASTER_PORT"] == "0":
         os.environ["MASTER_PORT"] = str(_free_port())
     platform.bind_rank(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(platform.collective_backend, timeout=TIMEOUT)
+    dist.init_process_group(
+        platform.collective_backend,
+        store=_store_of_this_attempt(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=TIMEOUT,
+    )
+
+
+def _store_of_this_attempt() -> Store:
+    """The store through which ranks find each other.
+
+    torchrun's own outlives ranks that it restarts (`--max-restarts`), and would give the new ones
+    the addresses of the dead.
+    """
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        int(os.environ["WORLD_SIZE"]),
+        is_master=not is_torchruns and os.environ["RANK"] == "0",
+        timeout=TIMEOUT,
+        multi_tenant=True,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"megatron_rl/attempt_{attempt}", store)
 
 
 def make_groups(

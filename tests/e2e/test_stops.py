@@ -25,12 +25,14 @@ STOPS = {  # what is sent, to whom, the exit code of torchrun
     "Ctrl-C": (signal.SIGINT, "everybody", {1, -signal.SIGINT, 130}),
 }
 
+RESTART = "one rank is killed, and torchrun may restart"
+
 
 @pytest.fixture(scope="module")
 def stopped(runs):
     """What each stop left, and the folder of the run that was stopped, then let to its end."""
     seen = {name: stop(runs, *STOPS[name][:2]) for name in STOPS}
-    runs.finish("stops", 2, *SETTINGS)
+    seen[RESTART] = stop(runs, signal.SIGKILL, "rank 1", "--max-restarts", "1")
     runs.finish("undisturbed", 2, *SETTINGS)
     return seen
 
@@ -48,20 +50,27 @@ def test_a_stop_saves_and_ends_in_time(stopped, name):
     assert seen["saved"] == seen["done"]  # nothing that was done is lost
 
 
+def test_torchrun_restarts_and_the_run_goes_on_by_itself(stopped):
+    seen = stopped[RESTART]
+    assert seen["code"] == 0, seen["said"]
+    assert seen["left"] == []
+    assert seen["said"].count("resumed after iteration") == 2
+    assert seen["saved"] == seen["done"] == ITERATIONS
+
+
 def test_the_run_ends_as_an_undisturbed_one(runs, stopped):
     ends = [seen["done"] for seen in stopped.values()]
     assert sorted(set(ends)) == ends  # each start went on
-    assert ends[-1] < ITERATIONS
     assert runs.records("stops") == runs.records("undisturbed")
     assert exported(runs.folder / "stops") == exported(runs.folder / "undisturbed")
 
 
-def stop(runs: Any, number: signal.Signals, whom: str) -> dict[str, Any]:
+def stop(runs: Any, number: signal.Signals, whom: str, *more: str) -> dict[str, Any]:
     """Start or go on with the run, send the signal after a save, and see what is left."""
     output, recipe = runs.folder / "stops", runs.folder / "stops.yaml"
     before = num_records(output)
     recipe.write_text(json.dumps(recipe_of(runs.folder / "models" / "qwen2", output)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *more]
     mark = f"{os.getpid()}"
     launcher = subprocess.Popen(
         [sys.executable, *torchrun, "-m", "megatron_rl", "train", str(recipe), *SETTINGS],
