@@ -26,6 +26,7 @@ from megatron_rl.ops.config import Backend
 from megatron_rl.parallel.collectives import agree_or_raise, same_or_raise
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
+from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.initial_kl import InitialKl
@@ -47,13 +48,17 @@ DEFAULT_GAP = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.5}
 
 
 def build_run(
-    config: RunConfig, inputs: Inputs, platform: Platform, say: Callable[[str], None]
+    config: RunConfig,
+    inputs: Inputs,
+    platform: Platform,
+    say: Callable[[str], None],
+    watchdog: Watchdog | None = None,
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
     groups = join(platform, config.parallel, rollout_tp)
     say(choose_ops(config.ops.backend, groups))
-    meter = Meter(groups)
+    meter = Meter(groups, watchdog)
     algorithm = Algorithm(config.algorithm)
     passes = plan_passes(
         algorithm,

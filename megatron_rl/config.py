@@ -25,7 +25,7 @@ from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.ops.config import OpsConfig
-from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
 from megatron_rl.policy.config import CriticConfig
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import for_mathematics
@@ -70,6 +70,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     ops: OpsConfig = OpsConfig()
 
     @property

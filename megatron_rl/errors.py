@@ -1,4 +1,10 @@
-"""Errors that a user can mend, with one form for every message."""
+"""Errors that a user can mend, with one form for every message; exit codes."""
+
+FAILED = 2
+"""The exit code where recipe, data, model, files or arguments are at fault."""
+
+BROKEN = 1
+"""The exit code of a fault of the program, and of a run that must not go on."""
 
 
 class ConfigError(ValueError):

@@ -14,6 +14,7 @@ def run_iteration(run: Run, iteration: int) -> bool:
     Each room reports what it measured to run.meter. Returns False where the run was told to stop
     while it sampled: then the iteration is dropped, as if it had not begun.
     """
+    run.meter.begin(iteration)
     cursor = run.prompts.state_dict()
     prompts = run.prompts.next_batch()  # prompts/: the same global batch on every rank
     with run.meter.phase("rollout"):  # rollout/: responses, rollout_logprobs; grading begins

@@ -1,11 +1,15 @@
 """A command from its config to its end: processes joined, run built, results written and shown."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,16 +21,17 @@ import yaml
 from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.versions import CHECKPOINTS, refuse_newer
 from megatron_rl.config import RunConfig
-from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.errors import BROKEN, FAILED, ConfigErrors, InputError, RunError
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.writers import MetricsWriter, open_writers
-from megatron_rl.parallel.groups import init_distributed
+from megatron_rl.parallel.groups import init_distributed, store_of_this_attempt
 from megatron_rl.parallel.stop import StopRequest, follow_launcher
+from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import read_inputs
+from megatron_rl.preflight import Inputs, read_inputs
 from megatron_rl.types import IterationMetrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
@@ -64,15 +69,16 @@ def train_session(config: RunConfig) -> None:
     from megatron_rl.build import build_run
     from megatron_rl.loop import train
 
-    run = build_run(config, inputs, platform, say=recorder.say)
-    for line in _start_lines(run):
-        recorder.say(line)
-    run.stop.listen()
-    exported = run.export() if train(run, recorder.record) else None
-    recorder.close(run.policy.version, exported)
-    if lock is not None:
-        lock.release()
-    _leave(run.rollouts.close)
+    with _watched(config, recorder) as watchdog:
+        run = build_run(config, inputs, platform, recorder.say, watchdog)
+        for line in _start_lines(run):
+            recorder.say(line)
+        run.stop.listen()
+        exported = run.export() if train(run, recorder.record) else None
+        recorder.close(run.policy.version, exported)
+        if lock is not None:
+            lock.release()
+        _leave(run.rollouts.close, watchdog)
 
 
 def evaluate_session(config: RunConfig) -> None:
@@ -86,7 +92,11 @@ def evaluate_session(config: RunConfig) -> None:
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     enter(platform)
     init_distributed(platform)
+    with _watched(config, _Recorder(config, is_main=dist.get_rank() == 0)) as watchdog:
+        _evaluate(config, inputs, platform, watchdog)
 
+
+def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: Watchdog) -> None:
     from megatron_rl.build import build_policy, build_sampled
     from megatron_rl.metrics.meter import Meter
 
@@ -103,7 +113,46 @@ def evaluate_session(config: RunConfig) -> None:
         print(f"{config.model.path}, temperature {config.evaluation.temperature:g}")
         print(*evaluation.table(), sep="\n")
         print(f"written to {Path(config.run.output_dir) / 'evaluation'}")
-    _leave(rollouts.close)
+    _leave(rollouts.close, watchdog)
+
+
+@contextmanager
+def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
+    """A part of a session in which a rank that fails, hangs or dies ends all, with its own words.
+
+    The first rank that fails says why, and the others leave without a word of theirs: what they
+    could say is that a connection was closed.
+    """
+    watchdog = Watchdog(config.watchdog, dist.get_rank(), dist.get_world_size())
+    watchdog.start(store_of_this_attempt("watchdog"))
+    try:
+        yield watchdog
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        is_told = isinstance(error, ConfigErrors | InputError | RunError)
+        where = f"rank {dist.get_rank()}, {watchdog.place}"
+        text = str(error) if is_told else f"{type(error).__name__}: {error}"
+        if watchdog.fail(text):
+            recorder.abandon()
+            if not is_told:
+                traceback.print_exc()
+            sys.stderr.write(f"megatron-rl: error: {text}\n  ({where})\n")
+            _tell_torchrun(f"{text} ({where})")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Destructors of groups and engines wait for other ranks.
+        os._exit(FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Have torchrun's summary, which comes last, give the reason instead of an exit code."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        now = str(int(time.time()))
+        content = {"message": {"message": message, "extraInfo": {"timestamp": now}}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content))
 
 
 def _say_early(message: str) -> None:
@@ -131,6 +180,11 @@ class _Recorder:
         for writer in self._writers:
             writer.write(metrics.iteration, metrics.values)
         self._display.write(metrics.iteration, metrics.values)
+
+    def abandon(self) -> None:
+        """Leave the terminal as it was; what was written stays."""
+        if self._display is not None:
+            self._display.close()
 
     def close(self, updates: int, exported: Path | None) -> None:
         for writer in self._writers:
@@ -238,12 +292,13 @@ def _commit() -> str | None:
     return found.stdout.strip()
 
 
-def _leave(close: Callable[[], None]) -> None:
+def _leave(close: Callable[[], None], watchdog: Watchdog) -> None:
     """End the process without destructors: an engine's and a group's may wait for other ranks.
 
     close comes late, since vLLM's shutdown takes the process groups with it.
     """
     dist.barrier()
+    watchdog.close()
     close()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,9 +3,11 @@
 Exit codes of every command:
   0    done; verify: the two are the same
   1    verify: they are not the same. Every command: a fault of the program, with its traceback;
-       train: a run that must not go on, the same way
-  2    a problem in recipe, data, model, files or arguments, told as `megatron-rl: error: ...`
+       train: a run that must not go on, told as `megatron-rl: error: ...`
+  2    a problem in recipe, data, model, files or arguments, told the same way
+  75   train, evaluate: a rank stood still; the message names it
   130  stopped by Ctrl-C
+Under torchrun these are the codes of the ranks, and torchrun's own is 0, or 1 for any of them.
 """
 
 import argparse
@@ -16,9 +18,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
-from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.errors import FAILED, ConfigErrors, InputError
 
-FAILED, STOPPED = 2, 130  # 130 as a shell says it
+STOPPED = 130  # as a shell says it
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 COMMANDS = {  # name: the file of this room that has it, and what it does
     "train": ("recipe", "train a policy; start it with torchrun for more than one rank"),

@@ -1,13 +1,14 @@
 """One object that collects an iteration's numbers from all rooms and gives them out at its end."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from megatron_rl.metrics import tally
 from megatron_rl.metrics.names import meaning
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.types import RolloutGroup, Verdict
 
 RATES = (
@@ -24,16 +25,23 @@ class Meter:
     reported twice keeps the later value.
     """
 
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
+    def __init__(self, groups: Groups, watchdog: Watchdog | None = None) -> None:
+        """watchdog: is told of every phase."""
+        self._groups, self._watchdog = groups, watchdog
         self._timer = PhaseTimer(synchronize=groups.platform.synchronize)
         self._values: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Bill the time inside to a phase of metrics/names.PHASES."""
-        with self._timer.phase(name):
+        watched = self._watchdog.phase(name) if self._watchdog else nullcontext()
+        with watched, self._timer.phase(name):
             yield
+
+    def begin(self, iteration: int) -> None:
+        """Phases belong to this iteration from now on."""
+        if self._watchdog is not None:
+            self._watchdog.begin(iteration)
 
     def report(self, values: Mapping[str, float]) -> None:
         """Add metrics that are equal on all ranks.

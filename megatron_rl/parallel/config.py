@@ -1,7 +1,28 @@
 """How the policy is split over ranks, under Megatron's own names."""
 
+from pydantic import Field
+
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.settings import Settings
+
+
+class WatchdogConfig(Settings):
+    """When a job that stands still is ended, with a message that names the rank it waits for.
+
+    A phase may last `factor` times as long as it usually does in this run, and at least `min_s`.
+    """
+
+    enabled: bool = True
+    """Watch. Without it, ranks wait for a stuck one until the time-out of their collectives."""
+
+    min_s: float = Field(default=600.0, gt=0)
+    """Seconds that every phase may last."""
+
+    start_s: float = Field(default=1800.0, gt=0)
+    """Seconds for start-up, and for the first time of a phase, when nothing is known of it."""
+
+    factor: float = Field(default=10.0, ge=1)
+    """Times the median of the phase so far."""
 
 
 class ParallelConfig(Settings):

@@ -66,15 +66,15 @@ def init_distributed(platform: Platform) -> None:
     platform.bind_rank(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         platform.collective_backend,
-        store=_store_of_this_attempt(),
+        store=store_of_this_attempt("groups"),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=TIMEOUT,
     )
 
 
-def _store_of_this_attempt() -> Store:
-    """The store through which ranks find each other.
+def store_of_this_attempt(name: str) -> Store:
+    """A client of the store through which ranks find each other; names are apart.
 
     torchrun's own outlives ranks that it restarts (`--max-restarts`), and would give the new ones
     the addresses of the dead.
@@ -89,7 +89,7 @@ def _store_of_this_attempt() -> Store:
         multi_tenant=True,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"megatron_rl/attempt_{attempt}", store)
+    return PrefixStore(f"megatron_rl/attempt_{attempt}/{name}", store)
 
 
 def make_groups(

@@ -1,0 +1,313 @@
+"""A thread on every rank that says which rank a job waits for, and ends a job that stands still.
+
+Every rank publishes the phase that it is in. A phase may last ten times as long as it usually does;
+what it usually does is learned in the run. After that two ranks (one could be the one that hangs)
+ask all for their stacks, and one message names who stands still, where, and who waits for it.
+Whoever cannot answer is looked at from outside, by another rank on the same machine.
+
+The same thread ends its rank when another one has failed or is gone: then only one tells why.
+
+    beat/<rank>     the phase at hand, written when it changes
+    who/<rank>      host and process
+    alarm           set once: a phase took too long; every rank answers
+    answer/<rank>   its stack
+    ended           the message is printed, everybody leaves
+    failed          set once, by the first rank that fails: who and why
+    bye/<rank>      it ended as it should
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from megatron_rl.parallel.config import WatchdogConfig
+from megatron_rl.parallel.stacks import Process, look_at, own_stack, this_process
+
+STUCK = 75
+"""The exit code of every rank of a job that stood still."""
+
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_FOR_ANSWERS = 3.0
+SECONDS_TO_PRINT = 15.0
+SECONDS_TO_HEAR_OF_A_FAILURE = 2.0
+BETWEEN = "between phases"
+SHOW_CURSOR = b"\x1b[?25h"
+# What a rank says whose peer has ended, in a collective over gloo.
+COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+@dataclass(kw_only=True)
+class _Beat:
+    """What a rank says of itself, and when the reader heard it first."""
+
+    number: int
+    iteration: int
+    phase: str
+    deadline: float
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Watchdog:
+    """This rank's part; without `start` it only keeps the phases."""
+
+    def __init__(self, config: WatchdogConfig, rank: int, world_size: int) -> None:
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._usual: dict[str, list[float]] = {}
+        self._beat = _Beat(number=0, iteration=0, phase="start-up", deadline=config.start_s)
+        self._beats: dict[int, _Beat] = {}
+        self._processes: dict[int, Process] = {}
+        self._store: Store | None = None
+        self._is_over = threading.Event()
+
+    def start(self, store: Store) -> None:
+        """Watch from now on; main thread only. store: of all ranks, and of nobody else."""
+        if not self._config.enabled:
+            return
+        self._store = store
+        process = this_process()
+        store.set(f"who/{self._rank}", json.dumps(asdict(process)))
+        self._set(f"beat/{self._rank}", _said(self._beat))
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def begin(self, iteration: int) -> None:
+        """The iteration that phases belong to from now on."""
+        self._enter(BETWEEN, iteration)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A context that is one phase."""
+        start = time.monotonic()
+        self._enter(name, self._beat.iteration)
+        try:
+            yield
+        finally:
+            self._usual.setdefault(name, []).append(time.monotonic() - start)
+        self._enter(BETWEEN, self._beat.iteration)  # an error leaves the phase that it was in
+
+    @property
+    def place(self) -> str:
+        """The iteration and the phase at hand."""
+        return f"iteration {self._beat.iteration}, {self._beat.phase}"
+
+    def fail(self, text: str) -> bool:
+        """Tell all ranks why this one ends; True where none had failed before, so that we print.
+
+        Where only the connection to another rank broke, that one is given time to say why.
+        """
+        if self._store is None:
+            return True
+        with contextlib.suppress(RuntimeError):
+            deadline = time.monotonic() + SECONDS_TO_HEAR_OF_A_FAILURE
+            while any(part in text for part in COLLATERAL) and time.monotonic() < deadline:
+                if self._store.check(["failed"]):
+                    return False
+                time.sleep(0.1)
+            return self._first("failed", {"rank": self._rank, "text": text})
+        return True
+
+    def close(self) -> None:
+        """Say that this rank ends as it should."""
+        self._is_over.set()
+        faulthandler.cancel_dump_traceback_later()
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"bye/{self._rank}", "1")
+
+    # -- the main thread -------------------------------------------------------------------------
+
+    def _enter(self, phase: str, iteration: int) -> None:
+        deadline = self._deadline(phase)
+        self._beat = _Beat(
+            number=self._beat.number + 1, iteration=iteration, phase=phase, deadline=deadline
+        )
+        if self._store is not None:
+            # From here and not from the thread, which Python's lock may keep from it.
+            with contextlib.suppress(RuntimeError):
+                self._set(f"beat/{self._rank}", _said(self._beat))
+            # A thread in C, the last to go off: it also ends a rank that holds Python's lock.
+            faulthandler.dump_traceback_later(2 * deadline + SECONDS_TO_PRINT, exit=True)
+
+    def _deadline(self, phase: str) -> float:
+        usual = self._usual.get(phase)
+        if phase != BETWEEN and not usual:
+            return max(self._config.start_s, self._config.min_s)
+        return max(self._config.min_s, self._config.factor * statistics.median(usual or [0.0]))
+
+    # -- the thread ------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        # The store goes with torchrun, and then there is nobody left to tell.
+        with contextlib.suppress(RuntimeError):
+            last = time.monotonic()
+            while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
+                now = time.monotonic()
+                if now - last > 20 * SECONDS_BETWEEN_LOOKS:
+                    self._beats.clear()  # the machine or the whole job slept, and no phase did
+                last = now
+                self._leave_with_others()
+                if self._has("alarm"):
+                    self._answer()
+                if self._rank < 2:
+                    self._look()
+
+    def _look(self) -> None:
+        """Raise the alarm where a phase of any rank is over its time."""
+        late = 0.0 if self._rank == 0 else SECONDS_FOR_ANSWERS  # the second is there for the first
+        for rank, said in self._all("beat").items():
+            before = self._beats.get(rank)
+            if before is None or before.number != said["number"]:
+                self._beats[rank] = _Beat(**said)
+        for rank, beat in self._beats.items():
+            seconds = time.monotonic() - beat.heard
+            if seconds > beat.deadline + late and not self._has(f"bye/{rank}"):
+                alarm = {"by": self._rank, "seconds": seconds, "deadline": beat.deadline}
+                if self._first("alarm", alarm):
+                    self._answer()
+
+    def _answer(self) -> None:
+        """Say where this rank stands, help those that cannot, and leave."""
+        stack, is_waiting = own_stack()
+        own = {**_said(self._beat), "stack": stack, "is_waiting": is_waiting}
+        self._set(f"answer/{self._rank}", own)
+        alarm = json.loads(self._get("alarm"))
+        time.sleep(SECONDS_FOR_ANSWERS)
+        stuck = self._local_without("answer")
+        for rank, process in stuck.items():
+            beat = self._all("beat").get(rank, _said(self._beat))
+            outside = {**beat, "stack": look_at(process), "is_waiting": False}
+            self._first(f"answer/{rank}", outside)
+        if alarm["by"] == self._rank:
+            time.sleep(1.0)  # other machines look at theirs
+            _print(_message(alarm, self._all("answer"), self._all("who"), self._world_size))
+            self._set("ended", {})
+        deadline = time.monotonic() + SECONDS_TO_PRINT
+        while not self._has("ended") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in stuck.values():
+            with contextlib.suppress(OSError):
+                os.kill(process.pid, signal.SIGKILL)
+        _leave(STUCK)
+
+    def _leave_with_others(self) -> None:
+        """End this rank where another one has failed, or is gone without a word."""
+        for rank, process in self._local_without("bye").items():
+            if rank != self._rank and process.has_ended and not self._has("failed"):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                if self._has(f"bye/{rank}"):
+                    continue
+                beat = self._all("beat").get(rank, {"iteration": 0, "phase": "start-up"})
+                text = (
+                    f"rank {rank} (process {process.pid} on {process.host}) is gone: it was killed "
+                    f"or ended without a word, in iteration {beat['iteration']}, {beat['phase']}. "
+                    "Look for the kernel's out-of-memory killer on that machine"
+                )
+                if self._first("failed", {"rank": rank, "text": text}):
+                    _print(f"megatron-rl: error: {text}\n")
+        if self._has("failed"):
+            failed = json.loads(self._get("failed"))
+            if failed["rank"] != self._rank:
+                time.sleep(2 * SECONDS_BETWEEN_LOOKS)  # it prints, and a rank with news of its own
+                _leave(1)
+
+    def _local_without(self, kind: str) -> dict[int, Process]:
+        """Ranks of this machine that have not set their key of this kind."""
+        if len(self._processes) < self._world_size:
+            self._processes = {rank: Process(**who) for rank, who in self._all("who").items()}
+        return {
+            rank: process
+            for rank, process in self._processes.items()
+            if process.is_here and not self._has(f"{kind}/{rank}")
+        }
+
+    # -- the store -------------------------------------------------------------------------------
+
+    def _all(self, kind: str) -> dict[int, dict[str, Any]]:
+        """The entries of a kind that are there, by rank."""
+        assert self._store is not None
+        ranks = range(self._world_size)
+        if not self._store.check([f"{kind}/{rank}" for rank in ranks]):
+            ranks = [rank for rank in ranks if self._has(f"{kind}/{rank}")]  # type: ignore[assignment]
+        found = self._store.multi_get([f"{kind}/{rank}" for rank in ranks])
+        return {rank: json.loads(text) for rank, text in zip(ranks, found, strict=True)}
+
+    def _has(self, key: str) -> bool:
+        assert self._store is not None
+        return bool(self._store.check([key]))
+
+    def _get(self, key: str) -> str:
+        assert self._store is not None
+        return self._store.get(key).decode()
+
+    def _set(self, key: str, value: dict[str, Any]) -> None:
+        assert self._store is not None
+        self._store.set(key, json.dumps(value))
+
+    def _first(self, key: str, value: dict[str, Any]) -> bool:
+        """Set a key that nobody has set; True where it was us."""
+        assert self._store is not None
+        text = json.dumps({**value, "set_by": self._rank})
+        return self._store.compare_set(key, "", text).decode() == text
+
+
+def _said(beat: _Beat) -> dict[str, Any]:
+    return {
+        "number": beat.number,
+        "iteration": beat.iteration,
+        "phase": beat.phase,
+        "deadline": beat.deadline,
+    }
+
+
+def _message(
+    alarm: dict[str, Any],
+    answers: dict[int, dict[str, Any]],
+    processes: dict[int, dict[str, Any]],
+    world_size: int,
+) -> str:
+    """One message: who stands still and where, who waits, then all stacks."""
+    first = min(answer["number"] for answer in answers.values())
+    behind = [rank for rank, answer in answers.items() if answer["number"] == first]
+    stuck = [rank for rank in behind if not answers[rank]["is_waiting"]] or behind
+    silent = [rank for rank in range(world_size) if rank not in answers]
+    at = answers[stuck[0]]
+    lines = [
+        f"megatron-rl: error: the job stands still for {alarm['seconds']:.0f} s in iteration "
+        f"{at['iteration']}, {at['phase']} (deadline {alarm['deadline']:.0f} s, "
+        "watchdog.min_s and watchdog.factor)"
+    ]
+    for rank in stuck:
+        who = processes[rank]
+        place = answers[rank]["stack"][-1] if answers[rank]["stack"] else "nowhere"
+        lines.append(f"  stuck: rank {rank}, process {who['pid']} on {who['host']}: {place}")
+    waiting = [rank for rank in sorted(answers) if rank not in stuck]
+    if waiting:
+        lines.append(f"  waiting for it: ranks {', '.join(map(str, waiting))}")
+    if silent:
+        lines.append(f"  without an answer: ranks {', '.join(map(str, silent))}")
+    for rank in (*stuck, *waiting):
+        lines.append(f"  stack of rank {rank}, innermost last:")
+        lines += [f"    {call}" for call in answers[rank]["stack"]]
+    return "\n".join(lines) + "\n"
+
+
+def _print(text: str) -> None:
+    # At once to the descriptor: the main thread may hold the lock of sys.stderr.
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+
+
+def _leave(code: int) -> None:
+    if sys.__stdout__ is not None and sys.__stdout__.isatty():
+        os.write(sys.__stdout__.fileno(), SHOW_CURSOR)  # a progress display hides it
+    os._exit(code)
