@@ -12,7 +12,6 @@ A directory whose name begins with a point is a checkpoint that is being written
 next start removes it.
 """
 
-import errno
 import functools
 import json
 import os
@@ -27,6 +26,8 @@ import torch.distributed as dist
 
 from megatron_rl.checkpoint import manifest
 from megatron_rl.checkpoint.config import CheckpointConfig
+from megatron_rl.checkpoint.retention import newest_first, remove, remove_unfinished, retire
+from megatron_rl.checkpoint.room import ROOM_FOR_THE_REST, check_room, naming_full_disk
 from megatron_rl.checkpoint.versions import STATE, WRITTEN_BY
 from megatron_rl.errors import RunError
 from megatron_rl.megatron.checkpoint import load_model, writer_of
@@ -35,10 +36,6 @@ from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.megatron.writer import CheckpointWriter
 from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing, sum_over
 from megatron_rl.parallel.groups import Groups
-
-UNFINISHED = ".iteration_*"
-ROOM_FOR_THE_REST = 1 << 20
-"""Bytes for what stands beside the tensors: states, indices, the manifest."""
 
 
 class CheckpointStore:
@@ -82,9 +79,9 @@ class CheckpointStore:
         Raises:
             RunError: checkpoints are there and none is good. A run never starts afresh over them.
         """
-        self._together(self._remove_unfinished, only_main=True)
+        self._together(lambda: remove_unfinished(self._directory), only_main=True)
         rejected: list[str] = []
-        for path in self._newest_first():
+        for path in newest_first(self._directory):
             reason = self._fault(path)
             if reason:
                 rejected.append(f"{path.name}: {reason}")
@@ -102,7 +99,7 @@ class CheckpointStore:
         return None
 
     def is_empty(self) -> bool:
-        return not self._newest_first()
+        return not newest_first(self._directory)
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -120,9 +117,11 @@ class CheckpointStore:
         needed += self._export_bytes(models) + ROOM_FOR_THE_REST
 
         def on_the_disk(work: Callable[[], None], *, only_main: bool = False) -> None:
-            self._together(lambda: _name_full_disk(work, temporary, needed), only_main=only_main)
+            self._together(
+                lambda: naming_full_disk(work, self._directory, needed), only_main=only_main
+            )
 
-        on_the_disk(lambda: _check_room(temporary, needed), only_main=True)
+        on_the_disk(lambda: check_room(self._directory, needed), only_main=True)
         on_the_disk(lambda: self._write(temporary, models, state, writers))
         for writer in writers:
             writer.gather()
@@ -138,7 +137,7 @@ class CheckpointStore:
         on_the_disk(lambda: self._name(temporary, iteration, files), only_main=True)
         self._verified.add(manifest.name_of(iteration))
         self._rejected.discard(manifest.name_of(iteration))
-        self._together(functools.partial(self._retire, iteration), only_main=True)
+        self._together(lambda: self._retire(manifest.name_of(iteration)), only_main=True)
 
     def _export_bytes(self, models: Sequence[TrainedModel]) -> int:
         if not self._config.export_hf:
@@ -146,13 +145,9 @@ class CheckpointStore:
         return sum(model.arch.num_parameters * model.dtype.itemsize for model in models)
 
     def _prepare(self, temporary: Path, models: Sequence[TrainedModel]) -> None:
-        self._remove_unfinished()
+        remove_unfinished(self._directory)
         for model in models:
             (temporary / model.name).mkdir(parents=True)
-
-    def _remove_unfinished(self) -> None:
-        for leftover in self._directory.glob(UNFINISHED):
-            shutil.rmtree(leftover, ignore_errors=True)
 
     def _write(
         self,
@@ -191,44 +186,15 @@ class CheckpointStore:
         manifest.write_manifest(temporary, iteration, self._groups.layout.world_size, files)
         final = self._directory / manifest.name_of(iteration)
         if final.exists():  # rejected at the start, and repeated since
-            self._remove(final)
+            remove(final)
         temporary.rename(final)
         manifest.sync_directory(self._directory)
 
-    def _retire(self, iteration: int) -> None:
-        """Delete good checkpoints that the recipe does not keep; bad ones count and go for nothing.
-
-        What this process has neither read nor written counts as good by its manifest and sizes.
-        """
-        good = [
-            path
-            for path in self._newest_first()
-            if path.name not in self._rejected
-            and (path.name in self._verified or manifest.looks_complete(path))
-        ]
-        newest = manifest.name_of(iteration)
-        every = self._config.keep_every
-        for path in good[self._config.keep_last :]:
-            is_kept = every and manifest.iteration_of(path) % every == 0
-            if path.name != newest and not is_kept:
-                self._remove(path)
-
-    def _remove(self, path: Path) -> None:
-        """Delete a checkpoint, whose name goes first: a half deleted one must not look like one."""
-        leaving = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-        path.rename(leaving)
-        if leaving.is_dir() and not leaving.is_symlink():
-            shutil.rmtree(leaving, ignore_errors=True)
-        else:
-            leaving.unlink()
+    def _retire(self, saved: str) -> None:
+        verified, rejected = self._verified, self._rejected
+        retire(self._directory, saved, self._config, verified=verified, rejected=rejected)
 
     # -- loading ---------------------------------------------------------------------------------
-
-    def _newest_first(self) -> list[Path]:
-        if not self._directory.is_dir():
-            return []
-        found = [path for path in self._directory.iterdir() if manifest.iteration_of(path) >= 0]
-        return sorted(found, key=manifest.iteration_of, reverse=True)
 
     def _fault(self, path: Path) -> str | None:
         """Why a checkpoint must not be loaded; every rank checks its share of the files."""
@@ -266,37 +232,6 @@ class CheckpointStore:
 def _finish_all(writers: Sequence[CheckpointWriter]) -> None:
     for writer in writers:
         writer.finish()
-
-
-def _check_room(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise _full(directory, needed, free)
-
-
-def _name_full_disk(work: Callable[[], None], directory: Path, needed: int) -> None:
-    """Do work that writes; a full disk gets its name, which torch's own writer hides.
-
-    Raises:
-        RunError: the disk is full.
-    """
-    try:
-        work()
-    except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(directory.parent).free
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or (free < ROOM_FOR_THE_REST and not isinstance(error, RunError)):
-            raise _full(directory, needed, free) from error
-        raise
-
-
-def _full(directory: Path, needed: int, free: int) -> RunError:
-    return RunError(
-        f"{directory.parent}: no space left on device: the checkpoint needs "
-        f"{needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free. Checkpoints from before are "
-        "as they were. Free some room, or set checkpoint.keep_last=1, and start the same command "
-        "again"
-    )
 
 
 def _plain(states: dict[str, Any]) -> dict[str, Any]:

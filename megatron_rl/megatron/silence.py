@@ -20,6 +20,8 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
         UserWarning,
         r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1\.",
     ),
+    # Its own call, when it loads a checkpoint.
+    (r"megatron\.core\.dist_checkpointing\.", FutureWarning, r"`load_state_dict` is deprecated"),
     # Its own calls; torch attributes them to a wrapper of its own.
     (r"torch\.distributed\.", FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
 )
@@ -37,7 +39,6 @@ LOGGED = {
     "megatron.core.distributed.distributed_data_parallel": (
         r"DistributedDataParallel: full_param_layout not provided"
     ),
-    "megatron.core.dist_checkpointing.strategies.torch": r"MCore's async save is deprecated",
     # It looks for a compiler for kernels that are not used on a CPU.
     "torch.utils.cpp_extension": r"No CUDA runtime is found",
 }

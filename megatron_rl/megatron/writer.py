@@ -6,6 +6,7 @@ writers leave a rank waiting, and a killed rank leaves writers. Here a rank writ
 """
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ class CheckpointWriter:
     @property
     def num_bytes(self) -> int:
         """The bytes of tensors that this rank writes."""
-        sizes = (item.tensor_storage_size() for item in self._plan.items)
-        return sum(size for size in sizes if size is not None)
+        tensors = (item.tensor_data for item in self._plan.items if item.tensor_data is not None)
+        return sum(
+            prod(tensor.chunk.sizes) * tensor.properties.dtype.itemsize for tensor in tensors
+        )
 
     def copy(self) -> None:
         """Copy what this rank writes to memory of the host, so that training may go on."""

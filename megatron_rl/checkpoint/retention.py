@@ -1,0 +1,64 @@
+"""Which checkpoints of a run stay on disk."""
+
+import shutil
+import uuid
+from collections.abc import Set
+from pathlib import Path
+
+from megatron_rl.checkpoint import manifest
+from megatron_rl.checkpoint.config import CheckpointConfig
+
+UNFINISHED = ".iteration_*"
+"""A checkpoint that is being written or deleted; the next start removes it."""
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """Everything that has the name of a checkpoint."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if manifest.iteration_of(path) >= 0]
+    return sorted(found, key=manifest.iteration_of, reverse=True)
+
+
+def retire(
+    directory: Path,
+    saved: str,
+    config: CheckpointConfig,
+    *,
+    verified: Set[str],
+    rejected: Set[str],
+) -> None:
+    """Delete good checkpoints that the recipe does not keep; damaged ones count for nothing.
+
+    Args:
+        directory: of the run's checkpoints.
+        saved: the name of the one that was just written, which always stays.
+        config: says how many stay, and which besides.
+        verified: names whose contents this process has seen in order; of others, the manifest and
+            the sizes of the files decide.
+        rejected: names whose contents it has seen damaged.
+    """
+    good = [
+        path
+        for path in newest_first(directory)
+        if path.name not in rejected and (path.name in verified or manifest.looks_complete(path))
+    ]
+    for path in good[config.keep_last :]:
+        is_kept = config.keep_every and manifest.iteration_of(path) % config.keep_every == 0
+        if path.name != saved and not is_kept:
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, whose name goes first: a half deleted one must not look like one."""
+    leaving = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    path.rename(leaving)
+    if leaving.is_dir() and not leaving.is_symlink():
+        shutil.rmtree(leaving, ignore_errors=True)
+    else:
+        leaving.unlink()
+
+
+def remove_unfinished(directory: Path) -> None:
+    for leftover in directory.glob(UNFINISHED):
+        shutil.rmtree(leftover, ignore_errors=True)

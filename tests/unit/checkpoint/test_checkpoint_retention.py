@@ -1,0 +1,63 @@
+"""Which checkpoints stay on disk after a save."""
+
+import os
+
+import pytest
+from test_checkpoint_manifest import make
+
+from megatron_rl.checkpoint import manifest, retention
+from megatron_rl.checkpoint.config import CheckpointConfig
+
+
+@pytest.fixture
+def retired(tmp_path):
+    """What is left after a save, in a process that verified and rejected some at its start."""
+
+    def work(saved, *, verified=(), rejected=(), **settings):
+        names = [
+            {manifest.name_of(n) for n in numbers} for numbers in ((saved, *verified), rejected)
+        ]
+        retention.retire(
+            tmp_path,
+            manifest.name_of(saved),
+            CheckpointConfig(**settings),
+            verified=names[0],
+            rejected=names[1],
+        )
+        return sorted(manifest.iteration_of(path) for path in tmp_path.iterdir())
+
+    return work
+
+
+def test_the_newest_stay(tmp_path, retired):
+    for iteration in (1, 2, 3, 4):
+        make(tmp_path, iteration)
+    assert retired(4, keep_last=2) == [3, 4]
+
+
+@pytest.mark.parametrize("damage", ["empty", "flipped"])
+def test_damaged_newer_ones_do_not_push_a_good_one_out(tmp_path, retired, damage):
+    """The directories 8 and 9 were rejected at the start, which went on from 4."""
+    for iteration in (3, 4, 5):
+        make(tmp_path, iteration)
+    for iteration in (8, 9):
+        path = make(tmp_path, iteration)
+        if damage == "flipped":
+            (path / "rank_0.pt").write_bytes(b"RANDOM")
+        else:
+            for file in sorted(path.rglob("*"), reverse=True):
+                os.unlink(file) if file.is_file() else os.rmdir(file)
+    assert retired(5, verified=(4,), rejected=(8, 9), keep_last=1) == [5, 8, 9]
+
+
+def test_incomplete_older_ones_do_not_count(tmp_path, retired):
+    for iteration in (1, 2, 3, 4):
+        make(tmp_path, iteration)
+    (tmp_path / "iteration_000003" / "rank_0.pt").unlink()
+    assert retired(4, keep_last=2) == [2, 3, 4]  # 3 is no checkpoint, so 2 is the second one
+
+
+def test_keep_every_keeps_older_ones(tmp_path, retired):
+    for iteration in range(1, 10):
+        make(tmp_path, iteration)
+    assert retired(9, keep_last=1, keep_every=3) == [3, 6, 9]
