@@ -3,6 +3,7 @@
 Imported on ranks only.
 """
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,10 @@ from engine_on_ranks import (
     train_once,
 )
 
+import megatron_rl.rollout.sampler as sampler_module
 import megatron_rl.weights.sync as sync_module
 from megatron_rl.errors import RunError
+from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.run import Run
 
 
@@ -176,6 +179,30 @@ def equal_ranks(run: Run) -> bool:
     return len(told) == 2 and told[0] == told[1] and len(found) == 8
 
 
+def broken_off(run: Run) -> dict[str, Any]:
+    """One rank is told to stop while all sample; then the same is sampled as if nothing had been.
+
+    What is told: the numbers of groups of every rank, broken off; and whether both others agree.
+    """
+    prompts = run.prompts.next_batch()
+
+    def tokens() -> list[Any]:
+        groups = sample(run, prompts, 40)
+        return [[one.response_tokens.tolist() for one in group.rollouts] for group in groups]
+
+    before, stop = tokens(), StopRequest()
+    if run.groups.is_main:
+        stop._note(signal.SIGTERM, None)
+    with patched(sampler_module, "STEPS_BETWEEN_LOOKS", 2):
+        groups = sample(run, prompts, 40, stop)
+    return {
+        "engines": everywhere(run.groups.engines.engine_of(run.groups.rank)),
+        "groups": everywhere(len(groups)),
+        "unfinished": run.rollouts.engine._llm.llm_engine.has_unfinished_requests(),
+        "then as before": all(everywhere(tokens() == before)),
+    }
+
+
 def spread(run: Run) -> dict[str, Any]:
     """Which prompts the engines are asked for, and on which rank groups end up."""
     prompts = run.prompts.next_batch()
@@ -219,6 +246,7 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
         seeds,
         many_prompt_tokens,
         equal_ranks,
+        broken_off,
         spread,
     )
 }

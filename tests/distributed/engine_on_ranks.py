@@ -19,6 +19,7 @@ from megatron_rl.batching.measured import measured_samples
 from megatron_rl.build import build_run
 from megatron_rl.config import RunConfig
 from megatron_rl.parallel.groups import _free_port
+from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_inputs
 from megatron_rl.rollout.engine import Request, Response
@@ -139,7 +140,9 @@ def shared_memory() -> list[str]:
 # -- sampling and scoring ----------------------------------------------------------------------
 
 
-def sample(run: Run, prompts: Sequence[Prompt], iteration: int) -> list[RolloutGroup]:
+def sample(
+    run: Run, prompts: Sequence[Prompt], iteration: int, stop: StopRequest | None = None
+) -> list[RolloutGroup]:
     draw = Draw(
         purpose="train",
         group_size=run.config.rollout.group_size,
@@ -147,7 +150,12 @@ def sample(run: Run, prompts: Sequence[Prompt], iteration: int) -> list[RolloutG
         max_response_tokens=RESPONSE_TOKENS,
     )
     return run.rollouts.sampler.generate(
-        prompts, draw, iteration=iteration, policy_version=run.policy.version, grader=NoGrader()
+        prompts,
+        draw,
+        iteration=iteration,
+        policy_version=run.policy.version,
+        grader=NoGrader(),
+        stop=stop,
     )
 
 
@@ -264,7 +272,7 @@ def answers(run: Run, requests: Sequence[Request]) -> dict[tuple[int, int], tupl
         bits = response.logprobs.view(torch.int32).tolist()
         found[response.key] = (response.tokens.tolist(), bits, response.finish_reason)
 
-    run.rollouts.engine.generate(requests, note, lambda: None)
+    run.rollouts.engine.generate(requests, note, lambda: True)
     return found
 
 

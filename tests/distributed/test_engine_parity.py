@@ -55,14 +55,21 @@ class Case:
 CASES = (
     Case(model="qwen2", tp=1, pp=1, rollout_tp=1, extras=("seeds", "many_prompt_tokens")),
     Case(model="qwen2_tied", tp=1, pp=1, rollout_tp=1, extras=("stale_tied_head",)),
-    Case(model="qwen2", tp=2, pp=1, rollout_tp=1, extras=("spread",)),
+    Case(model="qwen2", tp=2, pp=1, rollout_tp=1, extras=("spread", "broken_off")),
     Case(model="qwen2_tied", tp=2, pp=1, rollout_tp=1),
     Case(
         model="qwen2",
         tp=2,
         pp=1,
         rollout_tp=2,
-        extras=("seeds", "equal_ranks", "corruption", "skipped_commit", "skipped_moves"),
+        extras=(
+            "seeds",
+            "equal_ranks",
+            "broken_off",
+            "corruption",
+            "skipped_commit",
+            "skipped_moves",
+        ),
     ),
     Case(model="qwen2_tied", tp=2, pp=1, rollout_tp=2, extras=("stale_tied_head",)),
     Case(model="qwen2", tp=1, pp=2, rollout_tp=1, extras=("probe",)),
@@ -236,6 +243,15 @@ def test_more_seeded_prompt_tokens_than_one_step_takes(case, measured):
 @having("equal_ranks")
 def test_ranks_of_one_engine_sample_the_same(case, measured):
     assert measured(case)["equal_ranks"]
+
+
+@having("broken_off")
+def test_an_engine_whose_rank_is_told_to_stop_breaks_off(case, measured):
+    found = measured(case)["broken_off"]
+    for engine, groups in zip(found["engines"], found["groups"], strict=True):
+        assert (groups == 0) == (engine == 0)  # the main rank was told, which is of engine 0
+    assert not found["unfinished"]
+    assert found["then as before"]
 
 
 @having("spread")
