@@ -17,8 +17,9 @@ install:
 quickstart: install
 	@PYTHON=$(VENV)/bin/python bash examples/quickstart/run.sh
 
+# Two files at a time: many tests are single processes. In the order of the folders, the slow first.
 test: install
-	$(RUN) pytest $(TESTS)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-fast: install
 	$(RUN) pytest -m "not slow and not gpu"
