@@ -151,6 +151,7 @@ class TrainedModel:
         return {"version": self.version, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.scheduler.num_steps = 0  # loading adds the checkpoint's steps to these
         self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
 
