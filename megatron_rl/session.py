@@ -1,6 +1,5 @@
 """A command from its config to its end: processes joined, run built, results written and shown."""
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -9,11 +8,10 @@ import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from megatron_rl.checkpoint.versions import CHECKPOINTS, refuse_newer
 from megatron_rl.config import RunConfig
@@ -22,10 +20,17 @@ from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
-from megatron_rl.metrics.writers import MetricsWriter, open_writers
+from megatron_rl.metrics.starts import write_start
+from megatron_rl.metrics.writers import (
+    MetricsWriter,
+    appended_files,
+    check_appendable,
+    open_writers,
+    prepare_to_append,
+)
 from megatron_rl.parallel.groups import init_distributed
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import read_inputs
+from megatron_rl.preflight import check_resume, read_inputs
 from megatron_rl.types import IterationMetrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
@@ -48,14 +53,22 @@ def train_session(config: RunConfig) -> None:
     """The command `train`; every rank calls it, and on success it ends the process."""
     platform = _start(config)
     output = Path(config.run.output_dir)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_newer(output / CHECKPOINTS)
-    inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    inputs = read_inputs(config, world_size)
+    done = check_resume(config, inputs, world_size)
+    records = appended_files(config.metrics, output)
+    for path in records:
+        check_appendable(path, done)
     enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
-    if is_main:
-        _write_description(config, output, platform)
     recorder = _Recorder(config, is_main=is_main)
+    if is_main:
+        write_start(output, config.model_dump(mode="json"), _environment(platform))
+        for path in records:
+            for line in prepare_to_append(path, done):
+                recorder.say(line)
 
     # They import Megatron-Core, so they come after enter.
     from megatron_rl.build import build_run
@@ -192,12 +205,8 @@ def _start_lines(run: "Run") -> list[str]:
     ]
 
 
-def _write_description(config: RunConfig, output: Path, platform: Platform) -> None:
-    """Write the resolved recipe and the environment into the run's directory."""
-    output.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (output / "config.yaml").write_text(text)
-    environment = {
+def _environment(platform: Platform) -> dict[str, Any]:
+    return {
         "command": sys.argv,
         "device": platform.device_type,
         "world_size": dist.get_world_size(),
@@ -205,7 +214,6 @@ def _write_description(config: RunConfig, output: Path, platform: Platform) -> N
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
     }
-    (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:
