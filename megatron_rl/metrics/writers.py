@@ -1,6 +1,7 @@
 """Writers of an iteration's numbers: JSON lines, TensorBoard, Weights & Biases."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -119,13 +120,19 @@ def check_appendable(path: Path, done: int) -> None:
 
 
 def prepare_to_append(path: Path, done: int) -> Iterator[str]:
-    """Cut damaged lines off the end of a file; what a run that goes on finds in it, in lines."""
+    """Make a file ready for this run's next record; what was done to it, in lines.
+
+    A run that goes on has damaged lines cut off its end. A new one moves the file away.
+    """
     if not path.exists():
         if done:
             yield f"{path.name} is not there: it will hold nothing of iterations 1 to {done}"
         return
     if not done:
-        yield f"{path.name} of an earlier run, which has no checkpoint, is replaced"
+        names = (f"{path.name}.{number}" for number in itertools.count())
+        kept = next(name for name in names if not path.with_name(name).exists())
+        path.rename(path.with_name(kept))
+        yield f"{path.name} of an earlier run, which has no checkpoint, is kept as {kept}"
         return
     begin = damaged_end(path)
     if begin is not None:

@@ -67,7 +67,8 @@ class Case:
     def __init__(self, folder: Path, model: Path) -> None:
         self.model = model
         self.data = folder / "data.jsonl"
-        self.data.write_text((QUICKSTART / "data" / "train.jsonl").read_text())
+        rows = (QUICKSTART / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+        self.data.write_text("".join(rows[:20]))
         self.recipe = folder / "recipe.yaml"
         self.recipe.write_text(
             yaml.safe_dump(
