@@ -147,6 +147,7 @@ def update_as_torch_does(folder: Path, name: str, tp: int, is_sharded: bool, out
     settings = NEW | {"use_distributed_optimizer": is_sharded}
     run = build(folder / "models" / "qwen2", folder / name, tp, 1, **settings)
     run.resume()
+    run.resume()  # a second load must not count the checkpoint's steps again
     (part,) = run.policy.optimizer.chained_optimizers
     twin = Twin(part.optimizer)
     run_iteration(run, run.done_iterations + 1)
