@@ -238,7 +238,13 @@ def build_sampled(
     dtype = DTYPES[config.engine_dtype]
     return SampledRollouts(
         engine=engine,
-        sampler=Sampler(engine, inputs.tokenizer, groups, run_seed=config.run.seed),
+        sampler=Sampler(
+            engine,
+            inputs.tokenizer,
+            groups,
+            run_seed=config.run.seed,
+            progress=meter.progress,
+        ),
         scorer=scorer,
         sync=WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype),
         evaluator=_build_evaluator(config, inputs, groups),

@@ -52,7 +52,8 @@ def train(run: Run, record: Record) -> bool:
     run.rollouts.receive(run.policy)  # until then the engine has no weights
     run.rollouts.probe(run.policy, run.packer, run.prompts.all_prompts())
     if config.evaluation.at_start and run.done_iterations == 0:
-        evaluation = run.rollouts.evaluate(0, run.policy.version)
+        with run.meter.phase("evaluation"):
+            evaluation = run.rollouts.evaluate(0, run.policy.version)
         record(IterationMetrics(iteration=0, values=evaluation.metrics()))
     run.meter.restart()
     for iteration in range(run.done_iterations + 1, config.run.num_iterations + 1):

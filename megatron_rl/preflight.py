@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+from megatron_rl.checkpoint.contract import Terms, breaches, newest_terms, not_empty
+from megatron_rl.checkpoint.versions import CHECKPOINTS
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions
@@ -90,6 +92,45 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         benchmarks=benchmarks,
         critic=critic,
     )
+
+
+def check_resume(config: RunConfig, inputs: Inputs, world_size: int) -> int:
+    """Iterations that the newest checkpoint has done, 0 without one; from files alone.
+
+    Raises:
+        ConfigErrors: the recipe changes what a run that goes on must keep.
+        InputError: there is a checkpoint, and run.resume is never.
+    """
+    newest = newest_terms(Path(config.run.output_dir) / CHECKPOINTS)
+    if newest is None:
+        return 0
+    if config.run.resume == "never":
+        raise not_empty(config.run.output_dir)
+    saved, iteration = newest
+    if found := breaches(saved, start_terms(config, inputs, world_size)):
+        raise ConfigErrors(found)
+    return iteration
+
+
+def start_terms(config: RunConfig, inputs: Inputs, world_size: int) -> Terms:
+    """What this start brings, to be compared with a checkpoint."""
+    data = inputs.prompts.state_dict()
+    layout = config.parallel.layout(world_size)
+    has_critic = config.algorithm.resolved.needs_critic
+    return Terms(
+        recipe=kept_recipe(config),
+        network=inputs.arch,
+        data=(data["checksum"], data["num_rows"]),
+        models=("policy", "critic") if has_critic else ("policy",),
+        layout=(layout.world_size, layout.tp, layout.pp, layout.vpp),
+    )
+
+
+def kept_recipe(config: RunConfig) -> dict[str, Any]:
+    """The resolved recipe as checkpoints keep it: without output_dir, since they may be moved."""
+    recipe = config.model_dump(mode="json")
+    del recipe["run"]["output_dir"]
+    return recipe
 
 
 def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> ModelArch:

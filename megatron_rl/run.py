@@ -4,14 +4,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
+from megatron_rl.checkpoint.contract import RECIPE, breaches, changes, not_empty, saved_terms
 from megatron_rl.checkpoint.model_files import ModelFiles
 from megatron_rl.checkpoint.store import CheckpointStore
+from megatron_rl.checkpoint.versions import CHECKPOINTS, PREFIX
 from megatron_rl.config import RunConfig
-from megatron_rl.errors import InputError
+from megatron_rl.errors import ConfigErrors
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
@@ -20,8 +22,9 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.policy.initial_kl import InitialKl
 from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.schedule import schedule_notes
 from megatron_rl.policy.trainer import Trainer
-from megatron_rl.preflight import Inputs
+from megatron_rl.preflight import Inputs, kept_recipe, start_terms
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.rollout.rollouts import Rollouts
 
@@ -57,22 +60,43 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest good checkpoint, where there is one and the recipe allows it."""
-        if self.config.run.resume == "never":
-            if not self.store.is_empty():
-                raise InputError(
-                    f"run.output_dir={self.config.run.output_dir!r}: it holds checkpoints, and "
-                    "run.resume is never. Choose another directory, or set run.resume=auto"
-                )
-            return
-        state = self.store.load(self.models)
-        if state is None:
-            return
+        state = None
+        if self.config.run.resume == "auto":
+            state = self.store.load(self.models)
+        elif not self.store.is_empty():
+            raise not_empty(self.config.run.output_dir)
+        if state is not None:
+            self._take_over(state)
+        former = None if state is None else state["models"][self.policy.name]["scheduler"]
+        for note in schedule_notes(
+            self.config.optimizer,
+            run_updates=self.policy.run_updates,
+            taken=self.policy.version,
+            former=former,
+        ):
+            self.say(note)
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Restore what a checkpoint says beside the models; tell what this recipe changes of it."""
         for reason in state["rejected"]:
             self.say(f"checkpoint rejected: {reason}")
+        self.done_iterations = self.saved_iteration = state["iteration"]
+        directory = Path(self.config.run.output_dir) / CHECKPOINTS
+        saved = saved_terms(directory / f"{PREFIX}{self.done_iterations:06d}", state)
+        now = start_terms(self.config, self.inputs, self.groups.layout.world_size)
+        # It may be an older checkpoint than the one that was checked before anything was built.
+        if found := breaches(saved, now):
+            raise ConfigErrors(found)
         self.prompts.load_state_dict(state["prompts"])
         self.trainer.load_state_dict(state["trainer"])
-        self.done_iterations = self.saved_iteration = state["iteration"]
         self.say(f"resumed after iteration {self.done_iterations}")
+        for change in changes(saved, now):
+            self.say(change)
+        if self.config.run.num_iterations <= self.done_iterations:
+            self.say(
+                f"run.num_iterations={self.config.run.num_iterations}: {self.done_iterations} "
+                "iterations are done, so nothing is trained. Raise it to go on"
+            )
 
     def save_is_due(self, iteration: int) -> bool:
         """True on all ranks where a checkpoint is to be written after this iteration."""
@@ -107,6 +131,7 @@ class Run:
                 "iteration": iteration,
                 "prompts": self.prompts.state_dict(),
                 "trainer": self.trainer.state_dict(),
+                RECIPE: kept_recipe(self.config),
             },
             add_files=self._model_files.add_to,
         )

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.versions import CHECKPOINTS, refuse_newer
@@ -26,12 +25,19 @@ from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
-from megatron_rl.metrics.writers import MetricsWriter, open_writers
+from megatron_rl.metrics.starts import write_start
+from megatron_rl.metrics.writers import (
+    MetricsWriter,
+    appended_files,
+    check_appendable,
+    open_writers,
+    prepare_to_append,
+)
 from megatron_rl.parallel.groups import init_distributed, store_of_this_attempt
 from megatron_rl.parallel.stop import StopRequest, follow_launcher
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import Inputs, read_inputs
+from megatron_rl.preflight import Inputs, check_resume, read_inputs
 from megatron_rl.types import IterationMetrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
@@ -54,16 +60,24 @@ def train_session(config: RunConfig) -> None:
     """The command `train`; every rank calls it, and on success it ends the process."""
     platform = _start(config)
     output = Path(config.run.output_dir)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     # On the main rank alone; torchrun ends the others where it is refused.
     lock = RunLock(output, _say_early) if os.environ.get("RANK", "0") == "0" else None
     refuse_newer(output / CHECKPOINTS)
-    inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    inputs = read_inputs(config, world_size)
+    done = check_resume(config, inputs, world_size)
+    records = appended_files(config.metrics, output)
+    for path in records:
+        check_appendable(path, done)
     enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
-    if is_main:
-        _write_description(config, output, platform)
     recorder = _Recorder(config, is_main=is_main)
+    if is_main:
+        write_start(output, config.model_dump(mode="json"), _environment(platform))
+        for path in records:
+            for line in prepare_to_append(path, done):
+                recorder.say(line)
 
     # They import Megatron-Core, so they come after enter.
     from megatron_rl.build import build_run
@@ -101,14 +115,16 @@ def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: W
     from megatron_rl.metrics.meter import Meter
 
     groups = join(platform, config.parallel, config.rollout.tensor_model_parallel_size)
+    meter = Meter(groups, watchdog)
     # The engine reads Hugging Face files itself; others come through the policy and the bridge.
     is_hf = inputs.model.megatron_dir is None
     rollouts = build_sampled(
-        config, inputs, groups, Meter(groups), StopRequest(), _say_early, load_weights=is_hf
+        config, inputs, groups, meter, StopRequest(), _say_early, load_weights=is_hf
     )
     if not is_hf:
         rollouts.receive(build_policy(config, inputs, groups, run_updates=1))  # none is taken
-    evaluation = rollouts.evaluate(iteration=None, policy_version=0)
+    with meter.phase("evaluation"):
+        evaluation = rollouts.evaluate(iteration=None, policy_version=0)
     if groups.is_main:
         print(f"{config.model.path}, temperature {config.evaluation.temperature:g}")
         print(*evaluation.table(), sep="\n")
@@ -255,12 +271,8 @@ def _start_lines(run: "Run") -> list[str]:
     ]
 
 
-def _write_description(config: RunConfig, output: Path, platform: Platform) -> None:
-    """Write the resolved recipe and the environment into the run's directory."""
-    output.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (output / "config.yaml").write_text(text)
-    environment = {
+def _environment(platform: Platform) -> dict[str, Any]:
+    return {
         "command": sys.argv,
         "device": platform.device_type,
         "world_size": dist.get_world_size(),
@@ -268,7 +280,6 @@ def _write_description(config: RunConfig, output: Path, platform: Platform) -> N
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),
     }
-    (output / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -1,13 +1,19 @@
-"""Which version of Megatron-Core wrote a checkpoint; an older one cannot resume from it."""
+"""What checkpoints say of themselves, before anything is built.
+
+That is their state, and in it the version of Megatron-Core that wrote them: an older one cannot
+resume from them.
+"""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_rl.errors import InputError
 from megatron_rl.megatron import faults
 
 CHECKPOINTS = "checkpoints"  # of a run, in its directory
+PREFIX = "iteration_"  # of the name of a checkpoint, before its number
 STATE = "state.json"  # of a checkpoint
 WRITTEN_BY = "megatron_core"
 """The entry of STATE with the version."""
@@ -23,7 +29,8 @@ def refuse_newer(directory: Path) -> None:
         InputError: a newer version of Megatron-Core than is installed wrote one of them.
     """
     installed = faults.installed_version()
-    for checkpoint, version in _written(directory):
+    for checkpoint, state in saved_states(directory):
+        version = str(state.get(WRITTEN_BY, BEFORE_THE_ENTRY))
         if faults.release(version) > faults.release(installed):
             raise InputError(
                 f"{checkpoint}: Megatron-Core {version} wrote this checkpoint, and {installed} is "
@@ -33,12 +40,14 @@ def refuse_newer(directory: Path) -> None:
             )
 
 
-def _written(directory: Path) -> Iterator[tuple[Path, str]]:
-    """Checkpoints that can be read, the newest first, with the version that wrote each."""
-    for path in sorted(directory.glob(f"iteration_*/{STATE}"), reverse=True):
+def saved_states(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Checkpoints of a run with what their state says, the newest first, if it can be read."""
+    numbered = {path: path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")}
+    found = {path: int(number) for path, number in numbered.items() if number.isdecimal()}
+    for path in sorted(found, key=found.__getitem__, reverse=True):
         try:
-            state = json.loads(path.read_text())
-            version = str(state.get(WRITTEN_BY, BEFORE_THE_ENTRY))
-        except (OSError, ValueError, AttributeError):
+            state = json.loads((path / STATE).read_text())
+        except (OSError, ValueError):
             continue  # a resume rejects it, and says why
-        yield path.parent, version
+        if isinstance(state, dict):
+            yield path, state

@@ -2,11 +2,12 @@
 
 With expert_model_parallel_size above 1, Megatron-Core has one optimizer of shared and one of expert
 parameters, else one of all. Tensors of a checkpoint are the same under the same names; only what
-stands beside them (learning rates and steps, by parameter group) is nested another way, and is
-fitted to this layout when it is loaded.
+stands beside them (settings and steps, by parameter group) is nested another way, and is fitted to
+this layout when it is loaded. Settings are those of the recipe, never those of the checkpoint.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ SHARDING = {
 # Two checkpoints' groups of parameters correspond where these entries are equal; layouts differ in
 # whether experts have a group of their own.
 ALIKE = ("wd_mult", "lr_mult", "is_decoupled_lr")
+EXPERT = "is_expert_parallel"
+# Entries of a group that are state; all others are settings, which the recipe decides.
+GROUP_STATE = ("params", "step")
 # Entries of the state of a distributed optimizer.
 TENSORS, KIND = "param_state", "param_state_sharding_type"
 
@@ -64,14 +68,18 @@ def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
 def fitted(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
     """Loaded state of any layout, nested as Megatron's optimizer of this rank reads it.
 
-    State of an optimizer that is not distributed is returned as it is.
+    Learning rate, betas and other settings of parameter groups become those that the optimizer was
+    built with. Megatron-Core would take them from the checkpoint, or, where it knows groups by them
+    (0.19), find no group at all.
     """
     saved = [
         part
         for part in (loaded, *loaded.values())
         if isinstance(part, dict) and KIND in part and "optimizer" in part
     ]
-    if not saved:
+    if not saved:  # an optimizer that is not distributed, and so fits as it is nested
+        for group in _groups_in(loaded):
+            group.update(_settings(_alike(optimizer.param_groups, group, (*ALIKE, EXPERT))))
         return loaded
     groups = [group for part in saved for group in part["optimizer"]["param_groups"]]
     own = optimizer.chained_optimizers
@@ -88,10 +96,28 @@ def _part(
 ) -> dict[str, Any]:
     fitting = []
     for own in optimizer.optimizer.param_groups:
-        alike = next(g for g in groups if all(g[name] == own[name] for name in ALIKE))
-        fitting.append({**alike, "is_expert_parallel": own["is_expert_parallel"]})
+        fitting.append({**_alike(groups, own, ALIKE), **_settings(own)})
     return {
         KIND: saved[KIND],
         "optimizer": {**saved["optimizer"], "param_groups": fitting},
         TENSORS: tensors,
     }
+
+
+def _alike(
+    groups: list[dict[str, Any]], group: dict[str, Any], names: tuple[str, ...]
+) -> dict[str, Any]:
+    return next(g for g in groups if all(g[name] == group[name] for name in names))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in GROUP_STATE}
+
+
+def _groups_in(loaded: dict[Any, Any]) -> Iterator[dict[str, Any]]:
+    """Every parameter group of optimizers that are not distributed, however they are nested."""
+    for name, value in loaded.items():
+        if name == "param_groups":
+            yield from value
+        elif isinstance(value, dict):
+            yield from _groups_in(value)

@@ -78,7 +78,7 @@ class TrainedModel:
         self.pieces: list[Piece] = self._pieces()
         self.version = 0  # optimizer steps taken
         self._optimizer_config = optimizer
-        self._run_updates = run_updates
+        self.run_updates = run_updates
         self._trainable: list[Any] = []
         self._chunk_settings: dict[str, object] = {}
 
@@ -127,7 +127,7 @@ class TrainedModel:
         if self.config.bf16:
             self._chunk_settings = {"fp32_output": False}  # hidden states stay in bfloat16
         self.optimizer = build_optimizer(config, self._trainable, self.dtype, is_sharded=is_sharded)
-        self.scheduler = build_scheduler(config, self.optimizer, self._run_updates)
+        self.scheduler = build_scheduler(config, self.optimizer, self.run_updates)
 
     @contextmanager
     def weights_replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -151,6 +151,7 @@ class TrainedModel:
         return {"version": self.version, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.scheduler.num_steps = 0  # loading adds the checkpoint's steps to these
         self.scheduler.load_state_dict(state["scheduler"])
         self.version = state["version"]
 

@@ -48,6 +48,7 @@ def build_scheduler(config: OptimizerConfig, optimizer: Any, run_updates: int) -
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=True,
-        override_opt_param_scheduler=False,
+        # A checkpoint says how many steps were taken; all else is the recipe's.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

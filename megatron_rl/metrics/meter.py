@@ -43,6 +43,11 @@ class Meter:
         if self._watchdog is not None:
             self._watchdog.begin(iteration)
 
+    def progress(self) -> None:
+        """The phase at hand has come further, which a watchdog wants to know."""
+        if self._watchdog is not None:
+            self._watchdog.progress()
+
     def report(self, values: Mapping[str, float]) -> None:
         """Add metrics that are equal on all ranks.
 

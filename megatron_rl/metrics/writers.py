@@ -1,11 +1,14 @@
 """Writers of an iteration's numbers: JSON lines, TensorBoard, Weights & Biases."""
 
 import importlib
+import itertools
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -65,21 +68,106 @@ def truncate_jsonl(path: Path, iteration: int) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a JsonlWriter, in file order; a last line cut by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.raw.endswith(b"\n"):
             break  # only the last line can lack its end: the process died while writing it
-        try:
-            record = json.loads(line)
-            record["iteration"] = int(record["iteration"])
-        except (ValueError, KeyError, TypeError) as error:
+        if line.record is None:
             raise InputError(
-                f"{path}, line {number}: {line.strip()[:80]!r} is not a record of a run: must be "
-                "a JSON object with an iteration. Give a metrics.jsonl that training wrote"
-            ) from error
-        records.append(record)
+                f"{path}, line {number}: {line.text!r} is not a record of a run: must be a JSON "
+                "object with an iteration. Give a metrics.jsonl that training wrote"
+            )
+        records.append(line.record)
     return records
+
+
+def damaged_end(path: Path) -> int | None:
+    """The byte at which the damaged lines at the end of a file begin; None: there is no damage.
+
+    Raises:
+        InputError: a damaged line stands before good ones.
+    """
+    at, damage = 0, None
+    for number, line in enumerate(_lines(path), start=1):
+        if line.record is None:
+            damage = damage or (at, number, line.text)
+        elif damage is not None:
+            _, first, text = damage
+            raise InputError(
+                f"{path}, line {first}: {text!r} is not a record of a run, and good ones follow. "
+                f"Remove the line: sed -i {first}d {shlex.quote(str(path))}"
+            )
+        at += len(line.raw)
+    return None if damage is None else damage[0]
+
+
+def appended_files(config: MetricsConfig, directory: Path) -> list[Path]:
+    """The files of a run to which it appends records, and which a resumed run continues."""
+    asked = {JSONL_NAME: config.jsonl, ROLLOUTS_NAME: config.rollouts_every > 0}
+    return [directory / name for name, is_asked in asked.items() if is_asked]
+
+
+def check_appendable(path: Path, done: int) -> None:
+    """Check a file before anything is built; done: iterations before this start.
+
+    Raises:
+        InputError: it is no file, or damage stands before good records that the run would keep.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: it must be a file, and is none. Move it away")
+    if done and path.exists():
+        damaged_end(path)
+
+
+def prepare_to_append(path: Path, done: int) -> Iterator[str]:
+    """Make a file ready for this run's next record; what was done to it, in lines.
+
+    A run that goes on has damaged lines cut off its end. A new one moves the file away.
+    """
+    if not path.exists():
+        if done:
+            yield f"{path.name} is not there: it will hold nothing of iterations 1 to {done}"
+        return
+    if not done:
+        names = (f"{path.name}.{number}" for number in itertools.count())
+        kept = next(name for name in names if not path.with_name(name).exists())
+        path.rename(path.with_name(kept))
+        yield f"{path.name} of an earlier run, which has no checkpoint, is kept as {kept}"
+        return
+    begin = damaged_end(path)
+    if begin is not None:
+        size = path.stat().st_size
+        os.truncate(path, begin)
+        last = max((record["iteration"] for record in read_jsonl(path)), default="none")
+        yield (
+            f"{path.name}: its last {size - begin} bytes were damaged and are cut off; the last "
+            f"iteration in it is {last}"
+        )
+
+
+@dataclass(frozen=True)
+class _Line:
+    raw: bytes
+    record: dict[str, Any] | None  # None: damaged
+
+    @property
+    def text(self) -> str:
+        return self.raw.decode(errors="replace").strip()[:80]
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    with path.open("rb") as file:
+        for raw in file:
+            yield _Line(raw, _record(raw) if raw.endswith(b"\n") else None)
+
+
+def _record(raw: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(raw)
+        record["iteration"] = int(record["iteration"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+    return dict(record)
 
 
 class TensorBoardWriter:

@@ -1,13 +1,15 @@
 """A thread on every rank that says which rank a job waits for, and ends a job that stands still.
 
 Every rank publishes the phase that it is in. A phase may last ten times as long as it usually does;
-what it usually does is learned in the run. After that two ranks (one could be the one that hangs)
+what it usually does is learned in the run. Engine steps are progress, so a long evaluation is not a
+standstill, and a rank that only waits is not one while another makes progress. Else two ranks (one could be the one that hangs)
 ask all for their stacks, and one message names who stands still, where, and who waits for it.
 Whoever cannot answer is looked at from outside, by another rank on the same machine.
 
 The same thread ends its rank when another one has failed or is gone: then only one tells why.
 
-    beat/<rank>     the phase at hand, written when it changes
+    beat/<rank>     the phase at hand, written when it changes or makes progress
+    late/<rank>     whether a rank that is over its time waits for others
     who/<rank>      host and process
     alarm           set once: a phase took too long; every rank answers
     answer/<rank>   its stack
@@ -39,6 +41,7 @@ STUCK = 75
 """The exit code of every rank of a job that stood still."""
 
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_OF_A_STEP = 2.0  # steps of less than this are one
 SECONDS_FOR_ANSWERS = 3.0
 SECONDS_TO_PRINT = 15.0
 SECONDS_TO_HEAR_OF_A_FAILURE = 2.0
@@ -95,6 +98,11 @@ class Watchdog:
         finally:
             self._usual.setdefault(name, []).append(time.monotonic() - start)
         self._enter(BETWEEN, self._beat.iteration)  # an error leaves the phase that it was in
+
+    def progress(self) -> None:
+        """The phase at hand has come further."""
+        if self._store is not None and time.monotonic() > self._beat.heard + SECONDS_OF_A_STEP:
+            self._enter(self._beat.phase, self._beat.iteration)
 
     @property
     def place(self) -> str:
@@ -159,6 +167,7 @@ class Watchdog:
                 self._leave_with_others()
                 if self._has("alarm"):
                     self._answer()
+                self._say_if_late()
                 if self._rank < 2:
                     self._look()
 
@@ -169,12 +178,30 @@ class Watchdog:
             before = self._beats.get(rank)
             if before is None or before.number != said["number"]:
                 self._beats[rank] = _Beat(**said)
+        newest = max((beat.heard for beat in self._beats.values()), default=0.0)
         for rank, beat in self._beats.items():
-            seconds = time.monotonic() - beat.heard
-            if seconds > beat.deadline + late and not self._has(f"bye/{rank}"):
+            now = time.monotonic()
+            seconds = now - beat.heard
+            if seconds < beat.deadline + late or self._has(f"bye/{rank}"):
+                continue
+            if now - newest > beat.deadline or not self._only_waits(rank, beat.number, seconds):
                 alarm = {"by": self._rank, "seconds": seconds, "deadline": beat.deadline}
                 if self._first("alarm", alarm):
                     self._answer()
+
+    def _say_if_late(self) -> None:
+        """Let readers know whether this rank only waits, where it is over its time."""
+        beat = self._beat
+        if time.monotonic() - beat.heard > beat.deadline:
+            self._set(f"late/{self._rank}", {"number": beat.number, "is_waiting": own_stack()[1]})
+
+    def _only_waits(self, rank: int, number: int, seconds: float) -> bool:
+        """True where a rank that is over its time says that it waits, or has had no time to say."""
+        if self._has(f"late/{rank}"):
+            said = json.loads(self._get(f"late/{rank}"))
+            if said["number"] == number:
+                return bool(said["is_waiting"])
+        return seconds < self._beats[rank].deadline + SECONDS_FOR_ANSWERS
 
     def _answer(self) -> None:
         """Say where this rank stands, help those that cannot, and leave."""
@@ -284,8 +311,8 @@ def _message(
     at = answers[stuck[0]]
     lines = [
         f"megatron-rl: error: the job stands still for {alarm['seconds']:.0f} s in iteration "
-        f"{at['iteration']}, {at['phase']} (deadline {alarm['deadline']:.0f} s, "
-        "watchdog.min_s and watchdog.factor)"
+        f"{at['iteration']}, {at['phase']} (deadline {alarm['deadline']:.0f} s, by "
+        "watchdog.min_s, start_s and factor)"
     ]
     for rank in stuck:
         who = processes[rank]

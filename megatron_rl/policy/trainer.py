@@ -104,10 +104,19 @@ class Trainer:
 
     def state_dict(self) -> dict[str, float]:
         """The state that a resumed run needs besides weights and optimizers."""
-        return {"kl_reward_coef": self.kl_reward_coef}
+        return {
+            "kl_reward_coef": self.kl_reward_coef,
+            "kl_reward_coef_start": self.algorithm.config.kl_reward_coef,
+        }
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.kl_reward_coef = state["kl_reward_coef"]
+        """Go on with the adapted coefficient, unless the recipe sets another one than it did."""
+        config = self.algorithm.config
+        is_set_anew = state.get("kl_reward_coef_start", config.kl_reward_coef) != (
+            config.kl_reward_coef
+        )
+        if config.kl_reward_target is not None and not is_set_anew:
+            self.kl_reward_coef = state["kl_reward_coef"]
 
     def _update_critic(self, batch: MiniBatch, history: list[dict[str, float]]) -> bool:
         """Train the critic, where there is one; True where the policy still waits for it."""

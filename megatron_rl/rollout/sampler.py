@@ -1,9 +1,10 @@
 """Prompts to rollout groups: spread over the engine replicas, graded as responses finish."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from megatron_rl.batching.balance import balance
+from megatron_rl.parallel.collectives import nothing
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.prompts.tokenizer import Tokenizer
@@ -28,10 +29,17 @@ class Sampler:
     """Draws responses with this rank's engine."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, groups: Groups, *, run_seed: int
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        groups: Groups,
+        *,
+        run_seed: int,
+        progress: Callable[[], None] = nothing,
     ) -> None:
+        """progress: is called after engine steps."""
         self._engine, self._tokenizer, self._groups = engine, tokenizer, groups
-        self._run_seed = run_seed
+        self._run_seed, self._progress = run_seed, progress
 
     def generate(
         self,
@@ -79,6 +87,7 @@ class Sampler:
             nonlocal looks
             grader.poll()
             looks += 1
+            self._progress()
             return stop is None or not self._is_told(stop, looks)
 
         self._engine.generate(requests, on_finished, goes_on)

@@ -119,7 +119,7 @@ def exported(output_dir: Path) -> bytes:
     return (output_dir / "hf" / "model.safetensors").read_bytes()
 
 
-def build(model_dir: Path, output_dir: Path, tp: int, pp: int) -> Any:
+def build(model_dir: Path, output_dir: Path, tp: int, pp: int, **optimizer: Any) -> Any:
     import preload_megatron  # noqa: F401
     import torch.distributed as dist
 
@@ -130,6 +130,7 @@ def build(model_dir: Path, output_dir: Path, tp: int, pp: int) -> Any:
 
     recipe = recipe_of(model_dir, output_dir)
     recipe["parallel"] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    recipe["optimizer"] |= optimizer
     config = RunConfig.model_validate(recipe)
     inputs = read_inputs(config, dist.get_world_size())
     return build_run(config, inputs, detect(), say=lambda line: None)

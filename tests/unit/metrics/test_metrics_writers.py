@@ -1,11 +1,20 @@
 import json
+import subprocess
 import sys
 
 import pytest
 
 from megatron_rl.errors import InputError
 from megatron_rl.metrics.config import MetricsConfig
-from megatron_rl.metrics.writers import JsonlWriter, TensorBoardWriter, open_writers, read_jsonl
+from megatron_rl.metrics.writers import (
+    JsonlWriter,
+    TensorBoardWriter,
+    appended_files,
+    check_appendable,
+    open_writers,
+    prepare_to_append,
+    read_jsonl,
+)
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
@@ -52,6 +61,79 @@ def test_a_file_that_is_not_ours_is_named_with_its_line(tmp_path, line):
     path.write_text('{"iteration": 1}\n' + line + "\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 2: .* is not a record of a run"):
         read_jsonl(path)
+
+
+GOOD = b'{"iteration": 1}\n{"iteration": 2}\n'
+DAMAGED_ENDS = {
+    "cut off": b'{"iteration": 3, "rew',
+    "cut off at its end": b'{"iteration": 3}',
+    "text": b"No space left\n",
+    "another object": b'{"reward/mean": 1.0}\n',
+    "not finite": b'{"iteration": Infinity}\n',
+    "zeros": bytes(64),
+    "not UTF-8": b'{"iteration": 3, "\xff": 1}\n',
+    "two lines": b'{"iteration"\n{"iteration": 4',
+}
+
+
+@pytest.mark.parametrize("end", DAMAGED_ENDS)
+def test_a_damaged_end_is_cut_and_said(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(GOOD + DAMAGED_ENDS[end])
+    check_appendable(path, done=2)
+    assert path.read_bytes() == GOOD + DAMAGED_ENDS[end]  # only the main rank may cut it
+    assert list(prepare_to_append(path, done=2)) == [
+        f"metrics.jsonl: its last {len(DAMAGED_ENDS[end])} bytes were damaged and are cut off; the "
+        "last iteration in it is 2"
+    ]
+    assert path.read_bytes() == GOOD
+    assert list(prepare_to_append(path, done=2)) == []
+
+
+@pytest.mark.parametrize("line", sorted(DAMAGED_ENDS.keys() - {"cut off at its end"}))
+def test_damage_before_good_records_is_an_error_with_the_command_that_mends_it(tmp_path, line):
+    path = tmp_path / "a run's metrics.jsonl"
+    path.write_bytes(GOOD + DAMAGED_ENDS[line].rstrip(b"\n") + b"\n" + GOOD)
+    with pytest.raises(InputError, match=r"line 3: .* is not a record of a run, and good") as told:
+        check_appendable(path, done=2)
+    command = str(told.value).partition("Remove the line: ")[2]
+    for _ in range(2 if line == "two lines" else 1):
+        subprocess.run(command, shell=True, check=True)
+    assert path.read_bytes() == GOOD + GOOD
+
+
+def test_a_new_run_keeps_whatever_is_there_under_another_name(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert list(prepare_to_append(path, done=0)) == []
+    for number in (0, 1):
+        path.write_bytes(b"text\n" + GOOD)
+        check_appendable(path, done=0)
+        assert list(prepare_to_append(path, done=0)) == [
+            "metrics.jsonl of an earlier run, which has no checkpoint, is kept as "
+            f"metrics.jsonl.{number}"
+        ]
+        assert (tmp_path / f"metrics.jsonl.{number}").read_bytes() == b"text\n" + GOOD
+        open_writers(MetricsConfig(), tmp_path)[0].close()
+        assert path.read_bytes() == b""
+
+
+def test_a_file_that_is_gone_is_said(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    check_appendable(path, done=4)
+    (line,) = prepare_to_append(path, done=4)
+    assert line == "metrics.jsonl is not there: it will hold nothing of iterations 1 to 4"
+
+
+@pytest.mark.parametrize("done", [0, 4])
+def test_a_directory_in_its_place_is_refused(tmp_path, done):
+    with pytest.raises(InputError, match=r"it must be a file, and is none\. Move it away"):
+        check_appendable(tmp_path, done)
+
+
+def test_only_files_that_the_recipe_asks_for_are_looked_at(tmp_path):
+    both = appended_files(MetricsConfig(rollouts_every=2), tmp_path)
+    assert [path.name for path in both] == ["metrics.jsonl", "rollouts.jsonl"]
+    assert appended_files(MetricsConfig(jsonl=False), tmp_path) == []
 
 
 def test_tensorboard_events_hold_the_numbers_once(tmp_path):
