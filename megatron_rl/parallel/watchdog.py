@@ -2,9 +2,9 @@
 
 Every rank publishes the phase that it is in. A phase may last ten times as long as it usually does;
 what it usually does is learned in the run. Engine steps are progress, so a long evaluation is not a
-standstill, and a rank that only waits is not one while another makes progress. Else two ranks (one could be the one that hangs)
-ask all for their stacks, and one message names who stands still, where, and who waits for it.
-Whoever cannot answer is looked at from outside, by another rank on the same machine.
+standstill, and a rank that only waits is not one while another makes progress. Else two ranks (one
+may be the one that hangs) ask all for their stacks, and one message names who stands still, where,
+and who waits for it. Who cannot answer is looked at from outside, by a rank on the same machine.
 
 The same thread ends its rank when another one has failed or is gone: then only one tells why.
 
@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch._C._distributed_c10d import Store
@@ -55,11 +55,12 @@ COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken p
 class _Beat:
     """What a rank says of itself, and when the reader heard it first."""
 
-    number: int
+    number: int  # of phases so far, which ranks can be compared by
     iteration: int
     phase: str
     deadline: float
-    heard: float = field(default_factory=time.monotonic)
+    steps: int = 0  # of progress in the phase
+    heard: float = field(default_factory=lambda: time.monotonic())
 
 
 class Watchdog:
@@ -102,7 +103,7 @@ class Watchdog:
     def progress(self) -> None:
         """The phase at hand has come further."""
         if self._store is not None and time.monotonic() > self._beat.heard + SECONDS_OF_A_STEP:
-            self._enter(self._beat.phase, self._beat.iteration)
+            self._publish(replace(self._beat, steps=self._beat.steps + 1, heard=time.monotonic()))
 
     @property
     def place(self) -> str:
@@ -136,16 +137,17 @@ class Watchdog:
     # -- the main thread -------------------------------------------------------------------------
 
     def _enter(self, phase: str, iteration: int) -> None:
-        deadline = self._deadline(phase)
-        self._beat = _Beat(
-            number=self._beat.number + 1, iteration=iteration, phase=phase, deadline=deadline
-        )
+        number, deadline = self._beat.number + 1, self._deadline(phase)
+        self._publish(_Beat(number=number, iteration=iteration, phase=phase, deadline=deadline))
+
+    def _publish(self, beat: _Beat) -> None:
+        self._beat = beat
         if self._store is not None:
             # From here and not from the thread, which Python's lock may keep from it.
             with contextlib.suppress(RuntimeError):
                 self._set(f"beat/{self._rank}", _said(self._beat))
             # A thread in C, the last to go off: it also ends a rank that holds Python's lock.
-            faulthandler.dump_traceback_later(2 * deadline + SECONDS_TO_PRINT, exit=True)
+            faulthandler.dump_traceback_later(2 * beat.deadline + SECONDS_TO_PRINT, exit=True)
 
     def _deadline(self, phase: str) -> float:
         usual = self._usual.get(phase)
@@ -176,7 +178,7 @@ class Watchdog:
         late = 0.0 if self._rank == 0 else SECONDS_FOR_ANSWERS  # the second is there for the first
         for rank, said in self._all("beat").items():
             before = self._beats.get(rank)
-            if before is None or before.number != said["number"]:
+            if before is None or _said(before) != said:
                 self._beats[rank] = _Beat(**said)
         newest = max((beat.heard for beat in self._beats.values()), default=0.0)
         for rank, beat in self._beats.items():
@@ -184,7 +186,7 @@ class Watchdog:
             seconds = now - beat.heard
             if seconds < beat.deadline + late or self._has(f"bye/{rank}"):
                 continue
-            if now - newest > beat.deadline or not self._only_waits(rank, beat.number, seconds):
+            if now - newest > beat.deadline or not self._only_waits(rank, beat):
                 alarm = {"by": self._rank, "seconds": seconds, "deadline": beat.deadline}
                 if self._first("alarm", alarm):
                     self._answer()
@@ -193,15 +195,16 @@ class Watchdog:
         """Let readers know whether this rank only waits, where it is over its time."""
         beat = self._beat
         if time.monotonic() - beat.heard > beat.deadline:
-            self._set(f"late/{self._rank}", {"number": beat.number, "is_waiting": own_stack()[1]})
+            self._set(f"late/{self._rank}", {**_said(beat), "is_waiting": own_stack()[1]})
 
-    def _only_waits(self, rank: int, number: int, seconds: float) -> bool:
+    def _only_waits(self, rank: int, beat: _Beat) -> bool:
         """True where a rank that is over its time says that it waits, or has had no time to say."""
         if self._has(f"late/{rank}"):
             said = json.loads(self._get(f"late/{rank}"))
-            if said["number"] == number:
-                return bool(said["is_waiting"])
-        return seconds < self._beats[rank].deadline + SECONDS_FOR_ANSWERS
+            is_waiting = said.pop("is_waiting")
+            if said == _said(beat):
+                return bool(is_waiting)
+        return time.monotonic() - beat.heard < beat.deadline + SECONDS_FOR_ANSWERS
 
     def _answer(self) -> None:
         """Say where this rank stands, help those that cannot, and leave."""
@@ -294,6 +297,7 @@ def _said(beat: _Beat) -> dict[str, Any]:
         "iteration": beat.iteration,
         "phase": beat.phase,
         "deadline": beat.deadline,
+        "steps": beat.steps,
     }
 
 

@@ -1,0 +1,154 @@
+"""What readers make of beats; whole jobs that hang are in tests/e2e/test_hangs.py."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron_rl.parallel import watchdog as module
+from megatron_rl.parallel.config import WatchdogConfig
+from megatron_rl.parallel.watchdog import Watchdog
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def pair(clock, monkeypatch):
+    """Two ranks on one store, without their threads; the alarms that were raised."""
+    store = dist.HashStore()
+    alarms = []
+    monkeypatch.setattr(Watchdog, "_answer", lambda self: alarms.append(self._get("alarm")))
+    monkeypatch.setattr(module.faulthandler, "dump_traceback_later", lambda *_, **__: None)
+    config = WatchdogConfig(min_s=10.0, start_s=50.0, factor=3.0)
+    ranks = [Watchdog(config, rank, 2) for rank in range(2)]
+    for rank in ranks:
+        rank._store = store
+        rank.begin(1)
+    return ranks, alarms
+
+
+def look(ranks, clock, seconds):
+    """Let time pass and the threads look, as often as they would."""
+    for _ in range(int(seconds / 0.5)):
+        clock.now += 0.5
+        for rank in ranks:
+            rank._say_if_late()
+            rank._look()
+
+
+def test_a_phase_may_last_a_multiple_of_what_is_usual(pair, clock):
+    (rank, _), _ = pair
+    assert rank._deadline("update") == 50.0  # nothing is known of it yet
+    for seconds in (1.0, 2.0, 30.0):
+        with rank.phase("update"):
+            clock.now += seconds
+    assert rank._deadline("update") == 10.0  # 3 x 2 s is less
+    rank._usual["update"] = [8.0, 9.0, 2.0]
+    assert rank._deadline("update") == 24.0
+
+
+def test_where_nobody_moves_an_alarm_is_raised(pair, clock):
+    ranks, alarms = pair
+    look(ranks, clock, 9.0)
+    assert not alarms
+    look(ranks, clock, 2.0)
+    assert alarms
+
+
+def test_a_rank_that_waits_is_no_alarm_while_another_makes_progress(pair, clock, monkeypatch):
+    ranks, alarms = pair
+    monkeypatch.setattr(module, "own_stack", lambda: ([], True))
+    for _ in range(20):
+        ranks[1].progress()
+        look(ranks, clock, 4.0)
+    assert not alarms
+    look(ranks, clock, 12.0)
+    assert alarms
+
+
+def test_a_rank_that_does_something_else_is_one_all_the_same(pair, clock, monkeypatch):
+    ranks, alarms = pair
+    monkeypatch.setattr(module, "own_stack", lambda: ([], False))
+    for _ in range(4):
+        ranks[1].progress()
+        look(ranks, clock, 3.0)
+    assert alarms
+
+
+def test_a_rank_that_does_not_answer_is_one_too(pair, clock, monkeypatch):
+    """Its thread does not run, so it does not say that it waits."""
+    ranks, alarms = pair
+    monkeypatch.setattr(ranks[1], "_say_if_late", lambda: None)
+    monkeypatch.setattr(ranks[1], "_look", lambda: None)
+    for _ in range(4):
+        ranks[0].progress()
+        look(ranks, clock, 4.0)
+    assert alarms
+
+
+def test_a_rank_that_has_ended_as_it_should_is_not_late(pair, clock):
+    ranks, alarms = pair
+    for rank in ranks:
+        rank.close()
+    look(ranks, clock, 100.0)
+    assert not alarms
+
+
+def test_only_the_first_failure_is_told(pair):
+    ranks, _ = pair
+    assert ranks[1].fail("KeyError: 'x'")
+    assert not ranks[0].fail("RuntimeError: Connection closed by peer")
+    assert not ranks[0].fail("ValueError: another")
+
+
+def test_a_broken_connection_waits_for_who_broke_it(pair, clock):
+    ranks, _ = pair
+    before = clock.now
+    assert ranks[0].fail("RuntimeError: Connection closed by peer")  # nobody else says why
+    assert clock.now - before >= module.SECONDS_TO_HEAR_OF_A_FAILURE
+
+
+def test_the_message_names_the_one_that_is_behind_and_does_not_wait():
+    def answer(number, is_waiting, *stack):
+        return {"number": number, "iteration": 7, "phase": "update", "stack": list(stack)} | {
+            "is_waiting": is_waiting
+        }
+
+    answers = {
+        0: answer(5, True, "a.py:1 in f", "torch/distributed/c10d.py:2 in wait"),
+        1: answer(5, False, "b.py:3 in g"),
+        2: answer(6, False, "c.py:4 in h"),
+    }
+    who = {rank: {"pid": 100 + rank, "host": "node"} for rank in range(4)}
+    text = module._message({"seconds": 12.0, "deadline": 10.0}, answers, who, 4)
+    assert "the job stands still for 12 s in iteration 7, update (deadline 10 s" in text
+    assert text.count("stuck: ") == 1
+    assert "stuck: rank 1, process 101 on node: b.py:3 in g" in text
+    assert "waiting for it: ranks 0, 2" in text
+    assert "without an answer: ranks 3" in text
+    assert text.index("stack of rank 1") < text.index("stack of rank 0")
+
+
+def test_without_a_store_phases_are_kept_and_nothing_is_sent():
+    watchdog = Watchdog(WatchdogConfig(enabled=False), 0, 1)
+    watchdog.start(None)
+    watchdog.begin(3)
+    with watchdog.phase("update"):
+        assert watchdog.place == "iteration 3, update"
+    watchdog.progress()
+    assert watchdog.fail("anything")
+    watchdog.close()
