@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from megatron_rl.checkpoint.contract import Terms, breaches, newest_terms, not_empty
-from megatron_rl.checkpoint.versions import CHECKPOINTS
+from megatron_rl.checkpoint.versions import CHECKPOINTS, checkpoints_in
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions
@@ -94,18 +94,23 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     )
 
 
-def check_resume(config: RunConfig, inputs: Inputs, world_size: int) -> int:
-    """Iterations that the newest checkpoint has done, 0 without one; from files alone.
+def check_resume(config: RunConfig, inputs: Inputs, world_size: int) -> int | None:
+    """Iterations that the newest checkpoint has done, from files alone; 0 without a checkpoint.
+
+    None: there are checkpoints, and none that can be read; a resume says why.
 
     Raises:
         ConfigErrors: the recipe changes what a run that goes on must keep.
         InputError: there is a checkpoint, and run.resume is never.
     """
-    newest = newest_terms(Path(config.run.output_dir) / CHECKPOINTS)
-    if newest is None:
+    directory = Path(config.run.output_dir) / CHECKPOINTS
+    if not checkpoints_in(directory):
         return 0
     if config.run.resume == "never":
         raise not_empty(config.run.output_dir)
+    newest = newest_terms(directory)
+    if newest is None:
+        return None
     saved, iteration = newest
     if found := breaches(saved, start_terms(config, inputs, world_size)):
         raise ConfigErrors(found)

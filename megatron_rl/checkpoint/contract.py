@@ -3,6 +3,7 @@
 docs/reliability.md repeats the table. A setting of a mapping has <name> in the place of its key.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.checkpoint.versions import saved_states
+from megatron_rl.checkpoint.versions import MANIFEST, STATE, saved_states
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
@@ -175,9 +176,9 @@ class Terms:
 
 
 def newest_terms(directory: Path) -> tuple[Terms, int] | None:
-    """Terms and iteration of the newest checkpoint that can be read; from files alone."""
+    """Terms and iteration of the newest checkpoint whose state is intact; from files alone."""
     for path, state in saved_states(directory):
-        if isinstance(state.get("iteration"), int):
+        if _is_intact(path):
             return saved_terms(path, state), state["iteration"]
     return None
 
@@ -332,6 +333,16 @@ def _value(terms: Terms, setting: str) -> str:
 
 
 # -- reading and showing ---------------------------------------------------------------------------
+
+
+def _is_intact(checkpoint: Path) -> bool:
+    """True where the state is the one that the manifest lists; a resume checks all other files."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        _, digest = files[STATE]
+        return bool(hashlib.sha256((checkpoint / STATE).read_bytes()).hexdigest() == digest)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _network(config_dir: Path) -> ModelArch | None:

@@ -15,6 +15,7 @@ from megatron_rl.megatron import faults
 CHECKPOINTS = "checkpoints"  # of a run, in its directory
 PREFIX = "iteration_"  # of the name of a checkpoint, before its number
 STATE = "state.json"  # of a checkpoint
+MANIFEST = "MANIFEST.json"  # of a checkpoint
 WRITTEN_BY = "megatron_core"
 """The entry of STATE with the version."""
 
@@ -42,12 +43,17 @@ def refuse_newer(directory: Path) -> None:
 
 def saved_states(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Checkpoints of a run with what their state says, the newest first, if it can be read."""
-    numbered = {path: path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")}
-    found = {path: int(number) for path, number in numbered.items() if number.isdecimal()}
-    for path in sorted(found, key=found.__getitem__, reverse=True):
+    for path in checkpoints_in(directory):
         try:
             state = json.loads((path / STATE).read_text())
         except (OSError, ValueError):
             continue  # a resume rejects it, and says why
         if isinstance(state, dict):
             yield path, state
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """What has the name of a checkpoint, good or bad, the newest first."""
+    numbered = {path: path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")}
+    found = {path: int(number) for path, number in numbered.items() if number.isdecimal()}
+    return sorted(found, key=found.__getitem__, reverse=True)

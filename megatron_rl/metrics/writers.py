@@ -107,8 +107,8 @@ def appended_files(config: MetricsConfig, directory: Path) -> list[Path]:
     return [directory / name for name, is_asked in asked.items() if is_asked]
 
 
-def check_appendable(path: Path, done: int) -> None:
-    """Check a file before anything is built; done: iterations before this start.
+def check_appendable(path: Path, done: int | None) -> None:
+    """Check a file before anything is built; done: iterations before this start, None: not known.
 
     Raises:
         InputError: it is no file, or damage stands before good records that the run would keep.
@@ -119,11 +119,14 @@ def check_appendable(path: Path, done: int) -> None:
         damaged_end(path)
 
 
-def prepare_to_append(path: Path, done: int) -> Iterator[str]:
+def prepare_to_append(path: Path, done: int | None) -> Iterator[str]:
     """Make a file ready for this run's next record; what was done to it, in lines.
 
-    A run that goes on has damaged lines cut off its end. A new one moves the file away.
+    A run that goes on has damaged lines cut off its end. A new one moves the file away. Where it is
+    not known how much is done, the file is left as it is.
     """
+    if done is None:
+        return
     if not path.exists():
         if done:
             yield f"{path.name} is not there: it will hold nothing of iterations 1 to {done}"

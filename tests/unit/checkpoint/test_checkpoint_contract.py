@@ -1,6 +1,7 @@
 """The contract of a resume: every setting has a class, and what must stay is refused early."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import re
@@ -18,7 +19,7 @@ from megatron_rl.checkpoint.versions import CHECKPOINTS
 from megatron_rl.commands.settings import entries
 from megatron_rl.config import RunConfig, load_config
 from megatron_rl.errors import ConfigErrors, InputError
-from megatron_rl.preflight import kept_recipe, read_inputs, start_terms
+from megatron_rl.preflight import check_resume, kept_recipe, read_inputs, start_terms
 from megatron_rl.weights.hf_files import copy_companions
 
 ROOT = Path(__file__).parents[3]
@@ -96,7 +97,7 @@ class Case:
 
     def write(self, **changes: object) -> None:
         state = {k: v for k, v in (self.state | changes).items() if v is not None}
-        (self.checkpoint / "state.json").write_text(json.dumps(state))
+        write_state(self.checkpoint, json.dumps(state))
 
     def start(self, *overrides: str) -> None:
         session.train_session(load_config(self.recipe, overrides))
@@ -112,6 +113,14 @@ class Case:
         state = json.loads((self.checkpoint / "state.json").read_text())
         saved = contract.saved_terms(self.checkpoint, state)
         return contract.changes(saved, start_terms(config, read_inputs(config, 1), world_size))
+
+
+def write_state(checkpoint: Path, text: str) -> None:
+    checkpoint.mkdir(exist_ok=True)
+    (checkpoint / "state.json").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    manifest = {"files": {"state.json": [len(text), digest]}}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
 
 
 def scheduler(optimizer) -> dict[str, object]:
@@ -283,17 +292,27 @@ def test_an_older_checkpoint_is_compared_by_what_it_has(case):
     assert "usable rows now" in case.refusal()
 
 
-@pytest.mark.parametrize("state", ["[]", "null", "{", '{"iteration": "four"}'])
-def test_a_state_that_cannot_be_read_is_left_to_the_resume(case, state):
-    (case.checkpoint / "state.json").write_text(state)
+@pytest.mark.parametrize("text", ["[]", "null", "{", None])
+def test_a_state_that_cannot_be_trusted_is_left_to_the_resume(case, text):
+    """Of a damaged checkpoint nothing is taken for a setting, not even where it reads well."""
+    damaged = json.dumps(case.state).replace('"seed": 7', '"seed": 6')
+    (case.checkpoint / "state.json").write_text(damaged if text is None else text)
     with pytest.raises(Entered):
-        case.start("run.seed=8")
+        case.start()
+    config = load_config(case.recipe, [])
+    assert check_resume(config, read_inputs(config, 1), 1) is None
+
+
+def test_an_older_checkpoint_is_asked_where_the_newest_is_damaged(case):
+    newest = case.checkpoint.with_name("iteration_000005")
+    write_state(newest, json.dumps(case.state | {"iteration": 5}))
+    (newest / "MANIFEST.json").unlink()
+    assert contract.newest_terms(case.checkpoint.parent)[1] == 4
 
 
 def test_the_newest_checkpoint_is_asked_by_number(case):
-    older = case.checkpoint.with_name("iteration_1000000")
-    older.mkdir()
-    (older / "state.json").write_text(json.dumps(case.state | {"iteration": 1000000}))
+    newest = case.checkpoint.with_name("iteration_1000000")
+    write_state(newest, json.dumps(case.state | {"iteration": 1000000}))
     assert contract.newest_terms(case.checkpoint.parent)[1] == 1000000
 
 

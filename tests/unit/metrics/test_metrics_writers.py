@@ -117,6 +117,14 @@ def test_a_new_run_keeps_whatever_is_there_under_another_name(tmp_path):
         assert path.read_bytes() == b""
 
 
+def test_where_it_is_not_known_what_is_done_nothing_is_touched(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(GOOD + b"text\n")
+    check_appendable(path, done=None)
+    assert list(prepare_to_append(path, done=None)) == []
+    assert path.read_bytes() == GOOD + b"text\n"
+
+
 def test_a_file_that_is_gone_is_said(tmp_path):
     path = tmp_path / "metrics.jsonl"
     check_appendable(path, done=4)
