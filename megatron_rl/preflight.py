@@ -11,10 +11,11 @@ from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions
 from megatron_rl.megatron.refusals import model_problems
 from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
+from megatron_rl.platforms.base import detect
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.reward.gold import check_gold
-from megatron_rl.rollout.refusals import engine_problems
+from megatron_rl.rollout.refusals import device_problems, engine_problems
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
@@ -98,6 +99,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     found.note(model_problems(arch, config.parallel))
     if not config.is_supervised:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
+        found.note(device_problems(arch, config.rollout, detect()))
     found.note(_length_problems(config, arch))
     open_weights(model, arch)
     return arch

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
 from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.references import hidden
 
 FAILED, STOPPED = 2, 130  # 130 as a shell says it
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def say(message: str) -> None:
     """Write one message to stderr, on the first rank: every rank finds the same problem."""
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"megatron-rl: {message}\n")
+        sys.stderr.write(hidden(f"megatron-rl: {message}\n"))
         sys.stderr.flush()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.commands.terminal import progress_bar, silence_libraries
 from megatron_rl.errors import InputError
+from megatron_rl.files import read_text
 
 if TYPE_CHECKING:  # it imports torch, which help can do without
     from megatron_rl.weights.arch import ModelArch
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text {file}: cannot be read ({error})") from error
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_rl.batching.balance import balance
+from megatron_rl.errors import InputError, RunError
+from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.rollout.engine import Engine, Request, Response, request_seed
@@ -42,13 +44,19 @@ class Sampler:
 
         prompts is the global batch, equal on all ranks; every rank calls it. The engine's ranks all
         sample the engine's share, and divide the finished groups among themselves.
+
+        Raises:
+            InputError, RunError: log-probs are not finite, of weights as they were read or trained.
         """
         share = self._engine_share(prompts)
         tp, tp_rank = self._groups.engines.tp, self._groups.engines.tp_rank_of(self._groups.rank)
         own = {prompt.group_id: prompt for prompt in share[tp_rank::tp]}
         rollouts: dict[int, dict[int, Rollout]] = {group_id: {} for group_id in own}
+        is_finite = True
 
         def on_finished(response: Response) -> None:
+            nonlocal is_finite
+            is_finite &= bool(response.logprobs.isfinite().all())
             group_id, index = response.key
             if group_id not in own:
                 return
@@ -68,6 +76,7 @@ class Sampler:
             for index in range(draw.group_size)
         ]
         self._engine.generate(requests, on_finished, grader.poll)
+        self._refuse_broken(is_finite, policy_version)
         return [
             RolloutGroup(
                 prompt=prompt,
@@ -75,6 +84,16 @@ class Sampler:
             )
             for group_id, prompt in own.items()
         ]
+
+    def _refuse_broken(self, is_finite: bool, policy_version: int) -> None:
+        if all(all_gather_objects(is_finite, self._groups.world)):
+            return
+        kind = RunError if policy_version else InputError
+        raise kind(
+            "rollout: the engine's log-probs of sampled tokens are not finite, so weights of the "
+            "model are NaN or far too large. "
+            + ("Go on from an earlier checkpoint" if policy_version else "Use another model.path")
+        )
 
     def _engine_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts of this engine: replicas get nearly equal sums of prompt tokens."""

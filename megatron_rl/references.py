@@ -1,0 +1,25 @@
+"""Values that a recipe takes from the environment: messages show the reference in their place."""
+
+from collections.abc import Mapping
+
+References = Mapping[tuple[str | int, ...], str]
+"""Path of each value that holds one of the environment -> its text in the recipe."""
+
+MIN_HIDDEN_CHARS = 6
+"""Length from which a value is looked for in messages: shorter ones stand in innocent words."""
+
+_HIDDEN: dict[str, str] = {}
+
+
+def remember(name: str, value: str) -> None:
+    """Have `hidden` replace the value of this environment variable from now on."""
+    if len(value) >= MIN_HIDDEN_CHARS:
+        reference = "${oc.env:" + name + "}"
+        _HIDDEN.update({value: reference, repr(value)[1:-1]: reference})
+
+
+def hidden(text: str) -> str:
+    """The text with references in place of the values that were remembered."""
+    for value in sorted(_HIDDEN, key=len, reverse=True):
+        text = text.replace(value, _HIDDEN[value])
+    return text
