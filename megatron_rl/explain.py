@@ -47,9 +47,7 @@ def _lines(
     return [_line(known, found["input"], found["msg"], references)]
 
 
-def _line(
-    path: list[str], value: object, rule: str, references: References
-) -> str:
+def _line(path: list[str], value: object, rule: str, references: References) -> str:
     shown = references.get(tuple(path), value)
     return f"{'.'.join(path)}={_cut(repr(shown))}: {rule}"
 

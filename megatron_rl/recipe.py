@@ -139,8 +139,8 @@ def _joint(below: Any, above: Any, where: str) -> Any:
     Raises:
         ConfigErrors: a section of one is a plain value in the other.
     """
-    layers = [OmegaConf.to_container(layer, resolve=False) for layer in (below, above)]
-    if clashes := list(_clashes(*layers, path=())):
+    lower, upper = (OmegaConf.to_container(layer, resolve=False) for layer in (below, above))
+    if clashes := list(_clashes(lower, upper, ())):
         raise ConfigErrors([f"{where}: {clash}" for clash in clashes])
     return overlaid(below, above)
 

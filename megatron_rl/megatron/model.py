@@ -117,8 +117,8 @@ class TrainedModel:
         told = all_gather_objects(first_not_finite(params, self.pieces), self.groups.world)
         if found := next((problem for problem in told if problem is not None), None):
             raise InputError(
-                f"{source.megatron_dir or source.config_dir}: {found} in {self.dtype}: every number "
-                "that the model computes would be. The weights are damaged, or too large for "
+                f"{source.megatron_dir or source.config_dir}: {found} in {self.dtype}, and so "
+                "would be all that the model computes. The weights are damaged, or too large for "
                 "model.dtype"
             )
 

@@ -143,7 +143,7 @@ class HuggingFaceTokenizer:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
             raise InputError(
                 f"{self._tokenizer.name_or_path}: the chat template fails on a user turn "
                 f"({type(error).__name__}: {error}). Mend it, set prompts.system='' if it takes no "
@@ -248,5 +248,5 @@ def _configured_eos(directory: Path) -> list[int]:
             raise InputError(
                 f"{file}: eos_token_id={value!r}: must be a token id or a list of them"
             )
-        found += [entry for entry in values if entry is not None]
+        found += [entry for entry in values if type(entry) is int]
     return found

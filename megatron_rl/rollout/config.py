@@ -6,7 +6,6 @@ from pydantic import Field
 
 from megatron_rl.settings import Settings
 
-
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0  # vLLM's own, of 0.32
 
 

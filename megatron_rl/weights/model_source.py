@@ -81,7 +81,9 @@ def _tracked(tracker: Path) -> str:
     try:
         return read_text(tracker).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{tracker}: cannot be read ({error}). Write the iteration into it") from error
+        raise InputError(
+            f"{tracker}: cannot be read ({error}). Write the iteration into it"
+        ) from error
 
 
 def _distributed_dir(directory: Path) -> Path | None:

@@ -215,8 +215,8 @@ def _refuse_windows(layer_types: object, where: str) -> None:
         return
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError(
-            f"{where}: layer_types={_shown(layer_types)} is not supported: only full_attention is. Use a "
-            "model without sliding-window layers"
+            f"{where}: layer_types={_shown(layer_types)} is not supported: only full_attention "
+            "is. Use a model without sliding-window layers"
         )
 
 
