@@ -88,8 +88,10 @@ def read_json_object(path: Path) -> dict[str, object]:
     """The JSON object that a file holds; InputError where it holds none."""
     try:
         value = parse_json(read_text(path))
-    except (OSError, UnicodeDecodeError, JsonError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}. Copy the file again") from error
+    except JsonError as error:
+        raise InputError(f"{path}: {error}. Copy the file again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}. Copy the file again") from error
     if not isinstance(value, dict):
         shown = ascii(value)[:MAX_SHOWN_CHARS]
         raise InputError(f"{path}: {shown} is not a JSON object. Copy the file again")

@@ -51,7 +51,8 @@ class _Problems(list[str]):
         try:
             return read(*args, **kwargs)
         except InputError as error:
-            self.append(str(error))
+            if str(error) not in self:  # two readers may meet the same broken file
+                self.append(str(error))
             return None
 
     def note(self, problems: Iterable[ConfigError | str]) -> None:

@@ -68,7 +68,8 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
     try:
         text = read_text(recipe, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, InputError) as error:
-        raise ConfigErrors([f"recipe {str(recipe)!r} cannot be read: {error}"]) from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigErrors([f"recipe {_cut(str(recipe), 400)!r} cannot be read: {why}"]) from error
     try:
         root = _composed(text)
         is_mapping = root is None or isinstance(root, yaml.MappingNode)
@@ -192,8 +193,8 @@ def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str
         yield path, value
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _cut(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _first_line(error: Exception) -> str:

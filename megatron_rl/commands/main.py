@@ -20,7 +20,10 @@ from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.references import hidden
 
 FAILED, STOPPED = 2, 130  # 130 as a shell says it
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+DENIED = (  # what only another path or other rights can mend
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 COMMANDS = {  # name: the file of this room that has it, and what it does
     "train": ("recipe", "train a policy; start it with torchrun for more than one rank"),
     "evaluate": ("recipe", "measure model.path on the recipe's benchmarks"),

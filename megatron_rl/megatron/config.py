@@ -10,7 +10,7 @@ from megatron_rl.settings import Settings
 class ModelConfig(Settings):
     """The model, its precision, and how Megatron-Core runs it."""
 
-    path: str
+    path: str = Field(min_length=1)
     """Hugging Face directory (config.json, *.safetensors, tokenizer) or hub name."""
 
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"

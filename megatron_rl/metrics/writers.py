@@ -65,7 +65,7 @@ def truncate_jsonl(path: Path, iteration: int) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The records of a JsonlWriter, in file order; a last line cut by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
@@ -73,7 +73,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             record["iteration"] = int(record["iteration"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
                 f"{path}, line {number}: {line.strip()[:80]!r} is not a record of a run: must be "
                 "a JSON object with an iteration. Give a metrics.jsonl that training wrote"

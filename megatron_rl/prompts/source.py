@@ -133,8 +133,12 @@ def _parsed(raw: bytes) -> object:
 
 def _read_parquet(file: Path) -> Iterator[Record]:
     import datasets  # type: ignore[import-untyped]  # the package ships no types
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we tell its errors ourselves
     try:
+        if pyarrow.parquet.read_metadata(file).num_rows == 0:
+            return  # datasets would ask for batches of 0 rows
         rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from _numbered(rows)
     except (OSError, ValueError) as error:

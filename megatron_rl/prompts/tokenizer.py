@@ -143,7 +143,7 @@ class HuggingFaceTokenizer:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
                 f"{self._tokenizer.name_or_path}: the chat template fails on a user turn "
                 f"({type(error).__name__}: {error}). Mend it, set prompts.system='' if it takes no "

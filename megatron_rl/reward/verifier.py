@@ -118,15 +118,18 @@ def try_function(pool: WorkerPool, setting: str, path: str, answers: Sequence[st
         outcome = _called(pool, _DUMMY)
         while outcome.has_raised and not outcome.is_misuse and tried:
             outcome = _called(pool, tried.pop())
-    except (InputError, RunError) as error:
+    except InputError:
+        pool.close()
+        raise
+    except RunError as error:
         pool.close()
         raise InputError(f"{setting}={path!r}: {error}") from error
     may_be_the_dummy = outcome.has_raised and not answers
     if outcome.is_misuse or (outcome.verdict in ("timeout", "error") and not may_be_the_dummy):
         pool.close()
-        what = "and with answers of the data " if outcome.has_raised and answers else ""
+        what = ", and with answers of the data," if outcome.has_raised and answers else ""
         raise InputError(
-            f"{setting}={path!r}: called with a dummy response and answer {what}it gave no reward: "
+            f"{setting}={path!r}: called with a dummy response and answer{what} it gave no reward: "
             f"{outcome.reason}. It must return a bool or a float for any two strings"
         )
 

@@ -161,6 +161,8 @@ def _read_header(path: Path, file: int) -> dict[str, Entry]:
         )
     try:
         header: Any = parse_json(os.pread(file, header_bytes, 8).decode())
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         entries = {name: _entry(fields, start) for name, fields in header.items()}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
