@@ -167,6 +167,24 @@ def test_function_may_fail_on_the_dummy(make_scorer):
     assert scorer.collect()[0, 0].verdict is Verdict.CORRECT
 
 
+@pytest.mark.parametrize(
+    ("answers", "is_refused"),
+    [
+        ((), False),
+        (('{"accepted": ["yes"]}',), False),
+        (("2", '{"accepted": []}'), False),
+        (("2", "3"), True),
+    ],
+)
+def test_function_that_fails_on_every_answer_of_the_data_is_refused(answers, is_refused):
+    config = RewardConfig(kind="reward_functions:needs_json", deadline_s=10.0)
+    if not is_refused:
+        RewardScorer(config, answers).close()
+        return
+    with pytest.raises(InputError, match="and with answers of the data, it gave no reward: Type"):
+        RewardScorer(config, answers)
+
+
 PARTS = {
     "format": {"weight": 0.5},
     "brevity": {"kind": "length_penalty", "weight": 2.0, "free_tokens": 100, "max_tokens": 200},
