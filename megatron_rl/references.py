@@ -15,7 +15,9 @@ def remember(name: str, value: str) -> None:
     """Have `hidden` replace the value of this environment variable from now on."""
     if len(value) >= MIN_HIDDEN_CHARS:
         reference = "${oc.env:" + name + "}"
-        _HIDDEN.update({value: reference, repr(value)[1:-1]: reference})
+        # Messages quote values as Python does, which escapes ' only in a text that has " as well.
+        forms = {value, repr(value)[1:-1], repr("'\"" + value)[4:-1], ascii(value)[1:-1]}
+        _HIDDEN.update(dict.fromkeys(forms, reference))
 
 
 def hidden(text: str) -> str:

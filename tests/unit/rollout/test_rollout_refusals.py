@@ -29,11 +29,12 @@ ARCH = ModelArch(
 
 def test_vllm_takes_the_temperatures_that_we_take_and_no_others():
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     for temperature in (LEAST_TEMPERATURE, MOST_TEMPERATURE):
         assert SamplingParams(temperature=temperature).temperature == temperature
     assert SamplingParams(temperature=LEAST_TEMPERATURE / 2).temperature == LEAST_TEMPERATURE
-    with pytest.raises(ValueError, match="temperature"):
+    with pytest.raises(VLLMValidationError, match="temperature must be in"):
         SamplingParams(temperature=MOST_TEMPERATURE * 1.01)
 
 
