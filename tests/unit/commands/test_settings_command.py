@@ -52,7 +52,8 @@ def test_one_key_with_its_bounds(capsys):
     assert main(["settings", "rollout.temperature"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "  rollout.temperature   float >= 0.01 and <= 2.0; default 1.0",
-        "      Softmax temperature. The trainer divides its logits by the same value. Beyond these bounds",
+        "      Softmax temperature. The trainer divides its logits by the same value. Beyond these "
+        "bounds",
         "      vLLM refuses it, or silently takes the lower one.",
     ]
 

@@ -79,7 +79,7 @@ def test_a_short_value_is_hidden_where_it_is_the_setting_and_not_inside_of_words
     assert hidden("what data") == "what data"
 
 
-@pytest.mark.parametrize("value", [SECRET, "it's\\a\nsecret", "it's \"a\" secret"])
+@pytest.mark.parametrize("value", [SECRET, "it's\\a\nsecret", 'it\'s "a" secret'])
 def test_no_message_of_a_command_shows_it(case, monkeypatch, capsys, value):
     monkeypatch.setenv("TOKEN", value)
     case.change(model={"path": "/nowhere/${oc.env:TOKEN}"})
