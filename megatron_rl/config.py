@@ -25,7 +25,7 @@ from megatron_rl.policy.config import CriticConfig
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import for_mathematics
 from megatron_rl.recipe import Recipe, read_recipe
-from megatron_rl.references import References, hidden
+from megatron_rl.references import References, hidden, replaced
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.rollout.config import LEAST_TEMPERATURE, RolloutConfig
 from megatron_rl.settings import Settings
@@ -80,11 +80,7 @@ class RunConfig(Settings):
         """
         written: dict[str, Any] = dump(self)
         for path, text in self._references.items():
-            inside: Any = written
-            for part in path[:-1]:
-                inside = inside.get(part, {}) if isinstance(inside, dict) else inside[part]
-            if not isinstance(inside, dict) or path[-1] in inside:
-                inside[path[-1]] = text
+            written = replaced(written, path, text)
         return written
 
     @property

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_rl.algorithms.objective_forms import OBJECTIVE, joined, overlaid
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.files import read_text
-from megatron_rl.references import References, remember
+from megatron_rl.references import MIN_HIDDEN_CHARS, References, hidden, remember
 
 MAX_DEPTH = 32  # of mappings and lists in each other; the deepest setting has 4
 
@@ -28,7 +28,8 @@ _UNCLEAR = (  # plain scalars that YAML 1.1 reads as numbers, and people do not
         "YAML may read a leading zero as octal. Write the number without it",
     ),
 )
-_VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*([^,}\s]+)")
+_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
+_VARIABLE = re.compile(_ENVIRONMENT.pattern + r"\s*[\"']?([^,}\s\"']+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,13 @@ def read_recipe(recipe: Path | None, overrides: Sequence[str]) -> Recipe:
     try:
         merged = _joint(loaded, joined(overrides), "overrides")
         written = OmegaConf.to_container(merged, resolve=False)
-        taken = _remember_variables(written)
+        _taken_variables(written, written)  # an error of resolving may quote a value
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigErrors([f"{where}: {_first_line(error)}"]) from error
+        raise ConfigErrors([hidden(f"{where}: {_first_line(error)}")]) from error
     except RecursionError as error:
         raise ConfigErrors([f"{where}: its references lead in a circle"]) from error
-    return Recipe(values=values, references=dict(_references(written, values, taken)))
+    return Recipe(values=values, references=dict(_references(written, values)))
 
 
 def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
@@ -161,27 +162,32 @@ def _clashes(below: Any, above: Any, path: tuple[str, ...]) -> Iterator[str]:
         )
 
 
-def _remember_variables(written: Any) -> set[str]:
+def _taken_variables(written: Any, resolved: Any) -> set[str]:
     """The values of the environment that a recipe asks for; messages hide them from now on."""
+    values = dict(_leaves(resolved, ()))
     taken = set()
-    for _, text in _leaves(written, ()):
-        for name in _VARIABLE.findall(text) if isinstance(text, str) else ():
-            if name in os.environ:
-                remember(name, os.environ[name])
-                taken.add(os.environ[name])
+    for path, text in _leaves(written, ()):
+        if not isinstance(text, str) or not _ENVIRONMENT.search(text):
+            continue
+        named = set(_VARIABLE.findall(text))
+        for name, value in os.environ.items():
+            # A name may be the value of another reference, and then only its value tells it.
+            is_inside = len(value) >= MIN_HIDDEN_CHARS and value in str(values.get(path))
+            if name in named or is_inside:
+                remember(name, value)
+                taken.add(value)
     return taken - {""}
 
 
-def _references(
-    written: Any, resolved: Any, taken: set[str]
-) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """The path and text of each reference whose value holds one of the environment."""
+def _references(written: Any, resolved: Any) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The path and text of each reference whose value is, or holds, one of the environment."""
+    taken = _taken_variables(written, resolved)
     values = dict(_leaves(resolved, ()))
     for path, text in _leaves(written, ()):
-        value = values.get(path)
-        is_reference = isinstance(text, str) and "${" in text
-        if is_reference and any(each in str(value) for each in taken):
-            yield path, text
+        if isinstance(text, str) and "${" in text:
+            is_tainted = any(value in str(values.get(path)) for value in taken)
+            if is_tainted or _ENVIRONMENT.search(text):
+                yield path, text
 
 
 def _leaves(value: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:

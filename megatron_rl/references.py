@@ -1,6 +1,7 @@
 """Values that a recipe takes from the environment: messages show the reference in their place."""
 
 from collections.abc import Mapping
+from typing import Any
 
 References = Mapping[tuple[str | int, ...], str]
 """Path of each value that holds one of the environment -> its text in the recipe."""
@@ -25,3 +26,18 @@ def hidden(text: str) -> str:
     for value in sorted(_HIDDEN, key=len, reverse=True):
         text = text.replace(value, _HIDDEN[value])
     return text
+
+
+def replaced(value: Any, path: tuple[str | int, ...], text: str) -> Any:
+    """Nested mappings and lists with the text at this path; unchanged where they lack it."""
+    if not path:
+        return text
+    first, *rest = path
+    if isinstance(value, dict) and first in value:
+        return value | {first: replaced(value[first], tuple(rest), text)}
+    if isinstance(value, list | tuple) and isinstance(first, int) and first < len(value):
+        return [
+            replaced(each, tuple(rest), text) if index == first else each
+            for index, each in enumerate(value)
+        ]
+    return value

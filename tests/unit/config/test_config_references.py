@@ -79,6 +79,37 @@ def test_a_short_value_is_hidden_where_it_is_the_setting_and_not_inside_of_words
     assert hidden("what data") == "what data"
 
 
+@pytest.mark.parametrize(
+    "reference", ['${oc.env:"TOKEN"}', "${oc.env:${run.output_dir}}", "${ oc.env : TOKEN , x }"]
+)
+def test_every_spelling_of_a_reference_is_kept_and_hidden(case, secret, reference):
+    case.change(run={"output_dir": "TOKEN"}, metrics={"wandb_project": reference})
+    config = load_config(case.write(), [])
+    assert config.metrics.wandb_project == SECRET
+    assert config.model_dump()["metrics"]["wandb_project"] == reference
+    assert SECRET not in hidden(f"a message with {SECRET}")
+
+
+def test_a_value_that_cannot_be_decoded_is_not_shown(case, monkeypatch):
+    monkeypatch.setenv("TOKEN", f"[{SECRET}")
+    case.change(run={"seed": "${oc.decode:${oc.env:TOKEN}}"})
+    assert SECRET not in only(case.config_problems())
+
+
+def test_what_is_decoded_from_a_variable_is_kept_as_a_reference(case, monkeypatch):
+    monkeypatch.setenv("BENCHMARKS", '{aime: {path: "/hunter2hunter2"}}')
+    monkeypatch.setenv("SELECTION", "all")
+    case.change(
+        evaluation={"benchmarks": "${oc.decode:${oc.env:BENCHMARKS}}"},
+        algorithm={"selection": ["${oc.env:SELECTION}"]},
+    )
+    config = load_config(case.write(), [])
+    assert config.evaluation.benchmarks["aime"].path == "/hunter2hunter2"
+    written = config.model_dump()
+    assert written["evaluation"]["benchmarks"] == "${oc.decode:${oc.env:BENCHMARKS}}"
+    assert written["algorithm"]["selection"] == ["${oc.env:SELECTION}"]
+
+
 @pytest.mark.parametrize("value", [SECRET, "it's\\a\nsecret", 'it\'s "a" secret'])
 def test_no_message_of_a_command_shows_it(case, monkeypatch, capsys, value):
     monkeypatch.setenv("TOKEN", value)
