@@ -37,7 +37,7 @@ class EvaluationConfig(Settings):
     """Name -> benchmark. A name is part of file names; "overall" is the name of their average."""
 
     samples: int = Field(default=16, ge=1, le=2**16)
-    """k: the number of responses to each question."""
+    """k: the number of responses to each question, which are held and measured at once."""
 
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature, within vLLM's bounds: 0, or 0.01 to 2. 0 is greedy, and then one

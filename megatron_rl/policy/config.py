@@ -16,7 +16,7 @@ class CriticConfig(Settings):
     head, any other model starts with a value head of 0."""
 
     lr: float = Field(default=1e-5, gt=0, le=1)
-    """Peak learning rate; schedule and decay as in optimizer."""
+    """Peak learning rate; bound, schedule and decay as in optimizer."""
 
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""

@@ -16,7 +16,7 @@ class RolloutConfig(Settings):
     """Responses per prompt; those of one prompt are graded and compared on one rank."""
 
     max_response_tokens: int = Field(default=4096, ge=1, le=2**24)
-    """Hard stop; a response cut here has finish_reason "length"."""
+    """Hard stop, within the model's positions; a response cut here has finish_reason "length"."""
 
     temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=MOST_TEMPERATURE)
     """Softmax temperature. The trainer divides its logits by the same value. Beyond these bounds
@@ -29,7 +29,8 @@ class RolloutConfig(Settings):
     """Must be -1 (off), for the same reason."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1, le=2**16)
-    """Ranks of one engine; more ranks make more engines, each with prompts of its own."""
+    """Ranks of one engine, which must divide its heads; more ranks make more engines, each with
+    prompts of its own."""
 
     dtype: Literal["model", "bfloat16", "float32"] = "model"
     """Dtype of the engine; `model`: as model.dtype."""
