@@ -66,8 +66,8 @@ class OptimizerConfig(Settings):
     """Adam's decay of the mean of squared gradients, per optimizer step."""
 
     adam_eps: float = Field(default=1e-8, gt=0, le=1)
-    """Added to the square root of that second mean before it divides; with more than 1 nothing would
-    move."""
+    """Added to the square root of that second mean before it divides; with more than 1 nothing
+    would move."""
 
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
@@ -76,8 +76,8 @@ class OptimizerConfig(Settings):
     """Megatron's: optimizer state and main weights are sharded over data-parallel ranks."""
 
     prompts_per_update: int | None = Field(default=None, gt=0, le=2**20)
-    """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration, of which there
-    are no more than 2**20 either."""
+    """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration, of which
+    there are no more than 2**20 either."""
 
     epochs: int = Field(default=1, gt=0, le=1000)
     """Passes over an iteration's samples; long before 1000 they fit that iteration alone."""
