@@ -57,6 +57,7 @@ def build_run(
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
     groups = join(platform, config.parallel, rollout_tp)
+    _check_same_prompts(inputs, groups)
     say(choose_ops(config.ops.backend, groups))
     meter = Meter(groups, watchdog)
     algorithm = Algorithm(config.algorithm)
@@ -117,6 +118,18 @@ def build_run(
         store=CheckpointStore(output_dir / CHECKPOINTS, groups, config.checkpoint),
         stop=stop,
         say=say,
+    )
+
+
+def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:
+    """Raise RunError unless all ranks read the same prompts; every rank calls it."""
+    same_or_raise(
+        "checksum of the prompts in use",
+        inputs.prompts.state_dict()["checksum"],
+        "ranks would train on different prompts. Give all machines the same files; a gold answer "
+        "that takes about reward.deadline_s to compare may count as too slow on one rank alone, so "
+        "raise that or leave such rows out",
+        groups.world,
     )
 
 

@@ -1,26 +1,21 @@
 """Every setting of a run: sections in the order of the loop, and the rules that cross them."""
 
-import difflib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
 import pydantic
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
 from megatron_rl.algorithms.config import AlgorithmConfig
-from megatron_rl.algorithms.objective_forms import joined, overlaid
 from megatron_rl.algorithms.presets import SIGN_SELECTIONS
 from megatron_rl.algorithms.rules import algorithm_problems
 from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
+from megatron_rl.explain import explain
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
@@ -29,12 +24,15 @@ from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
 from megatron_rl.policy.config import CriticConfig
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import for_mathematics
+from megatron_rl.recipe import Recipe, read_recipe
+from megatron_rl.references import References, hidden, replaced
 from megatron_rl.reward.config import RewardConfig
-from megatron_rl.rollout.config import RolloutConfig
+from megatron_rl.rollout.config import LEAST_TEMPERATURE, RolloutConfig
 from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
 
 DEFAULT_ROW_TOKENS = 16384
+MAX_RESPONSES = 2**24  # of an iteration: every rank knows of each, and a billion would fill it
 
 
 class RunSettings(Settings):
@@ -43,8 +41,8 @@ class RunSettings(Settings):
     output_dir: str
     """Directory of everything that this run writes; made if it is not there."""
 
-    num_iterations: int = Field(ge=1)
-    """Passes through the loop."""
+    num_iterations: int = Field(ge=1, le=10**9)
+    """Passes through the loop. A billion of one second each would take 30 years."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of everything random: order of prompts, sampling, breaking of ties."""
@@ -72,6 +70,19 @@ class RunConfig(Settings):
     metrics: MetricsConfig = MetricsConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     ops: OpsConfig = OpsConfig()
+
+    _references: References = PrivateAttr(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _keep_references(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The settings with references where values came from the environment.
+
+        So a secret gets into no file and no tracker, and the recipe that is written still works.
+        """
+        written: dict[str, Any] = dump(self)
+        for path, text in self._references.items():
+            written = replaced(written, path, text)
+        return written
 
     @property
     def rendered_prompts(self) -> PromptsConfig:
@@ -188,6 +199,21 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             f"algorithm.preset={config.algorithm.preset} compares the responses of one prompt",
             "Set at least 2",
         )
+    responses = config.prompts.prompts_per_iteration * rollout.group_size
+    if responses > MAX_RESPONSES:
+        yield ConfigError(
+            "prompts.prompts_per_iteration * rollout.group_size",
+            responses,
+            f"at most {MAX_RESPONSES} responses of an iteration can be handled",
+            "Lower one of them",
+        )
+    if 0 < config.evaluation.temperature < LEAST_TEMPERATURE:
+        yield ConfigError(
+            "evaluation.temperature",
+            config.evaluation.temperature,
+            f"vLLM would sample at {LEAST_TEMPERATURE}",
+            f"Set 0 for greedy sampling, or at least {LEAST_TEMPERATURE}",
+        )
     if config.is_supervised and config.evaluation.benchmarks:
         yield ConfigError(
             "evaluation.benchmarks",
@@ -259,12 +285,10 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigErrors: every problem found, each with its field, value, rule and way out.
     """
-    values = _merge(_read(recipe, seen=()), overrides, where=str(recipe))
-    try:
-        config = RunConfig.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise ConfigErrors(_explain(error)) from error
-    found = [str(problem) for problem in problems(config)]
+    read = read_recipe(recipe, overrides)
+    config = _validated(RunConfig, read)
+    config._references = read.references
+    found = [hidden(str(problem)) for problem in problems(config)]
     if found:
         raise ConfigErrors(found)
     return config
@@ -277,139 +301,19 @@ def load_reward(recipe: Path | None, overrides: Sequence[str]) -> RewardConfig:
         raise ConfigErrors([f"override {text!r}: only reward.key=value is read" for text in others])
     if recipe is not None:
         return load_config(recipe, overrides).reward
-    values = _merge(OmegaConf.create(), overrides, where="overrides")
-    try:
-        return _RewardAlone.model_validate(values).reward
-    except pydantic.ValidationError as error:
-        raise ConfigErrors(_explain(error)) from error
+    return _validated(_RewardAlone, read_recipe(None, overrides)).reward
 
 
 class _RewardAlone(Settings):
     reward: RewardConfig = RewardConfig()
 
 
-def _merge(loaded: Any, overrides: Sequence[str], where: str) -> Any:
-    syntax = [problem for text in overrides if (problem := _override_problem(text))]
-    if syntax:
-        raise ConfigErrors(syntax)
+S = TypeVar("S", bound=Settings)
+
+
+def _validated(kind: type[S], recipe: Recipe) -> S:
     try:
-        merged = overlaid(loaded, joined(overrides))
-        return OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigErrors([f"{where}: {_first_line(error)}"]) from error
-
-
-def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
-    if recipe in seen:
-        raise ConfigErrors([f"{recipe}: base recipes name each other in a circle"])
-    try:
-        text = recipe.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigErrors([f"recipe {str(recipe)!r} cannot be read: {error}"]) from error
-    try:
-        root = yaml.compose(text)
-        is_mapping = root is None or isinstance(root, yaml.MappingNode)
-        loaded: Any = OmegaConf.create(text if is_mapping else "{}")
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigErrors([f"{recipe}: not valid YAML: {error}"]) from error
-    if not is_mapping:
-        raise ConfigErrors([f"{recipe}: must hold sections (`run:`, `model:`, ...)"])
-    base = loaded.get("base")
-    if base is None:
-        return loaded
-    del loaded["base"]
-    return overlaid(_read((recipe.parent / str(base)).resolve(), (*seen, recipe)), loaded)
-
-
-def _override_problem(text: str) -> str | None:
-    key, equals, _ = text.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")) or "." not in key:
-        return f"override {text!r}: must read section.key=value, for example run.seed=1"
-    try:
-        OmegaConf.from_dotlist([text])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        return f"override {text!r}: its value is not valid YAML: {_first_line(error)}"
-    return None
-
-
-def _explain(error: pydantic.ValidationError) -> list[str]:
-    """pydantic's findings in our form; an unknown key names the nearest known one."""
-    lines = []
-    for found in error.errors():
-        path = [str(part) for part in found["loc"]]
-        cause = found.get("ctx", {}).get("error")
-        if found["type"] == "extra_forbidden":
-            lines.append(_unknown_key(path))
-        elif isinstance(cause, ConfigErrors):
-            lines.extend(cause.problems)
-        elif isinstance(cause, ConfigError):
-            lines.append(str(cause))
-        elif found["type"] == "missing":
-            lines.append(f"{'.'.join(path)}: is missing. Set it in the recipe or as an override")
-        else:
-            lines.append(f"{'.'.join(_known_part(path))}={found['input']!r}: {found['msg']}")
-    return lines
-
-
-def _unknown_key(path: list[str]) -> str:
-    where, key = _without_kinds(path[:-1]), path[-1]
-    siblings, path = _keys_at(path[:-1]), [*where, key]
-    near = difflib.get_close_matches(key, siblings, n=1)
-    if near:
-        return f"{'.'.join(path)}: unknown key. Did you mean {'.'.join([*where, near[0]])}?"
-    elsewhere = [section for section in RunConfig.model_fields if key in _keys_at([section])]
-    if elsewhere:
-        return f"{'.'.join(path)}: unknown key. Did you mean {elsewhere[0]}.{key}?"
-    return f"{'.'.join(path)}: unknown key. Known here: {', '.join(sorted(siblings))}"
-
-
-def _keys_at(path: Sequence[str]) -> list[str]:
-    model: Any = RunConfig
-    for part in path:
-        model = _inside(model, part)
-    return list(model.model_fields) if _is_section(model) else []
-
-
-def _known_part(path: list[str]) -> list[str]:
-    """The path down to a setting; pydantic appends the types that its value may have."""
-    model: Any = RunConfig
-    for depth, part in enumerate(path):
-        model = _inside(model, part)
-        if not _is_section(model) and get_origin(model) is not dict and not _kinds(model):
-            return _without_kinds(path[: depth + 1])
-    return _without_kinds(path)
-
-
-def _without_kinds(path: Sequence[str]) -> list[str]:
-    """The path as a recipe has it: pydantic adds the kind of a section that has several."""
-    model: Any = RunConfig
-    kept = []
-    for part in path:
-        if part not in _kinds(model):
-            kept.append(part)
-        model = _inside(model, part)
-    return kept
-
-
-def _kinds(model: Any) -> dict[str, Any]:
-    """kind -> section, where a section may be of several kinds."""
-    members = get_args(model) if get_origin(model) in (Union, UnionType) else ()
-    return {m.model_fields["kind"].default: m for m in members if _is_section(m)}
-
-
-def _inside(model: Any, part: str) -> Any:
-    """The type of a section's field, of a mapping's entry, or of a section of this kind."""
-    if get_origin(model) is dict:
-        return get_args(model)[1]
-    if kinds := _kinds(model):
-        return kinds.get(part)
-    field = model.model_fields.get(part) if _is_section(model) else None
-    return None if field is None else field.annotation
-
-
-def _is_section(model: Any) -> bool:
-    return isinstance(model, type) and issubclass(model, pydantic.BaseModel)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+        return kind.model_validate(recipe.values)
+    except pydantic.ValidationError as error:
+        lines = explain(error, RunConfig, recipe.references)
+        raise ConfigErrors([hidden(line) for line in lines]) from error

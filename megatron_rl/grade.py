@@ -22,6 +22,7 @@ from megatron_rl.prompts.source import read_json_lines
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.gold import check_gold
 from megatron_rl.reward.scorer import RewardScorer, Score
+from megatron_rl.reward.trial import NUM_TRIED
 from megatron_rl.types import Verdict
 
 _LINES_AT_A_TIME = 2048
@@ -68,11 +69,12 @@ def grade_file(
             "grade: length_penalty needs the number of tokens of each response. Name the field "
             "that holds it with --tokens-key, or leave the part out"
         )
-    num_lines = _check_lines(source, fields)
+    num_lines, answers = _check_lines(source, fields)
     started = time.monotonic()
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        tally = _grade_lines(source, partial, config, fields, num_lines)
+        scorer = RewardScorer(config, answers)
+        tally = _grade_lines(source, partial, scorer, config, fields, num_lines)
         partial.replace(output)
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error.strerror})") from error
@@ -91,12 +93,14 @@ def _check_paths(source: Path, output: Path) -> None:
         raise InputError(f"--output {output}: it is {what}. Name another file")
 
 
-def _check_lines(source: Path, fields: GradeFields) -> int:
-    problems, num_lines = Problems(str(source)), 0
+def _check_lines(source: Path, fields: GradeFields) -> tuple[int, list[str]]:
+    """The number of lines, and their first answers."""
+    problems, num_lines, answers = Problems(str(source)), 0, list[str]()
     for number, parsed in read_json_lines(source):
         num_lines += 1
         try:
-            _line(number, parsed, fields)
+            line = _line(number, parsed, fields)
+            answers += [line.answer] if len(answers) < NUM_TRIED else []
         except RowError as error:
             problems.add(f"line {number}", str(error))
     problems.raise_if_any(
@@ -104,7 +108,7 @@ def _check_lines(source: Path, fields: GradeFields) -> int:
     )
     if num_lines == 0:
         raise InputError(f"{source}: it has no line to grade")
-    return num_lines
+    return num_lines, answers
 
 
 def _line(number: int, parsed: object, names: GradeFields) -> _Line:
@@ -126,10 +130,14 @@ def _line(number: int, parsed: object, names: GradeFields) -> _Line:
 
 
 def _grade_lines(
-    source: Path, partial: Path, config: RewardConfig, fields: GradeFields, num_lines: int
+    source: Path,
+    partial: Path,
+    scorer: RewardScorer,
+    config: RewardConfig,
+    fields: GradeFields,
+    num_lines: int,
 ) -> _Tally:
     tally = _Tally()
-    scorer = RewardScorer(config)
     lines = (_line(number, parsed, fields) for number, parsed in read_json_lines(source))
     console = Console(stderr=True)
     try:

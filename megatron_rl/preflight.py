@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,10 +13,11 @@ from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions
 from megatron_rl.megatron.refusals import model_problems
 from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
+from megatron_rl.platforms.base import detect
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
-from megatron_rl.reward.gold import check_gold
-from megatron_rl.rollout.refusals import engine_problems
+from megatron_rl.reward.trial import NUM_TRIED, hopeless_golds, try_functions
+from megatron_rl.rollout.refusals import device_problems, engine_problems
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
@@ -52,7 +53,8 @@ class _Problems(list[str]):
         try:
             return read(*args, **kwargs)
         except InputError as error:
-            self.append(str(error))
+            if str(error) not in self:  # two readers may meet the same broken file
+                self.append(str(error))
             return None
 
     def note(self, problems: Iterable[ConfigError | str]) -> None:
@@ -80,6 +82,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         benchmarks = _read_benchmarks(config, tokenizer, found)
     if not config.is_supervised:
         found.attempt(require_vllm)
+        answers = [] if prompts is None else prompts.first_answers(NUM_TRIED)
+        found.attempt(try_functions, config.reward, answers)
     if arch is not None and tokenizer is not None and prompts is not None:
         found.note(_fit_problems(config, arch, tokenizer, prompts))
     if found or model is None or arch is None or tokenizer is None or prompts is None:
@@ -144,23 +148,22 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     found.note(model_problems(arch, config.parallel))
     if not config.is_supervised:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
+        found.note(device_problems(arch, config.rollout, detect()))
     found.note(_length_problems(config, arch))
     open_weights(model, arch)
     return arch
 
 
 def _read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptStream:
-    @cache
-    def check_answer(answer: str) -> str | None:
-        return check_gold(answer, config.reward)
-
     _check_turns(config, tokenizer)
     return PromptStream(
         config.rendered_prompts,
         tokenizer,
         config.run.seed,
         with_gold=config.is_supervised,
-        check_answer=None if config.is_supervised else check_answer,
+        find_hopeless=None
+        if config.is_supervised
+        else partial(hopeless_golds, config=config.reward),
     )
 
 

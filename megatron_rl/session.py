@@ -38,6 +38,7 @@ from megatron_rl.parallel.stop import StopRequest, follow_launcher
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform, detect
 from megatron_rl.preflight import Inputs, check_resume, read_inputs
+from megatron_rl.references import hidden
 from megatron_rl.types import IterationMetrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
@@ -153,8 +154,8 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
             recorder.abandon()
             if not is_told:
                 traceback.print_exc()
-            sys.stderr.write(f"megatron-rl: error: {text}\n  ({where})\n")
-            _tell_torchrun(f"{text} ({where})")
+            sys.stderr.write(hidden(f"megatron-rl: error: {text}\n  ({where})\n"))
+            _tell_torchrun(hidden(f"{text} ({where})"))
         sys.stdout.flush()
         sys.stderr.flush()
         # Destructors of groups and engines wait for other ranks.

@@ -7,7 +7,7 @@ megatron-rl convert to-hf --megatron DIR --output DIR          saved at any layo
 import argparse
 from pathlib import Path
 
-from megatron_rl.commands.terminal import progress_bar
+from megatron_rl.commands.terminal import positive, progress_bar
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.parallel.config import ParallelConfig
 
@@ -22,7 +22,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     into.add_argument("--hf", required=True, metavar="DIR|NAME", help="directory or hub name")
     for name in SIZES:
         into.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=1, help="checked; any layout loads it"
+            f"--{name.replace('_', '-')}",
+            type=positive,
+            default=1,
+            help="checked; any layout loads it",
         )
     back = directions.add_parser("to-hf", help="Megatron-Core to Hugging Face")
     back.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint, or run's")
@@ -36,7 +39,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the optimizer's float32 weights instead of the model's",
     )
-    back.add_argument("--file-mib", type=int, default=4096, help="size of one safetensors file")
+    back.add_argument(
+        "--file-mib", type=positive, default=4096, help="size of one safetensors file"
+    )
     for direction in (into, back):
         direction.add_argument("--output", required=True, type=Path, metavar="DIR")
         direction.add_argument(

@@ -19,9 +19,13 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
 from megatron_rl.errors import FAILED, ConfigErrors, InputError
+from megatron_rl.references import hidden
 
 STOPPED = 130  # as a shell says it
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+DENIED = (  # what only another path or other rights can mend
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 COMMANDS = {  # name: the file of this room that has it, and what it does
     "train": ("recipe", "train a policy; start it with torchrun for more than one rank"),
     "evaluate": ("recipe", "measure model.path on the recipe's benchmarks"),
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def say(message: str) -> None:
     """Write one message to stderr, on the first rank: every rank finds the same problem."""
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"megatron-rl: {message}\n")
+        sys.stderr.write(hidden(f"megatron-rl: {message}\n"))
         sys.stderr.flush()
 
 

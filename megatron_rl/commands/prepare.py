@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from megatron_rl.commands.published import PUBLISHED
+from megatron_rl.commands.terminal import positive
 from megatron_rl.prompts.rows import Row
 from megatron_rl.prompts.source import OpenedData
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer, local_tokenizer_dir
@@ -48,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-prompt-tokens", type=positive, default=700, metavar="N")
     parser.add_argument("--max-problems", type=positive, metavar="N", help="a random subset")
-    parser.add_argument("--seed", type=int, default=0, help="of that subset")
+    parser.add_argument("--seed", type=seed, default=0, help="of that subset")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,10 +80,10 @@ def tokenizer_of(model: str | None) -> Tokenizer | None:
     return None if model is None else load_tokenizer(local_tokenizer_dir(model))
 
 
-def positive(text: str) -> int:
+def seed(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and less than 2**32")
     return number
 
 

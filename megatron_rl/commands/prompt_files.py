@@ -81,6 +81,7 @@ def prepare(
     rows: list[Row] = []
     reports: list[SourceReport] = []
     for opened, published in _open_all(settings):
+        _refuse_output(opened, output)
         if opened.name in (report.name for report in reports):
             raise InputError(
                 f"--dataset: two sets are called {opened.name!r}, so ids would not be unique. "
@@ -97,6 +98,15 @@ def prepare(
         raise InputError(f"--dataset: no row is left of {settings.datasets}: {sorted(reasons)}")
     _write(_subset(rows, settings), output, settings, reports)
     return reports
+
+
+def _refuse_output(opened: OpenedData, output: Path) -> None:
+    source = Path(opened.where)
+    if output.exists() and source.exists() and output.samefile(source):
+        raise InputError(
+            f"--output {output}: it is one of the files to read, and rows that are left out would "
+            "be lost. Name another file"
+        )
 
 
 def manifest_path(output: Path) -> Path:

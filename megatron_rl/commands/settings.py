@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_rl.config import RunConfig, load_config
 from megatron_rl.errors import InputError
+from megatron_rl.references import hidden
 from megatron_rl.settings import Settings
 
 WIDTH = 98
@@ -51,7 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     chosen = choose(list(entries(RunConfig)), options.key)
     config = None if options.recipe is None else load_config(options.recipe, [])
-    print("\n".join(line for entry in chosen for line in lines(entry, config)).strip("\n"))
+    told = "\n".join(line for entry in chosen for line in lines(entry, config))
+    print(hidden(told.strip("\n")))
     return 0
 
 

@@ -1,5 +1,7 @@
 """The terminal beside the result of a command: a progress bar, and silence of libraries."""
 
+import argparse
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,24 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+LARGEST = 2**40  # of a number of anything that a command is told
+
+
+def positive(text: str) -> int:
+    """The number that an option has; argparse shows what is wrong with another."""
+    number = int(text)
+    if not 1 <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:40]}: must be at least 1 and at most {LARGEST}")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """The real number that an option has."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number from 0 on")
+    return number
 
 
 @dataclass(frozen=True)

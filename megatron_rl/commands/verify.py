@@ -9,8 +9,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.commands.terminal import progress_bar, silence_libraries
+from megatron_rl.commands.terminal import not_negative, progress_bar, silence_libraries
 from megatron_rl.errors import InputError
+from megatron_rl.files import read_text
 
 if TYPE_CHECKING:  # it imports torch, which help can do without
     from megatron_rl.weights.arch import ModelArch
@@ -25,13 +26,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", help="directory or hub name")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=not_negative,
         help="largest difference of two elements; bits and dtypes must be equal if left out",
     )
     parser.add_argument("--skip-logits", action="store_true", help="compare the tensors only")
     parser.add_argument(
         "--logits-tolerance",
-        type=float,
+        type=not_negative,
         default=1e-4,
         help="largest difference of two logits, as a share of the largest logit if that is over 1",
     )
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--text {file}: cannot be read ({error})") from error
 

@@ -36,21 +36,22 @@ class EvaluationConfig(Settings):
     benchmarks: dict[str, BenchmarkConfig] = Field(default_factory=dict)
     """Name -> benchmark. A name is part of file names; "overall" is the name of their average."""
 
-    samples: int = Field(default=16, ge=1)
-    """k: the number of responses to each question."""
+    samples: int = Field(default=16, ge=1, le=2**16)
+    """k: the number of responses to each question, which are held and measured at once."""
 
-    temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature. 0 is greedy, and then one response per question is enough."""
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """Sampling temperature, within vLLM's bounds: 0, or 0.01 to 2. 0 is greedy, and then one
+    response per question is enough."""
 
-    max_response_tokens: int | None = Field(default=None, gt=0)
+    max_response_tokens: int | None = Field(default=None, gt=0, le=2**24)
     """Longest response, in tokens; None: the same as rollout.max_response_tokens. A response also
     ends where the model's positions end, and then counts as truncated."""
 
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """Confidence of the intervals around every result."""
 
-    resamples: int = Field(default=2000, ge=1)
-    """Number of sets of questions that are drawn for the intervals."""
+    resamples: int = Field(default=2000, ge=1, le=10**6)
+    """Number of sets of questions that are drawn for the intervals; all are held at once."""
 
     every: int = Field(default=0, ge=0)
     """Iterations between evaluations during training; 0: none."""

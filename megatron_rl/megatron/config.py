@@ -10,7 +10,7 @@ from megatron_rl.settings import Settings
 class ModelConfig(Settings):
     """The model, its precision, and how Megatron-Core runs it."""
 
-    path: str
+    path: str = Field(min_length=1)
     """Hugging Face directory (config.json, *.safetensors, tokenizer) or hub name."""
 
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
@@ -39,11 +39,12 @@ class ModelConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW on the policy. Defaults are the paper's."""
 
-    lr: float = Field(default=1e-6, gt=0)
-    """Peak learning rate."""
+    lr: float = Field(default=1e-6, gt=0, le=1)
+    """Peak learning rate. An AdamW step moves each weight by about this much, and weights are
+    smaller than 1."""
 
-    min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at which a decaying schedule ends."""
+    min_lr: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at which a decaying schedule ends; at most lr."""
 
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up."""
@@ -54,8 +55,9 @@ class OptimizerConfig(Settings):
     lr_decay_updates: int | None = Field(default=None, gt=0)
     """Optimizer steps until min_lr; None: the whole run."""
 
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay; biases and norms have none (Megatron's rule)."""
+    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    """Decoupled weight decay; biases and norms have none (Megatron's rule). Times the learning rate
+    it is a share of each weight."""
 
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Adam's decay of the mean of gradients, per optimizer step."""
@@ -63,8 +65,9 @@ class OptimizerConfig(Settings):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     """Adam's decay of the mean of squared gradients, per optimizer step."""
 
-    adam_eps: float = Field(default=1e-8, gt=0)
-    """Added to the square root of that second mean before it divides."""
+    adam_eps: float = Field(default=1e-8, gt=0, le=1)
+    """Added to the square root of that second mean before it divides; with more than 1 nothing
+    would move."""
 
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
@@ -72,8 +75,9 @@ class OptimizerConfig(Settings):
     use_distributed_optimizer: bool = True
     """Megatron's: optimizer state and main weights are sharded over data-parallel ranks."""
 
-    prompts_per_update: int | None = Field(default=None, gt=0)
-    """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration."""
+    prompts_per_update: int | None = Field(default=None, gt=0, le=2**20)
+    """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration, of which
+    there are no more than 2**20 either."""
 
-    epochs: int = Field(default=1, gt=0)
-    """Passes over an iteration's samples."""
+    epochs: int = Field(default=1, gt=0, le=1000)
+    """Passes over an iteration's samples; long before 1000 they fit that iteration alone."""

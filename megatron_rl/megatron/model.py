@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
-from megatron_rl.errors import RunError
+from megatron_rl.errors import InputError, RunError
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.network import (
     HiddenStatesModel,
@@ -29,10 +29,12 @@ from megatron_rl.megatron.transformer_config import (
     transformer_config,
     uses_transformer_engine,
 )
+from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.finite import first_not_finite
 from megatron_rl.weights.hf_files import WeightFiles
 from megatron_rl.weights.layouts import VOCABULARY, check_filled, megatron_pieces
 from megatron_rl.weights.model_source import ModelSource
@@ -99,13 +101,26 @@ class TrainedModel:
 
     @torch.no_grad()
     def load(self, source: ModelSource) -> None:
-        """Read this rank's rectangles of the checkpoint; rows of padding become zero."""
+        """Read this rank's rectangles of the checkpoint; rows of padding become zero.
+
+        Every rank calls it.
+
+        Raises:
+            InputError: a weight of any rank is not finite.
+        """
         params = self.named_parameters()
         check_filled({name: tuple(param.shape) for name, param in params.items()}, self.pieces)
         for name, param in params.items():
             if name.endswith(VOCABULARY):
                 param.zero_()
         self._weights(source).fill(params, self.pieces)
+        told = all_gather_objects(first_not_finite(params, self.pieces), self.groups.world)
+        if found := next((problem for problem in told if problem is not None), None):
+            raise InputError(
+                f"{source.megatron_dir or source.config_dir}: {found} in {self.dtype}, and so "
+                "would be all that the model computes. The weights are damaged, or too large for "
+                "model.dtype"
+            )
 
     def _weights(self, source: ModelSource) -> WeightFiles:
         """The files with the first weights."""

@@ -19,12 +19,6 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
     """Problems of a layout, whatever the model."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, etp = parallel.virtual_pipeline_model_parallel_size, parallel.expert_tensor_parallel_size
-    for name in ("tensor", "pipeline", "expert"):
-        field = f"{name}_model_parallel_size"
-        if getattr(parallel, field) < 1:
-            yield ConfigError(
-                f"parallel.{field}", getattr(parallel, field), "must be at least 1", "Set 1"
-            )
     if parallel.context_parallel_size != 1:
         yield ConfigError(
             "parallel.context_parallel_size",

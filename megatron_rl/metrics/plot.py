@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_rl.errors import InputError
 from megatron_rl.metrics import names
 from megatron_rl.metrics.writers import read_jsonl
 
@@ -63,6 +64,11 @@ def history(path: Path) -> History:
     for iteration, record in sorted(by_iteration.items()):
         for name, value in record.items():
             if name != "iteration" and value is not None:
+                if not isinstance(value, int | float):
+                    raise InputError(
+                        f"{path}: iteration {iteration}: {name}={ascii(value)[:60]} is not a "
+                        "number. Give a metrics.jsonl that training wrote"
+                    )
                 iterations, values = curves.setdefault(name, ([], []))
                 iterations.append(iteration)
                 values.append(value)

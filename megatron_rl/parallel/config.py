@@ -5,6 +5,8 @@ from pydantic import Field
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.settings import Settings
 
+MAX_RANKS = 2**20  # of a job; the largest have a tenth of it
+
 
 class WatchdogConfig(Settings):
     """When a job that stands still is ended, with a message that names the rank it waits for.
@@ -28,28 +30,28 @@ class WatchdogConfig(Settings):
 class ParallelConfig(Settings):
     """Sizes of the parallel axes; what is left of the world is data-parallel."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
     """Ranks that share every layer's matrices."""
 
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
     """Ranks that each hold a run of layers."""
 
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Model chunks per pipeline rank (interleaved schedule); None: one."""
 
-    context_parallel_size: int = 1
+    context_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
     """Ranks that share one sequence. Not available yet: must be 1."""
 
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
     """Ranks that share a layer's experts. They are among those of one pipeline stage."""
 
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Ranks that share one expert's matrices; None: as tensor_model_parallel_size."""
 
     sequence_parallel: bool = False
     """Split the sequence over the tensor-parallel ranks between the matrix products."""
 
-    world_size: int | None = None
+    world_size: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Ranks in all. None: what torchrun started, or, in `plan`, the smallest world that fits."""
 
     def layout(self, world_size: int) -> Layout:

@@ -42,6 +42,13 @@ class Platform:
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
+    def total_memory_bytes(self) -> int:
+        """Memory of this rank's device; on a CPU that of the machine, which its ranks share."""
+        if self.device_type == "cuda":
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            return int(torch.cuda.get_device_properties(local_rank).total_memory)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
     def synchronize(self) -> None:
         """Wait for the device, so that a timer measures work and not its launch."""
         if self.device_type == "cuda":

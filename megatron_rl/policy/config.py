@@ -15,8 +15,8 @@ class CriticConfig(Settings):
     """Hugging Face directory or hub name; null: model.path. An exported critic brings its value
     head, any other model starts with a value head of 0."""
 
-    lr: float = Field(default=1e-5, gt=0)
-    """Peak learning rate; schedule and decay as in optimizer."""
+    lr: float = Field(default=1e-5, gt=0, le=1)
+    """Peak learning rate; bound, schedule and decay as in optimizer."""
 
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""

@@ -41,11 +41,11 @@ class PromptsConfig(Settings):
     """Text of the user's turn of the chat template after the prompt and a space; "": nothing.
     None: where reward.kind is math, the text of the paper's code; else nothing."""
 
-    prompts_per_iteration: int = Field(default=1024, ge=1)
-    """Prompts of one iteration, over all ranks."""
+    prompts_per_iteration: int = Field(default=1024, ge=1, le=2**20)
+    """Prompts of one iteration, over all ranks; every rank holds all of them."""
 
-    max_prompt_tokens: int = Field(default=1024, ge=1)
-    """Longest prompt, in tokens after the template."""
+    max_prompt_tokens: int = Field(default=1024, ge=1, le=2**24)
+    """Longest prompt, in tokens after the template. No model has more than 2**24 positions."""
 
     overlong: Literal["skip", "error"] = "skip"
     """"skip": longer prompts are counted and left out. "error": they are an error."""

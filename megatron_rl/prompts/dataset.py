@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -55,11 +55,11 @@ class PromptStream:
         tokenizer: Tokenizer,
         seed: int,
         with_gold: bool = False,
-        check_answer: Callable[[str], str | None] | None = None,
+        find_hopeless: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
     ) -> None:
-        """check_answer: tells why no response could be right by an answer, None where one could."""
+        """find_hopeless: answer -> why, for each answer by which no response could be right."""
         all_rows = read_rows(config, with_gold)
-        rows, hopeless = _gradable(all_rows, check_answer)
+        rows, hopeless = _gradable(all_rows, find_hopeless)
         _refuse_control_tokens(rows, tokenizer)
         render = choose_template(config, tokenizer)
         table = tokenize(tokenizer, (render(row.prompt) for row in rows))
@@ -95,6 +95,10 @@ class PromptStream:
     def next_batch(self) -> list[Prompt]:
         """The next prompts_per_iteration prompts; group ids increase and never repeat in a run."""
         return [self._prompt(draw) for draw in self._cursor.take(self._batch_size)]
+
+    def first_answers(self, count: int) -> list[str]:
+        """The answers of the first rows in use."""
+        return [row.answer for row in self._rows[:count]]
 
     def all_prompts(self) -> list[Prompt]:
         """Every prompt once, in the order of the files; next_batch() is not affected."""
@@ -132,17 +136,17 @@ class PromptStream:
 
 
 def _gradable(
-    rows: Sequence[Row], check_answer: Callable[[str], str | None] | None
+    rows: Sequence[Row], find_hopeless: Callable[[Sequence[str]], Mapping[str, str]] | None
 ) -> tuple[Sequence[Row], list[str]]:
     """The rows whose answer can be met, and for each other row "source:line: why"."""
-    if check_answer is None:
+    if find_hopeless is None:
         return rows, []
-    problems = [check_answer(row.answer) for row in rows]
-    kept = [row for row, problem in zip(rows, problems, strict=True) if problem is None]
+    problems = find_hopeless([row.answer for row in rows])
+    kept = [row for row in rows if row.answer not in problems]
     hopeless = [
-        f"{row.where}: {preview(row.answer)}: {problem}"
-        for row, problem in zip(rows, problems, strict=True)
-        if problem is not None
+        f"{row.where}: {preview(row.answer)}: {problems[row.answer]}"
+        for row in rows
+        if row.answer in problems
     ]
     if not kept:
         raise InputError(

@@ -1,6 +1,6 @@
 """Sources of rows: JSON Lines and parquet files, directories of them, and hub data sets."""
 
-import json
+import io
 import re
 import ssl
 import urllib.error
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import JsonError, open_regular, parse_json, refuse_irregular
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.rows import Columns, Problems, Row, RowError, column_list, to_row
 
@@ -60,6 +61,7 @@ def open_data(path: str, split: str, setting: str = "prompts.path") -> Iterator[
             "Check the name; relative names start at the working directory"
         )
     for file in _files(location):
+        refuse_irregular(file)
         read = read_json_lines if file.suffix == ".jsonl" else _read_parquet
         yield OpenedData(file.stem, str(file), read(file))
 
@@ -112,7 +114,7 @@ def _check_columns(first: object, columns: Columns, where: str) -> None:
 def read_json_lines(file: Path) -> Iterator[Record]:
     """The record of every line that is not blank."""
     try:
-        with file.open("rb") as lines:
+        with io.BufferedReader(open_regular(file)) as lines:
             for line, raw in enumerate(lines, start=1):
                 if raw.strip():
                     yield line, _parsed(raw)
@@ -122,19 +124,21 @@ def read_json_lines(file: Path) -> Iterator[Record]:
 
 def _parsed(raw: bytes) -> object:
     try:
-        return json.loads(raw.decode("utf-8-sig").rstrip())
+        return parse_json(raw.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 at byte {error.start + 1} of the line")
-    except json.JSONDecodeError as error:
-        return RowError(f"not JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        return RowError(f"not JSON that can be read: {type(error).__name__}")
+    except JsonError as error:
+        return RowError(str(error))
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:
     import datasets  # type: ignore[import-untyped]  # the package ships no types
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we tell its errors ourselves
     try:
+        if pyarrow.parquet.read_metadata(file).num_rows == 0:
+            return  # datasets would ask for batches of 0 rows
         rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from _numbered(rows)
     except (OSError, ValueError) as error:

@@ -1,11 +1,18 @@
 """A question as the model reads it: in the recipe's template, in the chat template, or bare."""
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
+from megatron_rl.errors import InputError
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.tokenizer import Tokenizer
 
 Render = Callable[[str], str]
+
+SAMPLE_LIMIT_S = 5.0  # CPU seconds; a template takes a millisecond
 
 # The public code of arXiv:2504.11343 (RLHFlow/Minimal-RL) gives these texts to every model.
 MATH_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -22,11 +29,48 @@ def for_mathematics(config: PromptsConfig) -> PromptsConfig:
 
 
 def choose_template(config: PromptsConfig, tokenizer: Tokenizer) -> Render:
-    """The function that turns a row's prompt into the text that is encoded."""
+    """The function that turns a row's prompt into the text that is encoded.
+
+    Raises:
+        InputError: the chat template fails on a sample, or does not end.
+    """
     template, system, instruction = config.template, config.system or "", config.instruction
     if template is not None:
         return lambda prompt: template.format(prompt=prompt)
     if tokenizer.has_chat_template:
         suffix = f" {instruction}" if instruction else ""
+        with _deadline():
+            tokenizer.render_chat("1+1?" + suffix, system)
         return lambda prompt: tokenizer.render_chat(prompt + suffix, system)
     return lambda prompt: prompt
+
+
+class _TooSlowError(Exception):
+    pass
+
+
+@contextmanager
+def _deadline() -> Iterator[None]:
+    """Stop a chat template, which is a program of others, that uses too much CPU time.
+
+    Signals reach the main thread alone; in another one there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _raise_too_slow)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SAMPLE_LIMIT_S)
+    try:
+        yield
+    except _TooSlowError as error:
+        raise InputError(
+            f"the tokenizer's chat template still ran after {SAMPLE_LIMIT_S:g} s on a sample "
+            "prompt: it may never end. Mend it, or set prompts.template"
+        ) from error
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _raise_too_slow(number: int, frame: FrameType | None) -> None:
+    raise _TooSlowError

@@ -1,19 +1,19 @@
 """Text to token ids and back, by a model directory's Hugging Face or SentencePiece files."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import read_json_object, refuse_irregular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
 SENTENCEPIECE_FILE = "tokenizer.model"
-_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]
+_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
 class Tokenizer(Protocol):
@@ -62,6 +62,9 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
             f"{directory}: there is no such model directory. Name a local directory with "
             f"{' or '.join(HUGGING_FACE_FILES)} or {SENTENCEPIECE_FILE}"
         )
+    for file in directory.iterdir():
+        if file.suffix in _SUFFIXES and not file.is_dir():
+            refuse_irregular(file)  # transformers would wait for a FIFO
     if any((directory / file).is_file() for file in HUGGING_FACE_FILES):
         return HuggingFaceTokenizer(directory)
     if (directory / SENTENCEPIECE_FILE).is_file():
@@ -80,7 +83,7 @@ def local_tokenizer_dir(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=_TOKENIZER_PATTERNS))
+        return Path(snapshot_download(path, allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{path!r}: neither a directory here nor a model the hub gave us "
@@ -140,7 +143,7 @@ class HuggingFaceTokenizer:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
                 f"{self._tokenizer.name_or_path}: the chat template fails on a user turn "
                 f"({type(error).__name__}: {error}). Mend it, set prompts.system='' if it takes no "
@@ -237,18 +240,13 @@ def _configured_eos(directory: Path) -> list[int]:
     """The ids in eos_token_id of config.json, then of generation_config.json, where they exist."""
     found: list[int] = []
     for file in (directory / "config.json", directory / "generation_config.json"):
-        if not file.is_file():
+        if not file.exists():
             continue
-        try:
-            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"{file}: is not a JSON object ({error}). Copy the file again"
-            ) from error
+        value = read_json_object(file).get("eos_token_id")
         values = value if isinstance(value, list) else [value]
         if not all(entry is None or type(entry) is int for entry in values):
             raise InputError(
                 f"{file}: eos_token_id={value!r}: must be a token id or a list of them"
             )
-        found += [entry for entry in values if entry is not None]
+        found += [entry for entry in values if type(entry) is int]
     return found

@@ -11,6 +11,8 @@ from megatron_rl.errors import ConfigError
 VERIFIERS = ("math", "exact", "number", "format")
 """Rewards that give a verdict, by name."""
 
+MAX_REWARD = 1e9  # a group's variance is a sum of squares in float32, which ends at 3.4e38
+
 _PART_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -125,25 +127,27 @@ def check_rewards(correct: float, wrong: float) -> None:
 def check_limits(
     num_workers: int, deadline_s: float, memory_mib: int, max_failure_frac: float
 ) -> None:
-    if num_workers < 1:
+    if not 1 <= num_workers <= 1024:
         raise ConfigError(
             "reward.num_workers",
             num_workers,
-            rule="must be at least 1, since responses are verified in worker processes",
+            rule="must be at least 1 and at most 1024: each is a process of its own on every rank",
             way_out="Use 1 where cores are scarce; 2 is enough for mathematics",
         )
-    if deadline_s < 0.05:
+    if not 0.05 <= deadline_s <= 3600:
         raise ConfigError(
             "reward.deadline_s",
             deadline_s,
-            rule="must be at least 0.05, since CPU time is measured in steps of 0.01 s",
+            rule="must be at least 0.05 and at most 3600: CPU time is measured in steps of 0.01 s, "
+            "and nobody waits longer than an hour for one response",
             way_out="The slowest honest mathematics pair takes 0.4 s; keep the default 1.0",
         )
-    if memory_mib < 256:
+    if not 256 <= memory_mib <= 2**24:
         raise ConfigError(
             "reward.memory_mib",
             memory_mib,
-            rule="must be at least 256, since a worker with sympy loaded needs about half",
+            rule="must be at least 256 and at most 2**24: a worker with sympy loaded needs about "
+            "128, and no machine has 16 TiB for one",
             way_out="Keep the default 1024; raise it for a function that loads large libraries",
         )
     if not 0 <= max_failure_frac <= 1:

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_rl.reward.checks import (
+    MAX_REWARD,
     VERIFIERS,
     check_effects,
     check_kind,
@@ -23,7 +24,7 @@ class PartConfig(Settings):
     the import path of a function as in reward.function (value between -1 and 1; True is 1). None:
     the part's own name."""
 
-    weight: float
+    weight: float = Field(ge=-MAX_REWARD, le=MAX_REWARD)
     """Reward that a value of 1 adds; a negative weight takes away."""
 
     free_tokens: int | None = Field(default=None, ge=0)
@@ -51,9 +52,9 @@ class RewardConfig(Settings):
 
     function: str | None = None
     """The import path "package.module:function" of `fn(response, answer) -> bool | float`. True and
-    False earn `correct` and `wrong`; a float is the reward itself, counted as correct from
-    `correct` on. It runs in the workers, must take any two strings, and is called once with dummy
-    ones before the run starts."""
+    False earn `correct` and `wrong`; a float is the reward itself, between -1e9 and 1e9, counted as
+    correct from `correct` on. It runs in the workers, must take any two strings, and is called with
+    dummy responses before the run starts: one that fails on all of them is refused."""
 
     answer_in: Literal["box", "answer_tag", "response"] = "box"
     """Place of the answer: in the last \\boxed{}, between the last <answer> and </answer>, or
@@ -65,10 +66,10 @@ class RewardConfig(Settings):
     parts: dict[str, PartConfig] = Field(default_factory=dict)
     """More rewards, by the name under which they are logged. The verdict is not theirs."""
 
-    correct: float = 1.0
+    correct: float = Field(default=1.0, ge=-MAX_REWARD, le=MAX_REWARD)
     """Reward of a correct response."""
 
-    wrong: float = -1.0
+    wrong: float = Field(default=-1.0, ge=-MAX_REWARD, le=MAX_REWARD)
     """Reward of a wrong response and of one without an answer. A response whose verification failed
     (timeout, error) has no reward and is left out of the update."""
 

@@ -7,11 +7,13 @@ from megatron_rl.reward.extract import MAX_ANSWER_CHARS, last_box
 from megatron_rl.reward.kinds import make_judge
 from megatron_rl.reward.normalize import is_balanced, normalize
 
-_FORMS = {
+FORMS = {
     "box": "\\boxed{%s}",
     "answer_tag": "<answer>%s</answer>",
     "response": "%s",
 }
+"""reward.answer_in -> a response that holds nothing but an answer, %s."""
+
 _ASKS_PERCENT = re.compile(
     r"\b(?:what|which|find the|how many|as an?|(?:nearest|closest)(?: \w+)?) percent", re.IGNORECASE
 )
@@ -34,7 +36,7 @@ def check_gold(answer: str, config: RewardConfig | None = None) -> str | None:
     if config.kind != "number" and len(answer) > MAX_ANSWER_CHARS:
         return f"the answer has {len(answer)} characters; at most {MAX_ANSWER_CHARS} are compared"
     problem = _math_problem(answer) if config.kind == "math" else None
-    graded = judge(_FORMS[config.answer_in].replace("%s", answer), answer, None)
+    graded = judge(FORMS[config.answer_in].replace("%s", answer), answer, None)
     if problem is None and graded.verdict != "correct":
         problem = graded.reason or "it is not graded correct against itself"
     return problem

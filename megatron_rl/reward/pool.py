@@ -29,7 +29,7 @@ from megatron_rl.reward.channel import Frames, Message, encode
 from megatron_rl.reward.math_grader import VerdictName
 
 WALL_FACTOR = 20  # a job that sleeps uses no CPU time; it ends after so many deadlines by the clock
-_START_LIMIT_S = 120.0  # for a worker's imports
+_START_LIMIT_S = 60.0  # for a worker's imports
 _MAX_ZYGOTE_STARTS = 2  # in the life of a pool
 _MAX_FAILED_STARTS = 8  # workers in a row that end before they are ready
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -44,6 +44,7 @@ class Outcome:
     reward: float | None = None
     reason: str | None = None  # why there was a timeout or an error
     is_misuse: bool = False  # True: the function is at fault, whatever the data
+    has_raised: bool = False  # True: the function raised, which the data may have been the cause of
 
 
 @dataclass(slots=True)
@@ -316,7 +317,8 @@ class WorkerPool:
                 if not worker.is_ready and wall > _START_LIMIT_S:
                     raise RunError(
                         f"a reward worker did not start within {_START_LIMIT_S:.0f} s. An import "
-                        f"of {self._setting} may hang; time it in a fresh interpreter"
+                        f"of {self._setting}={self._settings['function']!r} may hang; time it in a "
+                        "fresh interpreter"
                     )
                 continue
             if wall < self._deadline_s / 2:
@@ -339,6 +341,7 @@ def _outcome(message: Message, deadline_s: float) -> Outcome:
         reward=message.get("reward"),
         reason=message.get("reason"),
         is_misuse=bool(message.get("is_misuse")),
+        has_raised=bool(message.get("has_raised")),
     )
 
 

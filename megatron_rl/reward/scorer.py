@@ -38,8 +38,10 @@ class Score:
 class RewardScorer:
     """Verifies responses in worker processes; one per rank."""
 
-    def __init__(self, config: RewardConfig) -> None:
-        """Start the workers; a user's function is loaded and called once before this returns.
+    def __init__(self, config: RewardConfig, answers: Sequence[str] = ()) -> None:
+        """Start the workers; a user's function is loaded and called before this returns.
+
+        answers: some of the data, with which a function is tried, too.
 
         Raises InputError when a function cannot be used.
         """
@@ -51,7 +53,7 @@ class RewardScorer:
         parts = [None, *config.parts.values()]
         try:
             for (setting, kind), part in zip(config.kinds.items(), parts, strict=True):
-                pool = self._start_pool(setting, kind)
+                pool = start_pool(config, setting, kind, answers)
                 self._verifiers.append(Verifier(make_judge(kind, config, part), pool))
         except BaseException:
             self.close()
@@ -89,22 +91,6 @@ class RewardScorer:
         for verifier in self._verifiers:
             verifier.close()
 
-    def _start_pool(self, setting: str, kind: str) -> WorkerPool | None:
-        function = kind if is_import_path(kind) else None
-        if kind != "math" and function is None:
-            return None  # this kind is judged at once
-        setting = "reward.function" if setting == "reward.kind" else f"{setting}.kind"
-        pool = WorkerPool(
-            num_workers=self._config.num_workers,
-            deadline_s=self._config.deadline_s,
-            memory_bytes=self._config.memory_mib << 20,
-            function=function,
-            setting=setting,
-        )
-        if function is not None:
-            try_function(pool, setting, function)
-        return pool
-
     def _score(self, key: Key, results: Sequence[Result]) -> Score:
         verified, *others = results
         parts = {
@@ -140,6 +126,29 @@ class RewardScorer:
         if result.value is not None:
             return result.value
         return self._config.correct if verdict is Verdict.CORRECT else self._config.wrong
+
+
+def start_pool(
+    config: RewardConfig, setting: str, kind: str, answers: Sequence[str] = ()
+) -> WorkerPool | None:
+    """The workers of one kind of reward; None where it is judged at once.
+
+    Raises InputError when a user's function cannot be used.
+    """
+    function = kind if is_import_path(kind) else None
+    if kind != "math" and function is None:
+        return None
+    setting = "reward.function" if setting == "reward.kind" else f"{setting}.kind"
+    pool = WorkerPool(
+        num_workers=config.num_workers,
+        deadline_s=config.deadline_s,
+        memory_bytes=config.memory_mib << 20,
+        function=function,
+        setting=setting,
+    )
+    if function is not None:
+        try_function(pool, setting, function, answers)
+    return pool
 
 
 def _as_part(name: str, result: Result) -> Result:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.errors import InputError, RunError
@@ -104,25 +104,41 @@ class Verifier:
             self._claims[job].append((key, extracted))
 
 
-def try_function(pool: WorkerPool, setting: str, path: str) -> None:
-    """Call a user's function once with a dummy response; only the type of its result matters.
+def try_function(pool: WorkerPool, setting: str, path: str, answers: Sequence[str] = ()) -> None:
+    """Call a user's function with dummies, so that one that can give no reward is refused at once.
 
-    Raises InputError when the function cannot be used.
+    One that raises may need what the data hold, and is called with some of their answers: as the
+    answer to the dummy response, and as the response to itself.
+
+    Raises:
+        InputError: the function cannot be used; the pool is closed.
     """
+    tried = [(_DUMMY[0], answer) for answer in answers] + [(answer, answer) for answer in answers]
     try:
-        pool.submit(0, *_DUMMY)
-        while not (finished := pool.poll(math.inf)):
-            pass
-    except (InputError, RunError):
+        outcome = _called(pool, _DUMMY)
+        while outcome.has_raised and not outcome.is_misuse and tried:
+            outcome = _called(pool, tried.pop())
+    except InputError:
         pool.close()
         raise
-    outcome = finished[0][1]
-    if outcome.is_misuse:
+    except RunError as error:
         pool.close()
+        raise InputError(f"{setting}={path!r}: {error}") from error
+    may_be_the_dummy = outcome.has_raised and not answers
+    if outcome.is_misuse or (outcome.verdict in ("timeout", "error") and not may_be_the_dummy):
+        pool.close()
+        what = ", and with answers of the data," if outcome.has_raised and answers else ""
         raise InputError(
-            f"{setting}={path!r}: called with a dummy response and answer it {outcome.reason}. It "
-            "must return a bool or a float for any two strings"
+            f"{setting}={path!r}: called with a dummy response and answer{what} it gave no reward: "
+            f"{outcome.reason}. It must return a bool or a float for any two strings"
         )
+
+
+def _called(pool: WorkerPool, pair: tuple[str, str]) -> Outcome:
+    pool.submit(0, *pair)
+    while not (finished := pool.poll(math.inf)):
+        pass
+    return finished[0][1]
 
 
 def _result(extracted: str | None, outcome: Outcome) -> Result:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_rl.reward.channel import Message, encode, receive
+from megatron_rl.reward.checks import MAX_REWARD
 
 Function = Callable[[str, str], Any]
 
@@ -186,7 +187,7 @@ def _execute(function: Function, left: str, right: str) -> Message:
         # The heap is as large as it may get: a fresh worker serves the next sample.
         reply = {"verdict": "error", "reason": "MemoryError", "is_spent": True}
     except BaseException as error:  # user code may raise anything, SystemExit too
-        reply = {"verdict": "error", "reason": _describe(error)}
+        reply = {"verdict": "error", "reason": _describe(error), "has_raised": True}
         # These errors do not depend on the data, so the check at start-up refuses the function.
         reply["is_misuse"] = isinstance(error, ImportError | NameError | SyntaxError)
     reply["seconds"] = time.process_time() - started
@@ -204,8 +205,9 @@ def _describe_value(value: object) -> Message:
         reward = float(value)
     except OverflowError:
         reward = math.inf
-    if not math.isfinite(reward):
-        return {"verdict": "error", "reason": f"returned {reward}: must be finite"}
+    if not abs(reward) <= MAX_REWARD:  # nor is NaN
+        reason = f"returned {reward:g}: must be finite and at most {MAX_REWARD:g} in size"
+        return {"verdict": "error", "reason": reason, "is_misuse": True}
     return {"reward": reward}
 
 

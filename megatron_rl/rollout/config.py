@@ -6,18 +6,21 @@ from pydantic import Field
 
 from megatron_rl.settings import Settings
 
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0  # vLLM's own, of 0.32
+
 
 class RolloutConfig(Settings):
     """Sampling, and the engine that does it."""
 
-    group_size: int = Field(default=4, ge=1)
-    """Responses per prompt."""
+    group_size: int = Field(default=4, ge=1, le=2**16)
+    """Responses per prompt; those of one prompt are graded and compared on one rank."""
 
-    max_response_tokens: int = Field(default=4096, ge=1)
-    """Hard stop; a response cut here has finish_reason "length"."""
+    max_response_tokens: int = Field(default=4096, ge=1, le=2**24)
+    """Hard stop, within the model's positions; a response cut here has finish_reason "length"."""
 
-    temperature: float = Field(default=1.0, gt=0)
-    """Softmax temperature. The trainer divides its logits by the same value."""
+    temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=MOST_TEMPERATURE)
+    """Softmax temperature. The trainer divides its logits by the same value. Beyond these bounds
+    vLLM refuses it, or silently takes the lower one."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Must be 1: the trainer does not reproduce a truncated distribution."""
@@ -25,20 +28,22 @@ class RolloutConfig(Settings):
     top_k: int = -1
     """Must be -1 (off), for the same reason."""
 
-    tensor_model_parallel_size: int = Field(default=1, ge=1)
-    """Ranks of one engine; more ranks make more engines, each with prompts of its own."""
+    tensor_model_parallel_size: int = Field(default=1, ge=1, le=2**16)
+    """Ranks of one engine, which must divide its heads; more ranks make more engines, each with
+    prompts of its own."""
 
     dtype: Literal["model", "bfloat16", "float32"] = "model"
     """Dtype of the engine; `model`: as model.dtype."""
 
-    max_num_seqs: int = Field(default=256, ge=1)
-    """Responses one engine generates at a time."""
+    max_num_seqs: int = Field(default=256, ge=1, le=2**16)
+    """Responses one engine generates at a time; vLLM keeps buffers for as many."""
 
     gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
     """Share of a GPU's memory that the engine may use beside the trainer."""
 
     kv_cache_mib: int | None = Field(default=None, gt=0)
-    """Size of the key/value cache per rank. None: by gpu_memory_utilization; on a CPU 256."""
+    """Size of the key/value cache per rank, which must fit into the memory of the machine. None: by
+    gpu_memory_utilization; on a CPU 256."""
 
     enforce_eager: bool = False
     """vLLM's: no CUDA graphs. Always so on a CPU."""

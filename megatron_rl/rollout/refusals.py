@@ -3,7 +3,12 @@
 from collections.abc import Iterator
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.platforms.base import Platform
+from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Sizes of an attention head that vLLM 0.32 has code for on a CPU."""
 
 
 def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
@@ -27,4 +32,25 @@ def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
             rollout_tp,
             f"must divide the model's {groups} key/value heads or be a multiple of them",
             "Choose such a size",
+        )
+
+
+def device_problems(
+    arch: ModelArch, rollout: RolloutConfig, platform: Platform
+) -> Iterator[ConfigError | str]:
+    """Why the engine cannot run this model on the device of this rank."""
+    is_cpu = platform.device_type == "cpu"
+    if is_cpu and arch.head_dim not in CPU_HEAD_DIMS:
+        yield (
+            f"model.path: its attention heads have {arch.head_dim} elements (head_dim, or "
+            "hidden_size / num_attention_heads): on a CPU vLLM has "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model, or a GPU"
+        )
+    total = platform.total_memory_bytes()
+    if rollout.kv_cache_mib is not None and rollout.kv_cache_mib << 20 > total:
+        yield ConfigError(
+            "rollout.kv_cache_mib",
+            rollout.kv_cache_mib,
+            f"the {'machine' if is_cpu else 'GPU'} has {total >> 20} MiB of memory",
+            "Lower it, or leave it out",
         )

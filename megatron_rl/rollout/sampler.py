@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from megatron_rl.batching.balance import balance
-from megatron_rl.parallel.collectives import nothing
+from megatron_rl.errors import InputError, RunError
+from megatron_rl.parallel.collectives import max_over, nothing
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.prompts.tokenizer import Tokenizer
@@ -56,13 +57,19 @@ class Sampler:
         prompts is the global batch, equal on all ranks; every rank calls it. The engine's ranks all
         sample the engine's share, and divide the finished groups among themselves. An engine whose
         rank is told to stop breaks off; its ranks then have no groups.
+
+        Raises:
+            InputError, RunError: log-probs are not finite, of weights as they were read or trained.
         """
         share = self._engine_share(prompts)
         tp, tp_rank = self._groups.engines.tp, self._groups.engines.tp_rank_of(self._groups.rank)
         own = {prompt.group_id: prompt for prompt in share[tp_rank::tp]}
         rollouts: dict[int, dict[int, Rollout]] = {group_id: {} for group_id in own}
+        is_finite = True
 
         def on_finished(response: Response) -> None:
+            nonlocal is_finite
+            is_finite &= bool(response.logprobs.isfinite().all())
             group_id, index = response.key
             if group_id not in own:
                 return
@@ -91,6 +98,7 @@ class Sampler:
             return stop is None or not self._is_told(stop, looks)
 
         self._engine.generate(requests, on_finished, goes_on)
+        self._refuse_broken(is_finite, policy_version)
         if any(len(found) < draw.group_size for found in rollouts.values()):
             return []
         return [
@@ -106,6 +114,16 @@ class Sampler:
         if self._groups.engines.tp == 1:
             return stop.was_told
         return looks % STEPS_BETWEEN_LOOKS == 0 and stop.agreed(self._groups.engine)
+
+    def _refuse_broken(self, is_finite: bool, policy_version: int) -> None:
+        if not max_over([float(not is_finite)], self._groups.world)[0]:
+            return
+        kind = RunError if policy_version else InputError
+        raise kind(
+            "rollout: the engine's log-probs of sampled tokens are not finite, so weights of the "
+            "model are NaN or far too large. "
+            + ("Go on from an earlier checkpoint" if policy_version else "Use another model.path")
+        )
 
     def _engine_share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Prompts of this engine: replicas get nearly equal sums of prompt tokens."""

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import open_regular
 from megatron_rl.weights.pieces import Box
 
 METADATA = ".metadata"
@@ -134,7 +135,7 @@ def read_metadata(directory: Path) -> Metadata:
     """
     path = directory / METADATA
     try:
-        with path.open("rb") as file:
+        with io.BufferedReader(open_regular(path)) as file:
             metadata = _MetadataUnpickler(file).load()
     except OSError as error:
         raise InputError(
@@ -190,7 +191,7 @@ def read_chunk(directory: Path, chunk: Chunk) -> Tensor:
     Raises:
         InputError: the record is damaged, or is not what the metadata says.
     """
-    with (directory / chunk.file).open("rb", buffering=0) as file:
+    with open_regular(directory / chunk.file) as file:
         record = _ByteRange(file, chunk.position, chunk.length)
         try:
             tensor = torch.load(cast(Any, record), map_location="cpu", weights_only=True)

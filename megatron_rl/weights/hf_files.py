@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import read_json_object
 from megatron_rl.weights.pieces import Box, Piece, Tensors, blocks
 from megatron_rl.weights.tensor_file import DTYPES, Entry, TensorFile
 
@@ -149,16 +150,22 @@ def _open_files(model_dir: Path) -> dict[str, TensorFile]:
 
 def _read_index(model_dir: Path) -> dict[str, str] | None:
     index = model_dir / INDEX
-    if index.is_file():
+    if index.exists():
         try:
-            file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            file_of: dict[str, str] = read_json_object(index)["weight_map"]  # type: ignore[assignment]
             outside = [name for name in file_of.values() if Path(name).name != name]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index}: not a safetensors index: {error!r}") from error
         if outside:
             raise InputError(f"{index}: {outside[0]!r} is no file of its directory")
+        if (model_dir / SINGLE).exists() and SINGLE not in file_of.values():
+            raise InputError(
+                f"{model_dir}: {INDEX} and {SINGLE} are both there, and the first names other "
+                f"files. vLLM and this program would read those, transformers {SINGLE}. Remove "
+                "what does not belong to the model"
+            )
         return file_of
-    if not (model_dir / SINGLE).is_file():
+    if not (model_dir / SINGLE).exists():
         raise InputError(
             f"{model_dir}: neither {SINGLE} nor {INDEX} is there. Only safetensors weights are "
             "read: convert pickled ones with transformers' save_pretrained"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import read_text
 from megatron_rl.weights.dcp_files import METADATA
 from megatron_rl.weights.hf_files import COMPANIONS, CONFIG, INDEX
 
@@ -76,6 +77,15 @@ def _local_model_dir(path: str, setting: str) -> Path:
     return Path(found)
 
 
+def _tracked(tracker: Path) -> str:
+    try:
+        return read_text(tracker).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{tracker}: cannot be read ({error}). Write the iteration into it"
+        ) from error
+
+
 def _distributed_dir(directory: Path) -> Path | None:
     """The distributed checkpoint that a directory is or means, if any."""
     for found in (directory, directory / POLICY_DIR):
@@ -83,7 +93,7 @@ def _distributed_dir(directory: Path) -> Path | None:
             return found
     tracker = directory / TRACKER
     if tracker.is_file():
-        named = tracker.read_text(encoding="utf-8").strip()
+        named = _tracked(tracker)
         found = directory / (f"iter_{int(named):07d}" if named.isdigit() else named)
         if not re.fullmatch(r"\d+|release", named) or not found.is_dir():
             raise InputError(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import open_regular, parse_json
 from megatron_rl.weights.pieces import Box, view, whole
 
 DTYPES = {
@@ -58,8 +59,9 @@ class TensorFile:
         """
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
+            opened = open_regular(path)
+            weakref.finalize(self, opened.close)
+            self._file = opened.fileno()
             self.entries = _read_header(path, self._file)
         except OSError as error:
             raise InputError(
@@ -158,21 +160,28 @@ def _read_header(path: Path, file: int) -> dict[str, Entry]:
             "truncated, or a git-lfs pointer?"
         )
     try:
-        header: dict[str, Any] = json.loads(os.pread(file, header_bytes, 8))
+        header: Any = parse_json(os.pread(file, header_bytes, 8).decode())
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
-        entries = {
-            name: Entry(
-                str(fields["dtype"]),
-                tuple(int(n) for n in fields["shape"]),
-                start + int(fields["data_offsets"][0]),
-                int(fields["data_offsets"][1]) - int(fields["data_offsets"][0]),
-            )
-            for name, fields in header.items()
-        }
+        entries = {name: _entry(fields, start) for name, fields in header.items()}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error!r}") from error
     _check_extent(path, entries, start, total)
     return entries
+
+
+def _entry(fields: Mapping[str, Any], start: int) -> Entry:
+    first, end = map(_count, fields["data_offsets"])
+    return Entry(
+        str(fields["dtype"]), tuple(map(_count, fields["shape"])), start + first, end - first
+    )
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no number of elements or bytes")
+    return value
 
 
 def _check_extent(path: Path, entries: Mapping[str, Entry], start: int, total: int) -> None:

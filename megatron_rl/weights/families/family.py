@@ -26,6 +26,9 @@ class Family:
     """One model family: the rules of its layers, and which config fields mean what."""
 
     model_type: str
+    architecture: str
+    """The class of transformers and vLLM, as config.json's `architectures` names it."""
+
     attention: tuple[Rule, ...]
     """The norms and the attention of every layer."""
 

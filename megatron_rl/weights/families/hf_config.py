@@ -93,6 +93,17 @@ LLAMA3_ROPE = {
 }
 
 
+# The largest sizes for which tables, lists of tensors or caches are made before a weight is seen.
+LARGEST = {
+    "num_hidden_layers": 1024,
+    "num_experts": 1024,
+    "num_local_experts": 1024,
+    "max_position_embeddings": 2**24,  # of which the engine makes a table of angles
+}
+MAX_SIZE = 2**31 - 1
+MAX_REAL = 3.4e38  # float32
+
+
 @dataclass(frozen=True)
 class _Fields:
     """The fields of one config.json, with defaults, and where they stand."""
@@ -106,14 +117,22 @@ class _Fields:
         if value is None:
             value = absent
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{self.where}: {name}={value!r} must be a positive whole number")
+            raise InputError(
+                f"{self.where}: {name}={_shown(value)} must be a positive whole number"
+            )
+        if value > LARGEST.get(name, MAX_SIZE):
+            raise InputError(
+                f"{self.where}: {name}={_shown(value)}: no model has more than "
+                f"{LARGEST.get(name, MAX_SIZE)}, and tables of that size are made. Mend config.json"
+            )
         return value
 
     def real(self, name: str) -> float:
         value = self.values.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise InputError(f"{self.where}: {name}={value!r} must be a positive number")
-        return float(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < MAX_REAL:  # type: ignore[operator]
+            raise InputError(f"{self.where}: {name}={_shown(value)} must be a positive number")
+        return float(value)  # type: ignore[arg-type]
 
     def flag(self, name: str) -> bool:
         value = self.values.get(name)
@@ -125,6 +144,7 @@ class _Fields:
 def read_arch(family: Family, config: Mapping[str, object], where: str) -> ModelArch:
     """The sizes of a model; InputError for a field that matters and that we cannot honour."""
     _refuse_unhonoured(family, config, where)
+    _refuse_other_classes(family, config.get("architectures"), where)
     fields = _Fields({**DEFAULTS, **family.defaults, **config}, where)
     heads, hidden = fields.number("num_attention_heads"), fields.number("hidden_size")
     groups = fields.number("num_key_value_heads", heads)
@@ -171,18 +191,32 @@ def _refuse_unhonoured(family: Family, config: Mapping[str, object], where: str)
         allowed = f"only {neutral[name]} is" if name in neutral else "the field is not known"
         absent = "" if name in config else " (so transformers takes an absent field)"
         raise InputError(
-            f"{where}: {name}={value!r}{absent} is not supported for {family.model_type}: "
+            f"{where}: {name}={_shown(value)}{absent} is not supported for {family.model_type}: "
             f"{allowed}. A setting that is ignored would train another model than the one you named"
         )
+
+
+def _refuse_other_classes(family: Family, named: object, where: str) -> None:
+    """Refuse the class of another network: the engine builds what is named, not the model_type."""
+    if named is not None and named != [family.architecture]:
+        raise InputError(
+            f"{where}: architectures={_shown(named)}: a model_type of {family.model_type!r} that "
+            f"generates text is [{family.architecture!r}]. Use a language model, or mend the field"
+        )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _refuse_windows(layer_types: object, where: str) -> None:
     if layer_types is None:
         return
-    if not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}:
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError(
-            f"{where}: layer_types={layer_types!r} is not supported: only full_attention is. Use a "
-            "model without sliding-window layers"
+            f"{where}: layer_types={_shown(layer_types)} is not supported: only full_attention "
+            "is. Use a model without sliding-window layers"
         )
 
 
@@ -226,7 +260,9 @@ def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
 def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
     """The layers in mlp_only_layers, and each i where decoder_sparse_step does not divide i + 1."""
     listed = fields.values["mlp_only_layers"] or []
-    if not isinstance(listed, list) or set(listed) - set(range(layers)):
+    if not isinstance(listed, list) or any(
+        type(layer) is not int or not 0 <= layer < layers for layer in listed
+    ):
         raise InputError(
             f"{fields.where}: mlp_only_layers={listed!r} must be a list of layers, 0 to "
             f"{layers - 1}"

@@ -1,9 +1,9 @@
 """The architecture of a Hugging Face directory."""
 
-import json
 from pathlib import Path
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import read_json_object
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.tables import FAMILIES
@@ -12,17 +12,14 @@ from megatron_rl.weights.families.tables import FAMILIES
 def read_model_config(model_dir: Path) -> ModelArch:
     """The architecture of a Hugging Face directory; InputError for one that we cannot train."""
     path = model_dir / "config.json"
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"{model_dir}: it has no config.json, so it is not a Hugging Face model directory. "
             "Name the directory that holds config.json and *.safetensors"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+    config = read_json_object(path)
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"{path}: model_type={model_type!r} is not supported: known are "
             f"{', '.join(sorted(FAMILIES))}. A new family is a table in "

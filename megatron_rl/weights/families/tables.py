@@ -12,6 +12,7 @@ from megatron_rl.weights.families.rows import ATTENTION, DENSE, QK_NORM, QKV_BIA
 # Llama 2 and 3.x; 3.1 and later scale their rope.
 LLAMA = Family(
     model_type="llama",
+    architecture="LlamaForCausalLM",
     attention=ATTENTION,
     dense=DENSE,
 )
@@ -19,6 +20,7 @@ LLAMA = Family(
 # Where config.json has no sliding_window, transformers slides a window of 4096, which is refused.
 MISTRAL = Family(
     model_type="mistral",
+    architecture="MistralForCausalLM",
     attention=ATTENTION,
     dense=DENSE,
     defaults={"num_key_value_heads": 8, "sliding_window": 4096},
@@ -27,6 +29,7 @@ MISTRAL = Family(
 # Qwen2, Qwen2.5 and Qwen2.5-Math.
 QWEN2 = Family(
     model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
     attention=(*ATTENTION, QKV_BIAS),
     dense=DENSE,
     defaults={"num_key_value_heads": 32, "use_sliding_window": False},
@@ -35,6 +38,7 @@ QWEN2 = Family(
 
 QWEN3 = Family(
     model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
     attention=(*ATTENTION, *QK_NORM),
     dense=DENSE,
     defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
@@ -42,6 +46,7 @@ QWEN3 = Family(
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
     attention=(*ATTENTION, *QK_NORM),
     dense=DENSE,
     router=router("mlp"),
@@ -52,6 +57,7 @@ QWEN3_MOE = Family(
 
 MIXTRAL = Family(
     model_type="mixtral",
+    architecture="MixtralForCausalLM",
     attention=ATTENTION,
     dense=(),
     router=router("block_sparse_moe"),

@@ -51,15 +51,20 @@ def test_everything_fits_the_terminal_and_starts_with_the_sections_in_order(caps
 def test_one_key_with_its_bounds(capsys):
     assert main(["settings", "rollout.temperature"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "  rollout.temperature   float > 0; default 1.0",
-        "      Softmax temperature. The trainer divides its logits by the same value.",
+        "  rollout.temperature   float >= 0.01 and <= 2.0; default 1.0",
+        "      Softmax temperature. The trainer divides its logits by the same value. Beyond these "
+        "bounds",
+        "      vLLM refuses it, or silently takes the lower one.",
     ]
 
 
 def test_one_section_holds_its_own_keys_only(capsys):
     assert main(["settings", "reward"]) == 0
     told = capsys.readouterr().out
-    assert "reward.parts.<name>.weight   float; must be set" in told
+    assert (
+        "reward.parts.<name>.weight   float >= -1000000000.0 and <= 1000000000.0; must be set"
+        in told
+    )
     assert "  rollout." not in told
 
 
@@ -97,10 +102,10 @@ def test_a_recipe_adds_its_values_where_they_differ(tmp_path, capsys):
     )
     assert main(["settings", "rollout", "--recipe", str(recipe)]) == 0
     told = capsys.readouterr().out
-    assert "rollout.temperature   float > 0; default 1.0; here 0.5\n" in told
-    assert "rollout.group_size   int >= 1; default 4\n" in told
+    assert "rollout.temperature   float >= 0.01 and <= 2.0; default 1.0; here 0.5\n" in told
+    assert "rollout.group_size   int >= 1 and <= 65536; default 4\n" in told
     assert main(["settings", "run.num_iterations", "--recipe", str(recipe)]) == 0
-    assert "int >= 1; must be set; here 3\n" in capsys.readouterr().out
+    assert "int >= 1 and <= 1000000000; must be set; here 3\n" in capsys.readouterr().out
 
 
 class Clipped(Settings):

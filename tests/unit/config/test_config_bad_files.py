@@ -200,7 +200,7 @@ def test_answers_that_no_response_could_meet_are_left_out_and_named(case):
         "odd:3: '2 + 2 = 4 #### 4': it is a worked solution; use what stands after ####",
         "odd:4: '{1': its braces are not balanced, so no box can hold it",
     )
-    case.change(reward={"kind": "os.path:commonprefix"})  # a function may read anything
+    case.change(reward={"kind": "operator:eq"})  # a function may read anything
     assert case.read().prompts.report.num_hopeless == 0
     case.change(reward={"kind": "number"}, prompts={"answer_key": "prompt"})
     problem = only(case.input_problems())
@@ -241,7 +241,7 @@ def test_a_sum_must_leave_right_and_wrong_apart(case, preset, reward, problem):
         ("grpo", {"wrong": 0.0, "parts": {"format": {"weight": 0.5}}}),
         ("reinforce_rej", {"parts": {"format": {"weight": 0.5}}}),
         ("reinforce_rej", {"wrong": 0.0}),
-        ("raft", {"kind": "os.path:commonprefix", "wrong": 0.5}),  # its floats are the rewards
+        ("raft", {"kind": "operator:eq", "wrong": 0.5}),  # its floats are the rewards
     ],
 )
 def test_a_sum_that_leaves_them_apart_is_fine(case, preset, reward):

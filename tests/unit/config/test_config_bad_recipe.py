@@ -54,7 +54,7 @@ def test_unknown_sections_and_keys_of_a_benchmark_are_named(case):
         ("run", "num_iterations", "many", "should be a valid integer"),
         ("run", "num_iterations", 1.5, "should be a valid integer"),
         ("run", "num_iterations", 0, "greater than or equal to 1"),
-        ("rollout", "temperature", 0, "greater than 0"),
+        ("rollout", "temperature", 0, "greater than or equal to 0.01"),
         ("rollout", "temperature", float("nan"), "finite number"),
         ("rollout", "enforce_eager", "maybe", "valid boolean"),
         ("model", "dtype", "fp8", "'bfloat16', 'float32' or 'float64'"),

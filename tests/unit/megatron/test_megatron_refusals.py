@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from megatron_rl.megatron import faults
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
@@ -90,10 +91,7 @@ def test_layouts_of_experts_that_work_are_not_refused(parallel):
 @pytest.mark.parametrize(
     ("parallel", "field", "reason"),
     [
-        ({TP: 0}, f"{TP}=0", "at least 1"),
-        ({PP: -2}, f"{PP}=-2", "at least 1"),
         ({"context_parallel_size": 2}, "context_parallel_size=2", "not available yet"),
-        ({EP: 0}, f"{EP}=0", "at least 1"),
         ({"sequence_parallel": True}, "sequence_parallel=True", "has no effect"),
         ({VPP: 2}, f"{VPP}=2", f"has no effect at {PP}=1"),
         ({PP: 2, VPP: 1}, f"{VPP}=1", "has no effect"),
@@ -103,6 +101,18 @@ def test_a_layout_is_refused_with_its_reason(parallel, field, reason):
     (problem,) = problems_of(parallel)
     assert problem.startswith(f"parallel.{field}: ")
     assert reason in problem
+
+
+@pytest.mark.parametrize("size", [TP, PP, VPP, EP, ETP, "context_parallel_size", "world_size"])
+@pytest.mark.parametrize(
+    ("value", "rule"), [(0, "equal to 1"), (-2, "equal to 1"), (2**21, "2**20")]
+)
+def test_a_size_that_no_job_has_is_refused(size, value, rule):
+    with pytest.raises(ValidationError) as caught:
+        ParallelConfig(**{size: value})
+    (found,) = caught.value.errors()
+    assert found["loc"] == (size,)
+    assert rule.replace("2**20", str(2**20)) in found["msg"]
 
 
 def test_crossing_sends_of_the_interleaved_schedule_are_refused():
@@ -218,7 +228,8 @@ def test_a_misspelt_setting_is_refused_with_the_nearest_name():
 
 
 def test_all_problems_are_told_at_once():
-    problems = problems_of({TP: 0, VPP: 2, "context_parallel_size": 2}, {"bf16": True, "zzz": 1})
+    wrong = {"sequence_parallel": True, VPP: 2, "context_parallel_size": 2}
+    problems = problems_of(wrong, {"bf16": True, "zzz": 1})
     assert len(problems) == 5
 
 

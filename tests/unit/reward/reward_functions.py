@@ -138,5 +138,6 @@ ACTIONS = {
     "garble": _garble,
     "nan": lambda: float("nan"),
     "huge": lambda: 10**400,
+    "too large for float32": lambda: -1e308,
     "none": lambda: None,
 }

@@ -121,6 +121,7 @@ def test_large_and_odd_text_goes_through_without_blocking(make_pool):
         ("recurse", "error", "RecursionError"),
         ("nan", "error", "must be finite"),
         ("huge", "error", "must be finite"),
+        ("too large for float32", "error", "at most 1e+09 in size"),
         ("none", "error", "returned a NoneType"),
         ("garble", "error", "died twice"),
         ("print", "correct", None),

@@ -167,6 +167,33 @@ def test_function_may_fail_on_the_dummy(make_scorer):
     assert scorer.collect()[0, 0].verdict is Verdict.CORRECT
 
 
+@pytest.mark.parametrize(
+    ("answers", "is_refused"),
+    [
+        ((), False),
+        (('{"accepted": ["yes"]}',), False),
+        (("2", '{"accepted": []}'), False),
+        (("2", "3"), True),
+    ],
+)
+def test_function_that_fails_on_every_answer_of_the_data_is_refused(answers, is_refused):
+    config = RewardConfig(kind="reward_functions:needs_json", deadline_s=10.0)
+    if not is_refused:
+        RewardScorer(config, answers).close()
+        return
+    with pytest.raises(InputError, match="and with answers of the data, it gave no reward: Type"):
+        RewardScorer(config, answers)
+
+
+@pytest.mark.parametrize("text", ["import time\ntime.sleep(600)\n", "while True:\n    pass\n"])
+def test_function_whose_import_never_ends_is_refused_by_name(tmp_path, monkeypatch, text):
+    monkeypatch.setattr("megatron_rl.reward.pool._START_LIMIT_S", 1.0)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "endless_import.py").write_text(text)
+    with pytest.raises(InputError, match=r"reward\.function='endless_import:f': .* may hang"):
+        RewardScorer(RewardConfig(kind="endless_import:f"))
+
+
 PARTS = {
     "format": {"weight": 0.5},
     "brevity": {"kind": "length_penalty", "weight": 2.0, "free_tokens": 100, "max_tokens": 200},

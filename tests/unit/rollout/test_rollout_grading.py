@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_rl.errors import InputError, RunError
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach
 from megatron_rl.rollout.engine import Response
@@ -27,8 +28,8 @@ class Decoder:
 class SlowEngine:
     """Finishes one response, and the others only when the first has its verdict."""
 
-    def __init__(self, has_verdict):
-        self._has_verdict = has_verdict
+    def __init__(self, has_verdict, logprob=0.0):
+        self._has_verdict, self._logprob = has_verdict, logprob
         self.num_steps = 0
 
     def generate(self, requests, on_finished, between_steps):
@@ -37,7 +38,7 @@ class SlowEngine:
                 Response(
                     key=request.key,
                     tokens=torch.tensor([number] * (number + 1)),
-                    logprobs=torch.zeros(number + 1),
+                    logprobs=torch.full((number + 1,), self._logprob),
                     finish_reason="stop",
                 )
             )
@@ -56,10 +57,29 @@ def scorer():
     scorer.close()
 
 
-def test_verdicts_come_while_others_are_sampled(scorer):
-    engine = SlowEngine(lambda: not scorer._verifiers[0].is_busy)
+@pytest.fixture
+def groups(monkeypatch):
+    """Those of a lone rank, whose word is everybody's."""
+    monkeypatch.setattr("megatron_rl.rollout.sampler.max_over", lambda values, _: list(values))
     one = SimpleNamespace(tp=1, num_engines=1, tp_rank_of=lambda rank: 0, engine_of=lambda rank: 0)
-    groups = SimpleNamespace(rank=0, engines=one)
+    return SimpleNamespace(rank=0, engines=one, world=None)
+
+
+@pytest.mark.parametrize("logprob", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("policy_version", "error", "way_out"),
+    [(0, InputError, "Use another model"), (3, RunError, "Go on from an earlier checkpoint")],
+)
+def test_logprobs_that_are_not_finite_stop_the_run(
+    scorer, groups, logprob, policy_version, error, way_out
+):
+    sampler = Sampler(SlowEngine(lambda: True, logprob), Decoder(), groups, run_seed=0)
+    with pytest.raises(error, match=rf"log-probs .* are not finite, .* {way_out}"):
+        sampler.generate(PROMPTS, DRAW, iteration=1, policy_version=policy_version, grader=scorer)
+
+
+def test_verdicts_come_while_others_are_sampled(scorer, groups):
+    engine = SlowEngine(lambda: not scorer._verifiers[0].is_busy)
     sampler = Sampler(engine, Decoder(), groups, run_seed=0)
     sampled = sampler.generate(PROMPTS, DRAW, iteration=1, policy_version=0, grader=scorer)
     assert engine.num_steps > 0

@@ -269,5 +269,5 @@ def test_directories_without_a_usable_config(tmp_path):
     with pytest.raises(InputError, match=r"it has no config\.json"):
         read_model_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(InputError, match="not valid JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         read_model_config(tmp_path)

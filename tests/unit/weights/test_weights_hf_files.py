@@ -224,11 +224,14 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
         opened(directory)
 
 
-@pytest.mark.parametrize("text", ["{", '{"metadata": {}}'])
-def test_an_unreadable_index_is_refused(sharded, text):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("{", "not JSON"), ('{"metadata": {}}', "not a safetensors index")],
+)
+def test_an_unreadable_index_is_refused(sharded, text, problem):
     directory, _ = sharded
     (directory / INDEX).write_text(text)
-    with pytest.raises(InputError, match="not a safetensors index"):
+    with pytest.raises(InputError, match=f"{INDEX}: {problem}"):
         opened(directory)
 
 

@@ -1,0 +1,61 @@
+"""The bounds of our settings are the engine's own."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_rl.platforms.base import CPU, CUDA
+from megatron_rl.rollout.config import LEAST_TEMPERATURE, MOST_TEMPERATURE, RolloutConfig
+from megatron_rl.rollout.refusals import CPU_HEAD_DIMS, device_problems
+from megatron_rl.weights.arch import ModelArch
+
+ARCH = ModelArch(
+    model_type="qwen2",
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=256,
+    num_attention_heads=2,
+    num_query_groups=2,
+    head_dim=32,
+    vocab_size=112,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    rope_scaling_factor=None,
+    max_position_embeddings=256,
+    qkv_bias=True,
+    tied_embeddings=False,
+)
+
+
+def test_vllm_takes_the_temperatures_that_we_take_and_no_others():
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    for temperature in (LEAST_TEMPERATURE, MOST_TEMPERATURE):
+        assert SamplingParams(temperature=temperature).temperature == temperature
+    assert SamplingParams(temperature=LEAST_TEMPERATURE / 2).temperature == LEAST_TEMPERATURE
+    with pytest.raises(VLLMValidationError, match="temperature must be in"):
+        SamplingParams(temperature=MOST_TEMPERATURE * 1.01)
+
+
+def test_the_head_sizes_are_those_of_vllms_attention_on_a_cpu():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_DIMS) == CPUAttentionBackend.get_supported_head_sizes()
+
+
+def test_a_head_size_that_the_engine_lacks_on_a_cpu_is_refused_there_alone(monkeypatch):
+    other = replace(ARCH, head_dim=16)
+    monkeypatch.setattr(type(CUDA), "total_memory_bytes", lambda self: 1 << 36)
+    assert not list(device_problems(ARCH, RolloutConfig(), CPU))
+    (problem,) = device_problems(other, RolloutConfig(), CPU)
+    assert "its attention heads have 16 elements" in str(problem)
+    assert not list(device_problems(other, RolloutConfig(), CUDA))
+
+
+@pytest.mark.parametrize(("platform", "name"), [(CPU, "machine"), (CUDA, "GPU")])
+def test_a_cache_beyond_the_memory_is_refused(monkeypatch, platform, name):
+    monkeypatch.setattr(type(platform), "total_memory_bytes", lambda self: 1024 << 20)
+    assert not list(device_problems(ARCH, RolloutConfig(kv_cache_mib=1024), platform))
+    (problem,) = device_problems(ARCH, RolloutConfig(kv_cache_mib=1025), platform)
+    assert str(problem).startswith(f"rollout.kv_cache_mib=1025: the {name} has 1024 MiB of memory")
