@@ -11,8 +11,8 @@ import torch
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
+from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.store import CheckpointStore
-from megatron_rl.checkpoint.versions import CHECKPOINTS
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.evaluation.evaluator import Evaluator

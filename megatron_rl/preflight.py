@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from megatron_rl.checkpoint.contract import Terms, breaches, newest_terms, not_empty
-from megatron_rl.checkpoint.versions import CHECKPOINTS, checkpoints_in
+from megatron_rl.checkpoint.names import CHECKPOINTS, checkpoints_in
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions

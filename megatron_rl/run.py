@@ -10,8 +10,8 @@ from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
 from megatron_rl.checkpoint.contract import RECIPE, breaches, changes, not_empty, saved_terms
 from megatron_rl.checkpoint.model_files import ModelFiles
+from megatron_rl.checkpoint.names import CHECKPOINTS, name_of
 from megatron_rl.checkpoint.store import CheckpointStore
-from megatron_rl.checkpoint.versions import CHECKPOINTS, PREFIX
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.megatron.model import TrainedModel
@@ -82,7 +82,7 @@ class Run:
             self.say(f"checkpoint rejected: {reason}")
         self.done_iterations = self.saved_iteration = state["iteration"]
         directory = Path(self.config.run.output_dir) / CHECKPOINTS
-        saved = saved_terms(directory / f"{PREFIX}{self.done_iterations:06d}", state)
+        saved = saved_terms(directory / name_of(self.done_iterations), state)
         now = start_terms(self.config, self.inputs, self.groups.layout.world_size)
         # It may be an older checkpoint than the one that was checked before anything was built.
         if found := breaches(saved, now):

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.checkpoint.lock import RunLock
-from megatron_rl.checkpoint.versions import CHECKPOINTS, refuse_newer
+from megatron_rl.checkpoint.names import CHECKPOINTS
+from megatron_rl.checkpoint.versions import refuse_newer
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import BROKEN, FAILED, ConfigErrors, InputError, RunError
 from megatron_rl.megatron.enter import enter

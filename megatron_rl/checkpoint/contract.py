@@ -3,7 +3,6 @@
 docs/reliability.md repeats the table. A setting of a mapping has <name> in the place of its key.
 """
 
-import hashlib
 import json
 import re
 import shlex
@@ -12,7 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rl.checkpoint.versions import MANIFEST, STATE, saved_states
+from megatron_rl.checkpoint.manifest import ManifestError, digest_of, read_manifest
+from megatron_rl.checkpoint.names import STATE
+from megatron_rl.checkpoint.versions import saved_states
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
@@ -338,10 +339,8 @@ def _value(terms: Terms, setting: str) -> str:
 def _is_intact(checkpoint: Path) -> bool:
     """True where the state is the one that the manifest lists; a resume checks all other files."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        _, digest = files[STATE]
-        return bool(hashlib.sha256((checkpoint / STATE).read_bytes()).hexdigest() == digest)
-    except (OSError, ValueError, LookupError, TypeError):
+        return digest_of(checkpoint / STATE) == read_manifest(checkpoint)[STATE].digest
+    except (OSError, ManifestError):
         return False
 
 

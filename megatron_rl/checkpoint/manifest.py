@@ -11,22 +11,18 @@ of the manifest, so that a changed or shortened list is noticed as a changed fil
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_rl.checkpoint.versions import STATE
+from megatron_rl.checkpoint.names import MANIFEST, STATE, iteration_of
 
 Kind = TypeVar("Kind")
 
-MANIFEST = "MANIFEST.json"
 FORMAT = 3
 WITHOUT_CHECKSUM = 2
 """The format before: no checksum and no world_size."""
-
-NAME = re.compile(r"iteration_(\d{6,})")
 
 
 class ManifestError(ValueError):
@@ -39,17 +35,6 @@ class Listed:
 
     size: int
     digest: str
-
-
-def name_of(iteration: int) -> str:
-    """The directory's name."""
-    return f"iteration_{iteration:06d}"
-
-
-def iteration_of(path: Path) -> int:
-    """The iteration by the directory's name; -1 where it is not the name of a checkpoint."""
-    match = NAME.fullmatch(path.name)
-    return -1 if match is None else int(match[1])
 
 
 def write_manifest(

@@ -7,17 +7,10 @@ from pathlib import Path
 
 from megatron_rl.checkpoint import manifest
 from megatron_rl.checkpoint.config import CheckpointConfig
+from megatron_rl.checkpoint.names import checkpoints_in, iteration_of
 
 UNFINISHED = ".iteration_*"
 """A checkpoint that is being written or deleted; the next start removes it."""
-
-
-def newest_first(directory: Path) -> list[Path]:
-    """Everything that has the name of a checkpoint."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if manifest.iteration_of(path) >= 0]
-    return sorted(found, key=manifest.iteration_of, reverse=True)
 
 
 def retire(
@@ -40,11 +33,11 @@ def retire(
     """
     good = [
         path
-        for path in newest_first(directory)
+        for path in checkpoints_in(directory)
         if path.name not in rejected and (path.name in verified or manifest.looks_complete(path))
     ]
     for path in good[config.keep_last :]:
-        is_kept = config.keep_every and manifest.iteration_of(path) % config.keep_every == 0
+        is_kept = config.keep_every and iteration_of(path) % config.keep_every == 0
         if path.name != saved and not is_kept:
             remove(path)
 

@@ -26,9 +26,10 @@ import torch.distributed as dist
 
 from megatron_rl.checkpoint import manifest
 from megatron_rl.checkpoint.config import CheckpointConfig
-from megatron_rl.checkpoint.retention import newest_first, remove, remove_unfinished, retire
+from megatron_rl.checkpoint.names import STATE, checkpoints_in, name_of
+from megatron_rl.checkpoint.retention import remove, remove_unfinished, retire
 from megatron_rl.checkpoint.room import ROOM_FOR_THE_REST, check_room, naming_full_disk
-from megatron_rl.checkpoint.versions import STATE, WRITTEN_BY
+from megatron_rl.checkpoint.versions import WRITTEN_BY
 from megatron_rl.errors import RunError
 from megatron_rl.megatron.checkpoint import load_model, writer_of
 from megatron_rl.megatron.faults import installed_version
@@ -65,7 +66,7 @@ class CheckpointStore:
         """
         attempt = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(attempt, src=0, group=self._groups.world)
-        temporary = self._directory / f".{manifest.name_of(iteration)}.{attempt[0]}"
+        temporary = self._directory / f".{name_of(iteration)}.{attempt[0]}"
         try:
             self._write_all(temporary, iteration, models, state, add_files)
         except BaseException:
@@ -81,7 +82,7 @@ class CheckpointStore:
         """
         self._together(lambda: remove_unfinished(self._directory), only_main=True)
         rejected: list[str] = []
-        for path in newest_first(self._directory):
+        for path in checkpoints_in(self._directory):
             reason = self._fault(path)
             if reason:
                 rejected.append(f"{path.name}: {reason}")
@@ -99,7 +100,7 @@ class CheckpointStore:
         return None
 
     def is_empty(self) -> bool:
-        return not newest_first(self._directory)
+        return not checkpoints_in(self._directory)
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -135,9 +136,9 @@ class CheckpointStore:
             for name, entry in part.items()
         }
         on_the_disk(lambda: self._name(temporary, iteration, files), only_main=True)
-        self._verified.add(manifest.name_of(iteration))
-        self._rejected.discard(manifest.name_of(iteration))
-        self._together(lambda: self._retire(manifest.name_of(iteration)), only_main=True)
+        self._verified.add(name_of(iteration))
+        self._rejected.discard(name_of(iteration))
+        self._together(lambda: self._retire(name_of(iteration)), only_main=True)
 
     def _export_bytes(self, models: Sequence[TrainedModel]) -> int:
         if not self._config.export_hf:
@@ -184,7 +185,7 @@ class CheckpointStore:
     def _name(self, temporary: Path, iteration: int, files: dict[str, tuple[int, str]]) -> None:
         """Write the manifest, and give the directory the name of a checkpoint."""
         manifest.write_manifest(temporary, iteration, self._groups.layout.world_size, files)
-        final = self._directory / manifest.name_of(iteration)
+        final = self._directory / name_of(iteration)
         if final.exists():  # rejected at the start, and repeated since
             remove(final)
         temporary.rename(final)

@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.checkpoint.names import STATE, checkpoints_in
 from megatron_rl.errors import InputError
 from megatron_rl.megatron import faults
 
-CHECKPOINTS = "checkpoints"  # of a run, in its directory
-PREFIX = "iteration_"  # of the name of a checkpoint, before its number
-STATE = "state.json"  # of a checkpoint
-MANIFEST = "MANIFEST.json"  # of a checkpoint
 WRITTEN_BY = "megatron_core"
 """The entry of STATE with the version."""
 
@@ -50,10 +47,3 @@ def saved_states(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             continue  # a resume rejects it, and says why
         if isinstance(state, dict):
             yield path, state
-
-
-def checkpoints_in(directory: Path) -> list[Path]:
-    """What has the name of a checkpoint, good or bad, the newest first."""
-    numbered = {path: path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")}
-    found = {path: int(number) for path, number in numbered.items() if number.isdecimal()}
-    return sorted(found, key=found.__getitem__, reverse=True)

@@ -15,7 +15,8 @@ import yaml
 from megatron_rl import session
 from megatron_rl.checkpoint import contract
 from megatron_rl.checkpoint.contract import CONTRACT, UNSET, clause_of
-from megatron_rl.checkpoint.versions import CHECKPOINTS
+from megatron_rl.checkpoint.manifest import write_manifest
+from megatron_rl.checkpoint.names import CHECKPOINTS, iteration_of
 from megatron_rl.commands.settings import entries
 from megatron_rl.config import RunConfig, load_config
 from megatron_rl.errors import ConfigErrors, InputError
@@ -119,8 +120,9 @@ def write_state(checkpoint: Path, text: str) -> None:
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / "state.json").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    manifest = {"files": {"state.json": [len(text), digest]}}
-    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    files = dict.fromkeys(("policy/.metadata", "rank_0.pt"), (0, ""))
+    files["state.json"] = (len(text), digest)
+    write_manifest(checkpoint, iteration_of(checkpoint), 1, files)
 
 
 def scheduler(optimizer) -> dict[str, object]:

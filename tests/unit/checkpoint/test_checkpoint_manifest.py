@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from megatron_rl.checkpoint import manifest
 from megatron_rl.checkpoint.manifest import MANIFEST, fault_of, looks_complete, write_manifest
+from megatron_rl.checkpoint.names import iteration_of, name_of
 
 FILES = {
     "state.json": b"{}",
@@ -17,7 +17,7 @@ ALL = slice(None)
 
 def make(directory, iteration=4, files=FILES, *, name=None):
     """A checkpoint without a model in it."""
-    path = directory / (name or manifest.name_of(iteration))
+    path = directory / (name or name_of(iteration))
     listed = {}
     for file, content in files.items():
         (path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +116,6 @@ def test_a_changed_file_is_found_by_the_rank_whose_share_it_is(tmp_path):
 
 def test_iterations_are_compared_as_numbers(tmp_path):
     names = ["iteration_999999", "iteration_1000000", "iteration_000012"]
-    numbers = [manifest.iteration_of(tmp_path / name) for name in names]
+    numbers = [iteration_of(tmp_path / name) for name in names]
     assert numbers == [999999, 1000000, 12]
-    assert manifest.iteration_of(tmp_path / ".iteration_000012.abc") == -1
+    assert iteration_of(tmp_path / ".iteration_000012.abc") == -1

@@ -5,8 +5,9 @@ import os
 import pytest
 from test_checkpoint_manifest import make
 
-from megatron_rl.checkpoint import manifest, retention
+from megatron_rl.checkpoint import retention
 from megatron_rl.checkpoint.config import CheckpointConfig
+from megatron_rl.checkpoint.names import iteration_of, name_of
 
 
 @pytest.fixture
@@ -14,17 +15,15 @@ def retired(tmp_path):
     """What is left after a save, in a process that verified and rejected some at its start."""
 
     def work(saved, *, verified=(), rejected=(), **settings):
-        names = [
-            {manifest.name_of(n) for n in numbers} for numbers in ((saved, *verified), rejected)
-        ]
+        names = [{name_of(n) for n in numbers} for numbers in ((saved, *verified), rejected)]
         retention.retire(
             tmp_path,
-            manifest.name_of(saved),
+            name_of(saved),
             CheckpointConfig(**settings),
             verified=names[0],
             rejected=names[1],
         )
-        return sorted(manifest.iteration_of(path) for path in tmp_path.iterdir())
+        return sorted(iteration_of(path) for path in tmp_path.iterdir())
 
     return work
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl import session
-from megatron_rl.checkpoint.versions import CHECKPOINTS, WRITTEN_BY, refuse_newer
+from megatron_rl.checkpoint.names import CHECKPOINTS
+from megatron_rl.checkpoint.versions import WRITTEN_BY, refuse_newer
 from megatron_rl.config import load_config
 from megatron_rl.errors import InputError
 from megatron_rl.megatron import faults

@@ -124,14 +124,15 @@ def test_no_message_of_a_command_shows_it(case, monkeypatch, capsys, value):
 
 def test_environment_json_keeps_what_was_typed(case, secret, tmp_path, monkeypatch):
     from megatron_rl import session
+    from megatron_rl.metrics.starts import write_start
     from megatron_rl.platforms.base import CPU
 
     monkeypatch.setattr("sys.argv", ["megatron-rl", "train", f"critic.path={secret}"])
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     case.change(metrics={"wandb_project": secret})
     config = load_config(case.write(), [])
-    session._write_description(config, tmp_path / "out", CPU)
-    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    write_start(tmp_path / "out", config.model_dump(mode="json"), session._environment(CPU))
+    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file()}
     assert not [name for name, text in files.items() if SECRET in text]
     assert json.loads(files["environment.json"])["command"][-1] == f"critic.path={secret}"
     assert yaml.safe_load(files["config.yaml"])["metrics"]["wandb_project"] == secret
