@@ -61,10 +61,13 @@ PACKAGES = (
 def train_session(config: RunConfig) -> None:
     """The command `train`; every rank calls it, and on success it ends the process."""
     platform = _start(config)
+    with _then_end(), _locked(Path(config.run.output_dir)):
+        _train(config, platform)
+
+
+def _train(config: RunConfig, platform: Platform) -> None:
     output = Path(config.run.output_dir)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    # On the main rank alone; torchrun ends the others where it is refused.
-    lock = RunLock(output, _say_early) if os.environ.get("RANK", "0") == "0" else None
     refuse_newer(output / CHECKPOINTS)
     inputs = read_inputs(config, world_size)
     done = check_resume(config, inputs, world_size)
@@ -92,8 +95,6 @@ def train_session(config: RunConfig) -> None:
         run.stop.listen()
         exported = run.export() if train(run, recorder.record) else None
         recorder.close(run.policy.version, exported)
-        if lock is not None:
-            lock.release()
         _leave(run.rollouts.close, watchdog)
 
 
@@ -108,7 +109,8 @@ def evaluate_session(config: RunConfig) -> None:
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     enter(platform)
     init_distributed(platform)
-    with _watched(config, _Recorder(config, is_main=dist.get_rank() == 0)) as watchdog:
+    recorder = _Recorder(config, is_main=dist.get_rank() == 0)
+    with _then_end(), _watched(config, recorder) as watchdog:
         _evaluate(config, inputs, platform, watchdog)
 
 
@@ -134,6 +136,44 @@ def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: W
     _leave(rollouts.close, watchdog)
 
 
+class _Over(BaseException):
+    """The process ends with this exit code, and all has been said."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+@contextmanager
+def _then_end() -> Iterator[None]:
+    """End the process after the work inside, without destructors.
+
+    Those of an engine or a group may wait for other ranks. What fails before ranks have joined is
+    raised as usual.
+    """
+    code = 0
+    try:
+        yield
+    except _Over as over:
+        code = over.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The work inside is the only run in this directory.
+
+    The main rank alone holds the lock; where it is refused, torchrun ends the others.
+    """
+    lock = RunLock(directory, _say_early) if os.environ.get("RANK", "0") == "0" else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
 @contextmanager
 def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
     """A part of a session in which a rank that fails, hangs or dies ends all, with its own words.
@@ -157,10 +197,8 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
                 traceback.print_exc()
             sys.stderr.write(hidden(f"megatron-rl: error: {text}\n  ({where})\n"))
             _tell_torchrun(hidden(f"{text} ({where})"))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Destructors of groups and engines wait for other ranks.
-        os._exit(FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN)
+        is_mendable = isinstance(error, ConfigErrors | InputError)
+        raise _Over(FAILED if is_mendable else BROKEN) from error
 
 
 def _tell_torchrun(message: str) -> None:
@@ -306,13 +344,7 @@ def _commit() -> str | None:
 
 
 def _leave(close: Callable[[], None], watchdog: Watchdog) -> None:
-    """End the process without destructors: an engine's and a group's may wait for other ranks.
-
-    close comes late, since vLLM's shutdown takes the process groups with it.
-    """
+    """Leave together; close comes late, since vLLM's shutdown takes the process groups with it."""
     dist.barrier()
     watchdog.close()
     close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

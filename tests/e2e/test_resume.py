@@ -13,6 +13,8 @@ import torch
 from harness import run_on_ranks
 from training_runs import LAST, PP2, TP2, build, exported
 
+from megatron_rl.checkpoint.manifest import write_manifest
+
 pytestmark = pytest.mark.slow
 
 EP2 = ("parallel.expert_model_parallel_size=2",)
@@ -195,10 +197,10 @@ class Hostile:
 def make_hostile(checkpoint: Path, mark: Path) -> None:
     content = pickle.dumps(Hostile(mark))
     (checkpoint / "policy" / ".metadata").write_bytes(content)
-    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    listed = json.loads((checkpoint / "MANIFEST.json").read_text())
     digest = hashlib.sha256(content).hexdigest()
-    manifest["files"]["policy/.metadata"] = [len(content), digest]
-    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    files = listed["files"] | {"policy/.metadata": (len(content), digest)}
+    write_manifest(checkpoint, listed["iteration"], listed["world_size"], files)
 
 
 # -- on the ranks ----------------------------------------------------------------------------------
