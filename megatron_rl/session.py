@@ -93,8 +93,9 @@ def _train(config: RunConfig, platform: Platform) -> None:
         for line in _start_lines(run):
             recorder.say(line)
         run.stop.listen()
-        exported = run.export() if train(run, recorder.record) else None
-        recorder.close(run.policy.version, exported)
+        is_done = train(run, recorder.record)
+        exported = run.export() if is_done else None
+        recorder.close("done" if is_done else "stopped", run.policy.version, exported)
         _leave(run.rollouts.close, watchdog)
 
 
@@ -242,7 +243,7 @@ class _Recorder:
         if self._display is not None:
             self._display.close()
 
-    def close(self, updates: int, exported: Path | None) -> None:
+    def close(self, end: str, updates: int, exported: Path | None) -> None:
         for writer in self._writers:
             writer.close()
         if self._display is not None:
@@ -250,7 +251,7 @@ class _Recorder:
         if not self._is_main:
             return
         output = Path(self._config.run.output_dir)
-        print(f"done: {updates} optimizer steps")
+        print(f"{end}: {updates} optimizer steps")
         if self._config.metrics.jsonl:
             from megatron_rl.metrics.plot import plot_run
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
 from megatron_rl.platforms.base import Platform
 
 TIMEOUT = timedelta(minutes=30)
+
+_OF_A_LONE_PROCESS = HashStore()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ def store_of_this_attempt(name: str) -> Store:
     torchrun's own outlives ranks that it restarts (`--max-restarts`), and would give the new ones
     the addresses of the dead.
     """
+    if os.environ["WORLD_SIZE"] == "1":
+        return PrefixStore(name, _OF_A_LONE_PROCESS)  # nobody else has to reach it, so no socket
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],

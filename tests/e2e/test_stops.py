@@ -47,6 +47,8 @@ def test_a_stop_saves_and_ends_in_time(stopped, name):
     assert seen["seconds"] < GRACE_S
     assert seen["left"] == []
     assert "told to stop" in seen["said"]
+    assert "stopped: " in seen["said"]
+    assert "done: " not in seen["said"]
     assert seen["saved"] == seen["done"]  # nothing that was done is lost
 
 
