@@ -36,6 +36,8 @@ from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.reward.scorer import RewardScorer
 from megatron_rl.rollout.gold import GoldRollouts
+from megatron_rl.rollout.record import ReplayedRollouts, RolloutRecord
+from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.rollout.sampled import SampledRollouts
 from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.rollout.vllm_engine import VllmEngine
@@ -55,7 +57,7 @@ def build_run(
     watchdog: Watchdog | None = None,
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
-    rollout_tp = 1 if config.is_supervised else config.rollout.tensor_model_parallel_size
+    rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
     groups = join(platform, config.parallel, rollout_tp)
     _check_same_prompts(inputs, groups)
     say(choose_ops(config.ops.backend, groups))
@@ -84,10 +86,11 @@ def build_run(
         groups=groups,
         meter=meter,
         prompts=inputs.prompts,
-        rollouts=GoldRollouts(groups, meter)
-        if config.is_supervised
-        else build_sampled(config, inputs, groups, meter, stop, say, load_weights=False),
+        rollouts=build_sampled(config, inputs, groups, meter, stop, say, load_weights=False)
+        if config.has_engine
+        else _without_engine(config, groups, meter),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
+        record=RolloutRecord(output_dir, groups, num_iterations=config.debug.record),
         selector=Selector(
             algorithm=algorithm,
             world=groups.world,
@@ -131,6 +134,13 @@ def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:
         "raise that or leave such rows out",
         groups.world,
     )
+
+
+def _without_engine(config: RunConfig, groups: Groups, meter: Meter) -> Rollouts:
+    if config.debug.replay is None:
+        return GoldRollouts(groups, meter)
+    parts = tuple(config.reward.parts)
+    return ReplayedRollouts(Path(config.debug.replay), groups, meter, reward_parts=parts)
 
 
 def _build_packer(

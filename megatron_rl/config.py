@@ -27,7 +27,7 @@ from megatron_rl.prompts.template import for_mathematics
 from megatron_rl.recipe import Recipe, read_recipe
 from megatron_rl.references import References, hidden, replaced
 from megatron_rl.reward.config import RewardConfig
-from megatron_rl.rollout.config import LEAST_TEMPERATURE, RolloutConfig
+from megatron_rl.rollout.config import LEAST_TEMPERATURE, DebugConfig, RolloutConfig
 from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
 
@@ -69,6 +69,7 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    debug: DebugConfig = DebugConfig()
     ops: OpsConfig = OpsConfig()
 
     _references: References = PrivateAttr(default_factory=dict)
@@ -93,6 +94,11 @@ class RunConfig(Settings):
     def is_supervised(self) -> bool:
         """True where gold responses take the place of sampled ones: no engine, no rewards."""
         return "gold" in self.algorithm.resolved.selection
+
+    @property
+    def has_engine(self) -> bool:
+        """True where responses are sampled; gold and recorded ones need no engine."""
+        return not self.is_supervised and self.debug.replay is None
 
     @property
     def longest_sequence(self) -> int:

@@ -30,3 +30,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that must not go on: wrong weights in the engine, non-finite loss, failing rewards."""
+
+
+class NonFiniteError(RunError):
+    """The loss or the gradient of an update is not finite; raised on all ranks."""

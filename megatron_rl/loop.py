@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from megatron_rl.errors import NonFiniteError
+from megatron_rl.metrics.spikes import Spikes
 from megatron_rl.run import Run
 from megatron_rl.types import IterationMetrics
 
@@ -28,6 +30,7 @@ def run_iteration(run: Run, iteration: int) -> bool:
         graded = run.rollouts.grade(groups)
     run.rollouts.count(graded)  # metrics/: of everything drawn
     run.rollout_log.keep(graded, prompts, iteration)  # metrics/: responses to be read
+    run.record.keep(graded, iteration)  # rollout/: to train from them again, where asked for
     selection = run.selector.select(graded, prompts, iteration)  # algorithms/: kept, advantages
     batches = run.packer.pack(selection, run.config.num_updates)  # batching/: rows, loss shares
     with run.meter.phase("logprob"):  # policy/: old_logprobs, ref_logprobs, where needed
@@ -35,7 +38,11 @@ def run_iteration(run: Run, iteration: int) -> bool:
         batches = run.trainer.add_advantages(batches)  # of tokens, where there is a critic
         run.initial_kl.measure(graded, iteration)  # where the recipe asks for it
     with run.meter.phase("update"):  # policy/: optimizer steps
-        run.trainer.update(batches)
+        try:
+            run.trainer.update(batches)
+        except NonFiniteError:
+            run.record.write(graded, iteration)  # to be looked into
+            raise
     with run.meter.phase("weight_sync"):  # weights/: the engine samples from the new weights
         run.rollouts.receive(run.policy)
     return True
@@ -56,6 +63,7 @@ def train(run: Run, record: Record) -> bool:
             evaluation = run.rollouts.evaluate(0, run.policy.version)
         record(IterationMetrics(iteration=0, values=evaluation.metrics()))
     run.meter.restart()
+    spikes = Spikes()
     for iteration in range(run.done_iterations + 1, config.run.num_iterations + 1):
         is_last = iteration == config.run.num_iterations
         if not run_iteration(run, iteration):
@@ -64,7 +72,10 @@ def train(run: Run, record: Record) -> bool:
             with run.meter.phase("evaluation"):
                 evaluation = run.rollouts.evaluate(iteration, run.policy.version)
             run.meter.report(evaluation.metrics())
-        record(IterationMetrics(iteration=iteration, values=run.meter.take()))
+        values = run.meter.take()
+        record(IterationMetrics(iteration=iteration, values=values))
+        for line in spikes.of(values):
+            run.say(line)
         if run.save_is_due(iteration):
             with run.meter.phase("checkpoint"):
                 run.save(iteration)

@@ -17,6 +17,7 @@ from megatron_rl.platforms.base import detect
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.reward.trial import NUM_TRIED, hopeless_golds, try_functions
+from megatron_rl.rollout.record import FOLDER, recorded
 from megatron_rl.rollout.refusals import device_problems, engine_problems
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.types import Prompt
@@ -80,7 +81,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     if tokenizer is not None:
         prompts = found.attempt(_read_prompts, config, tokenizer)
         benchmarks = _read_benchmarks(config, tokenizer, found)
-    if not config.is_supervised:
+    found.note(_replay_problems(config))
+    if config.has_engine:
         found.attempt(require_vllm)
         answers = [] if prompts is None else prompts.first_answers(NUM_TRIED)
         found.attempt(try_functions, config.reward, answers)
@@ -146,7 +148,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     """The network of config.json, to which the weights must belong; layout problems are noted."""
     arch = read_model_config(model.config_dir)
     found.note(model_problems(arch, config.parallel))
-    if not config.is_supervised:
+    if config.has_engine:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
         found.note(device_problems(arch, config.rollout, detect()))
     found.note(_length_problems(config, arch))
@@ -206,6 +208,15 @@ def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSour
         )
     open_critic_weights(critic, critic_arch)
     return critic
+
+
+def _replay_problems(config: RunConfig) -> Iterator[str]:
+    replay = config.debug.replay
+    if replay is not None and not recorded(Path(replay) / FOLDER):
+        yield (
+            f"debug.replay={replay!r}: {FOLDER}/ in there holds no rollouts. Name the directory of "
+            "a run that had debug.record=N"
+        )
 
 
 def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:

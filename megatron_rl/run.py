@@ -26,6 +26,7 @@ from megatron_rl.policy.schedule import schedule_notes
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs, kept_recipe, start_terms
 from megatron_rl.prompts.dataset import PromptStream
+from megatron_rl.rollout.record import RolloutRecord
 from megatron_rl.rollout.rollouts import Rollouts
 
 
@@ -40,6 +41,7 @@ class Run:
     prompts: PromptStream
     rollouts: Rollouts
     rollout_log: RolloutLog
+    record: RolloutRecord
     selector: Selector
     packer: Packer
     policy: Policy

@@ -43,7 +43,8 @@ CONTRACT = (
     _clause(
         "optimizer.lr optimizer.min_lr optimizer.lr_schedule optimizer.lr_warmup_updates "
         "optimizer.lr_decay_updates optimizer.weight_decay optimizer.adam_beta1 "
-        "optimizer.adam_beta2 optimizer.adam_eps optimizer.clip_grad critic.lr critic.clip_grad",
+        "optimizer.adam_beta2 optimizer.adam_eps optimizer.clip_grad optimizer.on_nonfinite "
+        "critic.lr critic.clip_grad",
         "may change",
         "from the next update on; the checkpoint has the steps taken and Adam's means only",
     ),
@@ -60,6 +61,11 @@ CONTRACT = (
         "rollout.tensor_model_parallel_size",
         "may change",
         "from the next rollout on",
+    ),
+    _clause(
+        "debug.replay",
+        "may change",
+        "recorded rollouts take the place of sampled ones",
     ),
     _clause(
         "reward.function reward.answer_in reward.tolerance reward.parts.<name>.kind "
@@ -145,7 +151,7 @@ CONTRACT = (
         "run.output_dir run.resume parallel.world_size weights.bucket_mib weights.verify_one_in "
         "checkpoint.save_every checkpoint.save_minutes checkpoint.keep_last "
         "checkpoint.keep_every checkpoint.export_hf checkpoint.export_file_mib "
-        "watchdog.enabled watchdog.min_s watchdog.start_s watchdog.factor "
+        "watchdog.enabled watchdog.min_s watchdog.start_s watchdog.factor debug.record "
         "evaluation.every evaluation.at_start evaluation.at_end "
         "metrics.console metrics.jsonl metrics.tensorboard metrics.wandb_project "
         "metrics.wandb_mode metrics.rollouts_every metrics.rollouts_groups",

@@ -72,6 +72,10 @@ class OptimizerConfig(Settings):
     clip_grad: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
 
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens where the loss or the gradient is not finite: the run stops, or the update is
+    left out and counted. To skip costs one look at all gradients of every update."""
+
     use_distributed_optimizer: bool = True
     """Megatron's: optimizer state and main weights are sharded over data-parallel ranks."""
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
-from megatron_rl.errors import InputError, RunError
+from megatron_rl.errors import InputError, NonFiniteError
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.network import (
     HiddenStatesModel,
@@ -29,7 +29,7 @@ from megatron_rl.megatron.transformer_config import (
     transformer_config,
     uses_transformer_engine,
 )
-from megatron_rl.parallel.collectives import all_gather_objects
+from megatron_rl.parallel.collectives import all_gather_objects, max_over
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import MicroBatch
@@ -200,11 +200,16 @@ class TrainedModel:
     def step(self, loss: float) -> dict[str, float]:
         """Take the optimizer step on the gradients of this loss; metrics, equal on all ranks.
 
+        Where the loss or the gradient is not finite and the recipe says to skip, nothing changes.
+
         Raises:
-            RunError: the loss or the gradient is not finite.
+            NonFiniteError: they are not finite, and the recipe says to stop.
         """
+        skips = self._optimizer_config.on_nonfinite == "skip"
+        if skips and not (math.isfinite(loss) and self._gradient_is_finite()):
+            return {f"{self.name}/nonfinite_updates": 1.0}
         if not math.isfinite(loss):
-            raise RunError(
+            raise NonFiniteError(
                 f"{self.name} version {self.version}: the loss is {loss}. The update was not made; "
                 "lower its learning rate, or look for non-finite rewards or log-probs"
             )
@@ -212,13 +217,23 @@ class TrainedModel:
         succeeded, grad_norm, _ = self.optimizer.step()
         norm = float(grad_norm or 0.0)
         if not succeeded or not math.isfinite(norm):
-            raise RunError(
+            raise NonFiniteError(
                 f"{self.name} version {self.version}: the gradient norm is {grad_norm}. The "
                 "weights of this run can no longer be trusted; resume from the last checkpoint"
             )
         self.scheduler.step(increment=1)
         self.version += 1
-        return {f"{self.name}/grad_norm": norm, f"{self.name}/lr": learning_rate}
+        counted = {f"{self.name}/nonfinite_updates": 0.0} if skips else {}
+        return {f"{self.name}/grad_norm": norm, f"{self.name}/lr": learning_rate, **counted}
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether it is on all ranks: what is not is found before the optimizer has used it."""
+        is_bad = any(
+            not buffer.grad_data.isfinite().all()
+            for chunk in self._trainable
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        )
+        return not max_over([float(is_bad)], self.groups.world)[0]
 
     def summed(self, sums: Tensor) -> Tensor:
         """[n] float64 sums over data-parallel replicas, in place; one rank of each counts."""

@@ -58,6 +58,8 @@ METRICS: dict[str, str] = {
     "critic/kl_per_response": "KL to the reference that rewards paid for, nats per response",
     "critic/kl_reward_coef": "coefficient of that KL",
     "policy/updates": "optimizer steps taken in this iteration",
+    "policy/nonfinite_updates": "optimizer steps left out, since loss or gradient was not finite",
+    "critic/nonfinite_updates": "the same of the critic",
     "policy/skipped_updates": "optimizer steps left out, since nothing was kept for them",
     "policy/tokens_per_s": "tokens trained per second of update, all ranks together",
     "weights/sync_bytes": "bytes sent between ranks to bring the engine up to date",

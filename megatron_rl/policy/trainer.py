@@ -90,7 +90,7 @@ class Trainer:
                     self.algorithm.loss(),
                 )
                 history.append(result.metrics)
-                updates += 1
+                updates += not result.metrics.get("policy/nonfinite_updates")
                 if self._keeps_own_as_old(is_first=is_first):
                     trained[0] = _with(batch, "old_logprobs", result.logprobs)
         skipped = (len(batches) - len(trained)) * self._epochs
@@ -190,7 +190,7 @@ def _over_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [step[name] for step in history if name in step]
         if name.endswith("_max"):
             merged[name] = max(values)
-        elif name == "policy/trained_tokens":
+        elif name == "policy/trained_tokens" or name.endswith("/nonfinite_updates"):
             merged[name] = sum(values)
         elif name.endswith("/lr"):
             merged[name] = values[-1]

@@ -9,6 +9,18 @@ from megatron_rl.settings import Settings
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0  # vLLM's own, of 0.32
 
 
+class DebugConfig(Settings):
+    """Rollouts on disk, to look into an update."""
+
+    record: int = Field(default=0, ge=0, le=2**20)
+    """Keep the graded rollouts of so many newest iterations in the run's directory, debug/. Those
+    of an iteration whose loss or gradient is not finite are kept anyway."""
+
+    replay: str | None = None
+    """A run's directory with such rollouts: they are trained from in the place of sampled ones.
+    There is no engine then, and no evaluation."""
+
+
 class RolloutConfig(Settings):
     """Sampling, and the engine that does it."""
 

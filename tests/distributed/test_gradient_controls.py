@@ -75,6 +75,12 @@ def test_what_has_no_loss_does_not_change_a_bit(errors, layout):
     assert errors[f"{layout}: changed bits"] == []
 
 
+@pytest.mark.parametrize("layout", WHERE)
+def test_an_update_that_is_not_finite_is_left_out_where_the_recipe_says_so(errors, layout):
+    """(counted, weights are as before, updates taken) of a bad loss, a bad gradient, good ones."""
+    assert errors[f"{layout}: skips"] == [[1.0, True, 0], [1.0, True, 0], [0.0, False, 1]]
+
+
 @pytest.mark.skipif(not native.BUILT, reason=f"no native ops: {native.FAULT}")
 @pytest.mark.parametrize("layout", FAULTS["schedule_divides"][0])
 def test_a_run_with_native_ops_stops_if_the_schedule_divides(errors, layout):
@@ -104,6 +110,7 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
             found[f"{layout.name}: none"] = vars_of(max(clean, key=lambda m: m.gradient_error))
             if layout.name in WHERE:
                 found[f"{layout.name}: changed bits"] = changed_bits(policy, problem, layout)
+                found[f"{layout.name}: skips"] = skipped_updates(policy)
             if native.BUILT and layout.name in FAULTS["schedule_divides"][0]:
                 found[f"{layout.name}: stops"] = error_of_a_division(policy, problem, layout)
     if dist.get_rank() == 0:
@@ -136,6 +143,31 @@ def changed_bits(policy: Any, problem: Any, layout: Any) -> list[str]:
         if not same:
             found.append(name)
     return found
+
+
+def skipped_updates(policy: Any) -> list[Any]:
+    """What steps say that must skip, and then one that must not; and what they changed."""
+    config = policy._optimizer_config
+    policy._optimizer_config = config.model_copy(update={"on_nonfinite": "skip"})
+    before, told = policy.snapshot(), []
+
+    def note(loss: float) -> None:
+        counted = policy.step(loss)["policy/nonfinite_updates"]
+        same = all(torch.equal(before[name], now) for name, now in policy.snapshot().items())
+        told.append([counted, same, policy.version])
+
+    for module in policy._trainable:
+        module.zero_grad_buffer()
+    policy.version = 0
+    note(float("nan"))
+    gradient = policy._trainable[0].buffers[0].grad_data
+    if dist.get_rank() == 0:  # the others have to learn of it
+        gradient[0] = torch.inf
+    note(0.0)
+    gradient.fill_(1.0)
+    note(0.0)
+    policy._optimizer_config = config
+    return told
 
 
 def error_of_a_division(policy: Any, problem: Any, layout: Any) -> str:

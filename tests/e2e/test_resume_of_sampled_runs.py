@@ -53,6 +53,7 @@ def recipe_of(kind: str, model_dir: Path, output_dir: Path) -> dict[str, Any]:
         "reward": {"kind": "coin_reward:is_even", "num_workers": 1},
         "optimizer": {"lr": 3e-3, "prompts_per_update": 6, "epochs": 2},
         "checkpoint": {"save_every": 2},
+        "debug": {"record": 2},
         "metrics": {"kl_every": 1, "kl_rollouts": 8},
         **part,
         "rollout": {"max_response_tokens": 12, **part["rollout"]},
@@ -112,6 +113,28 @@ def test_a_resumed_run_ends_where_it_would_have_ended(runs):
     straight, stopped = records(folder / "straight"), records(folder / "stopped")
     assert [record["iteration"] for record in straight] == [1, 2, 3, 4]
     assert stopped == straight
+
+
+def test_recorded_rollouts_train_to_the_same_bits_without_an_engine(runs):
+    """From the checkpoint in the middle, in another directory."""
+    kind, folder = runs
+    kept = sorted(path.name for path in (folder / "straight" / "debug").iterdir())
+    assert kept == ["iteration_000003", "iteration_000004"]
+    middle = "checkpoints/iteration_000002"
+    shutil.copytree(folder / "straight" / middle, folder / "replayed" / middle)
+    recipe = recipe_of(kind, folder / "model", folder / "replayed")
+    recipe["debug"] = {"replay": str(folder / "straight")}
+    said = launch(recipe, folder / "replayed.yaml", ranks=2)
+    assert "of iterations 3, 4; no engine, no evaluation" in said
+    assert "engine probe" not in said
+    weights = "hf/model.safetensors"
+    assert (folder / "replayed" / weights).read_bytes() == (
+        folder / "straight" / weights
+    ).read_bytes()
+    for found, expected in zip(
+        records(folder / "replayed"), records(folder / "straight")[2:], strict=True
+    ):
+        assert found == {k: v for k, v in expected.items() if not k.startswith("weights/")}
 
 
 def test_it_trained(runs):

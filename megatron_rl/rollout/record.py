@@ -1,0 +1,175 @@
+"""Graded rollouts of some iterations on disk, to train from them again: same bits, no engine.
+
+debug/iteration_000012/rank_<n>.pt, in the run's directory, holds the groups of one rank.
+"""
+
+import pickle
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from megatron_rl.batching.packer import Packer
+from megatron_rl.errors import InputError
+from megatron_rl.evaluation.report import Evaluation
+from megatron_rl.metrics.meter import Meter
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.types import Prompt, Rollout, RolloutGroup, Verdict
+
+if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
+    from megatron_rl.policy.policy import Policy
+
+FOLDER = "debug"
+NAME = re.compile(r"iteration_(\d{6,})")
+
+
+class RolloutRecord:
+    """Writes this rank's groups of the newest iterations; every rank has one."""
+
+    def __init__(self, directory: Path, groups: Groups, *, num_iterations: int) -> None:
+        """directory: the run's. num_iterations: how many stay; 0: only what `write` is told to."""
+        self._folder, self._groups = directory / FOLDER, groups
+        self._num_iterations = num_iterations
+
+    def keep(self, graded: Sequence[RolloutGroup], iteration: int) -> None:
+        """Write the groups where the recipe asks for it, and drop those of older iterations."""
+        if not self._num_iterations:
+            return
+        self.write(graded, iteration)
+        if self._groups.is_main:
+            for older in recorded(self._folder):
+                if older <= iteration - self._num_iterations:
+                    shutil.rmtree(_directory(self._folder, older), ignore_errors=True)
+
+    def write(self, graded: Sequence[RolloutGroup], iteration: int) -> Path:
+        """Write this rank's groups; gives back the directory of the iteration."""
+        directory = _directory(self._folder, iteration)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"rank_{self._groups.rank}.pt"
+        content = {
+            "world_size": self._groups.layout.world_size,
+            "groups": [_plain_group(group) for group in graded],
+        }
+        new = path.with_suffix(".new")
+        torch.save(content, new)
+        new.replace(path)
+        return directory
+
+
+class ReplayedRollouts:
+    """Recorded rollouts in the place of sampled ones: nobody samples, grades or gets weights."""
+
+    def __init__(
+        self, source: Path, groups: Groups, meter: Meter, *, reward_parts: Sequence[str] = ()
+    ) -> None:
+        """source: a run's directory with recorded rollouts."""
+        self._folder, self._groups, self._meter = source / FOLDER, groups, meter
+        self._reward_parts = tuple(reward_parts)
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
+    ) -> list[RolloutGroup]:
+        groups = self._read(iteration)
+        asked = sorted(prompt.group_id for prompt in prompts)
+        if sorted(group.prompt.group_id for group in groups) != asked:
+            raise InputError(
+                f"{_directory(self._folder, iteration)}: its rollouts are to other prompts than "
+                f"iteration {iteration} of this run has. Replay from a checkpoint and a recipe of "
+                "the run that recorded them"
+            )
+        return self._own(groups)
+
+    def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        return list(groups)
+
+    def count(self, groups: Sequence[RolloutGroup]) -> None:
+        self._meter.count(groups, self._reward_parts)
+
+    def receive(self, policy: "Policy") -> None:
+        pass
+
+    def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
+        pass
+
+    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
+        return Evaluation.empty()
+
+    def describe(self) -> list[str]:
+        found = recorded(self._folder)
+        return [
+            f"rollouts: those that {self._folder} holds, of iterations "
+            f"{', '.join(map(str, found))}; no engine, no evaluation"
+        ]
+
+    def close(self) -> None:
+        pass
+
+    def _read(self, iteration: int) -> list[RolloutGroup]:
+        """The groups of all ranks, in the order of ranks."""
+        directory = _directory(self._folder, iteration)
+        try:
+            first = torch.load(directory / "rank_0.pt", weights_only=True)
+            parts = [first] + [
+                torch.load(directory / f"rank_{rank}.pt", weights_only=True)
+                for rank in range(1, first["world_size"])
+            ]
+            self._sizes = [len(part["groups"]) for part in parts]
+            return [_group(plain) for part in parts for plain in part["groups"]]
+        except (OSError, pickle.UnpicklingError, RuntimeError, LookupError, TypeError) as error:
+            why = str(error).partition("\n")[0][:100]
+            found = ", ".join(map(str, recorded(self._folder))) or "none"
+            raise InputError(
+                f"debug.replay={str(self._folder.parent)!r}: iteration {iteration} cannot be read "
+                f"({type(error).__name__}: {why}); recorded are {found}. Set run.num_iterations to "
+                "the last of them, and start from the checkpoint before the first"
+            ) from error
+
+    def _own(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """This rank's: those that it had, or, among another number of ranks, its share."""
+        rank, world_size = self._groups.rank, self._groups.layout.world_size
+        if len(self._sizes) != world_size:
+            return list(groups[rank::world_size])
+        start = sum(self._sizes[:rank])
+        return list(groups[start : start + self._sizes[rank]])
+
+
+def recorded(folder: Path) -> list[int]:
+    """The iterations that a folder holds, in order."""
+    if not folder.is_dir():
+        return []
+    names = (NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(name[1]) for name in names if name)
+
+
+def _directory(folder: Path, iteration: int) -> Path:
+    return folder / f"iteration_{iteration:06d}"
+
+
+def _plain_group(group: RolloutGroup) -> dict[str, Any]:
+    return {
+        "prompt": _plain(group.prompt),
+        "rollouts": [_plain(rollout) for rollout in group.rollouts],
+    }
+
+
+def _plain(carrier: Prompt | Rollout) -> dict[str, Any]:
+    """Fields as what loads without running code."""
+    values = {field.name: getattr(carrier, field.name) for field in fields(carrier)}
+    if isinstance(carrier, Rollout):
+        values["verdict"] = None if carrier.verdict is None else str(carrier.verdict)
+        values["reward_parts"] = dict(carrier.reward_parts)
+    return values
+
+
+def _group(plain: dict[str, Any]) -> RolloutGroup:
+    return RolloutGroup(
+        prompt=Prompt(**plain["prompt"]),
+        rollouts=tuple(
+            Rollout(**{**each, "verdict": each["verdict"] and Verdict(each["verdict"])})
+            for each in plain["rollouts"]
+        ),
+    )
