@@ -11,6 +11,7 @@ import torch
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
+from megatron_rl.checkpoint.due import SaveTimes
 from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
@@ -119,6 +120,7 @@ def build_run(
             num_rollouts=config.metrics.kl_rollouts,
         ),
         store=CheckpointStore(output_dir / CHECKPOINTS, groups, config.checkpoint),
+        saves=SaveTimes(config=config.checkpoint),
         stop=stop,
         say=say,
     )

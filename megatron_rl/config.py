@@ -146,6 +146,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     yield from algorithm_problems(config.algorithm)
     yield from config_problems(config.model, config.parallel)
     yield from _rollout_problems(config)
+    yield from _checkpoint_problems(config)
     yield from _reward_problems(config)
     yield from _training_problems(config)
     if config.parallel.world_size is not None:
@@ -233,6 +234,24 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             config.algorithm.kl_coef,
             "a KL estimate needs sampled responses, gold ones are not",
             "Set 0",
+        )
+
+
+def _checkpoint_problems(config: RunConfig) -> Iterator[ConfigError]:
+    best, evaluation = config.checkpoint.keep_best, config.evaluation
+    if best is None:
+        return
+    possible = [
+        f"evaluation/{name}/{measure}_at_{evaluation.samples}"
+        for name in evaluation.benchmarks
+        for measure in ("average", "pass", "majority")
+    ]
+    if best not in possible:
+        yield ConfigError(
+            "checkpoint.keep_best",
+            best,
+            "this recipe's evaluations bring no such metric",
+            f"Choose one of {', '.join(possible)}" if possible else "Set evaluation.benchmarks",
         )
 
 

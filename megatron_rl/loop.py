@@ -76,7 +76,7 @@ def train(run: Run, record: Record) -> bool:
         record(IterationMetrics(iteration=iteration, values=values))
         for line in spikes.of(values):
             run.say(line)
-        if run.save_is_due(iteration):
+        if run.save_is_due(iteration, values):
             with run.meter.phase("checkpoint"):
                 run.save(iteration)
         if not is_last and run.stop.agreed(run.groups.world):

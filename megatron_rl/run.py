@@ -1,16 +1,17 @@
 """The parts of a run on one rank: what it goes on from, and what it leaves."""
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
 from megatron_rl.checkpoint.contract import RECIPE, breaches, changes, not_empty, saved_terms
+from megatron_rl.checkpoint.due import SaveTimes
 from megatron_rl.checkpoint.model_files import ModelFiles
-from megatron_rl.checkpoint.names import CHECKPOINTS, name_of
+from megatron_rl.checkpoint.names import CHECKPOINTS, SCORE, checkpoints_in, name_of
+from megatron_rl.checkpoint.retention import score_of
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
@@ -48,11 +49,10 @@ class Run:
     trainer: Trainer
     initial_kl: InitialKl
     store: CheckpointStore
+    saves: SaveTimes
     stop: StopRequest
     say: Callable[[str], None]
     done_iterations: int = 0
-    saved_iteration: int = 0
-    saved_at: float = field(default_factory=time.monotonic)
 
     @property
     def models(self) -> list[TrainedModel]:
@@ -82,13 +82,16 @@ class Run:
         """Restore what a checkpoint says beside the models; tell what this recipe changes of it."""
         for reason in state["rejected"]:
             self.say(f"checkpoint rejected: {reason}")
-        self.done_iterations = self.saved_iteration = state["iteration"]
+        self.done_iterations = state["iteration"]
         directory = Path(self.config.run.output_dir) / CHECKPOINTS
         saved = saved_terms(directory / name_of(self.done_iterations), state)
         now = start_terms(self.config, self.inputs, self.groups.layout.world_size)
         # It may be an older checkpoint than the one that was checked before anything was built.
         if found := breaches(saved, now):
             raise ConfigErrors(found)
+        self.saves.resumed(
+            self.done_iterations, state.get(SCORE), map(score_of, checkpoints_in(directory))
+        )
         self.prompts.load_state_dict(state["prompts"])
         self.trainer.load_state_dict(state["trainer"])
         self.say(f"resumed after iteration {self.done_iterations}")
@@ -100,24 +103,22 @@ class Run:
                 "iterations are done, so nothing is trained. Raise it to go on"
             )
 
-    def save_is_due(self, iteration: int) -> bool:
-        """True on all ranks where a checkpoint is to be written after this iteration."""
-        settings = self.config.checkpoint
-        if settings.save_every == 0:
-            return False
-        if iteration == self.config.run.num_iterations:
-            return True
-        if settings.save_every is not None:
-            return iteration % settings.save_every == 0
-        minutes = (time.monotonic() - self.saved_at) / 60
-        # Clocks of ranks differ, and all have to save or none.
-        return max_over([minutes], self.groups.world)[0] >= settings.save_minutes
+    def save_is_due(self, iteration: int, values: Mapping[str, float]) -> bool:
+        """True on all ranks where a checkpoint follows this iteration, of which these are the
+        metrics.
+        """
+        return self.saves.is_due(
+            iteration,
+            is_last=iteration == self.config.run.num_iterations,
+            values=values,
+            slowest=lambda minutes: max_over([minutes], self.groups.world)[0],
+        )
 
     def leave(self, iteration: int) -> Literal[False]:
         """Save what is done by the end of this iteration, because a signal asks to stop."""
         if not iteration:
             self.say("told to stop before the first iteration was done: there is nothing to save")
-        elif self.saved_iteration == iteration:
+        elif self.saves.iteration == iteration:
             self.say(f"told to stop: the checkpoint after iteration {iteration} is there")
         else:
             self.save(iteration)
@@ -134,10 +135,11 @@ class Run:
                 "prompts": self.prompts.state_dict(),
                 "trainer": self.trainer.state_dict(),
                 RECIPE: kept_recipe(self.config),
+                **({} if self.saves.score is None else {SCORE: self.saves.score}),
             },
             add_files=self._model_files.add_to,
         )
-        self.saved_iteration, self.saved_at = iteration, time.monotonic()
+        self.saves.saved(iteration)
 
     def export(self) -> Path | None:
         """Write the policy as a Hugging Face directory; None where no export is asked for."""

@@ -21,6 +21,10 @@ class CheckpointConfig(Settings):
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of every so many iterations stay as well; 0: none beside `keep_last`."""
 
+    keep_best: str | None = None
+    """A metric, for example `evaluation/<benchmark>/average_at_<k>`: the checkpoint with its
+    highest value stays as well, and one is written whenever a value is the highest so far."""
+
     export_hf: bool = True
     """Write the policy as a Hugging Face directory: hf/ in every checkpoint, and hf/ in the run's
     directory at the end."""

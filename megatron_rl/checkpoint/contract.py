@@ -150,7 +150,8 @@ CONTRACT = (
     _clause(
         "run.output_dir run.resume parallel.world_size weights.bucket_mib weights.verify_one_in "
         "checkpoint.save_every checkpoint.save_minutes checkpoint.keep_last "
-        "checkpoint.keep_every checkpoint.export_hf checkpoint.export_file_mib "
+        "checkpoint.keep_every checkpoint.keep_best checkpoint.export_hf "
+        "checkpoint.export_file_mib "
         "watchdog.enabled watchdog.min_s watchdog.start_s watchdog.factor debug.record "
         "evaluation.every evaluation.at_start evaluation.at_end "
         "metrics.console metrics.jsonl metrics.tensorboard metrics.wandb_project "

@@ -6,6 +6,8 @@ from pathlib import Path
 CHECKPOINTS = "checkpoints"  # of a run, in its directory
 STATE = "state.json"  # of a checkpoint
 MANIFEST = "MANIFEST.json"  # of a checkpoint
+SCORE = "score"
+"""The entry of STATE with the value of checkpoint.keep_best, where its iteration had one."""
 
 NAME = re.compile(r"iteration_(\d{6,})")
 

@@ -1,5 +1,6 @@
 """Which checkpoints of a run stay on disk."""
 
+import json
 import shutil
 import uuid
 from collections.abc import Set
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from megatron_rl.checkpoint import manifest
 from megatron_rl.checkpoint.config import CheckpointConfig
-from megatron_rl.checkpoint.names import checkpoints_in, iteration_of
+from megatron_rl.checkpoint.names import SCORE, STATE, checkpoints_in, iteration_of
 
 UNFINISHED = ".iteration_*"
 """A checkpoint that is being written or deleted; the next start removes it."""
@@ -36,10 +37,24 @@ def retire(
         for path in checkpoints_in(directory)
         if path.name not in rejected and (path.name in verified or manifest.looks_complete(path))
     ]
+    kept = {saved}
+    if config.keep_every:
+        kept |= {path.name for path in good if iteration_of(path) % config.keep_every == 0}
+    if config.keep_best is not None:
+        scored = {path: score for path in good if (score := score_of(path)) is not None}
+        kept |= {path.name for path in scored if scored[path] == max(scored.values())}
     for path in good[config.keep_last :]:
-        is_kept = config.keep_every and iteration_of(path) % config.keep_every == 0
-        if path.name != saved and not is_kept:
+        if path.name not in kept:
             remove(path)
+
+
+def score_of(checkpoint: Path) -> float | None:
+    """The value of checkpoint.keep_best that its iteration had; None where it had none."""
+    try:
+        score = json.loads((checkpoint / STATE).read_text())[SCORE]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return score if isinstance(score, float) else None
 
 
 def remove(path: Path) -> None:

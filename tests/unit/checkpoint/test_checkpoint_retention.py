@@ -1,5 +1,6 @@
 """Which checkpoints stay on disk after a save."""
 
+import json
 import os
 
 import pytest
@@ -7,6 +8,7 @@ from test_checkpoint_manifest import make
 
 from megatron_rl.checkpoint import retention
 from megatron_rl.checkpoint.config import CheckpointConfig
+from megatron_rl.checkpoint.manifest import write_manifest
 from megatron_rl.checkpoint.names import iteration_of, name_of
 
 
@@ -60,3 +62,25 @@ def test_keep_every_keeps_older_ones(tmp_path, retired):
     for iteration in range(1, 10):
         make(tmp_path, iteration)
     assert retired(9, keep_last=1, keep_every=3) == [3, 6, 9]
+
+
+def score(path, value):
+    (path / "state.json").write_text(json.dumps({"score": value}))
+    files = dict.fromkeys(("policy/.metadata", "rank_0.pt"), (0, ""))
+    for name in files:
+        (path / name).write_bytes(b"")
+    files["state.json"] = ((path / "state.json").stat().st_size, "")
+    write_manifest(path, iteration_of(path), 1, files)
+
+
+def test_the_best_stays(tmp_path, retired):
+    for iteration, value in ((1, 0.25), (2, 0.75), (3, 0.5), (4, None), (5, 0.5)):
+        score(make(tmp_path, iteration), value)
+    assert retired(5, keep_last=1, keep_best="evaluation/x/average_at_4") == [2, 5]
+
+
+def test_a_score_that_is_no_number_is_none(tmp_path):
+    path = make(tmp_path, 1)
+    for text in ("[]", "{", '{"score": "high"}', "{}"):
+        (path / "state.json").write_text(text)
+        assert retention.score_of(path) is None
