@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_rl.checkpoint.names import MANIFEST, STATE, iteration_of
+from megatron_rl.weights.disk import sync
 
 Kind = TypeVar("Kind")
 
@@ -51,7 +52,7 @@ def write_manifest(
         json.dump({**content, "checksum": _checksum(content)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    sync_directory(directory)
+    sync(directory)
 
 
 def read_manifest(directory: Path) -> dict[str, Listed]:
@@ -119,15 +120,6 @@ def digest_of(path: Path) -> str:
 
 def files_in(directory: Path) -> Iterator[Path]:
     return (path for path in directory.rglob("*") if path.is_file())
-
-
-def sync_directory(directory: Path) -> None:
-    """Make sure that the names in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

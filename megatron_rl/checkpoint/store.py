@@ -14,7 +14,6 @@ next start removes it.
 
 import functools
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.megatron.writer import CheckpointWriter
 from megatron_rl.parallel.collectives import all_gather_objects, all_or_none, nothing, sum_over
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.weights.disk import sync
 
 
 class CheckpointStore:
@@ -176,8 +176,7 @@ class CheckpointStore:
         world, rank = self._groups.layout.world_size, self._groups.rank
         listed = {}
         for path in sorted(manifest.files_in(temporary))[rank::world]:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
             name = str(path.relative_to(temporary))
             listed[name] = (path.stat().st_size, manifest.digest_of(path))
         return listed
@@ -189,7 +188,7 @@ class CheckpointStore:
         if final.exists():  # rejected at the start, and repeated since
             remove(final)
         temporary.rename(final)
-        manifest.sync_directory(self._directory)
+        sync(self._directory)
 
     def _retire(self, saved: str) -> None:
         verified, rejected = self._verified, self._rejected

@@ -1,20 +1,15 @@
 """Supervised training: the data set's own responses instead of sampled ones."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from megatron_rl.batching.packer import Packer
-from megatron_rl.evaluation.report import Evaluation
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.rollout.without_engine import WithoutEngine
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
-if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
-    from megatron_rl.policy.policy import Policy
 
-
-class GoldRollouts:
-    """Rollouts without an engine: nobody samples, grades, or needs the weights."""
+class GoldRollouts(WithoutEngine):
+    """Each prompt's own response as its only rollout."""
 
     def __init__(self, groups: Groups, meter: Meter) -> None:
         self._groups, self._meter = groups, meter
@@ -25,26 +20,11 @@ class GoldRollouts:
         share = prompts[self._groups.rank :: self._groups.layout.world_size]
         return [_gold_group(prompt, policy_version) for prompt in share]
 
-    def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        return list(groups)
-
     def count(self, groups: Sequence[RolloutGroup]) -> None:
         self._meter.count(groups)
 
-    def receive(self, policy: "Policy") -> None:
-        pass
-
-    def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
-        pass
-
-    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
-        return Evaluation.empty()
-
     def describe(self) -> list[str]:
         return []
-
-    def close(self) -> None:
-        pass
 
 
 def _gold_group(prompt: Prompt, policy_version: int) -> RolloutGroup:

@@ -9,19 +9,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from megatron_rl.batching.packer import Packer
 from megatron_rl.errors import InputError
-from megatron_rl.evaluation.report import Evaluation
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.rollout.without_engine import WithoutEngine
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Verdict
-
-if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
-    from megatron_rl.policy.policy import Policy
 
 FOLDER = "debug"
 NAME = re.compile(r"iteration_(\d{6,})")
@@ -60,8 +56,8 @@ class RolloutRecord:
         return directory
 
 
-class ReplayedRollouts:
-    """Recorded rollouts in the place of sampled ones: nobody samples, grades or gets weights."""
+class ReplayedRollouts(WithoutEngine):
+    """Recorded rollouts in the place of sampled ones."""
 
     def __init__(
         self, source: Path, groups: Groups, meter: Meter, *, reward_parts: Sequence[str] = ()
@@ -83,20 +79,8 @@ class ReplayedRollouts:
             )
         return self._own(groups)
 
-    def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        return list(groups)
-
     def count(self, groups: Sequence[RolloutGroup]) -> None:
         self._meter.count(groups, self._reward_parts)
-
-    def receive(self, policy: "Policy") -> None:
-        pass
-
-    def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
-        pass
-
-    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
-        return Evaluation.empty()
 
     def describe(self) -> list[str]:
         found = recorded(self._folder)
@@ -104,9 +88,6 @@ class ReplayedRollouts:
             f"rollouts: those that {self._folder} holds, of iterations "
             f"{', '.join(map(str, found))}; no engine, no evaluation"
         ]
-
-    def close(self) -> None:
-        pass
 
     def _read(self, iteration: int) -> list[RolloutGroup]:
         """The groups of all ranks, in the order of ranks."""
