@@ -149,9 +149,12 @@ def strike(
     if launcher.poll() is not None:
         return None
     processes = marked(mark)
-    ranks = sorted(pid for pid, rank in processes.items() if rank is not None)
-    targets = {"torchrun": [launcher.pid], "all": list(processes), "rank": draw.sample(ranks, 1)}
-    for pid in targets[whom] if ranks or whom != "rank" else []:
+    ranks = [pid for pid, rank in processes.items() if rank is not None]
+    draw.shuffle(ranks)
+    if not ranks:
+        whom = "torchrun"  # it has not started them yet
+    targets = {"torchrun": [launcher.pid], "all": list(processes), "rank": ranks[:1]}
+    for pid in targets[whom]:
         try:
             os.kill(pid, number)
         except ProcessLookupError:

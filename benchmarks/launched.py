@@ -35,7 +35,7 @@ def recipe_of(model: Path, output: Path, iterations: int, **sections: Any) -> di
             "prompts_per_iteration": 16,
             "max_prompt_tokens": 16,
         },
-        "rollout": {"max_response_tokens": 32},
+        "rollout": {"max_response_tokens": 48},
         "reward": {"num_workers": 1},
         "optimizer": {"lr": 1e-3, "prompts_per_update": 8},
         "metrics": {"console": "plain"},
