@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
-from torch.distributed.checkpoint.planner import WriteItem
 
 from megatron_rl.parallel.collectives import all_gather_objects, gather_objects
 from megatron_rl.parallel.groups import Groups
@@ -31,8 +30,8 @@ FORMAT = CheckpointingConfig("torch_dist", 1)
 class CheckpointWriter:
     """One model's state on its way into an existing, empty directory; every rank has one.
 
-    What all ranks do together (`__init__`, `gather`) and what each does for itself (`copy`,
-    `write`, `finish`) are apart, so that a rank's own error can be told to the others.
+    What all ranks do together (`__init__`, `gather`) and what each does for itself (`write`,
+    `finish`) are apart, so that a rank's own error can be told to the others.
     """
 
     def __init__(self, state: dict[str, Any], directory: Path, groups: Groups) -> None:
@@ -53,7 +52,6 @@ class CheckpointWriter:
         prefix = _StoragePrefix(f"__{groups.rank}_")
         self._plan = self._planner.finish_plan(replace(self._plan, storage_data=prefix))
         self._files = _Files(directory, sync_files=True)
-        self._source: Any = self._planner
         self._written: list[Any] = []
 
     @property
@@ -64,16 +62,12 @@ class CheckpointWriter:
             prod(tensor.chunk.sizes) * tensor.properties.dtype.itemsize for tensor in tensors
         )
 
-    def copy(self) -> None:
-        """Copy what this rank writes to memory of the host, so that training may go on."""
-        self._source = _Copies(self._planner, self._plan.items)
-
     def write(self) -> None:
         """Write this rank's file, and on the main rank what all ranks have in common."""
         if self._groups.is_main:
             torch.save(self._common, self._directory / COMMON_STATE_FNAME)
             save_config(FORMAT, str(self._directory))
-        self._written = self._files.write_data(self._plan, self._source).value()
+        self._written = self._files.write_data(self._plan, self._planner).value()
 
     def gather(self) -> None:
         """Let the main rank know where in their files the ranks wrote what."""
@@ -90,17 +84,3 @@ class _Files(FileSystemWriter):
 
     def storage_meta(self) -> None:
         return None
-
-
-class _Copies:
-    """Tensors by the item of a plan that asks for them: what a writer needs of a planner."""
-
-    def __init__(self, planner: MCoreSavePlanner, items: list[WriteItem]) -> None:
-        self._copies = {item.index: _copied(planner.resolve_data(item)) for item in items}
-
-    def resolve_data(self, item: WriteItem) -> Any:
-        return self._copies[item.index]
-
-
-def _copied(data: Any) -> Any:
-    return data.to("cpu", copy=True) if isinstance(data, torch.Tensor) else data
