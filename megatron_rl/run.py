@@ -121,7 +121,8 @@ class Run:
         elif self.saves.iteration == iteration:
             self.say(f"told to stop: the checkpoint after iteration {iteration} is there")
         else:
-            self.save(iteration)
+            with self.meter.phase("checkpoint"):
+                self.save(iteration)
             self.say(f"told to stop: checkpoint saved after iteration {iteration}")
         return False
 
@@ -143,7 +144,8 @@ class Run:
 
     def export(self) -> Path | None:
         """Write the policy as a Hugging Face directory; None where no export is asked for."""
-        return self._model_files.export_to(Path(self.config.run.output_dir))
+        with self.meter.phase("checkpoint"):
+            return self._model_files.export_to(Path(self.config.run.output_dir))
 
     @property
     def _model_files(self) -> ModelFiles:

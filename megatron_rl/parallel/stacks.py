@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -49,8 +48,10 @@ class Process:
 
 def this_process() -> Process:
     """This process, which answers ASK from now on; main thread only."""
-    descriptor, path = tempfile.mkstemp(prefix=f"megatron_rl_{os.getpid()}_", suffix=".stacks")
+    # A file in memory, which ends with the process, and which others read by way of it.
+    descriptor = os.memfd_create("stacks")
     faulthandler.register(ASK, file=descriptor, all_threads=True)
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
     return Process(host=socket.gethostname(), pid=os.getpid(), stack_file=path)
 
 

@@ -27,6 +27,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -45,6 +46,7 @@ SECONDS_OF_A_STEP = 2.0  # steps of less than this are one
 SECONDS_FOR_ANSWERS = 3.0
 SECONDS_TO_PRINT = 15.0
 SECONDS_TO_HEAR_OF_A_FAILURE = 2.0
+PHASES_REMEMBERED = 50
 BETWEEN = "between phases"
 SHOW_CURSOR = b"\x1b[?25h"
 # What a rank says whose peer has ended, in a collective over gloo.
@@ -68,7 +70,7 @@ class Watchdog:
 
     def __init__(self, config: WatchdogConfig, rank: int, world_size: int) -> None:
         self._config, self._rank, self._world_size = config, rank, world_size
-        self._usual: dict[str, list[float]] = {}
+        self._usual: dict[str, deque[float]] = {}
         self._beat = _Beat(number=0, iteration=0, phase="start-up", deadline=config.start_s)
         self._beats: dict[int, _Beat] = {}
         self._processes: dict[int, Process] = {}
@@ -97,7 +99,8 @@ class Watchdog:
         try:
             yield
         finally:
-            self._usual.setdefault(name, []).append(time.monotonic() - start)
+            lasted = self._usual.setdefault(name, deque(maxlen=PHASES_REMEMBERED))
+            lasted.append(time.monotonic() - start)
         self._enter(BETWEEN, self._beat.iteration)  # an error leaves the phase that it was in
 
     def progress(self) -> None:
