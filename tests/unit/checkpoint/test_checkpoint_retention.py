@@ -51,6 +51,13 @@ def test_damaged_newer_ones_do_not_push_a_good_one_out(tmp_path, retired, damage
     assert retired(5, verified=(4,), rejected=(8, 9), keep_last=1) == [5, 8, 9]
 
 
+def test_what_was_just_written_stays_below_higher_numbers_too(tmp_path, retired):
+    """Somebody put 8 and 9 there while the run went on; nobody has read them."""
+    for iteration in (4, 5, 8, 9):
+        make(tmp_path, iteration)
+    assert retired(5, verified=(4,), keep_last=1) == [5, 9]
+
+
 def test_incomplete_older_ones_do_not_count(tmp_path, retired):
     for iteration in (1, 2, 3, 4):
         make(tmp_path, iteration)
