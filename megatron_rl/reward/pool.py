@@ -10,7 +10,7 @@ What happens to a pair of strings, which is a job here:
     too slow   outcome "timeout"; the worker is killed and replaced
     crashed    its worker is replaced, and the job is tried once more; then outcome "error"
     no zygote  the process that forks workers (worker.py) is gone and they with it: all are started
-               again and the job waits again, without being charged
+               again, and the job is tried once more; then outcome "error"
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from megatron_rl.reward.math_grader import VerdictName
 
 WALL_FACTOR = 20  # a job that sleeps uses no CPU time; it ends after so many deadlines by the clock
 _START_LIMIT_S = 60.0  # for a worker's imports
-_MAX_ZYGOTE_STARTS = 2  # in the life of a pool
+_MAX_ZYGOTE_STARTS = 3  # in a row, without an outcome of a worker in between
 _MAX_FAILED_STARTS = 8  # workers in a row that end before they are ready
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -52,6 +52,7 @@ class _Job:
     id: int
     request: bytes
     has_been_tried: bool = False
+    has_lost_zygote: bool = False  # it was in hand when the process that forks workers ended
 
 
 @dataclass(slots=True, eq=False)
@@ -187,14 +188,19 @@ class WorkerPool:
             )
         if self._zygote_starts >= _MAX_ZYGOTE_STARTS:
             raise RunError(
-                f"reward workers died {self._zygote_starts} times with the process they are "
-                f"forked from (exit code {self._zygote.poll()}): verdicts cannot be had any more. "
-                "Look for the kernel's out-of-memory killer on this node; fewer reward.num_workers "
+                f"reward workers died {self._zygote_starts} times in a row with the process they "
+                f"are forked from (exit code {self._zygote.poll()}), and gave no verdict between: "
+                "look for the kernel's out-of-memory killer on this node; fewer reward.num_workers "
                 "need less memory"
             )
         for worker in self._workers:
-            if worker.job is not None:
-                self._waiting.appendleft(worker.job)  # not the job's fault: it is not charged
+            if worker.job is not None and worker.job.has_lost_zygote:
+                seconds = time.monotonic() - worker.started
+                reason = "the process that workers are forked from died twice meanwhile"
+                self._finish(worker, Outcome("error", seconds, reason=reason))
+            elif worker.job is not None:
+                worker.job.has_lost_zygote = True
+                self._waiting.appendleft(worker.job)
         self._drop_workers()
         self._selector.unregister(self._control)
         self._control.close()
@@ -270,6 +276,7 @@ class WorkerPool:
             worker.is_ready = True
             self._failed_starts = 0
         elif worker.job is not None:
+            self._zygote_starts = 0
             self._finish(worker, _outcome(message, self._deadline_s))
 
     def _finish(self, worker: _Worker, outcome: Outcome) -> None:
