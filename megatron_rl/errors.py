@@ -1,5 +1,11 @@
 """Errors that a user can mend, with one form for every message; exit codes."""
 
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
 FAILED = 2
 """The exit code where recipe, data, model, files or arguments are at fault."""
 
@@ -34,3 +40,13 @@ class RunError(RuntimeError):
 
 class NonFiniteError(RunError):
     """The loss or the gradient of an update is not finite; raised on all ranks."""
+
+
+def tell_torchrun(message: str) -> None:
+    """Have torchrun's summary, which comes last, give the reason instead of an exit code."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        now = str(int(time.time()))
+        content = {"message": {"message": message, "extraInfo": {"timestamp": now}}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(content))

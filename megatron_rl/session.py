@@ -1,11 +1,8 @@
 """A command from its config to its end: processes joined, run built, results written and shown."""
 
-import contextlib
-import json
 import os
 import subprocess
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +18,14 @@ from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.versions import refuse_newer
 from megatron_rl.config import RunConfig
-from megatron_rl.errors import BROKEN, FAILED, ConfigErrors, InputError, RunError
+from megatron_rl.errors import (
+    BROKEN,
+    FAILED,
+    ConfigErrors,
+    InputError,
+    RunError,
+    tell_torchrun,
+)
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
@@ -72,8 +76,9 @@ def _train(config: RunConfig, platform: Platform) -> None:
     inputs = read_inputs(config, world_size)
     done = check_resume(config, inputs, world_size)
     records = appended_files(config.metrics, output)
-    for path in records:
-        check_appendable(path, done)
+    if os.environ.get("RANK", "0") == "0":  # they may be long, and one rank appends to them
+        for path in records:
+            check_appendable(path, done)
     enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
@@ -130,6 +135,7 @@ def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: W
         rollouts.receive(build_policy(config, inputs, groups, run_updates=1))  # none is taken
     with meter.phase("evaluation"):
         evaluation = rollouts.evaluate(iteration=None, policy_version=0)
+    assert evaluation is not None  # no signal is listened for, so one ends the process
     if groups.is_main:
         print(f"{config.model.path}, temperature {config.evaluation.temperature:g}")
         print(*evaluation.table(), sep="\n")
@@ -197,19 +203,9 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
             if not is_told:
                 traceback.print_exc()
             sys.stderr.write(hidden(f"megatron-rl: error: {text}\n  ({where})\n"))
-            _tell_torchrun(hidden(f"{text} ({where})"))
+            tell_torchrun(hidden(f"{text} ({where})"))
         is_mendable = isinstance(error, ConfigErrors | InputError)
         raise _Over(FAILED if is_mendable else BROKEN) from error
-
-
-def _tell_torchrun(message: str) -> None:
-    """Have torchrun's summary, which comes last, give the reason instead of an exit code."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        now = str(int(time.time()))
-        content = {"message": {"message": message, "extraInfo": {"timestamp": now}}}
-        with contextlib.suppress(OSError):
-            Path(path).write_text(json.dumps(content))
 
 
 def _say_early(message: str) -> None:

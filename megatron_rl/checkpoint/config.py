@@ -15,6 +15,10 @@ class CheckpointConfig(Settings):
     save_minutes: float = Field(default=15.0, gt=0)
     """Minutes between checkpoints, where `save_every` is not set."""
 
+    async_save: bool = False
+    """Train on while a checkpoint is being written: only its copy to host memory is waited for, and
+    the end of the save before. A rank's host memory must hold what it writes."""
+
     keep_last: int = Field(default=2, ge=1)
     """Number of newest good checkpoints that stay on disk; damaged ones do not count."""
 

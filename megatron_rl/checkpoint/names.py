@@ -9,6 +9,10 @@ MANIFEST = "MANIFEST.json"  # of a checkpoint
 SCORE = "score"
 """The entry of STATE with the value of checkpoint.keep_best, where its iteration had one."""
 
+OWED = "owed_metrics"
+"""The entry of STATE with the metrics of its iteration, where a stop broke the evaluation off that
+is to be recorded with them."""
+
 NAME = re.compile(r"iteration_(\d{6,})")
 
 

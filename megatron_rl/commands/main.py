@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
-from megatron_rl.errors import FAILED, ConfigErrors, InputError
+from megatron_rl.errors import FAILED, ConfigErrors, InputError, tell_torchrun
 from megatron_rl.references import hidden
 
 STOPPED = 130  # as a shell says it
@@ -65,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command.run(options)
     except (ConfigErrors, InputError) as error:
-        say(f"error: {error}")
-        return FAILED
+        return _failed(error)
     except KeyboardInterrupt:
         hint = GOES_ON.get(options.command)
         say(f"stopped; {hint}" if hint else "stopped")
@@ -78,8 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in DENIED:
             raise
-        say(f"error: {error}")
-        return FAILED
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    say(f"error: {error}")
+    tell_torchrun(hidden(str(error)))
+    return FAILED
 
 
 def say(message: str) -> None:

@@ -5,6 +5,8 @@ signal to the job's process group ends that one, and the next save waits for it 
 writers leave a rank waiting, and a killed rank leaves writers. Here a rank writes its file itself.
 """
 
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -19,7 +21,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StoragePrefix
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from megatron_rl.parallel.collectives import all_gather_objects, gather_objects
 from megatron_rl.parallel.groups import Groups
@@ -30,8 +35,8 @@ FORMAT = CheckpointingConfig("torch_dist", 1)
 class CheckpointWriter:
     """One model's state on its way into an existing, empty directory; every rank has one.
 
-    What all ranks do together (`__init__`, `gather`) and what each does for itself (`write`,
-    `finish`) are apart, so that a rank's own error can be told to the others.
+    What all ranks do together (`__init__`, `gather`) and what each does for itself (`hold`,
+    `write`, `finish`) are apart, so that a rank's own error can be told to the others.
     """
 
     def __init__(self, state: dict[str, Any], directory: Path, groups: Groups) -> None:
@@ -41,16 +46,17 @@ class CheckpointWriter:
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded, keep_only_main_replica=True
         )
-        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._planner.set_up_planner(
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner(
             mcore_to_pyt_state_dict(by_key, False), is_coordinator=groups.is_main
         )
-        self._plan = self._planner.create_local_plan()
+        self._planner: SavePlanner = planner
+        self._plan = planner.create_local_plan()
         plans = gather_objects(self._plan, groups.world)
         # It lists the tensors of all ranks, so only one needs it.
-        self._index = self._planner.create_global_plan(plans)[1] if groups.is_main else None
+        self._index = planner.create_global_plan(plans)[1] if groups.is_main else None
         prefix = _StoragePrefix(f"__{groups.rank}_")
-        self._plan = self._planner.finish_plan(replace(self._plan, storage_data=prefix))
+        self._plan = planner.finish_plan(replace(self._plan, storage_data=prefix))
         self._files = _Files(directory, sync_files=True)
         self._written: list[Any] = []
 
@@ -61,6 +67,11 @@ class CheckpointWriter:
         return sum(
             prod(tensor.chunk.sizes) * tensor.properties.dtype.itemsize for tensor in tensors
         )
+
+    def hold(self, copy: Callable[[Tensor], Tensor]) -> None:
+        """Take copies of all that this rank writes: from here on the model may change."""
+        self._planner = _Held(self._planner, self._plan.items, copy)
+        self._common = deepcopy(self._common)
 
     def write(self) -> None:
         """Write this rank's file, and on the main rank what all ranks have in common."""
@@ -77,6 +88,22 @@ class CheckpointWriter:
         """Write the index of all files, on the main rank."""
         if self._index is not None:
             self._files.finish(self._index, self._written)
+
+
+class _Held(DefaultSavePlanner):
+    """Gives the writing of files copies of what it asks for."""
+
+    def __init__(
+        self, stock: SavePlanner, items: Sequence[WriteItem], copy: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        found = {item.index: stock.resolve_data(item) for item in items}
+        self._held = {
+            index: copy(data) if isinstance(data, Tensor) else data for index, data in found.items()
+        }
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self._held[write_item.index]
 
 
 class _Files(FileSystemWriter):

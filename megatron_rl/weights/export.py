@@ -1,7 +1,7 @@
 """The policy as a Hugging Face directory: one more reshard, from training ranks to files."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from math import prod
@@ -29,6 +29,7 @@ from megatron_rl.weights.hf_files import (
 from megatron_rl.weights.layouts import hf_pieces, hf_shapes
 from megatron_rl.weights.pieces import whole
 from megatron_rl.weights.plan import Holders, Plan, build_plan
+from megatron_rl.weights.room import ROOM_FOR_THE_REST, Room
 from megatron_rl.weights.sync import training_holders
 from megatron_rl.weights.tensor_file import TensorFileWriter
 from megatron_rl.weights.transfer import execute
@@ -58,6 +59,9 @@ def export_hf(
 
     Files are dealt out to the ranks, which gather and write a few tensors at a time. `output`
     appears under its name only when it is complete. An error on one rank is raised on all.
+
+    Raises:
+        RunError: the disk is full.
     """
     sources, shapes = training_holders(arch, groups.layout), hf_shapes(arch)
     if is_critic:
@@ -65,6 +69,10 @@ def export_hf(
     nbytes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     files = plan_files(nbytes, file_mib << 20)
     temporary = output.with_name(f".{output.name}.partial")
+    room = Room("the export", output.parent, needed=sum(nbytes.values()) + ROOM_FOR_THE_REST)
+
+    def on_the_disk(work: Callable[[], None], *, has_part: bool = True) -> None:
+        all_or_none(partial(room.naming_full_disk, work) if has_part else nothing, groups.world)
 
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +89,7 @@ def export_hf(
         sync_tree(temporary)
         put_in_place(temporary, output)
 
-    all_or_none(prepare if groups.is_main else nothing, groups.world)
+    on_the_disk(prepare, has_part=groups.is_main)
     writes_head = groups.is_first_copy and groups.here.dp_rank == 0
     writer = _FileSequence(temporary, files, shapes, dtype)
     for names_of in _batches(files, nbytes, groups.layout.world_size):
@@ -96,10 +104,10 @@ def export_hf(
             device=groups.platform.current_device(),
             after_bucket=lambda _: None,
         )
-        all_or_none(partial(writer.write, tensors), groups.world)
+        on_the_disk(partial(writer.write, tensors))
     if is_critic:
-        all_or_none(write_head if writes_head else nothing, groups.world)
-    all_or_none(finish if groups.is_main else nothing, groups.world)
+        on_the_disk(write_head, has_part=writes_head)
+    on_the_disk(finish, has_part=groups.is_main)
 
 
 class _FileSequence:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_on_ranks
-from training_runs import LAST, PP2, TP2, build, exported
+from training_runs import LAST, PP2, TP2, build, error_of, everywhere, exported
 
 from megatron_rl.checkpoint.manifest import write_manifest
 
@@ -261,19 +261,3 @@ def load_damaged(folder: Path, straight: str, out: Path) -> None:
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(everywhere(all(torch.equal(one[name], other[name]) for name in one)))
-
-
-def everywhere(item: Any) -> list[Any]:
-    import torch.distributed as dist
-
-    items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
-    return items
-
-
-def error_of(work: Any, kind: type[Exception]) -> str:
-    try:
-        work()
-    except kind as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("no error")

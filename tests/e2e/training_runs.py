@@ -134,3 +134,19 @@ def build(model_dir: Path, output_dir: Path, tp: int, pp: int, **optimizer: Any)
     config = RunConfig.model_validate(recipe)
     inputs = read_inputs(config, dist.get_world_size())
     return build_run(config, inputs, detect(), say=lambda line: None)
+
+
+def everywhere(item: Any) -> list[Any]:
+    import torch.distributed as dist
+
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def error_of(work: Any, kind: type[Exception]) -> str:
+    try:
+        work()
+    except kind as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")

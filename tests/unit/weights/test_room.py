@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rl.checkpoint.room import check_room, naming_full_disk
 from megatron_rl.errors import RunError
+from megatron_rl.weights.room import Room
 
 MIB = 1 << 20
 
@@ -31,9 +31,9 @@ def fails_with(error):
 
 def test_a_save_that_does_not_fit_is_refused_before_it_begins(tmp_path, free):
     free(5 * MIB)
-    check_room(tmp_path, 5 * MIB)
+    Room("the checkpoint", tmp_path / "to be made", 5 * MIB).look()
     with pytest.raises(RunError) as refused:
-        check_room(tmp_path, 5 * MIB + 1)
+        Room("the checkpoint", tmp_path, 5 * MIB + 1).look()
     assert "no space left on device: the checkpoint needs 5.0 MiB, 5.0 MiB are free" in str(
         refused.value
     )
@@ -53,7 +53,7 @@ def test_a_save_that_does_not_fit_is_refused_before_it_begins(tmp_path, free):
 def test_an_error_while_writing(tmp_path, free, error, left, is_full):
     free(left)
     with pytest.raises(RunError if is_full else type(error)) as raised:
-        naming_full_disk(fails_with(error), tmp_path, 7 * MIB)
+        Room("it", tmp_path, 7 * MIB).naming_full_disk(fails_with(error))
     if is_full:
         assert "no space left on device" in str(raised.value)
         assert raised.value.__cause__ is error
@@ -65,5 +65,5 @@ def test_what_is_said_already_is_not_said_again(tmp_path, free):
     free(0)
     first = RunError("no space left on device: first")
     with pytest.raises(RunError) as raised:
-        naming_full_disk(fails_with(first), tmp_path, 7 * MIB)
+        Room("it", tmp_path, 7 * MIB).naming_full_disk(fails_with(first))
     assert raised.value is first
