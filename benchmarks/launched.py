@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,18 @@ def recipe_of(model: Path, output: Path, iterations: int, **sections: Any) -> di
 
 
 def start(
-    recipe: Mapping[str, Any], ranks: int, log: Path, *torchrun: str, mark: str
+    recipe: Mapping[str, Any],
+    ranks: int,
+    log: Path,
+    *,
+    mark: str,
+    program: Sequence[str] = ("-m", "megatron_rl"),
 ) -> subprocess.Popen[bytes]:
     """Start torchrun in a session of its own; all of its processes carry the mark."""
     path = Path(recipe["run"]["output_dir"]).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(dict(recipe)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), *torchrun, "-m", "megatron_rl", "train", str(path)]
+    command += ["--nproc-per-node", str(ranks), *program, "train", str(path)]
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
