@@ -42,9 +42,37 @@ def run_iteration(run: Run, iteration: int) -> bool:
             run.trainer.update(batches)
         except NonFiniteError:
             run.record.write(graded, iteration)  # to be looked into
+            run.finish_save()  # so that the next start goes on from it
             raise
     with run.meter.phase("weight_sync"):  # weights/: the engine samples from the new weights
         run.rollouts.receive(run.policy)
+    return True
+
+
+def end_iteration(run: Run, iteration: int, record: Record, spikes: Spikes) -> bool:
+    """Evaluate and save where it is due, and record what was measured; every rank calls it.
+
+    Returns False where the run was told to stop while it evaluated: then the checkpoint that is to
+    be saved holds the metrics, and the next start evaluates.
+    """
+    config = run.config
+    is_last = iteration == config.run.num_iterations
+    if _is_due(iteration, config.evaluation.every) or (is_last and config.evaluation.at_end):
+        with run.meter.phase("evaluation"):
+            evaluation = run.rollouts.evaluate(iteration, run.policy.version)
+        if evaluation is None:
+            run.owed = run.owed or run.meter.take()
+            return False
+        run.meter.report(evaluation.metrics())
+    values = {**run.meter.take(), **(run.owed or {})}
+    run.owed = None
+    record(IterationMetrics(iteration=iteration, values=values))
+    for line in spikes.of(values):
+        run.say(line)
+    run.store.look()  # a save in the background may have failed
+    if run.save_is_due(iteration, values):
+        with run.meter.phase("checkpoint"):
+            run.save(iteration)
     return True
 
 
@@ -61,26 +89,21 @@ def train(run: Run, record: Record) -> bool:
     if config.evaluation.at_start and run.done_iterations == 0:
         with run.meter.phase("evaluation"):
             evaluation = run.rollouts.evaluate(0, run.policy.version)
+        if evaluation is None:
+            return run.leave(0)
         record(IterationMetrics(iteration=0, values=evaluation.metrics()))
     run.meter.restart()
     spikes = Spikes()
+    if run.owed and not end_iteration(run, run.done_iterations, record, spikes):
+        return run.leave(run.done_iterations)
     for iteration in range(run.done_iterations + 1, config.run.num_iterations + 1):
-        is_last = iteration == config.run.num_iterations
         if not run_iteration(run, iteration):
             return run.leave(iteration - 1)
-        if _is_due(iteration, config.evaluation.every) or (is_last and config.evaluation.at_end):
-            with run.meter.phase("evaluation"):
-                evaluation = run.rollouts.evaluate(iteration, run.policy.version)
-            run.meter.report(evaluation.metrics())
-        values = run.meter.take()
-        record(IterationMetrics(iteration=iteration, values=values))
-        for line in spikes.of(values):
-            run.say(line)
-        if run.save_is_due(iteration, values):
-            with run.meter.phase("checkpoint"):
-                run.save(iteration)
-        if not is_last and run.stop.agreed(run.groups.world):
+        if not end_iteration(run, iteration, record, spikes):
             return run.leave(iteration)
+        if iteration < config.run.num_iterations and run.stop.agreed(run.groups.world):
+            return run.leave(iteration)
+    run.finish_save()
     return True
 
 

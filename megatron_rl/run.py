@@ -10,7 +10,7 @@ from megatron_rl.batching.packer import Packer
 from megatron_rl.checkpoint.contract import RECIPE, breaches, changes, not_empty, saved_terms
 from megatron_rl.checkpoint.due import SaveTimes
 from megatron_rl.checkpoint.model_files import ModelFiles
-from megatron_rl.checkpoint.names import CHECKPOINTS, SCORE, checkpoints_in, name_of
+from megatron_rl.checkpoint.names import CHECKPOINTS, OWED, SCORE, checkpoints_in, name_of
 from megatron_rl.checkpoint.retention import score_of
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
@@ -53,6 +53,9 @@ class Run:
     stop: StopRequest
     say: Callable[[str], None]
     done_iterations: int = 0
+    owed: dict[str, float] | None = None
+    """Metrics of the last iteration done, where a stop broke its evaluation off: the next start
+    evaluates and records them."""
 
     @property
     def models(self) -> list[TrainedModel]:
@@ -92,6 +95,7 @@ class Run:
         self.saves.resumed(
             self.done_iterations, state.get(SCORE), map(score_of, checkpoints_in(directory))
         )
+        self.owed = state.get(OWED)
         self.prompts.load_state_dict(state["prompts"])
         self.trainer.load_state_dict(state["trainer"])
         self.say(f"resumed after iteration {self.done_iterations}")
@@ -119,10 +123,12 @@ class Run:
         if not iteration:
             self.say("told to stop before the first iteration was done: there is nothing to save")
         elif self.saves.iteration == iteration:
+            self.finish_save()
             self.say(f"told to stop: the checkpoint after iteration {iteration} is there")
         else:
             with self.meter.phase("checkpoint"):
                 self.save(iteration)
+            self.finish_save()
             self.say(f"told to stop: checkpoint saved after iteration {iteration}")
         return False
 
@@ -136,11 +142,17 @@ class Run:
                 "prompts": self.prompts.state_dict(),
                 "trainer": self.trainer.state_dict(),
                 RECIPE: kept_recipe(self.config),
+                **({} if self.owed is None else {OWED: self.owed}),
                 **({} if self.saves.score is None else {SCORE: self.saves.score}),
             },
-            add_files=self._model_files.add_to,
+            self._model_files,
         )
         self.saves.saved(iteration)
+
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is being written in the background."""
+        with self.meter.phase("checkpoint"):
+            self.store.finish()
 
     def export(self) -> Path | None:
         """Write the policy as a Hugging Face directory; None where no export is asked for."""

@@ -16,8 +16,9 @@ from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Draw, Prompt, RolloutGroup
 
-Drawn = Callable[[Sequence[Prompt], Draw], list[RolloutGroup]]
-"""Samples and grades; this rank's groups of the batch, each group being on one rank."""
+Drawn = Callable[[Sequence[Prompt], Draw], list[RolloutGroup] | None]
+"""Samples and grades; this rank's groups of the batch, each group being on one rank. None on all
+ranks: it was broken off."""
 
 
 class Evaluator:
@@ -42,8 +43,10 @@ class Evaluator:
         self._model, self._seed = model, seed
         self._questions = questions
 
-    def run(self, drawn: Drawn, *, iteration: int | None, policy_version: int) -> Evaluation:
+    def run(self, drawn: Drawn, *, iteration: int | None, policy_version: int) -> Evaluation | None:
         """The result on every benchmark, equal on all ranks; every rank calls it.
+
+        None where drawn was broken off.
 
         In evaluation/, <benchmark>_<iteration>.jsonl gets the responses to each question, and
         summary_<iteration>.json the result; without an iteration the names have none.
@@ -57,6 +60,8 @@ class Evaluator:
         results = {}
         for name, prompts in self._questions.items():
             answered = self._sample(name, prompts, drawn)
+            if answered is None:
+                return None
             results[name] = measure(name, answered, bootstrap)
             if self._groups.is_main:
                 write_questions(answered, self._directory / f"{name}{suffix}.jsonl")
@@ -79,7 +84,7 @@ class Evaluator:
             write_summary(summary, self._directory / f"summary{suffix}.json")
         return evaluation
 
-    def _sample(self, name: str, prompts: Sequence[Prompt], drawn: Drawn) -> list[Question]:
+    def _sample(self, name: str, prompts: Sequence[Prompt], drawn: Drawn) -> list[Question] | None:
         """The questions of a benchmark with their responses, in its order, on all ranks."""
         draw = Draw(
             purpose=f"evaluation/{name}",
@@ -87,7 +92,10 @@ class Evaluator:
             temperature=self._config.temperature,
             max_response_tokens=self._max_response_tokens,
         )
-        own = [to_question(group) for group in drawn(prompts, draw)]
+        groups = drawn(prompts, draw)
+        if groups is None:
+            return None
+        own = [to_question(group) for group in groups]
         voted = [
             replace(question, majority=chance)
             for question, chance in zip(own, majority(own, self._equality), strict=True)

@@ -54,8 +54,11 @@ class Rollouts(Protocol):
         """
         ...
 
-    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
-        """The result on the recipe's benchmarks; an empty one where there are none."""
+    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation | None:
+        """The result on the recipe's benchmarks; an empty one where there are none.
+
+        None on all ranks where any was told to stop meanwhile.
+        """
         ...
 
     def describe(self) -> list[str]:

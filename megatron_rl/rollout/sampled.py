@@ -78,12 +78,19 @@ class SampledRollouts:
         )
         self.say(f"engine probe: largest log-prob gap {gap:.1e} over {num_responses} responses")
 
-    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
-        def drawn(prompts: Sequence[Prompt], draw: Draw) -> list[RolloutGroup]:
+    def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation | None:
+        def drawn(prompts: Sequence[Prompt], draw: Draw) -> list[RolloutGroup] | None:
             # Seeds do not depend on the iteration, so two evaluations differ by the policy alone.
             groups = self.sampler.generate(
-                prompts, draw, iteration=0, policy_version=policy_version, grader=self.scorer
+                prompts,
+                draw,
+                iteration=0,
+                policy_version=policy_version,
+                grader=self.scorer,
+                stop=self.stop,
             )
+            if self.stop.agreed(self.groups.world):
+                return None
             return attach(groups, self.scorer.collect())
 
         return self.evaluator.run(drawn, iteration=iteration, policy_version=policy_version)
