@@ -43,6 +43,10 @@ def raises() -> None:
     raise KeyError("a row that is not there")
 
 
+def is_told_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def is_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from engine_models import QUICKSTART
 from harness import STUCK_S
 
 ROOT = Path(__file__).parents[2]
+IMPORTABLE = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])  # coin_reward, for one
+FAULTY = str(Path(__file__).with_name("faulty_train.py"))
 LAST = "iteration_000006"
 TP2 = ("parallel.tensor_model_parallel_size=2",)
 PP2 = ("parallel.pipeline_model_parallel_size=2",)
@@ -53,28 +56,41 @@ class Runs:
         """Exit code and everything printed."""
         return self.command("train", name, ranks, *overrides)
 
+    def train_with_fault(
+        self, fault: str, place: str, name: str, *overrides: str
+    ) -> tuple[int, str, float]:
+        """The same of two ranks, of which one meets a fault; and the seconds since it did."""
+        moment = self.folder / f"{name}.moment"
+        program = (FAULTY, fault, place, str(moment))
+        done = self.start("train", name, 2, *overrides, stderr=subprocess.STDOUT, program=program)
+        return done.returncode, done.stdout, time.time() - moment.stat().st_mtime
+
     def command(self, command: str, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
         """The same of any command that takes a recipe."""
         done = self.start(command, name, ranks, *overrides, stderr=subprocess.STDOUT)
         return done.returncode, done.stdout
 
     def start(
-        self, command: str, name: str, ranks: int, *overrides: str, stderr: int
+        self,
+        command: str,
+        name: str,
+        ranks: int,
+        *overrides: str,
+        stderr: int,
+        program: tuple[str, ...] = ("-m", "megatron_rl"),
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, its stderr where the caller wants it."""
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(
             yaml.safe_dump(recipe_of(self.folder / "models" / "qwen2", self.folder / name))
         )
-        start = ["-m", "megatron_rl"]
-        if ranks > 1:
-            start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            start += ["-m", "megatron_rl"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        start = (*(torchrun if ranks > 1 else ()), *program)
         # A pipe, as `| tee` is: it closes when the last process of the run has ended.
         return subprocess.run(
             [sys.executable, *start, command, str(recipe), *overrides],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": IMPORTABLE},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
