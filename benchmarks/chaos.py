@@ -31,6 +31,7 @@ SECONDS_TO_END = 60.0  # torchrun takes up to 30 where it has to kill
 SECONDS_OF_A_START = 300.0
 MOST_FAULTS_OF_A_CHAIN = 8
 SFT = {"algorithm": {"preset": "sft"}}
+BESIDE = {"async_save": True}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ CASES = (
     Case("supervised, TP 2 x DP 2", 4, {**SFT, **_parallel(2, 1)}),
     Case("PPO, DP 2", 2, {"algorithm": {"preset": "ppo"}, "rollout": {"group_size": 1}}),
     Case("iterative DPO, DP 2", 2, {"algorithm": {"preset": "iterative_dpo"}}),
+    Case("supervised, TP 2, saves beside", 2, {**SFT, **_parallel(2, 1), "checkpoint": BESIDE}),
 )
 FAULTS = {  # name: signal, and whom it strikes
     "SIGKILL to one rank": (signal.SIGKILL, "rank"),
@@ -163,7 +165,8 @@ def strike(
 
 
 def recipe(case: Case, model: Path, output: Path) -> dict[str, Any]:
-    return recipe_of(model, output, ITERATIONS, checkpoint={"save_every": 1}, **case.sections)
+    checkpoint = {"save_every": 1, **case.sections.get("checkpoint", {})}
+    return recipe_of(model, output, ITERATIONS, **{**case.sections, "checkpoint": checkpoint})
 
 
 def compared(output: Path, twin: Path) -> str:

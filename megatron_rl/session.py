@@ -282,8 +282,10 @@ def _start(config: RunConfig) -> Platform:
     if "OMP_NUM_THREADS" not in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     output = Path(config.run.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ConfigErrors([f"run.output_dir={str(output)!r}: it is a file. Name a directory"])
+    for directory in (output, output / CHECKPOINTS):
+        if directory.exists() and not directory.is_dir():
+            problem = f"{str(directory)!r} is no directory. Move it, or name another directory"
+            raise ConfigErrors([f"run.output_dir={str(output)!r}: {problem}"])
     return detect()
 
 

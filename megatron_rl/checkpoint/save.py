@@ -113,6 +113,7 @@ class Save:
             self._on_the_disk(lambda: self._give_name(files), only_main=True)
 
     def _prepare(self, models: Sequence[TrainedModel]) -> None:
+        self._directory.mkdir(exist_ok=True)  # in the run's, which is there, or somebody removed it
         remove_unfinished(self._directory)
         for model in models:
             (self._temporary / model.name).mkdir(parents=True)

@@ -46,6 +46,7 @@ def load_model(model: TrainedModel, directory: Path) -> None:
     """
     # Byte entries of a checkpoint are pickles; this keeps torch from running them.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     read_metadata(directory)  # a pickle, which Megatron-Core opens without looking
     loaded = dist_checkpointing.load(sharded_state(model, is_loading=True), str(directory))
     for number, chunk in enumerate(model.chunks):

@@ -33,13 +33,19 @@ class Room:
         """Do work that writes; a full disk gets its name, which torch's own writer hides.
 
         Raises:
-            RunError: the disk is full.
+            RunError: the disk is full, or the directory is gone.
         """
         try:
             work()
         except RunError:
             raise
         except (OSError, RuntimeError) as error:
+            if isinstance(error, FileNotFoundError | RuntimeError) and not self.directory.exists():
+                raise RunError(
+                    f"{self.directory}: it is gone: somebody removed or renamed it, or one above "
+                    f"it, while this run wrote {self.what}. Bring it back where there is a copy, "
+                    "and start the same command again"
+                ) from error
             is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             if is_full or self._free < ROOM_FOR_THE_REST:
                 raise self._full() from error

@@ -148,6 +148,7 @@ def build(model_dir: Path, output_dir: Path, tp: int, pp: int, **optimizer: Any)
     recipe["parallel"] = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
     recipe["optimizer"] |= optimizer
     config = RunConfig.model_validate(recipe)
+    output_dir.mkdir(parents=True, exist_ok=True)
     inputs = read_inputs(config, dist.get_world_size())
     return build_run(config, inputs, detect(), say=lambda line: None)
 

@@ -61,6 +61,12 @@ def test_an_error_while_writing(tmp_path, free, error, left, is_full):
         assert raised.value is error
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError("policy"), RuntimeError("no parent")])
+def test_a_directory_that_is_gone(tmp_path, error):
+    with pytest.raises(RunError, match=r"runs/a: it is gone: somebody removed or renamed it"):
+        Room("it", tmp_path / "runs" / "a").naming_full_disk(fails_with(error))
+
+
 def test_what_is_said_already_is_not_said_again(tmp_path, free):
     free(0)
     first = RunError("no space left on device: first")
