@@ -1,5 +1,6 @@
 """A command from its config to its end: processes joined, run built, results written and shown."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        is_told = isinstance(error, ConfigErrors | InputError | RunError)
+        is_told = isinstance(error, ConfigErrors | InputError | RunError) or _is_full_disk(error)
         where = f"rank {dist.get_rank()}, {watchdog.place}"
         text = str(error) if is_told else f"{type(error).__name__}: {error}"
         if watchdog.fail(text):
@@ -206,6 +207,10 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
             tell_torchrun(hidden(f"{text} ({where})"))
         is_mendable = isinstance(error, ConfigErrors | InputError)
         raise _Over(FAILED if is_mendable else BROKEN) from error
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _say_early(message: str) -> None:

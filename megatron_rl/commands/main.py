@@ -22,8 +22,8 @@ from megatron_rl.errors import FAILED, ConfigErrors, InputError, tell_torchrun
 from megatron_rl.references import hidden
 
 STOPPED = 130  # as a shell says it
-DENIED = (  # what only another path or other rights can mend
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
+DENIED = (  # what only another path, other rights or more room can mend
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
 COMMANDS = {  # name: the file of this room that has it, and what it does

@@ -9,6 +9,8 @@ Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "c
     "torch.cuda.FloatTensor"                ->  "torch.FloatTensor"
     expr.cuda(...)                          ->  expr
 
+What Transformer Engine and Apex have for a GPU is kept from it (OF_A_GPU).
+
 torch itself, vLLM and user code keep the real `torch.cuda`, and the files on disk stay untouched;
 what was compiled is kept in files of its own in their `__pycache__`.
 On a machine with a GPU nothing of this is installed.
@@ -31,6 +33,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+OF_A_GPU = ("transformer_engine", "apex", "amp_C", "flash_attn")
+"""Packages that Megatron-Core takes fused parts of where they are installed, Adam for one. They
+work on GPUs only, so on a CPU their import fails, and it takes torch's."""
 
 _FACADE_NAME = "__megatron_rl_cpu__"
 _CACHE_TAG = "megatronrlcpu"
@@ -282,3 +288,5 @@ def install() -> None:
             "megatron.core"
         )
     sys.meta_path.insert(0, _Finder())
+    for name in OF_A_GPU:
+        sys.modules[name] = None  # type: ignore[assignment]

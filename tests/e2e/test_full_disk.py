@@ -17,12 +17,12 @@ SMALL = "checkpoint.save_every=1", "run.num_iterations=4"
 MOMENTS = 20
 
 
-@pytest.fixture(params=[16])
+@pytest.fixture(params=["16m"])
 def small_disk(runs, request):
-    """A file system in memory of so many MiB, in the place of a run's directory."""
+    """A file system in memory of this size, in the place of a run's directory."""
     place = runs.folder / "small disk"
     place.mkdir(exist_ok=True)
-    options = ["-t", "tmpfs", "-o", f"size={request.param}m", "tmpfs"]
+    options = ["-t", "tmpfs", "-o", f"size={request.param}", "tmpfs"]
     mounted = subprocess.run(["mount", *options, place], capture_output=True, text=True)
     if mounted.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
@@ -43,7 +43,20 @@ def test_a_full_disk_is_named_and_costs_nothing(runs, small_disk):
     assert "resumed after iteration 2" in said
 
 
-@pytest.mark.parametrize("small_disk", [64], indirect=True)
+@pytest.mark.parametrize("small_disk", ["8k", "16k", "24k"], indirect=True)
+def test_a_disk_that_is_full_before_the_first_save(runs, small_disk):
+    """In the files of a start, and in the records of the first iteration."""
+    settings = (*SMALL, "metrics.rollouts_every=1")
+    code, said = runs.train("small disk", 1, *settings)
+    assert code in (1, 2), said
+    assert "megatron-rl: error: [Errno 28] No space left on device" in said
+    assert "Traceback" not in said
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    runs.finish("small disk", 1, *settings)
+    assert [record["iteration"] for record in runs.records("small disk")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("small_disk", ["64m"], indirect=True)
 @pytest.mark.parametrize("async_save", [False, True], ids=["waited for", "async_save"])
 def test_a_disk_that_fills_up_at_any_moment_of_a_save(runs, small_disk, async_save):
     """As if somebody else took the room just then: what was looked for before is left out."""

@@ -1,6 +1,9 @@
 """What is compiled of Megatron-Core's source for a CPU is kept, and never taken for another's."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -74,3 +77,31 @@ def test_code_that_another_rewriting_made_is_not_taken(module, monkeypatch):
     monkeypatch.setattr("sys.dont_write_bytecode", False)
     assert place(loader) == "cpu"
     assert kept.read_bytes() != older
+
+
+# As an image for GPUs has it on a machine without one.
+PACKAGE_OF_A_GPU = 'raise RuntimeError("Found no NVIDIA driver on your system")\n'
+ADAM_OF_TORCH = """
+from megatron_rl.megatron.enter import enter
+from megatron_rl.platforms.base import CPU
+
+enter(CPU)
+import megatron.core.optimizer as optimizer
+import torch
+
+assert optimizer.Adam is torch.optim.AdamW, optimizer.Adam
+"""
+
+
+def test_packages_of_a_gpu_do_not_come_between(tmp_path):
+    for name in on_cpu.OF_A_GPU:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(PACKAGE_OF_A_GPU)
+    importable = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", ADAM_OF_TORCH],
+        env=os.environ | {"PYTHONPATH": importable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
