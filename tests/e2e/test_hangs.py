@@ -12,16 +12,31 @@ SETTINGS = (
     "checkpoint.save_every=1",
     "run.num_iterations=30",
 )
+SAMPLED = (  # by one engine of both ranks, which spin while they wait for each other
+    *TP2,
+    "rollout.tensor_model_parallel_size=2",
+    "algorithm.preset=reinforce_rej",
+    "rollout.group_size=4",
+    "rollout.max_response_tokens=12",
+    "reward.kind=coin_reward:is_even",
+    "reward.num_workers=1",
+)
 HANGS = {  # what the message says of the place
     ("sleeps", "update", TP2): "faulty_train.py",
     ("computes", "rollout", ()): "faulty_train.py",
     ("is_stopped", "checkpoint", PP2): "was stopped by a signal",
+    ("sleeps", "engine step", SAMPLED): "faulty_train.py",
 }
 FAILURES = {
     ("raises", "checkpoint", TP2): "KeyError: 'a row that is not there'",
     ("raises", "update", PP2): "KeyError: 'a row that is not there'",
     ("is_killed", "rollout", TP2): "is gone: it was killed",
+    ("raises", "engine step", SAMPLED): "KeyError: 'a row that is not there'",
 }
+
+
+def phase_of(place):
+    return "rollout" if place == "engine step" else place
 
 
 @pytest.mark.parametrize(
@@ -32,7 +47,7 @@ def test_a_rank_that_stands_still_is_named_with_its_stack(runs, fault, place, la
     code, said, seconds = runs.train_with_fault(fault, place, name, *SETTINGS, *layout)
     assert code == 1, said
     assert said.count("megatron-rl: error: ") == 1, said
-    assert f"iteration 3, {place} (deadline 5 s" in said
+    assert f"iteration 3, {phase_of(place)} (deadline 5 s" in said
     (line,) = [line for line in said.splitlines() if line.startswith("  stuck: ")]
     assert line.startswith("  stuck: rank 1, process ")
     _, _, stacks = said.partition("  stack of rank 1, innermost last:\n")
@@ -51,6 +66,6 @@ def test_a_rank_that_fails_ends_all_with_its_own_words(runs, fault, place, layou
     assert code == 1, said
     assert said.count("megatron-rl: error: ") == 1, said
     assert FAILURES[fault, place, layout] in said
-    assert f"iteration 3, {place}" in said
+    assert f"iteration 3, {phase_of(place)}" in said
     assert "Connection closed by peer" not in said
     assert seconds < 10
