@@ -15,7 +15,7 @@ from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
-from megatron_rl.explain import explain
+from megatron_rl.explain import explain, takes_only_text
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
@@ -310,7 +310,7 @@ def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigErrors: every problem found, each with its field, value, rule and way out.
     """
-    read = read_recipe(recipe, overrides)
+    read = read_recipe(recipe, overrides, _is_text)
     config = _validated(RunConfig, read)
     config._references = read.references
     found = [hidden(str(problem)) for problem in problems(config)]
@@ -326,7 +326,11 @@ def load_reward(recipe: Path | None, overrides: Sequence[str]) -> RewardConfig:
         raise ConfigErrors([f"override {text!r}: only reward.key=value is read" for text in others])
     if recipe is not None:
         return load_config(recipe, overrides).reward
-    return _validated(_RewardAlone, read_recipe(None, overrides)).reward
+    return _validated(_RewardAlone, read_recipe(None, overrides, _is_text)).reward
+
+
+def _is_text(path: Sequence[str]) -> bool:
+    return takes_only_text(path, RunConfig)
 
 
 class _RewardAlone(Settings):

@@ -2,8 +2,8 @@
 
 import difflib
 from collections.abc import Sequence
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import pydantic
 
@@ -26,6 +26,22 @@ def explain(
     return [line for found in error.errors() for line in _lines(dict(found), root, references)]
 
 
+def takes_only_text(path: Sequence[str], root: type[pydantic.BaseModel]) -> bool:
+    """True where a setting's value is text and nothing else that one could type; false for no
+    setting.
+    """
+    model: Any = root
+    for part in path:
+        model = _inside(model, part)
+    members = get_args(model) if get_origin(model) in (Union, UnionType) else (model,)
+    texts = [member for member in members if member is not NoneType]
+    return bool(texts) and all(
+        member is str
+        or (get_origin(member) is Literal and all(isinstance(v, str) for v in get_args(member)))
+        for member in texts
+    )
+
+
 def _lines(
     found: dict[str, Any],
     root: type[pydantic.BaseModel],
@@ -44,7 +60,10 @@ def _lines(
     known = _known_part(path, root)
     if isinstance(cause, FieldErrors):
         return [_line([*known, name], value, rule, references) for name, value, rule in cause.found]
-    return [_line(known, found["input"], found["msg"], references)]
+    rule = found["msg"]
+    if found["type"] == "string_type" and isinstance(found["input"], dict | list):
+        rule += ". YAML reads this as a mapping or a list: put quotes around the text"
+    return [_line(known, found["input"], rule, references)]
 
 
 def _line(path: list[str], value: object, rule: str, references: References) -> str:

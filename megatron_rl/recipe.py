@@ -1,8 +1,9 @@
 """A recipe and its overrides as plain values: layers joined, references resolved and remembered."""
 
+import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,22 @@ class Recipe:
     references: References
 
 
-def read_recipe(recipe: Path | None, overrides: Sequence[str]) -> Recipe:
+def read_recipe(
+    recipe: Path | None,
+    overrides: Sequence[str],
+    is_text: Callable[[Sequence[str]], bool] = lambda path: False,
+) -> Recipe:
     """A recipe, its base recipes below it and `section.key=value` overrides above it.
+
+    is_text: true of the path of a setting that takes only text; an override gives such a setting
+    the text as it is typed, where it is not quoted, null or a reference.
 
     Raises:
         ConfigErrors: a file cannot be read or is not YAML, layers or references do not fit.
     """
     where = "overrides" if recipe is None else str(recipe)
     loaded = OmegaConf.create() if recipe is None else _read(recipe, seen=())
+    overrides = [_with_text_quoted(text, is_text) for text in overrides]
     syntax = [problem for text in overrides if (problem := _override_problem(text))]
     if syntax:
         raise ConfigErrors(syntax)
@@ -133,6 +142,30 @@ def _override_problem(text: str) -> str | None:
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         return f"override {_cut(text)!r}: its value is not valid YAML: {_first_line(error)}"
     return unclear and f"override {text!r}: {unclear.partition(': ')[2]}"
+
+
+def _with_text_quoted(override: str, is_text: Callable[[Sequence[str]], bool]) -> str:
+    """The override, its value quoted where it is text that YAML might take for something else.
+
+    prompts.system=              -> prompts.system=""        a shell takes quotes away
+    prompts.template={prompt}    -> prompts.template="{prompt}"
+    """
+    key, equals, value = override.partition("=")
+    if not equals or not is_text(key.split(".")):
+        return override
+    if value in ("null", "~") or "${" in value or _is_quoted(value):
+        return override
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def _is_quoted(value: str) -> bool:
+    if not value.startswith(("'", '"')):
+        return False
+    try:
+        node = yaml.compose(value, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return False
+    return isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')
 
 
 def _joint(below: Any, above: Any, where: str) -> Any:
