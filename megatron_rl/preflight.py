@@ -1,5 +1,6 @@
 """Everything a run reads, checked before any model is built; all problems at once."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from megatron_rl.evaluation.evaluator import load_questions
 from megatron_rl.megatron.refusals import model_problems
 from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
 from megatron_rl.platforms.base import detect
+from megatron_rl.prompts.clock import today
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.reward.trial import NUM_TRIED, hopeless_golds, try_functions
@@ -38,12 +40,17 @@ class Inputs:
     tokenizer: Tokenizer
     prompts: PromptStream
     benchmarks: dict[str, list[Prompt]]
+    date: str | None = None  # that prompts hold; None: their template does not ask for one
     critic: ModelSource | None = None  # the critic's first weights
 
     @property
     def model_dir(self) -> Path:
         """The directory of config.json and tokenizer."""
         return self.model.config_dir
+
+    def dated(self, config: RunConfig) -> RunConfig:
+        """The recipe with the date of its prompts, which checkpoints and config.yaml then keep."""
+        return _with_date(config, self.date)
 
 
 class _Problems(list[str]):
@@ -70,6 +77,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     """
     found = _Problems()
     found.note(world_problems(config, world_size))
+    wanted_date = config.prompts.date
+    config = _with_date(config, wanted_date or _former_date(config) or today())
     arch = tokenizer = prompts = critic = None
     benchmarks: dict[str, list[Prompt]] = {}
     model = found.attempt(find_model, config.model.path, "model.path")
@@ -81,6 +90,11 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     if tokenizer is not None:
         prompts = found.attempt(_read_prompts, config, tokenizer)
         benchmarks = _read_benchmarks(config, tokenizer, found)
+        if prompts is not None and prompts.date is None and wanted_date is not None:
+            found.append(
+                f"prompts.date={wanted_date!r}: has no effect, no chat template in use asks for a "
+                "date. Leave it out"
+            )
     found.note(_replay_problems(config))
     if config.has_engine:
         found.attempt(require_vllm)
@@ -96,8 +110,21 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         tokenizer=tokenizer,
         prompts=prompts,
         benchmarks=benchmarks,
+        date=prompts.date,
         critic=critic,
     )
+
+
+def _with_date(config: RunConfig, date: str | None) -> RunConfig:
+    prompts = config.prompts.model_copy(update={"date": date})
+    return config.model_copy(update={"prompts": prompts})
+
+
+def _former_date(config: RunConfig) -> str | None:
+    """The date in the prompts of a run that this start goes on with."""
+    found = newest_terms(Path(config.run.output_dir) / CHECKPOINTS)
+    recipe = None if found is None else found[0].recipe
+    return None if recipe is None else recipe.get("prompts", {}).get("date")
 
 
 def check_resume(config: RunConfig, inputs: Inputs, world_size: int) -> int | None:
@@ -189,6 +216,13 @@ def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
             raise InputError(
                 f"prompts.{field}={text!r}: has no effect, the tokenizer has no chat template. "
                 "Write the text into prompts.template"
+            )
+    for name, value in config.prompts.chat_template_kwargs.items():
+        if not re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template):
+            raise InputError(
+                f"prompts.chat_template_kwargs.{name}={value!r}: has no effect, the tokenizer's "
+                f"chat template {'does not name it' if tokenizer.chat_template else 'is not there'}"
+                ". Leave it out"
             )
 
 

@@ -75,6 +75,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_newer(output / CHECKPOINTS)
     inputs = read_inputs(config, world_size)
+    config = inputs.dated(config)
     done = check_resume(config, inputs, world_size)
     records = appended_files(config.metrics, output)
     if os.environ.get("RANK", "0") == "0":  # they may be long, and one rank appends to them
@@ -307,6 +308,7 @@ def _start_lines(run: "Run") -> list[str]:
         + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else "")
         + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),
         *(f"  {row}" for row in prompts.hopeless_rows),
+        *run.prompts.shown_first(run.inputs.tokenizer),
         f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.choice}",
         *(f"{name}: {why}" for name, why in run.trainer.passes.reasons),
         *run.config.algorithm.notices,

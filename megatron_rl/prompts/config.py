@@ -1,12 +1,19 @@
 """Settings of the prompts: the questions that a run trains on, and how they become tokens."""
 
-from string import Formatter
-from typing import Literal, Self
+from datetime import date
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.prompts.format_string import template_problem
 from megatron_rl.settings import Settings
+
+OWN_ARGUMENTS = {
+    *("messages", "conversation", "add_generation_prompt", "tokenize", "strftime_now"),
+    *("chat_template", "return_dict", "return_tensors", "padding", "truncation", "max_length"),
+}
+"""Arguments of a chat template, and of transformers' call, that a recipe may not give."""
 
 
 class PromptsConfig(Settings):
@@ -30,7 +37,7 @@ class PromptsConfig(Settings):
 
     template: str | None = None
     """A format string with {prompt}, other braces doubled: "Q: {prompt} Answer in \\boxed{{}}.".
-    It is the only thing that adds special tokens. None: the tokenizer's chat template where it has
+    None: the tokenizer's chat template where it has
     one, with system and instruction; else the prompt as it is."""
 
     system: str | None = None
@@ -40,6 +47,17 @@ class PromptsConfig(Settings):
     instruction: str | None = None
     """Text of the user's turn of the chat template after the prompt and a space; "": nothing.
     None: where reward.kind is math, the text of the paper's code; else nothing."""
+
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the chat template, for example {enable_thinking: false}."""
+
+    date: str | None = Field(default=None, pattern=r"\d{4}-\d\d-\d\d")
+    """Date for a chat template that asks for one, "2026-11-27". None: that of the run's first
+    start, in UTC, which its checkpoints and config.yaml keep."""
+
+    add_bos: bool = True
+    """Put the tokens in front of a prompt that the tokenizer itself puts in front of a text (BOS),
+    unless it begins with them. Never where the chat template is used, which has its own."""
 
     prompts_per_iteration: int = Field(default=1024, ge=1, le=2**20)
     """Prompts of one iteration, over all ranks; every rank holds all of them."""
@@ -69,6 +87,35 @@ class PromptsConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_date(self) -> Self:
+        try:
+            if self.date is not None:
+                date.fromisoformat(self.date)
+        except ValueError as error:
+            raise ConfigError(
+                "prompts.date", self.date, rule=f"is no date ({error})", way_out="Write YYYY-MM-DD"
+            ) from error
+        return self
+
+    @model_validator(mode="after")
+    def _check_chat_template_kwargs(self) -> Self:
+        if self.template is not None and self.chat_template_kwargs:
+            raise ConfigError(
+                "prompts.chat_template_kwargs",
+                self.chat_template_kwargs,
+                rule="has no effect beside prompts.template, which is used as it is",
+                way_out="Leave one of them out",
+            )
+        if taken := OWN_ARGUMENTS & self.chat_template_kwargs.keys():
+            raise ConfigError(
+                f"prompts.chat_template_kwargs.{min(taken)}",
+                self.chat_template_kwargs[min(taken)],
+                rule="is given by the run itself",
+                way_out="Leave it out; prompts.date sets the date",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_turns(self) -> Self:
         for field in ("system", "instruction"):
             if self.template is not None and getattr(self, field):
@@ -82,7 +129,7 @@ class PromptsConfig(Settings):
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
-        if self.template is not None and (broken := _template_problem(self.template)):
+        if self.template is not None and (broken := template_problem(self.template)):
             raise ConfigError(
                 "prompts.template",
                 self.template,
@@ -90,17 +137,3 @@ class PromptsConfig(Settings):
                 way_out="Write {prompt} where the prompt goes and double all other braces",
             )
         return self
-
-
-def _template_problem(template: str) -> str | None:
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        return f"is not a format string ({error})"
-    fields = [part[1:] for part in parts if part[1] is not None]
-    others = sorted({str(name) for name, _, _ in fields if name != "prompt"})
-    if others:
-        return f"has fields other than {{prompt}}: {', '.join(map(repr, others))}"
-    if any(spec or conversion for _, spec, conversion in fields):
-        return "has a conversion or a format after the field's name"
-    return None if fields else "does not contain {prompt}"

@@ -16,6 +16,8 @@ from megatron_rl.prompts.token_table import TokenTable, tokenize
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Prompt
 
+MOST_CHARS_SHOWN = 600
+
 
 class PromptState(TypedDict):
     """The state of a stream in a checkpoint."""
@@ -61,10 +63,13 @@ class PromptStream:
         all_rows = read_rows(config, with_gold)
         rows, hopeless = _gradable(all_rows, find_hopeless)
         _refuse_control_tokens(rows, tokenizer)
-        render = choose_template(config, tokenizer)
-        table = tokenize(tokenizer, (render(row.prompt) for row in rows))
+        template = choose_template(config, tokenizer)
+        self.date = template.date
+        """The date that the prompts hold; None: the template does not ask for one."""
+        texts = (template.render(row.prompt) for row in rows)
+        table = tokenize(tokenizer, texts, prefix=template.prefix_ids)
         lengths = table.lengths()
-        _refuse_empty(rows, lengths)
+        _refuse_empty(rows, lengths, len(template.prefix_ids))
         fits = [index for index, length in enumerate(lengths) if length <= config.max_prompt_tokens]
         overlong = [index for index, n in enumerate(lengths) if n > config.max_prompt_tokens]
         _check_overlong([rows[index] for index in overlong], len(fits), config)
@@ -100,6 +105,15 @@ class PromptStream:
         """The answers of the first rows in use."""
         return [row.answer for row in self._rows[:count]]
 
+    def shown_first(self, tokenizer: Tokenizer) -> list[str]:
+        """The first prompt as the model reads it, in two lines: for a person to look at."""
+        ids = self._prompts.tokens(0).tolist()
+        text = tokenizer.decode(ids, skip_special=False)
+        return [
+            f"first prompt, {len(ids)} tokens: {_shortened(repr(text), MOST_CHARS_SHOWN)}",
+            f"  ids {_shortened(', '.join(map(str, ids)), MOST_CHARS_SHOWN)}",
+        ]
+
     def all_prompts(self) -> list[Prompt]:
         """Every prompt once, in the order of the files; next_batch() is not affected."""
         return [self._prompt(Draw(row=index, group_id=index)) for index in range(len(self))]
@@ -133,6 +147,12 @@ class PromptStream:
             text=row.prompt,
             gold_tokens=None if self._gold is None else self._gold.tokens(draw.row),
         )
+
+
+def _shortened(text: str, most: int) -> str:
+    """The text, or its beginning and its end."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def _gradable(
@@ -172,10 +192,10 @@ def _refuse_control_tokens(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
     )
 
 
-def _refuse_empty(rows: Sequence[Row], lengths: Sequence[int]) -> None:
+def _refuse_empty(rows: Sequence[Row], lengths: Sequence[int], num_in_front: int) -> None:
     problems = Problems("prompts.path")
     for row, length in zip(rows, lengths, strict=True):
-        if length == 0:
+        if length <= num_in_front:
             problems.add(row.where, "the tokenizer makes no token of the prompt")
     problems.raise_if_any("Remove these rows, or use a tokenizer that knows their characters")
 

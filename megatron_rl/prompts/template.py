@@ -4,13 +4,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from megatron_rl.errors import InputError
+from megatron_rl.prompts.clock import FixedClock, today
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.tokenizer import Tokenizer
-
-Render = Callable[[str], str]
 
 SAMPLE_LIMIT_S = 5.0  # CPU seconds; a template takes a millisecond
 
@@ -28,21 +28,42 @@ def for_mathematics(config: PromptsConfig) -> PromptsConfig:
     return config.model_copy(update={"system": system, "instruction": instruction})
 
 
-def choose_template(config: PromptsConfig, tokenizer: Tokenizer) -> Render:
-    """The function that turns a row's prompt into the text that is encoded.
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How a row's prompt becomes the text that is encoded, and what is put in front of its ids."""
+
+    render: Callable[[str], str]
+    prefix_ids: tuple[int, ...] = ()  # unless the ids begin with them
+    date: str | None = None  # that the texts hold; None: the template does not ask for one
+
+
+def choose_template(config: PromptsConfig, tokenizer: Tokenizer) -> Template:
+    """The recipe's template, or the tokenizer's chat template, or the prompt as it is.
 
     Raises:
         InputError: the chat template fails on a sample, or does not end.
     """
-    template, system, instruction = config.template, config.system or "", config.instruction
+    template = config.template
+    prefix_ids = tokenizer.prefix_ids if config.add_bos else ()
     if template is not None:
-        return lambda prompt: template.format(prompt=prompt)
+        return Template(render=lambda prompt: template.format(prompt=prompt), prefix_ids=prefix_ids)
     if tokenizer.has_chat_template:
-        suffix = f" {instruction}" if instruction else ""
-        with _deadline():
-            tokenizer.render_chat("1+1?" + suffix, system)
-        return lambda prompt: tokenizer.render_chat(prompt + suffix, system)
-    return lambda prompt: prompt
+        return _chat_template(config, tokenizer)
+    return Template(render=lambda prompt: prompt, prefix_ids=prefix_ids)
+
+
+def _chat_template(config: PromptsConfig, tokenizer: Tokenizer) -> Template:
+    date = config.date or today()
+    clock = FixedClock(date)
+    system, suffix = config.system or "", f" {config.instruction}" if config.instruction else ""
+    arguments = {**config.chat_template_kwargs, "strftime_now": clock.strftime}
+
+    def render(prompt: str) -> str:
+        return tokenizer.render_chat(prompt + suffix, system, **arguments)
+
+    with _deadline():
+        render("1+1?")
+    return Template(render=render, date=date if clock.was_asked else None)
 
 
 class _TooSlowError(Exception):

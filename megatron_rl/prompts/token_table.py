@@ -40,11 +40,17 @@ class TokenTable:
         return self.ids[self.ends[row] : self.ends[row + 1]]
 
 
-def tokenize(tokenizer: Tokenizer, texts: Iterable[str], suffix: Sequence[int] = ()) -> TokenTable:
-    """A row for each text: its ids, then the suffix."""
+def tokenize(
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    prefix: Sequence[int] = (),
+    suffix: Sequence[int] = (),
+) -> TokenTable:
+    """A row for each text: the prefix, unless the ids begin with it, its ids, then the suffix."""
     table = TokenTable()
     remaining = iter(texts)
     while chunk := list(islice(remaining, ENCODE_CHUNK)):
         for ids in tokenizer.encode_batch(chunk):
-            table.append([*ids, *suffix])
+            front = () if list(ids[: len(prefix)]) == list(prefix) else prefix
+            table.append([*front, *ids, *suffix])
     return table

@@ -38,6 +38,14 @@ class Tokenizer(Protocol):
     @property
     def has_chat_template(self) -> bool: ...
 
+    @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """Ids that the tokenizer itself puts in front of a text, BOS for one; often none."""
+
+    @property
+    def chat_template(self) -> str:
+        """Its source; "" where there is none."""
+
     def encode(self, text: str) -> list[int]:
         """The text's ids, with nothing in front or behind; control tokens become their ids."""
 
@@ -46,8 +54,11 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
-    def render_chat(self, prompt: str, system: str = "") -> str:
-        """The text of a chat up to where the response starts; system "" means no system turn."""
+    def render_chat(self, prompt: str, system: str = "", **arguments: Any) -> str:
+        """The text of a chat up to where the response starts; system "" means no system turn.
+
+        arguments: of the chat template.
+        """
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -112,10 +123,15 @@ class HuggingFaceTokenizer:
         self._tokenizer: PreTrainedTokenizerBase = loaded
         self.vocab_size = 1 + max(loaded.get_vocab().values())
         self.name = f"huggingface:{type(loaded).__name__}"
-        self.has_chat_template = bool(loaded.chat_template)
+        template: Any = loaded.chat_template or ""  # several by name where there is one for tools
+        self.chat_template = (
+            "\n".join(template.values()) if isinstance(template, dict) else template
+        )
+        self.has_chat_template = bool(template)
         special = {str(token) for token in loaded.added_tokens_decoder.values() if token.special}
         self.control_tokens = tuple(sorted(special | set(loaded.all_special_tokens)))
         self.eos_ids = _eos_ids(directory, loaded.eos_token_id, configured_eos, self.vocab_size)
+        self.prefix_ids = _prefix_ids(loaded)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -134,14 +150,14 @@ class HuggingFaceTokenizer:
         )
         return str(text)
 
-    def render_chat(self, prompt: str, system: str = "") -> str:
+    def render_chat(self, prompt: str, system: str = "", **arguments: Any) -> str:
         from jinja2 import TemplateError
 
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": prompt})
         try:
             text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                turns, tokenize=False, add_generation_prompt=True, **arguments
             )
         except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
@@ -156,6 +172,8 @@ class SentencePieceTokenizer:
     """A tokenizer by a tokenizer.model alone. As in Hugging Face's, control pieces are encoded."""
 
     has_chat_template = False
+    chat_template = ""
+    prefix_ids: tuple[int, ...] = ()  # the file does not tell
 
     def __init__(self, directory: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -208,7 +226,7 @@ class SentencePieceTokenizer:
                 plain.append(token)
         return text + str(self._pieces.decode(plain))
 
-    def render_chat(self, prompt: str, system: str = "") -> str:
+    def render_chat(self, prompt: str, system: str = "", **arguments: Any) -> str:
         raise InputError(
             "a SentencePiece tokenizer.model has no chat template. Set prompts.template, or leave "
             "it unset to use the prompt as it is"
@@ -216,6 +234,17 @@ class SentencePieceTokenizer:
 
     def _plain(self, text: str) -> list[int]:
         return list(self._pieces.encode(text)) if text else []
+
+
+def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """What the tokenizer puts in front of a text, seen on one."""
+    plain, whole = (
+        list(tokenizer("1", add_special_tokens=adds)["input_ids"]) for adds in (False, True)
+    )
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    return ()
 
 
 def _eos_ids(

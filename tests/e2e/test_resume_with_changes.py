@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,25 @@ def test_the_next_updates_are_those_of_torch_with_the_new_settings(runs, kind):
         assert found["moved"] == found["parameters"]
         if ranks == 1:  # over two ranks the sum counts norms and biases, which both hold, twice
             assert found["norms"] == pytest.approx([0.01, 0.01], rel=1e-3)  # it was clipped
+
+
+def test_the_date_of_a_chat_template_is_that_of_the_first_start(runs):
+    """A template that asks for the date, as Llama 3.2's does, and a start on another day."""
+    model = runs.folder / "models" / "dated"
+    shutil.copytree(runs.folder / "models" / "qwen2", model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    words = "{{ strftime_now('%d+%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": words}))
+    settings = (f"model.path={model}", "checkpoint.save_every=1")
+    said = runs.finish("dated", 1, *settings, "prompts.date=2026-03-04", "run.num_iterations=1")
+    assert "tokens: '04+2026" in said
+    said = runs.finish("dated", 1, *settings, "run.num_iterations=2")
+    assert "resumed after iteration 1" in said
+    kept = yaml.safe_load((runs.folder / "dated" / "config.yaml").read_text())
+    assert kept["prompts"]["date"] == "2026-03-04"
+    code, said = runs.train("dated", 1, *settings, "prompts.date=2026-03-05")
+    assert code == 2
+    assert "prompts.path" in said  # the data are not those of the checkpoint
 
 
 def test_a_changed_recipe_takes_effect_and_is_said(runs):

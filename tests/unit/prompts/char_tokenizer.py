@@ -7,6 +7,8 @@ class CharTokenizer:
     eos_ids = (3, 4)
     control_tokens = ("<eos>",)
     has_chat_template = False
+    chat_template = ""
+    prefix_ids = ()
 
     def encode(self, text):
         return [ord(char) for char in text if char != "\x00"]
@@ -17,7 +19,7 @@ class CharTokenizer:
     def decode(self, ids, skip_special=True):
         return "".join(chr(token) for token in ids if not (skip_special and token in self.eos_ids))
 
-    def render_chat(self, prompt, system=""):
+    def render_chat(self, prompt, system="", **arguments):
         return (f"[system]{system}" if system else "") + f"[user]{prompt}[assistant]"
 
 

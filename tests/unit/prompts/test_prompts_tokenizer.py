@@ -111,9 +111,9 @@ def test_a_chat_template_that_fails_names_the_way_out(copied, template):
 def test_template_comes_before_chat_template_before_the_prompt_itself(copied, hugging_face):
     with_chat = load_tokenizer(copied(tokenizer_config={"chat_template": CHAT}))
     own = PromptsConfig(path="p", template="Q: {prompt}{{}}")
-    assert choose_template(own, with_chat)("7?") == "Q: 7?{}"
-    assert choose_template(PromptsConfig(path="p"), with_chat)("7?") == "<bos>7?="
-    assert choose_template(PromptsConfig(path="p"), hugging_face)("{prompt}") == "{prompt}"
+    assert choose_template(own, with_chat).render("7?") == "Q: 7?{}"
+    assert choose_template(PromptsConfig(path="p"), with_chat).render("7?") == "<bos>7?="
+    assert choose_template(PromptsConfig(path="p"), hugging_face).render("{prompt}") == "{prompt}"
 
 
 def test_the_papers_words_are_the_default_of_mathematics(copied, hugging_face, sentencepiece):
@@ -123,14 +123,14 @@ def test_the_papers_words_are_the_default_of_mathematics(copied, hugging_face, s
     user = r"7? Let's think step by step and output the final answer within \boxed{}."
     open_config = PromptsConfig(path="p")
     default = for_mathematics(open_config)
-    assert choose_template(default, with_chat)("7?") == f"[system]{system}[user]{user}"
+    assert choose_template(default, with_chat).render("7?") == f"[system]{system}[user]{user}"
     for plain in (hugging_face, sentencepiece):  # without a chat template the prompt is untouched
-        assert choose_template(default, plain)("7?") == "7?"
+        assert choose_template(default, plain).render("7?") == "7?"
     none = for_mathematics(PromptsConfig(path="p", system="", instruction=""))
-    assert choose_template(none, with_chat)("7?") == "[user]7?"
+    assert choose_template(none, with_chat).render("7?") == "[user]7?"
     words = for_mathematics(PromptsConfig(path="p", system="S", instruction="I"))
-    assert choose_template(words, with_chat)("7?") == "[system]S[user]7? I"
-    assert choose_template(open_config, with_chat)("7?") == "[user]7?"
+    assert choose_template(words, with_chat).render("7?") == "[system]S[user]7? I"
+    assert choose_template(open_config, with_chat).render("7?") == "[user]7?"
 
 
 def test_a_recipes_own_template_is_used_as_it_is(hugging_face, sentencepiece):
@@ -139,7 +139,7 @@ def test_a_recipes_own_template_is_used_as_it_is(hugging_face, sentencepiece):
         PromptsConfig(path="p", template="{prompt}\nPlease put your answer within \\boxed{{}}.")
     )
     for tokenizer in (hugging_face, sentencepiece):
-        rendered = choose_template(config, tokenizer)("7?")
+        rendered = choose_template(config, tokenizer).render("7?")
         assert rendered == "7?\nPlease put your answer within \\boxed{}."
 
 
