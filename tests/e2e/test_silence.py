@@ -38,6 +38,6 @@ def test_nothing_is_said_beside_the_report(runs, case):
 
 OURS = (
     "ops: ", "layout: ", "model: ", "layers: ", "prompts: ", "first prompt, ", "algorithm: ",
-    "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ", "run.num_iterations 2 -> 3",
-    "done: ", "  ",
+    "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
+    "run.num_iterations 2 -> 3", "done: ", "  ",
 )  # fmt: skip
