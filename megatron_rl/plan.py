@@ -30,7 +30,8 @@ def print_plan(config: RunConfig) -> None:
     """
     started = os.environ.get("WORLD_SIZE")
     world = config.parallel.world_size or (int(started) if started else config.smallest_world)
-    arch = read_model_config(find_model(config.model.path, "model.path").config_dir)
+    model_dir = find_model(config.model.path, "model.path").config_dir
+    arch = read_model_config(model_dir, config.model.ignore_config_fields)
     problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
     if not config.is_supervised:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)

@@ -173,7 +173,7 @@ def kept_recipe(config: RunConfig) -> dict[str, Any]:
 
 def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> ModelArch:
     """The network of config.json, to which the weights must belong; layout problems are noted."""
-    arch = read_model_config(model.config_dir)
+    arch = read_model_config(model.config_dir, config.model.ignore_config_fields)
     found.note(model_problems(arch, config.parallel))
     if config.has_engine:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
@@ -233,7 +233,7 @@ def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSour
     if config.critic.path is None:
         return model
     critic = find_model(config.critic.path, "critic.path")
-    critic_arch = read_model_config(critic.config_dir)
+    critic_arch = read_model_config(critic.config_dir, config.model.ignore_config_fields)
     # A critic has no LM head, so it does not matter whether one is tied to the embedding.
     if replace(critic_arch, tied_embeddings=arch.tied_embeddings) != arch:
         raise InputError(

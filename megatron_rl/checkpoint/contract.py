@@ -93,6 +93,7 @@ CONTRACT = (
         "another value starts anew from there; unchanged, what it was adapted to goes on",
     ),
     _clause(
+        "model.ignore_config_fields "
         "model.layer_spec model.recompute_granularity model.recompute_method "
         "model.recompute_num_layers model.recompute_modules model.megatron ops.backend "
         "batching.max_tokens_per_microbatch",
@@ -199,7 +200,7 @@ def saved_terms(path: Path, state: Mapping[str, Any]) -> Terms:
         where=str(path),
         recipe=state.get(RECIPE) or _recipe_of_scheduler(state),
         is_whole=RECIPE in state,
-        network=_network(path / POLICY_DIR / COMPANION_DIR),
+        network=_network(path / POLICY_DIR / COMPANION_DIR, state.get(RECIPE) or {}),
         data=(prompts["checksum"], prompts["num_rows"]) if "checksum" in prompts else None,
         models=None if models is None else tuple(models),
         layout=None if layout is None else tuple(layout),
@@ -351,9 +352,10 @@ def _is_intact(checkpoint: Path) -> bool:
         return False
 
 
-def _network(config_dir: Path) -> ModelArch | None:
+def _network(config_dir: Path, recipe: Mapping[str, Any]) -> ModelArch | None:
     try:
-        return read_model_config(config_dir)
+        ignored = recipe.get("model", {}).get("ignore_config_fields", ())
+        return read_model_config(config_dir, ignored)
     except InputError:
         return None  # damaged, which a resume finds by its manifest
 

@@ -7,7 +7,7 @@ megatron-rl convert to-hf --megatron DIR --output DIR          saved at any layo
 import argparse
 from pathlib import Path
 
-from megatron_rl.commands.terminal import positive, progress_bar
+from megatron_rl.commands.terminal import add_ignored_fields, positive, progress_bar
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.parallel.config import ParallelConfig
 
@@ -43,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--file-mib", type=positive, default=4096, help="size of one safetensors file"
     )
     for direction in (into, back):
+        add_ignored_fields(direction)
         direction.add_argument("--output", required=True, type=Path, metavar="DIR")
         direction.add_argument(
             "--dtype", choices=DTYPES, help="of all weights; as stored if left out"
@@ -66,7 +67,7 @@ def _to_megatron(options: argparse.Namespace) -> Path:
     source = find_model(options.hf, "--hf")
     if source.megatron_dir is not None:
         raise InputError(f"--hf={options.hf!r}: it is a Megatron-Core checkpoint already")
-    arch = read_model_config(source.config_dir)
+    arch = read_model_config(source.config_dir, options.ignore_config_field)
     sizes = {name: getattr(options, name) for name in SIZES}
     # Experts under tensor parallelism are trained so; a checkpoint is the same either way.
     parallel = ParallelConfig(**sizes, sequence_parallel=options.tensor_model_parallel_size > 1)
@@ -95,7 +96,7 @@ def _to_hf(options: argparse.Namespace) -> Path:
     source = find_model(options.megatron, "--megatron", options.hf_config)
     if source.megatron_dir is None:
         raise InputError(f"--megatron={options.megatron!r}: no Megatron-Core checkpoint is there")
-    arch = read_model_config(source.config_dir)
+    arch = read_model_config(source.config_dir, options.ignore_config_field)
     output: Path = options.output
     with progress_bar("to Hugging Face") as bar:
         convert_to_hf(

@@ -29,6 +29,17 @@ def positive(text: str) -> int:
     return number
 
 
+def add_ignored_fields(parser: argparse.ArgumentParser) -> None:
+    """The option that lets fields of config.json pass that this program does not know."""
+    parser.add_argument(
+        "--ignore-config-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a field of config.json that is not known and does not matter; may be repeated",
+    )
+
+
 def not_negative(text: str) -> float:
     """The real number that an option has."""
     number = float(text)

@@ -9,7 +9,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.commands.terminal import not_negative, progress_bar, silence_libraries
+from megatron_rl.commands.terminal import (
+    add_ignored_fields,
+    not_negative,
+    progress_bar,
+    silence_libraries,
+)
 from megatron_rl.errors import InputError
 from megatron_rl.files import read_text
 
@@ -40,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hf-config", metavar="DIR|NAME", help="config.json and tokenizer of Megatron checkpoints"
     )
+    add_ignored_fields(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
         find_model(path, name, options.hf_config)
         for name, path in (("A", options.a), ("B", options.b))
     ]
-    archs = [read_model_config(source.config_dir) for source in sources]
+    ignored = options.ignore_config_field
+    archs = [read_model_config(source.config_dir, ignored) for source in sources]
     differences = list(differences_of_arch(*archs))
     if differences:
         print(f"models   different: {'; '.join(differences)}")

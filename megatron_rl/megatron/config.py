@@ -13,6 +13,10 @@ class ModelConfig(Settings):
     path: str = Field(min_length=1)
     """Hugging Face directory (config.json, *.safetensors, tokenizer) or hub name."""
 
+    ignore_config_fields: list[str] = Field(default_factory=list)
+    """Fields of config.json that this program does not know and that change nothing in the network:
+    those of another tool, for example. A field that is known is never ignored."""
+
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Dtype of weights and activations. bfloat16 keeps float32 main weights in the optimizer."""
 

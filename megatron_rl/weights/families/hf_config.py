@@ -4,7 +4,7 @@ Each field is used, or neutral (not implemented, and harmless at the values list
 does not change the network). Any other field is an error that names it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from megatron_rl.errors import InputError
@@ -36,32 +36,29 @@ USED_BY_MIXTURES = {
     "decoder_sparse_step",
     "mlp_only_layers",
 }
-# Fields of training, generation and bookkeeping that do not change the network.
+# Fields of training, generation and bookkeeping that do not change the network. Those that begin
+# with one of IGNORED_PREFIXES are of the program that wrote the file.
+IGNORED_PREFIXES = ("_", "unsloth_", "transformers.js_")
 IGNORED = {
-    "architectures",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "unk_token_id",
-    "sep_token_id",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "initializer_range",
-    "use_cache",
-    "max_window_layers",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-    "is_encoder_decoder",
-    "chunk_size_feed_forward",
-    "id2label",
-    "label2id",
-    "problem_type",
-    "tokenizer_class",
-    "name_or_path",
-    "_name_or_path",
-    "_attn_implementation",
+    # bookkeeping
+    *("architectures", "torch_dtype", "dtype", "transformers_version", "tokenizer_class"),
+    *("name_or_path", "base_model_name_or_path", "is_llama_config", "attn_implementation"),
+    *("finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id"),
+    *("num_labels", "torchscript", "use_bfloat16", "tf_legacy_loss", "return_dict"),
+    *("output_attentions", "output_hidden_states", "use_cache", "chunk_size_feed_forward"),
+    # training
+    *("initializer_range", "gradient_checkpointing", "max_window_layers", "is_decoder"),
+    # tokens
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
+    *("pad_token", "bos_token", "eos_token", "prefix", "decoder_start_token_id"),
+    # generation, which older versions of transformers wrote beside
+    *("do_sample", "temperature", "top_k", "top_p", "typical_p", "min_p", "repetition_penalty"),
+    *("length_penalty", "diversity_penalty", "max_length", "min_length", "max_new_tokens"),
+    *("num_beams", "num_beam_groups", "num_return_sequences", "early_stopping"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+    *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("remove_invalid_values", "exponential_decay_length_penalty", "output_scores"),
+    "return_dict_in_generate",
 }
 IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -75,6 +72,18 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "partial_rotary_factor": (1, 1.0, None),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
+    "rope_interleaved": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "shared_expert_intermediate_size": (0, None),
+}
+# A way out for values that people have often.
+INSTEAD = {
+    "quantization_config": "Use the model's release in bfloat16, or dequantize it",
+    "sliding_window": "Use a model without a window, or one whose window is switched off",
 }
 # Values that transformers takes for absent fields, in most families.
 DEFAULTS: dict[str, object] = {
@@ -141,9 +150,14 @@ class _Fields:
         return value
 
 
-def read_arch(family: Family, config: Mapping[str, object], where: str) -> ModelArch:
-    """The sizes of a model; InputError for a field that matters and that we cannot honour."""
-    _refuse_unhonoured(family, config, where)
+def read_arch(
+    family: Family, config: Mapping[str, object], where: str, ignored: Collection[str] = ()
+) -> ModelArch:
+    """The sizes of a model; InputError for fields that matter and that we cannot honour.
+
+    ignored: fields that are not known, and of which a person says that they do not matter.
+    """
+    _refuse_unhonoured(family, config, where, ignored)
     _refuse_other_classes(family, config.get("architectures"), where)
     fields = _Fields({**DEFAULTS, **family.defaults, **config}, where)
     heads, hidden = fields.number("num_attention_heads"), fields.number("hidden_size")
@@ -174,26 +188,65 @@ def read_arch(family: Family, config: Mapping[str, object], where: str) -> Model
     )
 
 
-def _refuse_unhonoured(family: Family, config: Mapping[str, object], where: str) -> None:
-    neutral = {**NEUTRAL, **family.neutral}
-    harmless = USED | IGNORED
+def _refuse_unhonoured(
+    family: Family, config: Mapping[str, object], where: str, ignored: Collection[str]
+) -> None:
+    neutral = {
+        **NEUTRAL,
+        "qkv_bias": (family.qkv_bias,),
+        "use_qk_norm": (family.qk_norm,),
+        **family.neutral,
+    }
+    harmless = USED | IGNORED | {"layer_types"}
     if family.mixture is not None:
         harmless |= USED_BY_MIXTURES | IGNORED_OF_MIXTURES
     settings = {**family.defaults, **config}
     if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
         harmless |= {"sliding_window"}
-    for name, value in settings.items():
-        if name in harmless or (name in neutral and value in neutral[name]):
-            continue
-        if name == "layer_types":
-            _refuse_windows(value, where)
-            continue
+    _refuse_windows(config.get("layer_types"), where)
+    if known := sorted(set(ignored) & (harmless | neutral.keys())):
+        raise InputError(
+            f"{where}: {', '.join(known)} cannot be ignored: the field is known, and honoured or "
+            "refused by its value. Leave it out of the fields to ignore"
+        )
+    refused = {
+        name: value
+        for name, value in settings.items()
+        if name not in harmless
+        and not name.startswith(IGNORED_PREFIXES)
+        and not (name in neutral and value in neutral[name])
+        and name not in ignored
+    }
+    if refused:
+        raise InputError(_refusal(family, config, where, refused, neutral))
+
+
+def _refusal(
+    family: Family,
+    config: Mapping[str, object],
+    where: str,
+    refused: Mapping[str, object],
+    neutral: Mapping[str, tuple[object, ...]],
+) -> str:
+    """All fields that are not supported, in one message."""
+    findings = []
+    for name, value in refused.items():
         allowed = f"only {neutral[name]} is" if name in neutral else "the field is not known"
         absent = "" if name in config else " (so transformers takes an absent field)"
-        raise InputError(
-            f"{where}: {name}={_shown(value)}{absent} is not supported for {family.model_type}: "
-            f"{allowed}. A setting that is ignored would train another model than the one you named"
+        findings.append(
+            f"{name}={_shown(value)}{absent} is not supported for {family.model_type}: {allowed}"
         )
+    told = [
+        f"{where}: {'; '.join(findings)}",
+        "A setting that is ignored would train another model than the one you named",
+        *(INSTEAD[name] for name in refused if name in INSTEAD),
+    ]
+    if unknown := [name for name in refused if name not in neutral]:
+        told.append(
+            f"Where they change nothing, model.ignore_config_fields=[{','.join(unknown)}] lets "
+            "them pass (for convert and verify: --ignore-config-field NAME)"
+        )
+    return ". ".join(told)
 
 
 def _refuse_other_classes(family: Family, named: object, where: str) -> None:

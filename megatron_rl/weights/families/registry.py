@@ -1,5 +1,6 @@
 """The architecture of a Hugging Face directory."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_rl.errors import InputError
@@ -9,8 +10,11 @@ from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.tables import FAMILIES
 
 
-def read_model_config(model_dir: Path) -> ModelArch:
-    """The architecture of a Hugging Face directory; InputError for one that we cannot train."""
+def read_model_config(model_dir: Path, ignored: Collection[str] = ()) -> ModelArch:
+    """The architecture of a Hugging Face directory; InputError for one that we cannot train.
+
+    ignored: fields of config.json that are not known, and do not matter.
+    """
     path = model_dir / "config.json"
     if not path.exists():
         raise InputError(
@@ -25,4 +29,4 @@ def read_model_config(model_dir: Path) -> ModelArch:
             f"{', '.join(sorted(FAMILIES))}. A new family is a table in "
             "megatron_rl/weights/families/tables.py"
         )
-    return read_arch(FAMILIES[model_type], config, str(path))
+    return read_arch(FAMILIES[model_type], config, str(path), ignored)
