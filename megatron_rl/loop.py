@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from megatron_rl.errors import NonFiniteError
+from megatron_rl.evaluation.report import unanswered
 from megatron_rl.metrics.spikes import Spikes
 from megatron_rl.run import Run
 from megatron_rl.types import IterationMetrics
@@ -67,7 +68,7 @@ def end_iteration(run: Run, iteration: int, record: Record, spikes: Spikes) -> b
     values = {**run.meter.take(), **(run.owed or {})}
     run.owed = None
     record(IterationMetrics(iteration=iteration, values=values))
-    for line in spikes.of(values):
+    for line in (*spikes.of(values), *unanswered(values, iteration)):
         run.say(line)
     run.store.look()  # a save in the background may have failed
     if run.save_is_due(iteration, values):

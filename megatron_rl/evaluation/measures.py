@@ -8,10 +8,12 @@ from math import comb
 import numpy as np
 
 from megatron_rl.evaluation.question import Question
+from megatron_rl.types import Verdict
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 TRUNCATED = "truncated_frac"
+NO_ANSWER = "no_answer_frac"
 TOKENS = "response_tokens_mean"
 
 
@@ -67,6 +69,7 @@ def scores(question: Question) -> dict[str, float]:
         f"average_at_{count}": correct / count,
         **{f"pass_at_{k}": pass_chance(correct, count, k) for k in [*ks, count]},
         TRUNCATED: sum(question.truncated) / count,
+        NO_ANSWER: question.verdicts.count(Verdict.NO_ANSWER) / count,
         TOKENS: sum(question.tokens) / count,
     }
     if question.majority is not None:

@@ -6,11 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_rl.evaluation.measures import TOKENS, TRUNCATED, BenchmarkResult, Measured
+from megatron_rl.evaluation.measures import NO_ANSWER, TOKENS, TRUNCATED, BenchmarkResult, Measured
 from megatron_rl.evaluation.question import Question
 from megatron_rl.prompts.rows import json_line
+from megatron_rl.types import Verdict
 
 OVERALL = "overall"
+
+
+MANY = 0.5
+"""The share of responses without an answer from which on a person is told of it."""
+
+NEARLY_ALL = 0.95
+"""The same of the first responses that a run trains on, which has yet to learn the form."""
+
+HOW_TO_ASK = (
+    "The model may not have been asked for one in the form that the reward looks for: see the "
+    "first prompt, prompts.system, prompts.instruction, prompts.template and reward.answer_in"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +43,8 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The results at k = samples as metrics of a run, by name."""
         k = self.samples
-        shown = {f"average_at_{k}", f"pass_at_{k}", f"majority_at_{k}", TRUNCATED, TOKENS}
+        of_k = {f"average_at_{k}", f"pass_at_{k}", f"majority_at_{k}"}
+        shown = of_k | {TRUNCATED, NO_ANSWER, TOKENS}
         return {
             f"evaluation/{name}/{key}": measured.value
             for name, columns in self._rows().items()
@@ -46,6 +60,7 @@ class Evaluation:
             f"pass_at_{k}": f"pass@{k}",
             f"majority_at_{k}": f"maj@{k}",
             TRUNCATED: "truncated",
+            NO_ANSWER: "no answer",
         }
         header = f"{'benchmark':24} {'problems':>8} {'failed':>6}" + "".join(
             f"  {title:<18}" for title in columns.values()
@@ -60,7 +75,12 @@ class Evaluation:
             f"in brackets: {self.confidence:.0%} intervals, bootstrapped over problems; "
             "failed: responses that could not be verified, counted as wrong"
         )
-        return lines
+        return lines + [
+            f"{name}: {result.measured[NO_ANSWER].value:.0%} of the responses hold no answer to "
+            f"grade. {HOW_TO_ASK}"
+            for name, result in self.benchmarks.items()
+            if result.measured[NO_ANSWER].value >= MANY
+        ]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -80,6 +100,14 @@ class Evaluation:
     def _rows(self) -> dict[str, Mapping[str, Measured]]:
         rows = {name: result.measured for name, result in self.benchmarks.items()}
         return rows | ({OVERALL: self.overall} if self.overall else {})
+
+
+def unanswered(values: Mapping[str, float], iteration: int) -> list[str]:
+    """A line after the first iteration of a run whose responses hold hardly any answer."""
+    share = values.get(f"reward/verdict_{Verdict.NO_ANSWER}_frac", 0.0)
+    if iteration > 1 or share < NEARLY_ALL:
+        return []
+    return [f"{share:.0%} of the responses hold no answer to grade. {HOW_TO_ASK}"]
 
 
 def write_questions(questions: Sequence[Question], file: Path) -> None:

@@ -198,6 +198,7 @@ def test_the_measures_follow_from_the_written_responses(evaluations):
         ("pass_at_4", passed),
         ("majority_at_4", majority),
         ("truncated_frac", [sum(row["truncated"]) / 4 for row in rows]),
+        ("no_answer_frac", [row["extracted"].count(None) / 4 for row in rows]),
     ):
         mean = sum(values) / 200
         assert measured[key]["value"] == pytest.approx(mean, abs=1e-12), key

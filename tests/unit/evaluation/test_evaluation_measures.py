@@ -48,6 +48,7 @@ def test_scores_of_a_question_by_hand():
         "pass_at_2": pytest.approx(1 - 3 / 6),
         "pass_at_4": 1.0,
         "truncated_frac": 0.25,
+        "no_answer_frac": 0.25,
         "response_tokens_mean": 7.0,
         "majority_at_4": 0.5,
     }

@@ -5,14 +5,15 @@ import pytest
 from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
 from megatron_rl.evaluation.measures import BenchmarkResult, Measured
 from megatron_rl.evaluation.question import Question
-from megatron_rl.evaluation.report import Evaluation, write_questions
+from megatron_rl.evaluation.report import Evaluation, unanswered, write_questions
 
 
-def result(value):
+def result(value, no_answer=0.125):
     measured = {
         "average_at_2": Measured(value, value - 0.1, value + 0.1),
         "pass_at_2": Measured(value + 0.1, value, value + 0.2),
         "truncated_frac": Measured(0.25, 0.0, 0.5),
+        "no_answer_frac": Measured(no_answer, 0.0, 1.0),
         "response_tokens_mean": Measured(12.4, 10.0, 15.0),
     }
     return BenchmarkResult(num_questions=7, num_failed=1, measured=measured, means=None)
@@ -27,19 +28,33 @@ def evaluation(**overall):
 def test_table_and_metrics_say_the_same():
     header, row, note = evaluation().table()
     assert header.split() == [
-        "benchmark", "problems", "failed", "average@2", "pass@2", "maj@2", "truncated", "tokens",
+        "benchmark", "problems", "failed", "average@2", "pass@2", "maj@2", "truncated",
+        "no", "answer", "tokens",
     ]  # fmt: skip
     assert row.split() == [
         "math500", "7", "1", "40.0", "[30.0,", "50.0]", "50.0", "[40.0,", "60.0]", "-",
-        "25.0", "[0.0,", "50.0]", "12",
+        "25.0", "[0.0,", "50.0]", "12.5", "[0.0,", "100.0]", "12",
     ]  # fmt: skip
     assert "90% intervals" in note
     assert evaluation().metrics() == {
         "evaluation/math500/average_at_2": 0.4,
         "evaluation/math500/pass_at_2": 0.5,
         "evaluation/math500/truncated_frac": 0.25,
+        "evaluation/math500/no_answer_frac": 0.125,
         "evaluation/math500/response_tokens_mean": 12.4,
     }
+
+
+def test_a_model_that_gives_no_answers_is_not_said_to_be_wrong():
+    benchmarks = {"gsm8k": result(0.0, no_answer=1.0), "math500": result(0.0, no_answer=0.4)}
+    *_, last = Evaluation(samples=2, confidence=0.9, benchmarks=benchmarks, overall={}).table()
+    assert last.startswith("gsm8k: 100% of the responses hold no answer to grade. The model may")
+
+
+@pytest.mark.parametrize(("iteration", "share", "lines"), [(1, 0.97, 1), (1, 0.9, 0), (2, 1.0, 0)])
+def test_a_run_whose_responses_hold_no_answer_says_so_once(iteration, share, lines):
+    said = unanswered({"reward/verdict_no_answer_frac": share}, iteration)
+    assert [line[:42] for line in said] == ["97% of the responses hold no answer to gra"] * lines
 
 
 def test_the_average_has_a_row_of_its_own():
