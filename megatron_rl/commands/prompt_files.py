@@ -11,7 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.commands.published import Chosen, Published, choose_columns, find_published
+from megatron_rl.commands.published import (
+    Chosen,
+    Published,
+    choose_columns,
+    find_published,
+    why_invalid,
+)
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.rows import Columns, Row, RowError, json_line, to_row
 from megatron_rl.prompts.source import SUFFIXES, OpenedData, open_data
@@ -20,6 +26,7 @@ from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.reward.gold import check_gold, with_percent_sign
 
 UNREADABLE = "row that cannot be read"
+MARKED = "row that its set marks as invalid or as a proof"
 NO_ANSWER = "no final answer"
 BAD_ANSWER = "answer that no response could match"
 OVERLONG = "prompt over the token limit"
@@ -94,10 +101,16 @@ def prepare(
         reports.append(reader.report(len(kept)))
         rows += kept
     if not rows:
-        reasons = {reason for report in reports for reason in report.dropped}
-        raise InputError(f"--dataset: no row is left of {settings.datasets}: {sorted(reasons)}")
+        raise InputError("\n".join(["--dataset: no row is left:", *_why_dropped(reports)]))
     _write(_subset(rows, settings), output, settings, reports)
     return reports
+
+
+def _why_dropped(reports: Iterable[SourceReport]) -> Iterator[str]:
+    for report in reports:
+        for reason, dropped in sorted(report.dropped.items()):
+            yield f"  {report.where}: {dropped.count} of {report.num_read}: {reason}"
+            yield from (f"    {example}" for example in dropped.examples)
 
 
 def _refuse_output(opened: OpenedData, output: Path) -> None:
@@ -172,6 +185,8 @@ class _Reader:
             raise _LeftOutError(UNREADABLE, "not a JSON object")
         if self._columns is None:
             self._columns = choose_columns(fields, self._published, self._opened.where)
+        if self._settings.is_math and (mark := why_invalid(fields)):
+            raise _LeftOutError(MARKED, mark)
         prompt, answer = fields.get(self._columns.prompt), self._columns.answer_of(fields)
         if answer is None:
             raise _LeftOutError(NO_ANSWER)

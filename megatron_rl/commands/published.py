@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.errors import InputError
-from megatron_rl.prompts.rows import column_list
+from megatron_rl.prompts.rows import column_list, preview
 from megatron_rl.prompts.source import HUB_NAME
 from megatron_rl.reward.extract import last_box
+from megatron_rl.reward.gold import is_placeholder
 
+_VALID = ("yes", "true", "valid", "1", "1.0")
 # Each ends a worked solution, and the answer follows: in MATH as PRM800K splits it, in GSM8K.
 _MARKERS = ("The answer is:", "####")
 
@@ -94,11 +96,29 @@ class Chosen:
     solution: str | None
 
     def answer_of(self, fields: Mapping[str, object]) -> str | None:
-        """The final answer of a row; None where there is none."""
+        """The final answer of a row: the column's, else the box of the solution, else None."""
         if self.answer is not None:
-            return final_answer(fields.get(self.answer))
+            answer = final_answer(fields.get(self.answer))
+            if answer is not None and not is_placeholder(answer):
+                return answer
         worked = fields.get(self.solution or "")
         return last_box(worked) if isinstance(worked, str) else None
+
+
+def why_invalid(fields: Mapping[str, object]) -> str | None:
+    """What the set itself says against a row; None where it says nothing.
+
+    NuminaMath-1.5 has problem_is_valid and solution_is_valid ("Yes", "Incomplete", ...), and a
+    question_type that may be "proof".
+    """
+    for name, value in fields.items():
+        if isinstance(name, str) and name.endswith("is_valid") and value is not None:
+            says = str(value).strip().casefold()
+            if says not in _VALID:
+                return f"{name}={preview(value)}"
+    kind = fields.get("question_type")
+    is_proof = isinstance(kind, str) and kind.strip().casefold() == "proof"
+    return "question_type='proof'" if is_proof else None
 
 
 def final_answer(value: object) -> str | None:

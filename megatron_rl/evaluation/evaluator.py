@@ -114,8 +114,8 @@ def load_questions(
             "split": benchmark.split,
             "prompt_key": benchmark.prompt_key,
             "answer_key": benchmark.answer_key,
-            "overlong": "error",  # a benchmark with fewer questions is another benchmark
             "shuffle": False,
         }
     )
-    return PromptStream(config, tokenizer, seed=0).all_prompts()[: benchmark.max_problems]
+    stream = PromptStream(config, tokenizer, seed=0, is_benchmark=True)
+    return stream.all_prompts()[: benchmark.max_problems]

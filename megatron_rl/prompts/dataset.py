@@ -58,8 +58,13 @@ class PromptStream:
         seed: int,
         with_gold: bool = False,
         find_hopeless: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+        *,
+        is_benchmark: bool = False,
     ) -> None:
-        """find_hopeless: answer -> why, for each answer by which no response could be right."""
+        """Args:
+        find_hopeless: answer -> why, for each answer by which no response could be right.
+        is_benchmark: prompts over the limit are an error: with fewer it is another benchmark.
+        """
         all_rows = read_rows(config, with_gold)
         rows, hopeless = _gradable(all_rows, find_hopeless)
         _refuse_control_tokens(rows, tokenizer)
@@ -72,7 +77,9 @@ class PromptStream:
         _refuse_empty(rows, lengths, len(template.prefix_ids))
         fits = [index for index, length in enumerate(lengths) if length <= config.max_prompt_tokens]
         overlong = [index for index, n in enumerate(lengths) if n > config.max_prompt_tokens]
-        _check_overlong([rows[index] for index in overlong], len(fits), config)
+        _check_overlong(
+            [rows[index] for index in overlong], len(fits), config, is_benchmark=is_benchmark
+        )
 
         self._rows = [rows[index] for index in fits] if overlong else rows
         self._prompts = table.select(fits) if overlong else table
@@ -171,7 +178,8 @@ def _gradable(
     if not kept:
         raise InputError(
             f"prompts.answer_key: no response could be right by any of the {len(rows)} answers. "
-            f"The first: {hopeless[0]}. Name the column that holds the answers alone"
+            f"The first: {hopeless[0]}. Name the column that holds the answers alone, or have a "
+            "file of prompts made: megatron-rl prepare --dataset FILE --output NEW.jsonl"
         )
     return kept, hopeless
 
@@ -200,17 +208,22 @@ def _refuse_empty(rows: Sequence[Row], lengths: Sequence[int], num_in_front: int
     problems.raise_if_any("Remove these rows, or use a tokenizer that knows their characters")
 
 
-def _check_overlong(overlong: Sequence[Row], num_fitting: int, config: PromptsConfig) -> None:
+def _check_overlong(
+    overlong: Sequence[Row], num_fitting: int, config: PromptsConfig, *, is_benchmark: bool
+) -> None:
     if num_fitting == 0:
         raise InputError(
             f"prompts.path={config.path!r}: all {len(overlong)} prompts are longer than "
             f"prompts.max_prompt_tokens={config.max_prompt_tokens}. Raise it"
         )
-    if overlong and config.overlong == "error":
+    if overlong and (is_benchmark or config.overlong == "error"):
         problems = Problems("prompts.path")
         for row in overlong:
             problems.add(row.where, f"longer than max_prompt_tokens={config.max_prompt_tokens}")
-        problems.raise_if_any("Raise prompts.max_prompt_tokens, or set prompts.overlong=skip")
+        problems.raise_if_any(
+            "Raise prompts.max_prompt_tokens"
+            + ("" if is_benchmark else ", or set prompts.overlong=skip")
+        )
 
 
 def _gold_table(rows: Sequence[Row], tokenizer: Tokenizer) -> TokenTable:

@@ -20,6 +20,24 @@ _ASKS_PERCENT = re.compile(
 _BARE_NUMBER = re.compile(r"[-+]?[0-9][0-9.,/ ]*")
 
 
+PLACEHOLDERS = frozenset(
+    (
+        *("proof", "proof question", "see proof", "see solution", "notfound", "not found"),
+        *("no answer", "noanswer", "unanswered", "not provided", "answer not provided", "omitted"),
+        *("n/a", "nan", "null", "missing", "tbd", "todo", "to be determined"),
+    )
+)
+"""What sets write into the column of the answer where they have none. "None" and "no solution" are
+not among them: they are the right answers to some problems."""
+
+_AROUND = re.compile(r"\\(?:text|mathrm|textbf|boxed)\s*(?=\{)|[{}$*_.!\[\]()<>]")
+
+
+def is_placeholder(answer: str) -> bool:
+    """True where a set says that it has no answer, in whatever case and markup."""
+    return " ".join(_AROUND.sub(" ", answer).split()).casefold() in PLACEHOLDERS
+
+
 def check_gold(answer: str, config: RewardConfig | None = None) -> str | None:
     """The reason why no response could be right by this gold answer, or None where one could.
 
@@ -31,6 +49,8 @@ def check_gold(answer: str, config: RewardConfig | None = None) -> str | None:
     judge = make_judge(config.kind, config)
     if judge is None or config.kind == "format":
         return None
+    if config.kind == "math" and is_placeholder(answer):
+        return "it is a placeholder: the set has no answer there"
     if "####" in answer:
         return "it is a worked solution; use what stands after ####"
     if config.kind != "number" and len(answer) > MAX_ANSWER_CHARS:

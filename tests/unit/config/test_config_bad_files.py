@@ -187,6 +187,14 @@ def test_prompts_that_are_too_long_are_counted_and_left_out_or_refused(case):
     problem = only(case.input_problems())
     assert "long:3: longer than max_prompt_tokens=16" in problem
     assert "prompts.overlong=skip" in problem
+    case.change(
+        prompts={"overlong": "skip"},
+        evaluation={"benchmarks": {"held_out": {"path": str(case.folder / "long.jsonl")}}},
+    )
+    problem = only(case.input_problems())  # a benchmark is never shortened
+    assert "long:3: longer than max_prompt_tokens=16" in problem
+    assert "overlong" not in problem
+    case.change(evaluation={"benchmarks": {}})
     case.change(prompts={"max_prompt_tokens": 1, "overlong": "skip"})
     assert "all 3 prompts are longer" in only(case.input_problems())
 

@@ -10,6 +10,7 @@ import pytest
 from megatron_rl.commands.prompt_files import (
     BAD_ANSWER,
     CONTROL_TOKEN,
+    MARKED,
     NO_ANSWER,
     OVERLONG,
     UNREADABLE,
@@ -143,6 +144,55 @@ def test_what_is_left_out_is_counted_with_its_reason(write_jsonl, tmp_path):
         "count": 2,
         "examples": ["data:5", "data:6"],
     }
+
+
+NUMINA_1_5 = {  # columns as published
+    "problem": "?",
+    "solution": "...",
+    "answer": "7",
+    "problem_type": "Algebra",
+    "question_type": "math-word-problem",
+    "problem_is_valid": "Yes",
+    "solution_is_valid": "Yes",
+    "source": "olympiads",
+    "synthetic": False,
+}
+
+
+def test_placeholders_and_what_a_set_marks_as_invalid_are_left_out(write_jsonl, tmp_path):
+    changes = [
+        {},
+        {"answer": "proof", "question_type": "proof"},
+        {"answer": "x > 0", "question_type": "proof"},
+        {"answer": "notfound"},
+        {"answer": "notfound", "solution": r"Thus \boxed{12}."},
+        {"answer": None, "solution": r"Thus \boxed{13}."},
+        {"answer": None},
+        {"problem_is_valid": "Incomplete"},
+        {"solution_is_valid": "Problem not solved"},
+        {"problem_is_valid": None},
+    ]
+    path = write_jsonl(*(NUMINA_1_5 | change for change in changes))
+    rows, (report,) = _prepared(tmp_path / "out.jsonl", path)
+    assert [(row["id"], row["answer"]) for row in rows] == [
+        ("data:1", "7"),
+        ("data:5", "12"),
+        ("data:6", "13"),
+        ("data:10", "7"),
+    ]
+    counts = {reason: dropped.count for reason, dropped in report.dropped.items()}
+    assert counts == {MARKED: 4, NO_ANSWER: 2}
+    assert report.dropped[MARKED].examples[:2] == [
+        "data:2: question_type='proof'",
+        "data:3: question_type='proof'",
+    ]
+
+
+def test_where_no_row_is_left_the_reasons_are_told_with_examples(write_jsonl, tmp_path):
+    path = write_jsonl({"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"})
+    with pytest.raises(InputError, match="no row is left") as told:
+        _prepared(tmp_path / "out.jsonl", path)
+    assert f"  {path}: 1 of 1: {UNREADABLE}\n    data:1: prompt=[{{'role'" in str(told.value)
 
 
 def test_text_answers_are_taken_as_they_are(write_jsonl, tmp_path):

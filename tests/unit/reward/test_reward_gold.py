@@ -13,6 +13,21 @@ def test_usable_golds(answer):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    ["proof", "Proof.", r"\text{Proof}", "notfound", "NotFound", "**not found**", "N/A", "(n/a)",
+     "<missing>", "[omitted]", "NaN", "see  solution"],
+)  # fmt: skip
+def test_placeholders_are_no_answers(answer):
+    assert "placeholder" in check_gold(answer)
+    assert check_gold(answer, RewardConfig(kind="exact")) is None  # a label of somebody's own
+
+
+@pytest.mark.parametrize("answer", ["None", "no solution", "undefined", r"\emptyset", "0", "n"])
+def test_answers_that_look_like_placeholders(answer):
+    assert check_gold(answer) is None
+
+
+@pytest.mark.parametrize(
     ("answer", "reason"),
     [
         ("", "empty"),
