@@ -23,7 +23,7 @@ from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
 from megatron_rl.policy.config import CriticConfig
 from megatron_rl.prompts.config import PromptsConfig
-from megatron_rl.prompts.template import for_mathematics
+from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
 from megatron_rl.recipe import Recipe, read_recipe
 from megatron_rl.references import References, hidden, replaced
 from megatron_rl.reward.config import RewardConfig
@@ -86,9 +86,9 @@ class RunConfig(Settings):
         return written
 
     @property
-    def rendered_prompts(self) -> PromptsConfig:
-        """The section prompts with the texts that the reward implies."""
-        return for_mathematics(self.prompts) if self.reward.kind == "math" else self.prompts
+    def texts(self) -> Texts:
+        """What the reward implies around questions where the section prompts says nothing."""
+        return FOR_MATHEMATICS if self.reward.kind == "math" else NO_TEXTS
 
     @property
     def is_supervised(self) -> bool:

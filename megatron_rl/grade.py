@@ -17,8 +17,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from megatron_rl.errors import InputError
-from megatron_rl.prompts.rows import Problems, RowError, answer_text, column_list, preview
-from megatron_rl.prompts.source import read_json_lines
+from megatron_rl.prompts.formats import SUFFIXES, format_of, read_records
+from megatron_rl.prompts.layouts import MISSING, Layout, RowReader, find, look_ahead, recognise
+from megatron_rl.prompts.rows import (
+    LeftOutError,
+    Problems,
+    RowError,
+    answer_text,
+    column_list,
+    preview,
+)
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.gold import check_gold
 from megatron_rl.reward.scorer import RewardScorer, Score
@@ -34,7 +42,7 @@ class GradeFields:
     """Names of the fields that a line of the file has."""
 
     response: str = "response"
-    answer: str = "answer"
+    answer: str | None = None  # None: by the layout of the columns, else "answer"
     tokens: str | None = None  # the response's number of tokens, for a length penalty
 
 
@@ -58,7 +66,7 @@ class _Tally:
 def grade_file(
     source: Path, output: Path, config: RewardConfig, fields: GradeFields = GradeFields()
 ) -> None:
-    """Write every line of a JSONL file back with verdict, extracted, reward and seconds.
+    """Write every line of a file back, as JSON, with verdict, extracted, reward and seconds.
 
     The output is there as a whole or not at all. Raises InputError with every bad line, by number,
     before anything is graded.
@@ -69,12 +77,16 @@ def grade_file(
             "grade: length_penalty needs the number of tokens of each response. Name the field "
             "that holds it with --tokens-key, or leave the part out"
         )
-    num_lines, answers = _check_lines(source, fields)
+    layout = _layout_of(source, fields)
+    if layout is not None:
+        print(f"layout: {layout.name} ({layout.columns})")
+    reader = _Reader(source, fields, layout)
+    num_lines, answers = _check_lines(reader)
     started = time.monotonic()
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         scorer = RewardScorer(config, answers)
-        tally = _grade_lines(source, partial, scorer, config, fields, num_lines)
+        tally = _grade_lines(reader, partial, scorer, config, num_lines)
         partial.replace(output)
     except OSError as error:
         raise InputError(f"--output {output}: cannot be written ({error.strerror})") from error
@@ -85,7 +97,7 @@ def grade_file(
 
 def _check_paths(source: Path, output: Path) -> None:
     if not source.is_file():
-        raise InputError(f"{source}: there is no such file. Name a JSONL file to grade")
+        raise InputError(f"{source}: there is no such file. Name a file to grade")
     if not output.parent.is_dir():
         raise InputError(f"--output {output}: its directory is not there. Make it first")
     if output.is_dir() or (output.exists() and output.samefile(source)):
@@ -93,52 +105,87 @@ def _check_paths(source: Path, output: Path) -> None:
         raise InputError(f"--output {output}: it is {what}. Name another file")
 
 
-def _check_lines(source: Path, fields: GradeFields) -> tuple[int, list[str]]:
+def _layout_of(source: Path, names: GradeFields) -> Layout | None:
+    """The published layout of the answers; None where one column holds them as they stand."""
+    if format_of(source) is None:
+        raise InputError(f"{source}: its ending is not one of {', '.join(SUFFIXES)}")
+    if names.answer is not None:
+        return None
+    first, _ = look_ahead(read_records(source))
+    layout = recognise(first, None, None)
+    return None if layout is None or layout.as_it_stands else layout
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads the lines of a file, as often as they are asked for."""
+
+    file: Path
+    names: GradeFields
+    layout: Layout | None
+
+    def lines(self) -> Iterator[tuple[int, "_Line | RowError"]]:
+        for number, parsed in read_records(self.file):
+            try:
+                yield number, self._line(number, parsed)
+            except RowError as error:
+                yield number, error
+            except LeftOutError as left:
+                yield number, RowError(left.reason)
+
+    def _line(self, number: int, parsed: object) -> _Line:
+        if isinstance(parsed, RowError):
+            raise parsed
+        if not isinstance(parsed, dict):
+            raise RowError(f"{preview(parsed)} is not a JSON object")
+        response = self._value(parsed, self.names.response)
+        if not isinstance(response, str):
+            raise RowError(f"{self.names.response}={preview(response)}: must be text")
+        return _Line(number, parsed, response, self._answer(parsed), self._num_tokens(parsed))
+
+    def _answer(self, parsed: dict[str, Any]) -> str:
+        if self.layout is not None:
+            return RowReader(layout=self.layout, source=self.file.stem).answer(parsed)
+        name = self.names.answer or "answer"
+        return answer_text(name, self._value(parsed, name))
+
+    def _num_tokens(self, parsed: dict[str, Any]) -> int | None:
+        if self.names.tokens is None:
+            return None
+        found = self._value(parsed, self.names.tokens)
+        if type(found) is not int or found < 0:
+            raise RowError(f"{self.names.tokens}={preview(found)}: must be a number of tokens")
+        return found
+
+    def _value(self, parsed: dict[str, Any], name: str) -> object:
+        value = find(parsed, name)
+        if value is MISSING:
+            raise RowError(f"no field {name!r}; it has {column_list(parsed)}")
+        return value
+
+
+def _check_lines(reader: _Reader) -> tuple[int, list[str]]:
     """The number of lines, and their first answers."""
-    problems, num_lines, answers = Problems(str(source)), 0, list[str]()
-    for number, parsed in read_json_lines(source):
+    problems, num_lines, answers = Problems(str(reader.file)), 0, list[str]()
+    for number, line in reader.lines():
         num_lines += 1
-        try:
-            line = _line(number, parsed, fields)
-            answers += [line.answer] if len(answers) < NUM_TRIED else []
-        except RowError as error:
-            problems.add(f"line {number}", str(error))
+        if isinstance(line, RowError):
+            problems.add(f"line {number}", str(line))
+        elif len(answers) < NUM_TRIED:
+            answers.append(line.answer)
     problems.raise_if_any(
         "Mend or remove these lines; name the fields with --response-key and --answer-key"
     )
     if num_lines == 0:
-        raise InputError(f"{source}: it has no line to grade")
+        raise InputError(f"{reader.file}: it has no line to grade")
     return num_lines, answers
 
 
-def _line(number: int, parsed: object, names: GradeFields) -> _Line:
-    if isinstance(parsed, RowError):
-        raise parsed
-    if not isinstance(parsed, dict):
-        raise RowError(f"{preview(parsed)} is not a JSON object")
-    for name in (names.response, names.answer, names.tokens):
-        if name is not None and name not in parsed:
-            raise RowError(f"no field {name!r}; it has {column_list(parsed)}")
-    response = parsed[names.response]
-    if not isinstance(response, str):
-        raise RowError(f"{names.response}={preview(response)}: must be text")
-    num_tokens = None if names.tokens is None else parsed[names.tokens]
-    if names.tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
-        raise RowError(f"{names.tokens}={preview(num_tokens)}: must be a number of tokens")
-    answer = answer_text(names.answer, parsed[names.answer])
-    return _Line(number, parsed, response, answer, num_tokens)
-
-
 def _grade_lines(
-    source: Path,
-    partial: Path,
-    scorer: RewardScorer,
-    config: RewardConfig,
-    fields: GradeFields,
-    num_lines: int,
+    reader: _Reader, partial: Path, scorer: RewardScorer, config: RewardConfig, num_lines: int
 ) -> _Tally:
     tally = _Tally()
-    lines = (_line(number, parsed, fields) for number, parsed in read_json_lines(source))
+    lines = (line for _, line in reader.lines() if isinstance(line, _Line))
     console = Console(stderr=True)
     try:
         with partial.open("x", encoding="utf-8") as file, Progress(

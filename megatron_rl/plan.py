@@ -8,8 +8,10 @@ import torch
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors
+from megatron_rl.input_report import input_lines
 from megatron_rl.megatron.refusals import model_problems
 from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.preflight import read_data
 from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
@@ -28,8 +30,7 @@ def print_plan(config: RunConfig) -> None:
     Raises:
         ConfigErrors: the layout does not fit the model or the number of ranks.
     """
-    started = os.environ.get("WORLD_SIZE")
-    world = config.parallel.world_size or (int(started) if started else config.smallest_world)
+    world = _world_size(config)
     model_dir = find_model(config.model.path, "model.path").config_dir
     arch = read_model_config(model_dir, config.model.ignore_config_fields)
     problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
@@ -48,6 +49,23 @@ def print_plan(config: RunConfig) -> None:
         print(section)
         for name, value in lines:
             print(f"  {name:34s} {value}")
+
+
+def print_inputs(config: RunConfig) -> None:
+    """Print what a run of the recipe would read, with its first prompt as text and as tokens.
+
+    Raises:
+        ConfigErrors: what a start would refuse in data or tokenizer.
+    """
+    tokenizer, prompts, benchmarks = read_data(config)
+    print("inputs")
+    for line in input_lines(config, tokenizer, prompts, benchmarks):
+        print(f"  {line}")
+
+
+def _world_size(config: RunConfig) -> int:
+    started = os.environ.get("WORLD_SIZE")
+    return config.parallel.world_size or (int(started) if started else config.smallest_world)
 
 
 def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:

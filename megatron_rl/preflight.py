@@ -90,11 +90,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     if tokenizer is not None:
         prompts = found.attempt(_read_prompts, config, tokenizer)
         benchmarks = _read_benchmarks(config, tokenizer, found)
-        if prompts is not None and prompts.date is None and wanted_date is not None:
-            found.append(
-                f"prompts.date={wanted_date!r}: has no effect, no chat template in use asks for a "
-                "date. Leave it out"
-            )
+        if prompts is not None:
+            found.note(_date_problems(prompts, wanted_date))
     found.note(_replay_problems(config))
     if config.has_engine:
         found.attempt(require_vllm)
@@ -113,6 +110,37 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         date=prompts.date,
         critic=critic,
     )
+
+
+def read_data(config: RunConfig) -> tuple[Tokenizer, PromptStream, dict[str, list[Prompt]]]:
+    """The tokenizer, the prompts and the questions of every benchmark; neither weights nor engine.
+
+    Raises:
+        ConfigErrors: every problem found.
+    """
+    found = _Problems()
+    wanted_date = config.prompts.date
+    config = _with_date(config, wanted_date or _former_date(config) or today())
+    prompts, benchmarks = None, dict[str, list[Prompt]]()
+    tokenizer = found.attempt(
+        lambda: load_tokenizer(find_model(config.model.path, "model.path").config_dir)
+    )
+    if tokenizer is not None:
+        prompts = found.attempt(_read_prompts, config, tokenizer)
+        benchmarks = _read_benchmarks(config, tokenizer, found)
+        if prompts is not None:
+            found.note(_date_problems(prompts, wanted_date))
+    if found or tokenizer is None or prompts is None:
+        raise ConfigErrors(found)
+    return tokenizer, prompts, benchmarks
+
+
+def _date_problems(prompts: PromptStream, wanted: str | None) -> Iterator[str]:
+    if prompts.date is None and wanted is not None:
+        yield (
+            f"prompts.date={wanted!r}: has no effect, no chat template in use asks for a date. "
+            "Leave it out"
+        )
 
 
 def _with_date(config: RunConfig, date: str | None) -> RunConfig:
@@ -186,13 +214,14 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
 def _read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptStream:
     _check_turns(config, tokenizer)
     return PromptStream(
-        config.rendered_prompts,
+        config.prompts,
         tokenizer,
         config.run.seed,
         with_gold=config.is_supervised,
         find_hopeless=None
         if config.is_supervised
         else partial(hopeless_golds, config=config.reward),
+        texts=config.texts,
     )
 
 
@@ -203,7 +232,7 @@ def _read_benchmarks(
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
-            read[name] = load_questions(benchmark, config.rendered_prompts, tokenizer)
+            read[name] = load_questions(benchmark, config.prompts, tokenizer, config.texts)
         except InputError as error:
             found.append(f"evaluation.benchmarks.{name}: {error}")
     return read
@@ -217,6 +246,11 @@ def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
                 f"prompts.{field}={text!r}: has no effect, the tokenizer has no chat template. "
                 "Write the text into prompts.template"
             )
+    uses_template = tokenizer.has_chat_template and config.prompts.template is None
+    if not (config.prompts.default_system or uses_template):
+        raise InputError(
+            "prompts.default_system=False: has no effect, no chat template is in use. Leave it out"
+        )
     for name, value in config.prompts.chat_template_kwargs.items():
         if not re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template):
             raise InputError(

@@ -27,6 +27,7 @@ from megatron_rl.errors import (
     RunError,
     tell_torchrun,
 )
+from megatron_rl.input_report import input_lines
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
@@ -296,7 +297,7 @@ def _start(config: RunConfig) -> Platform:
 
 
 def _start_lines(run: "Run") -> list[str]:
-    layout, prompts = run.groups.layout, run.prompts.report
+    layout = run.groups.layout
     return [
         f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
         + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
@@ -304,11 +305,7 @@ def _start_lines(run: "Run") -> list[str]:
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         f"layers: {run.policy.layers}",
-        f"prompts: {prompts.num_used} of {prompts.num_read} rows"
-        + (f", {prompts.num_overlong} too long and left out" if prompts.num_overlong else "")
-        + (f", {prompts.num_hopeless} left out for their answers:" if prompts.num_hopeless else ""),
-        *(f"  {row}" for row in prompts.hopeless_rows),
-        *run.prompts.shown_first(run.inputs.tokenizer),
+        *input_lines(run.config, run.inputs.tokenizer, run.prompts, run.inputs.benchmarks),
         f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.choice}",
         *(f"{name}: {why}" for name, why in run.trainer.passes.reasons),
         *run.config.algorithm.notices,

@@ -126,7 +126,8 @@ CONTRACT = (
     _clause(
         "prompts.path prompts.split prompts.prompt_key prompts.answer_key prompts.response_key "
         "prompts.template prompts.system prompts.instruction prompts.max_prompt_tokens "
-        "prompts.overlong prompts.chat_template_kwargs prompts.date prompts.add_bos reward.kind",
+        "prompts.overlong prompts.chat_template_kwargs prompts.date prompts.add_bos "
+        "prompts.max_unusable_frac prompts.default_system reward.kind",
         "must not change",
         "the place in the data would be another one; files may be moved or converted",
         outcome="the checksum of prompts and answers",

@@ -7,12 +7,14 @@ from megatron_rl.config import load_reward
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, help="JSONL, one response and its answer per line")
+    parser.add_argument("file", type=Path, help="a response and its answer per line or row")
     parser.add_argument("--output", type=Path, required=True, help="JSONL, written as a whole")
     parser.add_argument("--recipe", type=Path, help="take its section reward")
     parser.add_argument("--reward", metavar="KIND", help="short for reward.kind=KIND")
     parser.add_argument("--response-key", default="response", metavar="NAME")
-    parser.add_argument("--answer-key", default="answer", metavar="NAME")
+    parser.add_argument(
+        "--answer-key", metavar="NAME", help="default: by the layout of the columns, else answer"
+    )
     parser.add_argument("--tokens-key", metavar="NAME", help="field with the response's length")
     parser.add_argument("overrides", nargs="*", metavar="reward.key=value")
 

@@ -49,6 +49,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-prompt-tokens", type=positive, default=700, metavar="N")
     parser.add_argument("--max-problems", type=positive, metavar="N", help="a random subset")
+    parser.add_argument(
+        "--held-out",
+        nargs="+",
+        default=[],
+        metavar="SET",
+        help="sets, named as for --dataset, whose problems are left out: benchmarks of the run",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of that subset")
 
 
@@ -65,6 +72,7 @@ def run(options: argparse.Namespace) -> int:
         max_prompt_tokens=options.max_prompt_tokens,
         max_problems=options.max_problems,
         seed=options.seed,
+        held_out=tuple(options.held_out),
     )
     reports = prepare(settings, options.output, progress)
     for report in reports:
@@ -102,5 +110,8 @@ def progress(rows: Iterable[Row | None], opened: OpenedData) -> Iterable[Row | N
 def show(report: "SourceReport") -> None:
     where = report.where + (f" at {report.revision}" if report.revision else "")
     print(f"{report.name}: {report.num_kept} of {report.num_read} rows of {where}")
+    print(f"  layout: {report.layout}")
+    if report.note:
+        print(f"  {report.note}")
     for reason, dropped in sorted(report.dropped.items(), key=lambda item: -item[1].count):
         print(f"  {dropped.count:6}  {reason}, such as {'; '.join(dropped.examples)}")

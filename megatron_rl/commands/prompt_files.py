@@ -5,35 +5,30 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from megatron_rl.commands.published import (
-    Chosen,
-    Published,
-    choose_columns,
-    find_published,
-    why_invalid,
-)
+from megatron_rl.commands.published import Published, find_published, layout_of
 from megatron_rl.errors import InputError
-from megatron_rl.prompts.rows import Columns, Row, RowError, json_line, to_row
-from megatron_rl.prompts.source import SUFFIXES, OpenedData, open_data
+from megatron_rl.prompts.layouts import RowReader, look_ahead
+from megatron_rl.prompts.overlap import normalised
+from megatron_rl.prompts.rows import Chat, LeftOut, LeftOutError, Row, RowError, json_line
+from megatron_rl.prompts.source import OpenedData, open_data
 from megatron_rl.prompts.token_table import ENCODE_CHUNK
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.reward.gold import check_gold, with_percent_sign
 
+SUFFIXES = (".jsonl", ".parquet")
+"""The formats that are written."""
+
 UNREADABLE = "row that cannot be read"
-MARKED = "row that its set marks as invalid or as a proof"
-NO_ANSWER = "no final answer"
 BAD_ANSWER = "answer that no response could match"
 OVERLONG = "prompt over the token limit"
 CONTROL_TOKEN = "prompt that spells a control token"
-
-MAX_EXAMPLES = 3
-_COLUMNS = Columns(prompt="prompt", answer="answer", response=None)
+HELD_OUT = "problem that also stands in a held-out set"
 
 Progress = Callable[[Iterable[Row | None], OpenedData], Iterable[Row | None]]
 """Shows how far the reading of one set is, and passes everything on."""
@@ -52,14 +47,7 @@ class Preparation:
     max_prompt_tokens: int = 700  # of the problem alone, without template, as the paper's code
     max_problems: int | None = None  # a random subset, in the order of the rows
     seed: int = 0
-
-
-@dataclass(slots=True)
-class Dropped:
-    """Rows left out for one reason."""
-
-    count: int = 0
-    examples: list[str] = field(default_factory=list)  # the first few, with what is wrong
+    held_out: tuple[str, ...] = ()  # sets whose problems are left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +58,11 @@ class SourceReport:
     where: str
     revision: str | None  # commit on the hub
     sha256: str | None  # of a local file
+    layout: str  # its name, and the columns that were read
+    note: str | None  # on files of a directory that were not read
     num_read: int
     num_kept: int
-    dropped: Mapping[str, Dropped]
+    dropped: Mapping[str, LeftOut]
 
 
 def prepare(
@@ -87,6 +77,7 @@ def prepare(
         raise InputError(f"--output {output}: must end in {' or '.join(SUFFIXES)}")
     rows: list[Row] = []
     reports: list[SourceReport] = []
+    held_out = _held_out(settings)
     for opened, published in _open_all(settings):
         _refuse_output(opened, output)
         if opened.name in (report.name for report in reports):
@@ -94,8 +85,8 @@ def prepare(
                 f"--dataset: two sets are called {opened.name!r}, so ids would not be unique. "
                 "Rename one of the files"
             )
-        dropped: dict[str, Dropped] = {}
-        reader = _Reader(settings, published, opened, dropped)
+        dropped: dict[str, LeftOut] = {}
+        reader = _Reader(settings, published, opened, dropped, held_out)
         kept = [row for row in progress(reader.rows(), opened) if row is not None]
         kept = list(_fitting(kept, settings, dropped))
         reports.append(reader.report(len(kept)))
@@ -104,6 +95,16 @@ def prepare(
         raise InputError("\n".join(["--dataset: no row is left:", *_why_dropped(reports)]))
     _write(_subset(rows, settings), output, settings, reports)
     return reports
+
+
+def _held_out(settings: Preparation) -> frozenset[str]:
+    """The problems of the held-out sets, as normalised() has them."""
+    datasets = replace(settings, datasets=settings.held_out, prompt_key=None, answer_key=None)
+    found = set()
+    for opened, published in _open_all(replace(datasets, split=None)):
+        rows = _Reader(replace(datasets, is_math=False), published, opened, {}).rows()
+        found |= {normalised(row.prompt) for row in rows if row is not None}
+    return frozenset(found)
 
 
 def _why_dropped(reports: Iterable[SourceReport]) -> Iterator[str]:
@@ -130,10 +131,6 @@ def manifest_path(output: Path) -> Path:
 def _open_all(settings: Preparation) -> Iterator[tuple[OpenedData, Published]]:
     for dataset in settings.datasets:
         name, published = find_published(dataset)
-        if settings.prompt_key is not None:
-            published = replace(published, prompt=(settings.prompt_key,))
-        if settings.answer_key is not None:
-            published = replace(published, answer=(settings.answer_key,), solution=())
         split = settings.split or published.split
         for opened in open_data(published.path, split, setting="--dataset"):
             is_named = name != published.path
@@ -148,21 +145,30 @@ class _Reader:
         settings: Preparation,
         published: Published,
         opened: OpenedData,
-        dropped: dict[str, Dropped],
+        dropped: dict[str, LeftOut],
+        held_out: frozenset[str] = frozenset(),
     ) -> None:
-        self._settings, self._published, self._opened = settings, published, opened
-        self._dropped = dropped
-        self._columns: Chosen | None = None  # known from the first row on
+        self._settings, self._opened = settings, opened
+        self._dropped, self._held_out = dropped, held_out
+        first, self._records = look_ahead(opened.records)
+        keys = (settings.prompt_key, settings.answer_key)
+        self._layout = layout_of(published, first, opened.where, *keys)
+        self._reader = RowReader(
+            layout=self._layout, source=opened.name, heeds_marks=settings.is_math
+        )
         self._num_read = 0
 
     def rows(self) -> Iterator[Row | None]:
         """A row, or None for one that is left out."""
-        for line, fields in self._opened.records:
+        for line, fields in self._records:
             self._num_read += 1
+            where = f"{self._opened.name}:{line}"
             try:
                 yield self._row(line, fields)
-            except _LeftOutError as left:
-                where = f"{self._opened.name}:{line}"
+            except RowError as error:
+                _count(self._dropped, UNREADABLE, where, str(error))
+                yield None
+            except LeftOutError as left:
                 _count(self._dropped, left.reason, where, left.detail)
                 yield None
 
@@ -173,44 +179,26 @@ class _Reader:
             where=self._opened.where,
             revision=self._opened.revision,
             sha256=_sha256(file) if file.is_file() else None,
+            layout=f"{self._layout.name} ({self._layout.columns})",
+            note=self._opened.note,
             num_read=self._num_read,
             num_kept=num_kept,
             dropped=self._dropped,
         )
 
     def _row(self, line: int, fields: object) -> Row:
-        if isinstance(fields, RowError):
-            raise _LeftOutError(UNREADABLE, str(fields))
-        if not isinstance(fields, Mapping):
-            raise _LeftOutError(UNREADABLE, "not a JSON object")
-        if self._columns is None:
-            self._columns = choose_columns(fields, self._published, self._opened.where)
-        if self._settings.is_math and (mark := why_invalid(fields)):
-            raise _LeftOutError(MARKED, mark)
-        prompt, answer = fields.get(self._columns.prompt), self._columns.answer_of(fields)
-        if answer is None:
-            raise _LeftOutError(NO_ANSWER)
-        if self._settings.is_math and isinstance(prompt, str):
-            answer = with_percent_sign(prompt, answer)
-        try:
-            row = to_row({"prompt": prompt, "answer": answer}, _COLUMNS, self._opened.name, line)
-        except RowError as error:
-            raise _LeftOutError(UNREADABLE, str(error)) from error
-        if self._settings.is_math and (problem := check_gold(answer)):
-            raise _LeftOutError(BAD_ANSWER, problem)
+        row = self._reader.read(line, fields)
+        if self._settings.is_math:
+            row = replace(row, answer=with_percent_sign(row.prompt, row.answer))
+            if problem := check_gold(row.answer):
+                raise LeftOutError(BAD_ANSWER, problem)
+        if self._held_out and normalised(row.prompt) in self._held_out:
+            raise LeftOutError(HELD_OUT)
         return row
 
 
-class _LeftOutError(ValueError):
-    """Why a row is left out."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
 def _fitting(
-    rows: Iterable[Row], settings: Preparation, dropped: dict[str, Dropped]
+    rows: Iterable[Row], settings: Preparation, dropped: dict[str, LeftOut]
 ) -> Iterator[Row]:
     """The rows whose prompts the tokenizer takes; all of them without one."""
     tokenizer, limit = settings.tokenizer, settings.max_prompt_tokens
@@ -230,11 +218,8 @@ def _fitting(
                 yield row
 
 
-def _count(dropped: dict[str, Dropped], reason: str, where: str, detail: str) -> None:
-    entry = dropped.setdefault(reason, Dropped())
-    entry.count += 1
-    if len(entry.examples) < MAX_EXAMPLES:
-        entry.examples.append(f"{where}: {detail}" if detail else where)
+def _count(dropped: dict[str, LeftOut], reason: str, where: str, detail: str) -> None:
+    dropped.setdefault(reason, LeftOut()).add(where, detail)
 
 
 def _subset(rows: list[Row], settings: Preparation) -> list[Row]:
@@ -281,8 +266,13 @@ def _write_parquet(rows: Sequence[Row], file: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([_fields(row) for row in rows]), file)
 
 
-def _fields(row: Row) -> dict[str, str]:
-    return {"prompt": row.prompt, "answer": row.answer, "source": row.source, "id": row.where}
+def _fields(row: Row) -> dict[str, object]:
+    prompt = row.prompt if row.chat is None else _messages(row.chat)
+    return {"prompt": prompt, "answer": row.answer, "source": row.source, "id": row.where}
+
+
+def _messages(chat: Chat) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in chat]
 
 
 def _manifest(
@@ -301,6 +291,7 @@ def _manifest(
                 "name": report.name,
                 "where": report.where,
                 "revision": report.revision,
+                "layout": report.layout,
                 "sha256": report.sha256,
                 "num_read": report.num_read,
                 "num_kept": report.num_kept,

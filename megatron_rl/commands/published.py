@@ -1,25 +1,22 @@
 """Published sets of mathematics problems: where they are, and which column holds what."""
 
 import difflib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_rl.errors import InputError
-from megatron_rl.prompts.rows import column_list, preview
+from megatron_rl.prompts.layouts import MISSING, Layout, find, no_layout, recognise
+from megatron_rl.prompts.rows import column_list
 from megatron_rl.prompts.source import HUB_NAME
-from megatron_rl.reward.extract import last_box
-from megatron_rl.reward.gold import is_placeholder
-
-_VALID = ("yes", "true", "valid", "1", "1.0")
-# Each ends a worked solution, and the answer follows: in MATH as PRM800K splits it, in GSM8K.
-_MARKERS = ("The answer is:", "####")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """One set; where several columns are named, the first that its rows have is read."""
+    """One set; where several columns are named, the first that its rows have is read.
+
+    Without any, the columns are known by their layout (prompts/layouts.py).
+    """
 
     path: str  # "owner/name" or "owner/name:subset" on the Hugging Face hub, or local
     split: str  # of a hub data set
@@ -72,76 +69,44 @@ def find_published(dataset: str) -> tuple[str, Published]:
             f"--dataset {dataset!r}: no known data set, no file and no owner/name of the hub. "
             f"{hint} A local file in a known format is given as NAME=FILE"
         )
-    return dataset, Published(path=dataset, split="train")
+    return dataset, Published(path=dataset, split="train", prompt=(), answer=(), solution=())
 
 
-def choose_columns(first: Mapping[str, object], published: Published, where: str) -> "Chosen":
-    """The columns to read, by the first row; InputError where there is no such column."""
-    prompt = next((name for name in published.prompt if name in first), None)
-    answer = next((name for name in published.answer if name in first), None)
-    solution = next((name for name in published.solution if name in first), None)
+def layout_of(
+    published: Published,
+    first: Sequence[object],
+    where: str,
+    prompt_key: str | None,
+    answer_key: str | None,
+) -> Layout:
+    """The columns to read: those that were named, else the set's own, else by their layout.
+
+    Raises:
+        InputError: the first rows have no such columns.
+    """
+    record = next((record for record in first if isinstance(record, Mapping)), {})
+    for option, column in (("--prompt-key", prompt_key), ("--answer-key", answer_key)):
+        if column is not None and find(record, column) is MISSING:
+            raise _missing(where, option, (column,), record)
+    if not published.prompt:
+        layout = recognise(first, prompt_key, answer_key)
+        if layout is None:
+            raise no_layout(where, first, "Name the columns with --prompt-key and --answer-key")
+        # A column that was named may still hold worked solutions, of which the answer is wanted.
+        return replace(layout, as_it_stands=False)
+    prompt = prompt_key or next((name for name in published.prompt if name in record), None)
+    answer = answer_key or next((name for name in published.answer if name in record), None)
+    solution = next((name for name in published.solution if name in record), None)
     if prompt is None:
-        raise _missing(where, "--prompt-key", published.prompt, first)
+        raise _missing(where, "--prompt-key", published.prompt, record)
     if answer is None and solution is None:
-        raise _missing(where, "--answer-key", published.answer + published.solution, first)
-    return Chosen(prompt=prompt, answer=answer, solution=solution)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chosen:
-    """The columns that one set has."""
-
-    prompt: str
-    answer: str | None
-    solution: str | None
-
-    def answer_of(self, fields: Mapping[str, object]) -> str | None:
-        """The final answer of a row: the column's, else the box of the solution, else None."""
-        if self.answer is not None:
-            answer = final_answer(fields.get(self.answer))
-            if answer is not None and not is_placeholder(answer):
-                return answer
-        worked = fields.get(self.solution or "")
-        return last_box(worked) if isinstance(worked, str) else None
-
-
-def why_invalid(fields: Mapping[str, object]) -> str | None:
-    """What the set itself says against a row; None where it says nothing.
-
-    NuminaMath-1.5 has problem_is_valid and solution_is_valid ("Yes", "Incomplete", ...), and a
-    question_type that may be "proof".
-    """
-    for name, value in fields.items():
-        if isinstance(name, str) and name.endswith("is_valid") and value is not None:
-            says = str(value).strip().casefold()
-            if says not in _VALID:
-                return f"{name}={preview(value)}"
-    kind = fields.get("question_type")
-    is_proof = isinstance(kind, str) and kind.strip().casefold() == "proof"
-    return "question_type='proof'" if is_proof else None
-
-
-def final_answer(value: object) -> str | None:
-    r"""The answer in a column that may hold a worked solution; None where it holds none.
-
-    Examples: 27.0 -> "27"; "9 * 2 = 18\n#### 18" -> "18"; ["$69$", "$84$"] -> "$69$, $84$";
-    "So \boxed{x} is it." -> "x".
-    """
-    if isinstance(value, list | tuple):
-        parts = [final_answer(item) for item in value]
-        return ", ".join(filter(None, parts)) if parts and all(parts) else None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    if not isinstance(value, str):
-        if not math.isfinite(value):
-            return None
-        return str(int(value)) if value == int(value) else str(value)
-    for marker in _MARKERS:
-        if marker in value:
-            return value.rpartition(marker)[2].strip() or None
-    if "\\boxed" in value:
-        return last_box(value)
-    return value.strip() or None
+        raise _missing(where, "--answer-key", published.answer + published.solution, record)
+    return Layout(
+        name="its own",
+        prompt=prompt,
+        answers=() if answer is None else (answer,),
+        solution=None if answer_key else solution,
+    )
 
 
 def _missing(

@@ -15,9 +15,10 @@ def run(options: argparse.Namespace) -> int:
     """Read the recipe first: its problems are told before anything slow is imported."""
     config = load_config(options.recipe, options.overrides)
     if options.command == "plan":
-        from megatron_rl.plan import print_plan
+        from megatron_rl.plan import print_inputs, print_plan
 
         print_plan(config)
+        print_inputs(config)
         return 0
     from megatron_rl.session import evaluate_session, train_session
 

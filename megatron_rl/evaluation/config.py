@@ -20,10 +20,10 @@ class BenchmarkConfig(Settings):
     split: str = "test"
     """Its split, as in prompts.split."""
 
-    prompt_key: str = "prompt"
+    prompt_key: str | None = None
     """Column with the question, as in prompts.prompt_key."""
 
-    answer_key: str = "answer"
+    answer_key: str | None = None
     """Column with the answer, as in prompts.answer_key."""
 
     max_problems: int | None = Field(default=None, gt=0)

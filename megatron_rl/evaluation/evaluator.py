@@ -13,6 +13,7 @@ from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
+from megatron_rl.prompts.template import Texts
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Draw, Prompt, RolloutGroup
 
@@ -105,7 +106,7 @@ class Evaluator:
 
 
 def load_questions(
-    benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer
+    benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer, texts: Texts
 ) -> list[Prompt]:
     """The prompts of one benchmark, through the template of the training prompts."""
     config = prompts.model_copy(
@@ -117,5 +118,5 @@ def load_questions(
             "shuffle": False,
         }
     )
-    stream = PromptStream(config, tokenizer, seed=0, is_benchmark=True)
+    stream = PromptStream(config, tokenizer, seed=0, is_benchmark=True, texts=texts)
     return stream.all_prompts()[: benchmark.max_problems]

@@ -20,20 +20,27 @@ class PromptsConfig(Settings):
     """The data set, its columns, the template and the order."""
 
     path: str | list[str] = Field(min_length=1)
-    """A .jsonl or .parquet file, a directory of them, or a data set on the Hugging Face hub
-    ("owner/name", or "owner/name:subset"). A list is read in its order."""
+    """A file (.jsonl, .json, .csv, .parquet), a directory of them, or a data set on the Hugging
+    Face hub ("owner/name", or "owner/name:subset"). A list is read in its order."""
 
     split: str = "train"
-    """Split of a hub data set; it has no effect on files."""
+    """Split of a hub data set, and of a directory where names of files say their splits."""
 
-    prompt_key: str = "prompt"
-    """Column with the question, as text."""
+    prompt_key: str | None = None
+    """Column with the question, as text or as a list of messages; a.b is b within a. None: by the
+    layout of the columns (docs/data.md)."""
 
-    answer_key: str = "answer"
-    """Column with what the verifier compares with: text, a number, or a list of one of them."""
+    answer_key: str | None = None
+    """Column with what the verifier compares with, taken as it stands: text, a number, or a list of
+    one of them. None: by the layout."""
 
-    response_key: str = "response"
-    """Column with the response to imitate; read by supervised training only."""
+    response_key: str | None = None
+    """Column with the response to imitate; read by supervised training only. None: "response", or
+    the assistant's turn of a chat."""
+
+    max_unusable_frac: float = Field(default=0.01, ge=0, lt=1)
+    """Largest share of rows that are skipped since they cannot be read or hold no text; with more
+    of them the data are refused."""
 
     template: str | None = None
     """A format string with {prompt}, other braces doubled: "Q: {prompt} Answer in \\boxed{{}}.".
@@ -41,12 +48,16 @@ class PromptsConfig(Settings):
     one, with system and instruction; else the prompt as it is."""
 
     system: str | None = None
-    """Text of the chat template's system turn; "": there is none. None: where reward.kind is math,
-    the text of the paper's code (prompts/template.py); else there is none."""
+    """Text of the chat template's system turn; "": none. None: where reward.kind is math, the text
+    of the paper's code (prompts/template.py), else none. A chat keeps its own system turn."""
 
     instruction: str | None = None
     """Text of the user's turn of the chat template after the prompt and a space; "": nothing.
-    None: where reward.kind is math, the text of the paper's code; else nothing."""
+    None: where reward.kind is math, the text of the paper's code; else nothing. So for chats."""
+
+    default_system: bool = True
+    """Let the chat template write a system turn of its own where there is none. False: an empty one
+    in its place."""
 
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the chat template, for example {enable_thinking: false}."""

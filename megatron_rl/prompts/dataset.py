@@ -9,9 +9,9 @@ from typing import TypedDict
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.cursor import Cursor, Draw
-from megatron_rl.prompts.rows import MAX_SHOWN, Problems, Row, preview
-from megatron_rl.prompts.source import read_rows
-from megatron_rl.prompts.template import choose_template
+from megatron_rl.prompts.rows import MAX_SHOWN, LeftOut, Problems, Row, preview
+from megatron_rl.prompts.source import RowsRead, read_rows
+from megatron_rl.prompts.template import NO_TEXTS, Template, Texts, choose_template
 from megatron_rl.prompts.token_table import TokenTable, tokenize
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Prompt
@@ -34,6 +34,13 @@ class PromptReport:
 
     num_read: int
     num_used: int
+    layouts: Mapping[str, Sequence[str]]  # a layout with its columns -> the files that have it
+    notes: tuple[str, ...]  # on files of a directory that are not read
+    left_out: Mapping[str, LeftOut]  # by reason: the set itself has no answer there
+    unusable: Sequence[str]  # the first few of the rows that were skipped, with what is wrong
+    num_unusable: int
+    num_own_system: int  # chats with a system turn of their own
+    own_system: str  # that the chat template writes where there is none; "": it writes none
     num_overlong: int  # left out, since longer than max_prompt_tokens
     overlong_rows: tuple[str, ...]  # the first few of them, as source:line
     num_hopeless: int  # left out, since no response could be right by the row's answer
@@ -60,21 +67,28 @@ class PromptStream:
         find_hopeless: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
         *,
         is_benchmark: bool = False,
+        texts: Texts = NO_TEXTS,
     ) -> None:
         """Args:
         find_hopeless: answer -> why, for each answer by which no response could be right.
         is_benchmark: prompts over the limit are an error: with fewer it is another benchmark.
+        texts: what goes around questions where the recipe says nothing.
         """
-        all_rows = read_rows(config, with_gold)
-        rows, hopeless = _gradable(all_rows, find_hopeless)
-        _refuse_control_tokens(rows, tokenizer)
-        template = choose_template(config, tokenizer)
+        read = read_rows(config, with_gold, is_benchmark=is_benchmark)
+        _refuse_nothing(read, config)
+        rows, hopeless = _gradable(read.rows, find_hopeless)
+        template = choose_template(config, tokenizer, texts)
         self.date = template.date
         """The date that the prompts hold; None: the template does not ask for one."""
-        texts = (template.render(row.prompt) for row in rows)
-        table = tokenize(tokenizer, texts, prefix=template.prefix_ids)
+        _refuse_chats(rows, template, config)
+        most_frac = 0.0 if is_benchmark else config.max_unusable_frac
+        rows = _without_control_tokens(rows, tokenizer, read.unusable)
+        rendered = (template.render(row.prompt, row.chat) for row in rows)
+        table = tokenize(tokenizer, rendered, prefix=template.prefix_ids)
+        empty = _note_empty(rows, table.lengths(), len(template.prefix_ids), read.unusable)
+        read.unusable.raise_if_more(most_frac, read.num_read)
+        rows, table = _without(empty, rows, table)
         lengths = table.lengths()
-        _refuse_empty(rows, lengths, len(template.prefix_ids))
         fits = [index for index, length in enumerate(lengths) if length <= config.max_prompt_tokens]
         overlong = [index for index, n in enumerate(lengths) if n > config.max_prompt_tokens]
         _check_overlong(
@@ -89,8 +103,15 @@ class PromptStream:
         self._checksum = _checksum(self._rows, self._prompts, self._gold)
         used = [lengths[index] for index in fits]
         self.report = PromptReport(
-            num_read=len(all_rows),
+            num_read=read.num_read,
             num_used=len(used),
+            layouts=read.layouts,
+            notes=tuple(read.notes),
+            left_out=read.left_out,
+            unusable=read.unusable.shown,
+            num_unusable=read.unusable.num_problems,
+            num_own_system=sum(_has_system(row) for row in self._rows),
+            own_system=template.own_system,
             num_overlong=len(overlong),
             overlong_rows=tuple(rows[index].where for index in overlong[:MAX_SHOWN]),
             num_hopeless=len(hopeless),
@@ -110,12 +131,21 @@ class PromptStream:
 
     def first_answers(self, count: int) -> list[str]:
         """The answers of the first rows in use."""
-        return [row.answer for row in self._rows[:count]]
+        return [row.answer for row in self._rows[:count] if row.answer]
+
+    @property
+    def questions(self) -> list[str]:
+        """The questions in use, without template."""
+        return [row.prompt for row in self._rows]
+
+    def first_text(self, tokenizer: Tokenizer) -> str:
+        """The first prompt as the model reads it."""
+        return tokenizer.decode(self._prompts.tokens(0).tolist(), skip_special=False)
 
     def shown_first(self, tokenizer: Tokenizer) -> list[str]:
         """The first prompt as the model reads it, in two lines: for a person to look at."""
         ids = self._prompts.tokens(0).tolist()
-        text = tokenizer.decode(ids, skip_special=False)
+        text = self.first_text(tokenizer)
         return [
             f"first prompt, {len(ids)} tokens: {_shortened(repr(text), MOST_CHARS_SHOWN)}",
             f"  ids {_shortened(', '.join(map(str, ids)), MOST_CHARS_SHOWN)}",
@@ -184,28 +214,76 @@ def _gradable(
     return kept, hopeless
 
 
-def _refuse_control_tokens(rows: Sequence[Row], tokenizer: Tokenizer) -> None:
-    """Refuse rows that spell a control token, by which they could end a turn or a sequence."""
-    if not tokenizer.control_tokens:
+def _has_system(row: Row) -> bool:
+    return any(role == "system" for role, _ in row.chat or ())
+
+
+def _refuse_nothing(read: RowsRead, config: PromptsConfig) -> None:
+    """Refuse data of which no row is left, with the reasons."""
+    if read.rows:
         return
-    control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)))
-    problems = Problems("prompts.path")
-    for row in rows:
-        found = control.search(row.prompt) or control.search(row.response or "")
-        if found:
-            problems.add(row.where, f"spells the tokenizer's control token {found.group()!r}")
-    problems.raise_if_any(
-        "Control tokens come from prompts.template, the chat template and the end of a response "
-        "only; remove them from the text"
+    reasons = [
+        f"  {left.count} of {read.num_read}: {reason}, such as {'; '.join(left.examples)}"
+        for reason, left in read.left_out.items()
+    ]
+    way_out = "Name the column that holds the answers with prompts.answer_key"
+    raise InputError(
+        "\n".join([f"prompts.path={config.path!r}: no row is left", *reasons, way_out])
     )
 
 
-def _refuse_empty(rows: Sequence[Row], lengths: Sequence[int], num_in_front: int) -> None:
-    problems = Problems("prompts.path")
-    for row, length in zip(rows, lengths, strict=True):
-        if length <= num_in_front:
-            problems.add(row.where, "the tokenizer makes no token of the prompt")
-    problems.raise_if_any("Remove these rows, or use a tokenizer that knows their characters")
+def _refuse_chats(rows: Sequence[Row], template: Template, config: PromptsConfig) -> None:
+    """Refuse chats of several turns where only the text of one can be used."""
+    if template.of_chat is not None:
+        return
+    chat = next((row for row in rows if row.chat is not None and len(row.chat) > 1), None)
+    if chat is not None:
+        roles = ", ".join(role for role, _ in chat.chat or ())
+        why, way_out = "the tokenizer has no chat template", "Name a model that has one"
+        if config.template is not None:
+            why = "prompts.template takes the text of one turn"
+            way_out = "Leave prompts.template out"
+        raise InputError(
+            f"prompts.path: {chat.where} is a chat of several turns ({roles}), and {why}. "
+            f"{way_out}, or keep the user's turn alone in the data"
+        )
+
+
+def _without_control_tokens(
+    rows: Sequence[Row], tokenizer: Tokenizer, problems: Problems
+) -> list[Row]:
+    """The rows that spell no control token, by which they could end a turn or a sequence."""
+    if not tokenizer.control_tokens:
+        return list(rows)
+    control = re.compile("|".join(map(re.escape, tokenizer.control_tokens)))
+    kept = []
+    for row in rows:
+        texts = [row.prompt, row.response or "", *(text for _, text in row.chat or ())]
+        found = next(filter(None, map(control.search, texts)), None)
+        if found is None:
+            kept.append(row)
+        else:
+            problems.add(row.where, f"spells the tokenizer's control token {found.group()!r}")
+    return kept
+
+
+def _note_empty(
+    rows: Sequence[Row], lengths: Sequence[int], num_in_front: int, problems: Problems
+) -> set[int]:
+    """The places of rows of which the tokenizer makes no token."""
+    empty = {index for index, length in enumerate(lengths) if length <= num_in_front}
+    for index in sorted(empty):
+        problems.add(rows[index].where, "the tokenizer makes no token of the prompt")
+    return empty
+
+
+def _without(
+    places: set[int], rows: Sequence[Row], table: TokenTable
+) -> tuple[Sequence[Row], TokenTable]:
+    if not places:
+        return rows, table
+    kept = [index for index in range(len(rows)) if index not in places]
+    return [rows[index] for index in kept], table.select(kept)
 
 
 def _check_overlong(

@@ -3,11 +3,17 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import JsonError, parse_json
 
 MAX_SHOWN = 10
+UNUSABLE = "prompts.max_unusable_frac"
+
+Chat = tuple[tuple[str, str], ...]
+"""Role and text of every turn; the roles are system, user and assistant."""
+
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
@@ -15,28 +21,16 @@ _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 class Row:
     """One usable row of a data set."""
 
-    prompt: str
-    answer: str
+    prompt: str  # the question; of a chat, its last turn
+    answer: str  # "" where only responses are asked for and the set has no answers
     response: str | None  # None where only prompts are asked for
     source: str  # name of the data set
     line: int  # in its file, from 1
+    chat: Chat | None = None  # the whole question where the set has it as a chat
 
     @property
     def where(self) -> str:
         return f"{self.source}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The names of a data set's columns by what they hold."""
-
-    prompt: str
-    answer: str
-    response: str | None  # None: not read
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.prompt, self.answer, self.response) if name is not None)
 
 
 class Problems:
@@ -45,18 +39,27 @@ class Problems:
     def __init__(self, where: str) -> None:
         self.where = where
         self.num_problems = 0
-        self._shown: list[str] = []
+        self.shown: list[str] = []
 
     def add(self, place: str, problem: str) -> None:
         self.num_problems += 1
-        if len(self._shown) < MAX_SHOWN:
-            self._shown.append(f"  {place}: {problem}")
+        if len(self.shown) < MAX_SHOWN:
+            self.shown.append(f"  {place}: {problem}")
+
+    def raise_if_more(self, most_frac: float, num_rows: int) -> None:
+        """Raise InputError where more than that share of the rows is unusable."""
+        if self.num_problems > most_frac * num_rows:
+            needed = math.ceil(1000 * self.num_problems / num_rows) / 1000
+            self.raise_if_any(
+                "Mend or remove these rows"
+                + ("" if needed >= 1 else f", or have them skipped: {UNUSABLE}={needed:g}")
+            )
 
     def raise_if_any(self, way_out: str) -> None:
         if not self.num_problems:
             return
-        hidden = self.num_problems - len(self._shown)
-        lines = [*self._shown, f"  and {hidden} more"] if hidden else self._shown
+        hidden = self.num_problems - len(self.shown)
+        lines = [*self.shown, f"  and {hidden} more"] if hidden else self.shown
         noun = "row" if self.num_problems == 1 else "rows"
         heading = f"{self.where}: {self.num_problems} unusable {noun}"
         raise InputError("\n".join([heading, *lines, way_out]))
@@ -66,22 +69,25 @@ class RowError(ValueError):
     """The reason why one row cannot be used; it becomes a line of Problems."""
 
 
-def to_row(fields: object, columns: Columns, source: str, line: int) -> Row:
-    """The row made of a record's columns; RowError where a column is missing or unusable."""
-    if not isinstance(fields, Mapping):
-        raise RowError(f"{preview(fields)} is not a JSON object")
-    missing = [name for name in columns.names if name not in fields]
-    if missing:
-        raise RowError(f"no column {', '.join(map(repr, missing))}; it has {column_list(fields)}")
-    return Row(
-        prompt=_text(columns.prompt, fields[columns.prompt]),
-        answer=answer_text(columns.answer, fields[columns.answer]),
-        response=(
-            None if columns.response is None else _text(columns.response, fields[columns.response])
-        ),
-        source=source,
-        line=line,
-    )
+class LeftOutError(ValueError):
+    """The reason why a good row has no part: the set itself has no answer there."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Rows left out for one reason."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)  # the first few, with what is wrong
+
+    def add(self, where: str, detail: str, most: int = 3) -> None:
+        self.count += 1
+        if len(self.examples) < most:
+            self.examples.append(f"{where}: {detail}" if detail else where)
 
 
 def json_line(fields: Mapping[str, object]) -> str:
@@ -103,17 +109,40 @@ def preview(value: object) -> str:
 
 
 def answer_text(column: str, value: object) -> str:
-    """The answer as text: a number is written out (27.0 -> "27.0"), a list of one is unpacked."""
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
+    """The answer as text: a number is written out (27.0 -> "27.0"), a list of one is unpacked.
+
+    So is JSON text of a list of one text, ["42"]; [1, 2] may be an interval and stays.
+    """
+    value = alone(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise RowError(f"{column}={value}: must be finite")
         return str(value)
-    return _text(column, value, rule="must be text, a number, or a list of one of them")
+    return text_of(column, value, rule="must be text, a number, or a list of one of them")
 
 
-def _text(column: str, value: object, rule: str = "must be text") -> str:
+def alone(value: object) -> object:
+    """The one item of a list of one, or of the JSON text of a list of one text; else the value."""
+    if isinstance(value, str):
+        texts = texts_in(value)
+        return value if texts is None or len(set(texts)) != 1 else texts[0]
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+def texts_in(value: str) -> list[str] | None:
+    """The texts of a JSON text such as ["42"]; None where it is something else."""
+    if not value.lstrip().startswith("["):
+        return None
+    try:
+        items = parse_json(value)
+    except JsonError:
+        return None
+    is_list = isinstance(items, list) and items and all(isinstance(item, str) for item in items)
+    return items if is_list else None  # type: ignore[return-value]  # all() does not narrow
+
+
+def text_of(column: str, value: object, rule: str = "must be text") -> str:
+    """The value, if it is text that can be used; else RowError."""
     if not isinstance(value, str):
         raise RowError(f"{column}={preview(value)}: {rule}")
     if not value.strip():

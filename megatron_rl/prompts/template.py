@@ -10,6 +10,7 @@ from types import FrameType
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.clock import FixedClock, today
 from megatron_rl.prompts.config import PromptsConfig
+from megatron_rl.prompts.rows import Chat
 from megatron_rl.prompts.tokenizer import Tokenizer
 
 SAMPLE_LIMIT_S = 5.0  # CPU seconds; a template takes a millisecond
@@ -19,25 +20,38 @@ MATH_SYSTEM = r"Please reason step by step, and put your final answer within \bo
 MATH_INSTRUCTION = r"Let's think step by step and output the final answer within \boxed{}."
 
 
-def for_mathematics(config: PromptsConfig) -> PromptsConfig:
-    """The config with the paper's texts where the recipe sets none."""
-    if config.template is not None:
-        return config
-    system = MATH_SYSTEM if config.system is None else config.system
-    instruction = MATH_INSTRUCTION if config.instruction is None else config.instruction
-    return config.model_copy(update={"system": system, "instruction": instruction})
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a question that is text gets around it where the recipe says nothing."""
+
+    system: str = ""
+    instruction: str = ""
+
+
+NO_TEXTS = Texts()
+FOR_MATHEMATICS = Texts(MATH_SYSTEM, MATH_INSTRUCTION)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """How a row's prompt becomes the text that is encoded, and what is put in front of its ids."""
 
-    render: Callable[[str], str]
+    of_text: Callable[[str], str]
+    of_chat: Callable[[Chat], str] | None = None  # None: it takes the text of one turn alone
     prefix_ids: tuple[int, ...] = ()  # unless the ids begin with them
     date: str | None = None  # that the texts hold; None: the template does not ask for one
+    own_system: str = ""  # system turn that the chat template writes where it is given none
+
+    def render(self, prompt: str, chat: Chat | None = None) -> str:
+        """The text of a question, or of a chat that ends in one."""
+        if chat is not None and self.of_chat is not None:
+            return self.of_chat(chat)
+        return self.of_text(prompt)
 
 
-def choose_template(config: PromptsConfig, tokenizer: Tokenizer) -> Template:
+def choose_template(
+    config: PromptsConfig, tokenizer: Tokenizer, texts: Texts = NO_TEXTS
+) -> Template:
     """The recipe's template, or the tokenizer's chat template, or the prompt as it is.
 
     Raises:
@@ -46,24 +60,66 @@ def choose_template(config: PromptsConfig, tokenizer: Tokenizer) -> Template:
     template = config.template
     prefix_ids = tokenizer.prefix_ids if config.add_bos else ()
     if template is not None:
-        return Template(render=lambda prompt: template.format(prompt=prompt), prefix_ids=prefix_ids)
+        return Template(
+            of_text=lambda prompt: template.format(prompt=prompt), prefix_ids=prefix_ids
+        )
     if tokenizer.has_chat_template:
-        return _chat_template(config, tokenizer)
-    return Template(render=lambda prompt: prompt, prefix_ids=prefix_ids)
+        return _chat_template(config, tokenizer, texts)
+    return Template(of_text=lambda prompt: prompt, prefix_ids=prefix_ids)
 
 
-def _chat_template(config: PromptsConfig, tokenizer: Tokenizer) -> Template:
+def _chat_template(config: PromptsConfig, tokenizer: Tokenizer, texts: Texts) -> Template:
     date = config.date or today()
     clock = FixedClock(date)
-    system, suffix = config.system or "", f" {config.instruction}" if config.instruction else ""
     arguments = {**config.chat_template_kwargs, "strftime_now": clock.strftime}
 
-    def render(prompt: str) -> str:
-        return tokenizer.render_chat(prompt + suffix, system, **arguments)
+    def render(chat: Chat) -> str:
+        return tokenizer.render_chat(chat, **arguments)
+
+    def of_text(prompt: str) -> str:
+        system = texts.system if config.system is None else config.system
+        instruction = texts.instruction if config.instruction is None else config.instruction
+        return render((*opening(system), ("user", _with_instruction(prompt, instruction))))
+
+    def of_chat(chat: Chat) -> str:
+        # A chat says all that its authors want said: of ours it gets what the recipe itself names.
+        *before, (role, question) = chat
+        has_system = any(role == "system" for role, _ in before)
+        last = (role, _with_instruction(question, config.instruction or ""))
+        return render((*(() if has_system else opening(config.system or "")), *before, last))
+
+    def opening(system: str) -> Chat:
+        # An empty system turn keeps a template from writing its own.
+        return (("system", system),) if system or not config.default_system else ()
 
     with _deadline():
-        render("1+1?")
-    return Template(render=render, date=date if clock.was_asked else None)
+        of_text("1+1?")
+        own_system = _own_system(render)
+    return Template(
+        of_text=of_text,
+        of_chat=of_chat,
+        date=date if clock.was_asked else None,
+        own_system=own_system,
+    )
+
+
+def _with_instruction(prompt: str, instruction: str) -> str:
+    return f"{prompt} {instruction}" if instruction else prompt
+
+
+def _own_system(render: Callable[[Chat], str]) -> str:
+    """The system turn that a chat template writes where it is given none, such as Qwen2.5's.
+
+    It is what stands in the place of one that is given.
+    """
+    question, mark = ("user", "1+1?"), "\x1f"  # no template writes this character
+    try:
+        given, bare = render((("system", mark), question)), render((question,))
+    except InputError:
+        return ""  # it takes no system turn
+    before, found, after = given.partition(mark)
+    has_own = found and bare.startswith(before) and bare.endswith(after)
+    return bare[len(before) : len(bare) - len(after)].strip() if has_own else ""
 
 
 class _TooSlowError(Exception):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_rl.errors import InputError
 from megatron_rl.files import read_json_object, refuse_irregular
+from megatron_rl.prompts.rows import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,11 +55,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
-    def render_chat(self, prompt: str, system: str = "", **arguments: Any) -> str:
-        """The text of a chat up to where the response starts; system "" means no system turn.
-
-        arguments: of the chat template.
-        """
+    def render_chat(self, chat: Chat, **arguments: Any) -> str:
+        """The text of a chat up to where the response starts; arguments are the template's."""
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -150,11 +148,10 @@ class HuggingFaceTokenizer:
         )
         return str(text)
 
-    def render_chat(self, prompt: str, system: str = "", **arguments: Any) -> str:
+    def render_chat(self, chat: Chat, **arguments: Any) -> str:
         from jinja2 import TemplateError
 
-        turns = [{"role": "system", "content": system}] if system else []
-        turns.append({"role": "user", "content": prompt})
+        turns = [{"role": role, "content": text} for role, text in chat]
         try:
             text = self._tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, **arguments
@@ -226,7 +223,7 @@ class SentencePieceTokenizer:
                 plain.append(token)
         return text + str(self._pieces.decode(plain))
 
-    def render_chat(self, prompt: str, system: str = "", **arguments: Any) -> str:
+    def render_chat(self, chat: Chat, **arguments: Any) -> str:
         raise InputError(
             "a SentencePiece tokenizer.model has no chat template. Set prompts.template, or leave "
             "it unset to use the prompt as it is"

@@ -19,8 +19,8 @@ class CharTokenizer:
     def decode(self, ids, skip_special=True):
         return "".join(chr(token) for token in ids if not (skip_special and token in self.eos_ids))
 
-    def render_chat(self, prompt, system="", **arguments):
-        return (f"[system]{system}" if system else "") + f"[user]{prompt}[assistant]"
+    def render_chat(self, chat, **arguments):
+        return "".join(f"[{role}]{text}" for role, text in chat) + "[assistant]"
 
 
 class ChatCharTokenizer(CharTokenizer):

@@ -10,18 +10,18 @@ import pytest
 from megatron_rl.commands.prompt_files import (
     BAD_ANSWER,
     CONTROL_TOKEN,
-    MARKED,
-    NO_ANSWER,
+    HELD_OUT,
     OVERLONG,
     UNREADABLE,
     Preparation,
     manifest_path,
     prepare,
 )
-from megatron_rl.commands.published import PUBLISHED, final_answer, find_published
+from megatron_rl.commands.published import PUBLISHED, find_published
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
+from megatron_rl.prompts.final_answer import MARKED, NO_ANSWER, SEVERAL, final_answer
 from megatron_rl.prompts.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -189,10 +189,33 @@ def test_placeholders_and_what_a_set_marks_as_invalid_are_left_out(write_jsonl, 
 
 
 def test_where_no_row_is_left_the_reasons_are_told_with_examples(write_jsonl, tmp_path):
-    path = write_jsonl({"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"})
+    path = write_jsonl({"prompt": ["1+1?"], "answer": "2"})
     with pytest.raises(InputError, match="no row is left") as told:
         _prepared(tmp_path / "out.jsonl", path)
-    assert f"  {path}: 1 of 1: {UNREADABLE}\n    data:1: prompt=[{{'role'" in str(told.value)
+    assert f"  {path}: 1 of 1: {UNREADABLE}\n    data:1: prompt=['1+1?']" in str(told.value)
+
+
+def test_several_answers_are_not_guessed_at(write_jsonl, tmp_path):
+    path = write_jsonl(
+        {"prompt": "a?", "answer": '["2", "3"]'},
+        {"prompt": "b?", "answer": '["2", "2"]'},
+        {"prompt": "c?", "answer": "[2, 3]"},
+    )
+    rows, (report,) = _prepared(tmp_path / "out.jsonl", path)
+    assert [row["answer"] for row in rows] == ["2", "[2, 3]"]
+    assert report.dropped[SEVERAL].count == 1
+
+
+def test_problems_of_a_held_out_set_are_left_out(write_jsonl, tmp_path):
+    held_out = write_jsonl({"question": "Find $x^2$!", "answer": "#### 4"}, name="test.jsonl")
+    path = write_jsonl(
+        {"prompt": "find x^{2}", "answer": "4"},
+        {"prompt": "7+52?", "answer": "59"},
+        {"prompt": "find x", "answer": "2"},
+    )
+    rows, (report,) = _prepared(tmp_path / "out.jsonl", path, held_out=(str(held_out),))
+    assert [row["id"] for row in rows] == ["data:2", "data:3"]
+    assert report.dropped[HELD_OUT].examples == ["data:1"]
 
 
 def test_text_answers_are_taken_as_they_are(write_jsonl, tmp_path):

@@ -10,7 +10,7 @@ GOOD = {"prompt": "1+1?", "answer": "2"}
 
 
 def _read(path, with_gold=False, **settings):
-    return read_rows(PromptsConfig(path=str(path), **settings), with_gold)
+    return read_rows(PromptsConfig(path=str(path), **settings), with_gold).rows
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,33 @@ def test_all_problems_of_a_file_are_counted_and_ten_are_shown(write_jsonl):
     lines = str(error.value).splitlines()
     assert lines[0] == f"{path}: 12 unusable rows"
     assert [line.split(":")[0] for line in lines[1:11]] == [f"  line {n}" for n in range(2, 12)]
-    assert lines[11:] == ["  and 2 more", "Mend or remove these rows"]
+    assert lines[11:] == [
+        "  and 2 more",
+        "Mend or remove these rows, or have them skipped: prompts.max_unusable_frac=0.924",
+    ]
+
+
+def test_bad_rows_are_skipped_up_to_their_share(write_jsonl):
+    path = write_jsonl(*[GOOD] * 150, {"prompt": "1?", "answer": ""}, "{broken", *[GOOD] * 48)
+    read = read_rows(PromptsConfig(path=str(path)), False)
+    assert (len(read.rows), read.num_read, read.unusable.num_problems) == (198, 200, 2)
+    assert read.unusable.shown[0] == "  data:151: answer='': must not be empty"
+    with pytest.raises(InputError, match=r"skipped: prompts\.max_unusable_frac=0\.01$") as error:
+        _read(path, max_unusable_frac=0.009)
+    told = str(error.value).rpartition("=")[2]
+    assert len(_read(path, max_unusable_frac=float(told))) == 198
+    with pytest.raises(InputError, match=r"2 unusable rows.*\n.*line 151.*\n.*\nMend these rows"):
+        read_rows(PromptsConfig(path=str(path)), False, is_benchmark=True)
 
 
 def test_a_wrong_column_name_is_one_message_with_the_columns_there_are(write_jsonl):
-    path = write_jsonl(*[{"question": "1+1?", "answer": "2"}] * 50)
+    path = write_jsonl(*[{"task": "1+1?", "answer": "2"}] * 50)
     with pytest.raises(InputError, match=r"prompts\.prompt_key='prompt': no such column") as error:
+        _read(path, prompt_key="prompt")
+    assert "which has 'task', 'answer'" in str(error.value)
+    with pytest.raises(InputError, match=r"no layout that is known; the first row has 'task', 'an"):
         _read(path)
-    assert "which has 'question', 'answer'" in str(error.value)
-    assert [row.prompt for row in _read(path, prompt_key="question")] == ["1+1?"] * 50
+    assert [row.prompt for row in _read(path, prompt_key="task")] == ["1+1?"] * 50
 
 
 def test_the_response_column_is_asked_for_only_with_gold(write_jsonl):
@@ -95,18 +113,18 @@ def test_a_list_of_paths_is_read_in_its_order(write_jsonl):
     paths = [
         str(write_jsonl({"prompt": name, "answer": "1"}, name=f"{name}.jsonl")) for name in "ba"
     ]
-    assert [row.source for row in read_rows(PromptsConfig(path=paths), False)] == ["b", "a"]
+    assert [row.source for row in read_rows(PromptsConfig(path=paths), False).rows] == ["b", "a"]
 
 
 def test_files_that_cannot_be_used_at_all(write_jsonl, tmp_path):
     with pytest.raises(InputError, match="there is no such file or directory"):
         _read(tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match=r"the ending '\.csv' is not one of \.jsonl, \.parquet"):
-        _read(write_jsonl("prompt,answer", name="data.csv"))
+    with pytest.raises(InputError, match=r"the ending '\.txt' is not one of \.jsonl, \.parquet"):
+        _read(write_jsonl("prompt,answer", name="data.txt"))
     with pytest.raises(InputError, match="the data set has no rows"):
         _read(write_jsonl("", name="blank.jsonl"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"the directory holds no \.jsonl or \.parquet file"):
+    with pytest.raises(InputError, match=r"the directory holds no \.jsonl, \.parquet, \.json or"):
         _read(tmp_path / "empty")
 
 

@@ -2,12 +2,13 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.config import PromptsConfig
-from megatron_rl.prompts.template import choose_template, for_mathematics
+from megatron_rl.prompts.template import FOR_MATHEMATICS, choose_template
 from megatron_rl.prompts.tokenizer import load_tokenizer
 
 CHAT = (
@@ -97,15 +98,15 @@ def test_eos_ids_are_the_union_with_the_tokenizers_own_first(copied):
 def test_chat_template_is_rendered_up_to_the_response(copied):
     tokenizer = load_tokenizer(copied(tokenizer_config={"chat_template": CHAT}))
     assert tokenizer.has_chat_template
-    assert tokenizer.render_chat("7+5?") == "<bos>7+5?="
-    assert tokenizer.encode(tokenizer.render_chat("7?")) == [2, 11, 108, 106]
+    assert tokenizer.render_chat((("user", "7+5?"),)) == "<bos>7+5?="
+    assert tokenizer.encode(tokenizer.render_chat((("user", "7?"),))) == [2, 11, 108, 106]
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% for %}", "{{ a.b.c }}"])
 def test_a_chat_template_that_fails_names_the_way_out(copied, template):
     tokenizer = load_tokenizer(copied(tokenizer_config={"chat_template": template}))
     with pytest.raises(InputError, match=r"the chat template fails .* set prompts\.template"):
-        tokenizer.render_chat("7+5?")
+        tokenizer.render_chat((("user", "7+5?"),))
 
 
 def test_template_comes_before_chat_template_before_the_prompt_itself(copied, hugging_face):
@@ -122,24 +123,24 @@ def test_the_papers_words_are_the_default_of_mathematics(copied, hugging_face, s
     system = r"Please reason step by step, and put your final answer within \boxed{}."
     user = r"7? Let's think step by step and output the final answer within \boxed{}."
     open_config = PromptsConfig(path="p")
-    default = for_mathematics(open_config)
-    assert choose_template(default, with_chat).render("7?") == f"[system]{system}[user]{user}"
+    for_math = partial(choose_template, texts=FOR_MATHEMATICS)
+    assert for_math(open_config, with_chat).render("7?") == f"[system]{system}[user]{user}"
     for plain in (hugging_face, sentencepiece):  # without a chat template the prompt is untouched
-        assert choose_template(default, plain).render("7?") == "7?"
-    none = for_mathematics(PromptsConfig(path="p", system="", instruction=""))
-    assert choose_template(none, with_chat).render("7?") == "[user]7?"
-    words = for_mathematics(PromptsConfig(path="p", system="S", instruction="I"))
-    assert choose_template(words, with_chat).render("7?") == "[system]S[user]7? I"
+        assert for_math(open_config, plain).render("7?") == "7?"
+    none = PromptsConfig(path="p", system="", instruction="")
+    assert for_math(none, with_chat).render("7?") == "[user]7?"
+    words = PromptsConfig(path="p", system="S", instruction="I")
+    assert for_math(words, with_chat).render("7?") == "[system]S[user]7? I"
     assert choose_template(open_config, with_chat).render("7?") == "[user]7?"
 
 
 def test_a_recipes_own_template_is_used_as_it_is(hugging_face, sentencepiece):
     """Such as the paper's words for a tokenizer that has no chat template."""
-    config = for_mathematics(
-        PromptsConfig(path="p", template="{prompt}\nPlease put your answer within \\boxed{{}}.")
+    config = PromptsConfig(
+        path="p", template="{prompt}\nPlease put your answer within \\boxed{{}}."
     )
     for tokenizer in (hugging_face, sentencepiece):
-        rendered = choose_template(config, tokenizer).render("7?")
+        rendered = choose_template(config, tokenizer, FOR_MATHEMATICS).render("7?")
         assert rendered == "7?\nPlease put your answer within \\boxed{}."
 
 

@@ -1,0 +1,80 @@
+"""What a run reads, in lines for a person: the data, what is left out, the first prompt."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatron_rl.config import RunConfig
+from megatron_rl.prompts.dataset import PromptReport, PromptStream
+from megatron_rl.prompts.overlap import overlaps
+from megatron_rl.prompts.tokenizer import Tokenizer
+from megatron_rl.types import Prompt
+
+FORMS = {"box": "boxed", "answer_tag": "<answer>"}
+"""reward.answer_in -> what a prompt says that asks for an answer there."""
+
+# Kinds of reward that read an answer; a user's function may look for anything.
+_READ_ANSWERS = ("math", "exact", "number", "format")
+
+
+def input_lines(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    prompts: PromptStream,
+    benchmarks: Mapping[str, Sequence[Prompt]],
+) -> list[str]:
+    """The lines, in the order in which a person asks: what was read, what not, how it looks."""
+    return [
+        *_data(prompts.report),
+        *overlaps(prompts.questions, benchmarks),
+        *prompts.shown_first(tokenizer),
+        *_around(prompts.report),
+        *_unasked(config, prompts.first_text(tokenizer)),
+    ]
+
+
+def _data(report: PromptReport) -> Iterator[str]:
+    for layout, files in report.layouts.items():
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        yield f"layout: {layout}, {files[0]}{more}"
+    yield from report.notes
+    yield f"prompts: {report.num_used} of {report.num_read} rows" + (
+        f", {report.num_overlong} too long and left out" if report.num_overlong else ""
+    )
+    for reason, left in report.left_out.items():
+        yield f"  {left.count} left out: {reason}, such as {'; '.join(left.examples)}"
+    yield from _counted(report.num_unusable, "skipped, since they cannot be used", report.unusable)
+    yield from _counted(
+        report.num_hopeless,
+        "left out, since no response could be right by their answers",
+        [f"  {row}" for row in report.hopeless_rows],
+    )
+    if report.num_conflicting:
+        yield f"  {report.num_conflicting} have the prompt of an earlier row and another answer"
+
+
+def _counted(count: int, what: str, examples: Sequence[str]) -> Iterator[str]:
+    if count:
+        yield f"  {count} {what}:"
+        yield from (f"  {example}" for example in examples)
+
+
+def _around(report: PromptReport) -> Iterator[str]:
+    if report.num_own_system:
+        yield f"  {report.num_own_system} chats keep the system turn of their row"
+    if report.own_system:
+        yield (
+            f"  the chat template writes a system turn of its own, {report.own_system!r}, where "
+            "there is none; prompts.default_system=false leaves it empty"
+        )
+
+
+def _unasked(config: RunConfig, first_prompt: str) -> Iterator[str]:
+    """A line where the first prompt does not ask for an answer in the form that is looked for."""
+    sign = FORMS.get(config.reward.answer_in)
+    if config.is_supervised or sign is None or config.reward.kind not in _READ_ANSWERS:
+        return
+    if sign not in first_prompt:
+        yield (
+            f"  it does not say {sign!r}, and reward.answer_in={config.reward.answer_in} looks for "
+            "the answer there: a model that does not know is never right. Ask for it with "
+            "prompts.template or prompts.instruction"
+        )

@@ -1,0 +1,88 @@
+"""The final answer of a row of a published set, or what the set says against the row."""
+
+import math
+from collections.abc import Mapping
+
+from megatron_rl.prompts.rows import LeftOutError, alone, preview, texts_in
+from megatron_rl.reward.extract import last_box
+from megatron_rl.reward.gold import is_placeholder
+
+MARKED = "row that its set marks as invalid or as a proof"
+NO_ANSWER = "no final answer"
+SEVERAL = "several answers, and nothing says whether one or all of them are asked for"
+
+_VALID = ("yes", "true", "valid", "1", "1.0")
+# Each ends a worked solution, and the answer follows: in MATH as PRM800K splits it, in GSM8K.
+_MARKERS = ("The answer is:", "####")
+
+
+def final_answer(value: object) -> str | None:
+    r"""The answer in a column that may hold a worked solution; None where it holds none.
+
+    Examples: 27.0 -> "27"; "9 * 2 = 18\n#### 18" -> "18"; ["$69$", "$84$"] -> "$69$, $84$";
+    "So \boxed{x} is it." -> "x"; '["42"]' -> "42".
+
+    Raises:
+        LeftOutError: JSON text of several answers. A list of several is an answer in parts.
+    """
+    if isinstance(value, list | tuple):
+        parts = [final_answer(item) for item in value]
+        return ", ".join(dict.fromkeys(filter(None, parts))) if parts and all(parts) else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    if not isinstance(value, str):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value == int(value) else str(value)
+    texts = texts_in(value)
+    if texts is not None:
+        if len(set(texts)) > 1:
+            raise LeftOutError(SEVERAL, preview(value))
+        return final_answer(texts[0])
+    for marker in _MARKERS:
+        if marker in value:
+            return value.rpartition(marker)[2].strip() or None
+    if "\\boxed" in value:
+        return last_box(value)
+    return value.strip() or None
+
+
+def box_of(worked: object) -> str | None:
+    """The answer of a worked solution: behind a marker or in the last box, else None."""
+    worked = alone(worked)
+    if not isinstance(worked, str):
+        return None
+    has_marker = any(marker in worked for marker in _MARKERS)
+    return final_answer(worked) if has_marker else last_box(worked)
+
+
+def answer_of(values: list[object], worked: object) -> str:
+    """The final answer: the first that is one among the values, else that of the solution.
+
+    Raises:
+        LeftOutError: there is none, or a word in its place (`proof`, `notfound`).
+    """
+    for value in values:
+        answer = final_answer(value)
+        if answer is not None and not is_placeholder(answer):
+            return answer
+    answer = box_of(worked)
+    if answer is None or is_placeholder(answer):
+        raise LeftOutError(NO_ANSWER)
+    return answer
+
+
+def why_invalid(fields: Mapping[str, object]) -> str | None:
+    """What the set itself says against a row; None where it says nothing.
+
+    NuminaMath-1.5 has problem_is_valid and solution_is_valid ("Yes", "Incomplete", ...), and a
+    question_type that may be "proof".
+    """
+    for name, value in fields.items():
+        if isinstance(name, str) and name.endswith("is_valid") and value is not None:
+            says = str(value).strip().casefold()
+            if says not in _VALID:
+                return f"{name}={preview(value)}"
+    kind = fields.get("question_type")
+    is_proof = isinstance(kind, str) and kind.strip().casefold() == "proof"
+    return "question_type='proof'" if is_proof else None

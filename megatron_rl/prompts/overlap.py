@@ -1,0 +1,51 @@
+"""Problems that stand in two sets: in what a run trains on and in what it is measured by."""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from megatron_rl.types import Prompt
+
+NUM_SHOWN = 3
+_MARKUP = re.compile(
+    r"\\(?:left|right|displaystyle|quad|qquad)(?![a-z])|\\[,;:!()\[\] ]|[\s$\\{}\"'`]"
+)
+_SAME = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
+
+
+def normalised(text: str) -> str:
+    r"""A problem without what two copies of it often differ in, so that they are equal.
+
+    That is case, white space, signs of mathematics mode, braces, quotation marks, commands of
+    layout, forms of characters and the sign at the end: "Find $x^2$!" and "find x^{2}" are both
+    "findx^2". Operators stay: 7 + 52 is another problem than 75 + 2.
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(_SAME)
+    return _MARKUP.sub("", plain).rstrip(".?!:")
+
+
+def overlaps(trained_on: Sequence[str], benchmarks: Mapping[str, Sequence[Prompt]]) -> list[str]:
+    """A line for each benchmark of which questions are also trained on; none where there are none.
+
+    trained_on: the questions, without template.
+    """
+    if not benchmarks:
+        return []
+    exact = set(trained_on)
+    near = {normalised(text) for text in exact}
+    lines = []
+    for name, prompts in benchmarks.items():
+        same = [prompt for prompt in prompts if prompt.text in exact]
+        alike = [
+            prompt
+            for prompt in prompts
+            if prompt.text not in exact and normalised(prompt.text) in near
+        ]
+        if same or alike:
+            shown = ", ".join(str(prompt.group_id + 1) for prompt in (same + alike)[:NUM_SHOWN])
+            lines.append(
+                f"contamination: {len(same) + len(alike)} of {len(prompts)} questions of {name} "
+                f"are also trained on ({len(same)} to the letter, {len(alike)} but for spacing and "
+                f"signs), such as its rows {shown}. megatron-rl prepare --held-out leaves them out"
+            )
+    return lines
