@@ -31,11 +31,12 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradeFields:
-    """Names of the fields that a line of the file has."""
+    """Names of the fields that a line of the file has, and how to read the response."""
 
     response: str = "response"
     answer: str = "answer"
     tokens: str | None = None  # the response's number of tokens, for a length penalty
+    opens_thought: bool = False  # prompts ended in <think>: responses start inside a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class _Line:
     response: str
     answer: str
     num_tokens: int | None
+    opens_thought: bool
 
 
 @dataclass(slots=True)
@@ -126,7 +128,7 @@ def _line(number: int, parsed: object, names: GradeFields) -> _Line:
     if names.tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
         raise RowError(f"{names.tokens}={preview(num_tokens)}: must be a number of tokens")
     answer = answer_text(names.answer, parsed[names.answer])
-    return _Line(number, parsed, response, answer, num_tokens)
+    return _Line(number, parsed, response, answer, num_tokens, names.opens_thought)
 
 
 def _grade_lines(
@@ -160,7 +162,13 @@ def _scored(
     chunk: list[_Line], scorer: RewardScorer, config: RewardConfig, tally: _Tally
 ) -> Iterator[tuple[_Line, Score]]:
     for line in chunk:
-        scorer.submit((line.number, 0), line.response, line.answer, line.num_tokens)
+        scorer.submit(
+            (line.number, 0),
+            line.response,
+            line.answer,
+            line.num_tokens,
+            opens_thought=line.opens_thought,
+        )
     scores = scorer.collect()
     for line in chunk:
         score = scores[line.number, 0]

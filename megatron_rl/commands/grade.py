@@ -14,6 +14,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--response-key", default="response", metavar="NAME")
     parser.add_argument("--answer-key", default="answer", metavar="NAME")
     parser.add_argument("--tokens-key", metavar="NAME", help="field with the response's length")
+    parser.add_argument(
+        "--opens-thought",
+        action="store_true",
+        help="the prompts ended in <think>: an answer comes after the response's </think>",
+    )
     parser.add_argument("overrides", nargs="*", metavar="reward.key=value")
 
 
@@ -23,7 +28,10 @@ def run(options: argparse.Namespace) -> int:
     from megatron_rl.grade import GradeFields, grade_file
 
     fields = GradeFields(
-        response=options.response_key, answer=options.answer_key, tokens=options.tokens_key
+        response=options.response_key,
+        answer=options.answer_key,
+        tokens=options.tokens_key,
+        opens_thought=options.opens_thought,
     )
     grade_file(options.file, options.output, reward, fields)
     return 0

@@ -1,5 +1,8 @@
 """Finders of the answer that a response commits to: in its last box, tag or answer line, or all.
 
+A response to a prompt that ends in <think> is searched with that tag in front: until its </think>
+it is a thought.
+
 Every search is bounded: a policy may well learn to repeat an opening box a hundred thousand times.
 """
 
@@ -13,7 +16,8 @@ MAX_ANSWER_CHARS = 512
 TAIL_CHARS = 1 << 16
 MAX_OPENERS = 32
 
-OPEN_THOUGHT, _CLOSE_THOUGHT = "<think>", "</think>"
+OPEN_THOUGHT = "<think>"
+_CLOSE_THOUGHT = "</think>"
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
 # In front of the word: marks of headings, quotes, items and bold, as in "### **Answer:** 34".
 _LABEL = re.compile(rb"[ \t>#*_-]{0,16}answer[*_]{0,3}[ \t]{0,4}(?::|\xef\xbc\x9a)", re.IGNORECASE)
@@ -110,7 +114,7 @@ def last_number(response: str) -> str | None:
 def is_answer_form(response: str) -> bool:
     """True where a response is reasoning, then one answer tag, then nothing.
 
-    The reasoning may have no tags, or have its opening tag in the prompt.
+    The reasoning may have no tags, or only the closing one, where the prompt has opened it.
     """
     head, opened, rest = response.strip().partition(_OPEN_TAG)
     content = rest.removesuffix(_CLOSE_TAG)

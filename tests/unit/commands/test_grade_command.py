@@ -78,6 +78,17 @@ def test_answers_on_a_line_of_their_own(run):
     assert [line["extracted"] for line in graded] == ["$34$.", None]
 
 
+def test_responses_that_start_inside_a_thought(run):
+    lines = [
+        {"response": "maybe \\boxed{3}", "answer": "3"},
+        {"response": "maybe \\boxed{3}</think> no, \\boxed{4}", "answer": "4"},
+    ]
+    _, graded, _ = run(lines)
+    assert [line["verdict"] for line in graded] == ["correct", "correct"]
+    _, graded, _ = run(lines, "--opens-thought")
+    assert [line["verdict"] for line in graded] == ["no_answer", "correct"]
+
+
 def test_the_reward_of_the_documentation(run, tmp_path, monkeypatch):
     text = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text("utf-8")
     folder = tmp_path.with_name(tmp_path.name + "_rewards")
