@@ -53,7 +53,15 @@ class Dealt:
         self.failures: list[str] = []
         self.beside = self.after = 0.0  # seconds of the trainer, during and after generation
 
-    def submit(self, key: Key, response_text: str, answer: str, num_tokens: int) -> None:
+    def submit(
+        self,
+        key: Key,
+        response_text: str,
+        answer: str,
+        num_tokens: int,
+        *,
+        opens_thought: bool,
+    ) -> None:
         self._keys.append(key)
 
     def poll(self) -> None:
@@ -72,7 +80,15 @@ class Graded(Dealt):
         super().__init__()
         self._scorer, self._responses = scorer, responses
 
-    def submit(self, key: Key, response_text: str, answer: str, num_tokens: int) -> None:
+    def submit(
+        self,
+        key: Key,
+        response_text: str,
+        answer: str,
+        num_tokens: int,
+        *,
+        opens_thought: bool,
+    ) -> None:
         started, response = time.perf_counter(), next(self._responses)
         self._scorer.submit(key, response.text, response.gold, num_tokens)
         self.beside += time.perf_counter() - started

@@ -39,11 +39,12 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradeFields:
-    """Names of the fields that a line of the file has."""
+    """Names of the fields that a line of the file has, and how to read the response."""
 
     response: str = "response"
     answer: str | None = None  # None: by the layout of the columns, else "answer"
     tokens: str | None = None  # the response's number of tokens, for a length penalty
+    opens_thought: bool = False  # prompts ended in <think>: responses start inside a thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class _Line:
     response: str
     answer: str
     num_tokens: int | None
+    opens_thought: bool
 
 
 @dataclass(slots=True)
@@ -141,7 +143,14 @@ class _Reader:
         response = self._value(parsed, self.names.response)
         if not isinstance(response, str):
             raise RowError(f"{self.names.response}={preview(response)}: must be text")
-        return _Line(number, parsed, response, self._answer(parsed), self._num_tokens(parsed))
+        return _Line(
+            number=number,
+            fields=parsed,
+            response=response,
+            answer=self._answer(parsed),
+            num_tokens=self._num_tokens(parsed),
+            opens_thought=self.names.opens_thought,
+        )
 
     def _answer(self, parsed: dict[str, Any]) -> str:
         if self.layout is not None:
@@ -207,7 +216,13 @@ def _scored(
     chunk: list[_Line], scorer: RewardScorer, config: RewardConfig, tally: _Tally
 ) -> Iterator[tuple[_Line, Score]]:
     for line in chunk:
-        scorer.submit((line.number, 0), line.response, line.answer, line.num_tokens)
+        scorer.submit(
+            (line.number, 0),
+            line.response,
+            line.answer,
+            line.num_tokens,
+            opens_thought=line.opens_thought,
+        )
     scores = scorer.collect()
     for line in chunk:
         score = scores[line.number, 0]

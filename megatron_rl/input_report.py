@@ -8,7 +8,7 @@ from megatron_rl.prompts.overlap import overlaps
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Prompt
 
-FORMS = {"box": "boxed", "answer_tag": "<answer>"}
+SIGNS = {"box": "boxed", "answer_tag": "<answer>", "answer_line": "Answer:"}
 """reward.answer_in -> what a prompt says that asks for an answer there."""
 
 # Kinds of reward that read an answer; a user's function may look for anything.
@@ -69,7 +69,7 @@ def _around(report: PromptReport) -> Iterator[str]:
 
 def _unasked(config: RunConfig, first_prompt: str) -> Iterator[str]:
     """A line where the first prompt does not ask for an answer in the form that is looked for."""
-    sign = FORMS.get(config.reward.answer_in)
+    sign = SIGNS.get(config.reward.answer_in)
     if config.is_supervised or sign is None or config.reward.kind not in _READ_ANSWERS:
         return
     if sign not in first_prompt:

@@ -39,6 +39,7 @@ class Prompt:
     source: str = ""  # name of the data set it came from
     text: str = ""  # the question, without template
     gold_tokens: Tensor | None = None  # [R] int64, ends with the end-of-sequence token (sft only)
+    opens_thought: bool = False  # it ends inside a thought, so that the response starts in one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

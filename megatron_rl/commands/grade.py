@@ -16,6 +16,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--answer-key", metavar="NAME", help="default: by the layout of the columns, else answer"
     )
     parser.add_argument("--tokens-key", metavar="NAME", help="field with the response's length")
+    parser.add_argument(
+        "--opens-thought",
+        action="store_true",
+        help="the prompts ended in <think>: an answer comes after the response's </think>",
+    )
     parser.add_argument("overrides", nargs="*", metavar="reward.key=value")
 
 
@@ -25,7 +30,10 @@ def run(options: argparse.Namespace) -> int:
     from megatron_rl.grade import GradeFields, grade_file
 
     fields = GradeFields(
-        response=options.response_key, answer=options.answer_key, tokens=options.tokens_key
+        response=options.response_key,
+        answer=options.answer_key,
+        tokens=options.tokens_key,
+        opens_thought=options.opens_thought,
     )
     grade_file(options.file, options.output, reward, fields)
     return 0

@@ -78,6 +78,7 @@ class PromptStream:
         _refuse_nothing(read, config)
         rows, hopeless = _gradable(read.rows, find_hopeless)
         template = choose_template(config, tokenizer, texts)
+        self._template = template
         self.date = template.date
         """The date that the prompts hold; None: the template does not ask for one."""
         _refuse_chats(rows, template, config)
@@ -183,6 +184,7 @@ class PromptStream:
             source=row.source,
             text=row.prompt,
             gold_tokens=None if self._gold is None else self._gold.tokens(draw.row),
+            opens_thought=self._template.opens_thought(row.prompt),
         )
 
 

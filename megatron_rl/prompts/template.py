@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 
 from megatron_rl.errors import InputError
@@ -13,6 +14,8 @@ from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.rows import Chat
 from megatron_rl.prompts.tokenizer import Tokenizer
 
+THOUGHT = "<think>"
+SAMPLE = "1+1?"
 SAMPLE_LIMIT_S = 5.0  # CPU seconds; a template takes a millisecond
 
 # The public code of arXiv:2504.11343 (RLHFlow/Minimal-RL) gives these texts to every model.
@@ -41,6 +44,18 @@ class Template:
     prefix_ids: tuple[int, ...] = ()  # unless the ids begin with them
     date: str | None = None  # that the texts hold; None: the template does not ask for one
     own_system: str = ""  # system turn that the chat template writes where it is given none
+
+    def opens_thought(self, prompt: str) -> bool:
+        """True where a question's text ends in an opened thought, in which the response starts.
+
+        The chat templates of R1's distillations and of QwQ end so.
+        """
+        return f"{prompt}{self._behind}".rstrip().endswith(THOUGHT)
+
+    @cached_property
+    def _behind(self) -> str:
+        """What stands behind every question."""
+        return self.of_text(SAMPLE).rpartition(SAMPLE)[2]
 
     def render(self, prompt: str, chat: Chat | None = None) -> str:
         """The text of a question, or of a chat that ends in one."""
@@ -93,7 +108,7 @@ def _chat_template(config: PromptsConfig, tokenizer: Tokenizer, texts: Texts) ->
         return (("system", system),) if system or not config.default_system else ()
 
     with _deadline():
-        of_text("1+1?")
+        of_text(SAMPLE)
         own_system = _own_system(render)
     return Template(
         of_text=of_text,
@@ -112,7 +127,7 @@ def _own_system(render: Callable[[Chat], str]) -> str:
 
     It is what stands in the place of one that is given.
     """
-    question, mark = ("user", "1+1?"), "\x1f"  # no template writes this character
+    question, mark = ("user", SAMPLE), "\x1f"  # no template writes this character
     try:
         given, bare = render((("system", mark), question)), render((question,))
     except InputError:

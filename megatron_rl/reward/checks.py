@@ -110,7 +110,7 @@ def check_effects(kinds: Collection[str], tolerance: float, answer_in: str) -> N
             "reward.answer_in",
             answer_in,
             rule="names no form that the kind format could look for",
-            way_out="Set box or answer_tag",
+            way_out="Set box, answer_tag or answer_line",
         )
 
 

@@ -1,4 +1,7 @@
-"""Finders of the answer that a response commits to: in its last box, its last answer tag, or all.
+"""Finders of the answer that a response commits to: in its last box, tag or answer line, or all.
+
+A response to a prompt that ends in <think> is searched with that tag in front: until its </think>
+it is a thought.
 
 Every search is bounded: a policy may well learn to repeat an opening box a hundred thousand times.
 """
@@ -13,7 +16,11 @@ MAX_ANSWER_CHARS = 512
 TAIL_CHARS = 1 << 16
 MAX_OPENERS = 32
 
+OPEN_THOUGHT = "<think>"
+_CLOSE_THOUGHT = "</think>"
 _OPEN_TAG, _CLOSE_TAG = "<answer>", "</answer>"
+# In front of the word: marks of headings, quotes, items and bold, as in "### **Answer:** 34".
+_LABEL = re.compile(rb"[ \t>#*_-]{0,16}answer[*_]{0,3}[ \t]{0,4}(?::|\xef\xbc\x9a)", re.IGNORECASE)
 # A number such as -1,234.5 or 3/4 or 50% or 4.5e33, written backwards: the last number is wanted,
 # so the response is searched from its end. A minus after a number or a bracket is not a sign, and
 # a full stop after a letter is not a decimal point.
@@ -61,6 +68,35 @@ def last_answer_tag(response: str) -> str | None:
     return last_box(content) if "\\boxed" in content else content.strip() or None
 
 
+def last_answer_line(response: str) -> str | None:
+    """What follows `Answer:` on the last line after the reasoning that begins with it.
+
+    Case, bold and marks of a heading or an item do not matter, and a box in the line counts as its
+    content. A line that says nothing, or is over-long, is no answer, as with boxes; the answer does
+    not go on in the next line.
+    """
+    # As bytes, since lower() may change the length of text.
+    tail = _after_reasoning(response)[-TAIL_CHARS:].encode("utf-8", "surrogatepass")
+    folded, end = tail.lower(), len(tail)
+    for _ in range(MAX_OPENERS):
+        end = folded.rfind(b"answer", 0, end)
+        if end < 0:
+            return None
+        start = folded.rfind(b"\n", 0, end) + 1
+        label = _LABEL.match(tail, start)
+        if label is not None:
+            line = tail[label.end() :].partition(b"\n")[0]
+            return _line_content(line.decode("utf-8", "surrogatepass"))
+    return None
+
+
+def _line_content(line: str) -> str | None:
+    content = line.strip(" \t\r*_`")
+    if len(content) > MAX_ANSWER_CHARS:
+        return None
+    return last_box(content) if "\\boxed" in content else content or None
+
+
 def whole_response(response: str) -> str | None:
     """The text after the reasoning; None where there is none, or it is too long for an answer."""
     text = _after_reasoning(response).strip()
@@ -78,22 +114,22 @@ def last_number(response: str) -> str | None:
 def is_answer_form(response: str) -> bool:
     """True where a response is reasoning, then one answer tag, then nothing.
 
-    The reasoning may have no tags, or have its opening tag in the prompt.
+    The reasoning may have no tags, or only the closing one, where the prompt has opened it.
     """
     head, opened, rest = response.strip().partition(_OPEN_TAG)
     content = rest.removesuffix(_CLOSE_TAG)
     is_closed = bool(opened) and content != rest and bool(content.strip())
     is_single = _OPEN_TAG not in content and _CLOSE_TAG not in content
-    reasoning, closed, between = head.rpartition("</think>")
-    has_reasoned = not between.strip() if closed else "<think>" not in head
-    return is_closed and is_single and has_reasoned and "</think>" not in reasoning
+    reasoning, closed, between = head.rpartition(_CLOSE_THOUGHT)
+    has_reasoned = not between.strip() if closed else OPEN_THOUGHT not in head
+    return is_closed and is_single and has_reasoned and _CLOSE_THOUGHT not in reasoning
 
 
 def _after_reasoning(response: str) -> str:
-    opened, closed = response.rfind("<think>"), response.rfind("</think>")
+    opened, closed = response.rfind(OPEN_THOUGHT), response.rfind(_CLOSE_THOUGHT)
     if opened > closed:
         return ""  # it is still reasoning: a box there is not yet an answer
-    return response[closed + len("</think>") :] if closed >= 0 else response
+    return response[closed + len(_CLOSE_THOUGHT) :] if closed >= 0 else response
 
 
 def _skip_spaces(text: str, start: int) -> int:

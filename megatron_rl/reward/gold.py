@@ -10,6 +10,7 @@ from megatron_rl.reward.normalize import is_balanced, normalize
 FORMS = {
     "box": "\\boxed{%s}",
     "answer_tag": "<answer>%s</answer>",
+    "answer_line": "Answer: %s",
     "response": "%s",
 }
 """reward.answer_in -> a response that holds nothing but an answer, %s."""

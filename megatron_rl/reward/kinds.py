@@ -12,6 +12,7 @@ from megatron_rl.reward.config import PartConfig, RewardConfig
 from megatron_rl.reward.extract import (
     Finder,
     is_answer_form,
+    last_answer_line,
     last_answer_tag,
     last_box,
     last_number,
@@ -27,6 +28,7 @@ Judge = Callable[[str, str, int | None], Graded]
 _FINDERS: dict[str, Finder] = {
     "box": last_box,
     "answer_tag": last_answer_tag,
+    "answer_line": last_answer_line,
     "response": whole_response,
 }
 

@@ -3,6 +3,9 @@
 import re
 import unicodedata
 
+from megatron_rl.reward.functions import with_functions
+from megatron_rl.reward.markup import without_layout, without_marks
+
 _GREEK = (
     *("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"),
     *("lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "varsigma", "sigma", "tau", "upsilon"),
@@ -55,13 +58,6 @@ _ROOT = re.compile("\u221a\\s*(?:\\(([^()]*)\\)|\\{([^{}]*)\\}|(\\d+|[a-z]))")
 _ARGUMENT = r"(\{[^{}]*\}|\\(?!sqrt|d?frac|text|math)[a-zA-Z]+|[0-9a-zA-Z])"
 _SHORT_FRACTION = re.compile(rf"\\frac\s*{_ARGUMENT}\s*{_ARGUMENT}")
 _SHORT_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
-_STYLED = re.compile(
-    r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|textbf|textit|textsf|emph)\s*\{([^{}]*)\}"
-)
-_LAYOUT = re.compile(
-    r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?|quad|qquad|hfill|phantom\{[^{}]*\})"
-    r"(?![a-zA-Z])|(?<!\\)\\[ ,;:>]|~"
-)
 _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), spelling)
     for pattern, spelling in (
@@ -85,7 +81,6 @@ _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\^\s*\{\s*\\circ\s*\}|\\degree(?![a-zA-Z])", r"^\\circ"),
         (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),
         (r"\*\*", "^"),
-        (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
     )
 )
@@ -101,9 +96,10 @@ def normalize(text: str) -> str:
     """The text with one spelling per meaning; still LaTeX, never another value."""
     if not text.isascii():
         text = _to_ascii_math(text)
+    text = without_marks(text)
     for pattern, spelling in _SYNONYMS:
         text = pattern.sub(spelling, text)
-    text = _LAYOUT.sub(" ", _STYLED.sub(r"\1", text))
+    text = with_functions(without_layout(text))
     text = _UPRIGHT_LETTER.sub(_plain_letter, text)
     text = _SHORT_FRACTION.sub(_brace_arguments, text)
     text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
@@ -133,7 +129,7 @@ def is_balanced(text: str) -> bool:
 def _to_ascii_math(text: str) -> str:
     text = "".join(_spell_fraction(char) for char in text.translate(_SYMBOLS))
     text = _ROOT.sub(lambda match: rf"\sqrt{{{next(filter(None, match.groups()), '')}}}", text)
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", text.replace("\u221a", "\\sqrt "))
     return "".join(char for char in text if not _is_invisible(char))
 
 

@@ -60,16 +60,27 @@ class RewardScorer:
             raise
 
     def submit(
-        self, key: Key, response_text: str, answer: str, num_tokens: int | None = None
+        self,
+        key: Key,
+        response_text: str,
+        answer: str,
+        num_tokens: int | None = None,
+        *,
+        opens_thought: bool = False,
     ) -> None:
-        """Start scoring a response; never waits. num_tokens is read by length_penalty alone."""
+        """Start scoring a response; never waits.
+
+        num_tokens is read by length_penalty alone. opens_thought: the prompt ended in <think>, so
+        the response starts inside a thought, and holds an answer only after its </think>. A user's
+        function gets the response as it is.
+        """
         if key in self._submitted:
             raise ValueError(f"response {key} was submitted twice; a key names one response")
         if not self._submitted:
             self.failures = []
         self._submitted[key] = None
         for verifier in self._verifiers:
-            verifier.submit(key, response_text, answer, num_tokens)
+            verifier.submit(key, response_text, answer, num_tokens, opens_thought=opens_thought)
 
     def poll(self) -> None:
         """Hand out and take in work without waiting; called between engine steps."""

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.errors import InputError, RunError
+from megatron_rl.reward.extract import OPEN_THOUGHT
 from megatron_rl.reward.kinds import Judge
 from megatron_rl.reward.math_grader import VerdictName
 from megatron_rl.reward.pool import Outcome, WorkerPool
@@ -51,12 +52,26 @@ class Verifier:
     def is_busy(self) -> bool:
         return bool(self._claims)
 
-    def submit(self, key: Hashable, response: str, answer: str, num_tokens: int | None) -> None:
-        """Grade a response at once, or start a job for it."""
+    def submit(
+        self,
+        key: Hashable,
+        response: str,
+        answer: str,
+        num_tokens: int | None,
+        *,
+        opens_thought: bool = False,
+    ) -> None:
+        """Grade a response at once, or start a job for it.
+
+        opens_thought: the prompt ended in the tag that opens a thought. A judge reads the response
+        behind that tag, a user's function reads it alone.
+        """
         if self._judge is None:
             self._claim(self._new_job(response, answer), key, None)
             return
         started = time.thread_time()
+        if opens_thought:
+            response = OPEN_THOUGHT + response
         graded = self._judge(response, answer, num_tokens)
         if graded.pair is None:
             seconds = time.thread_time() - started

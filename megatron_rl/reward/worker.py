@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import math
+import numbers
 import operator
 import os
 import resource
@@ -194,10 +195,12 @@ def _execute(function: Function, left: str, right: str) -> Message:
     return reply
 
 
-def _describe_value(value: object) -> Message:
-    if not isinstance(value, bool | int | float):
-        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        reason = f"returned a {kind}: must be a bool or a float"
+def _describe_value(returned: object) -> Message:
+    value = _plain(returned)
+    if value is None:
+        kind = type(returned)
+        name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+        reason = f"returned a {name}: must be a bool or a float"
         return {"verdict": "error", "reason": reason[:_MAX_REASON_CHARS], "is_misuse": True}
     if isinstance(value, bool):
         return {"verdict": "correct" if value else "wrong"}
@@ -209,6 +212,18 @@ def _describe_value(value: object) -> Message:
         reason = f"returned {reward:g}: must be finite and at most {MAX_REWARD:g} in size"
         return {"verdict": "error", "reason": reason, "is_misuse": True}
     return {"reward": reward}
+
+
+def _plain(value: Any) -> bool | numbers.Real | None:
+    """The bool or real number that a value is, else None.
+
+    A scalar of NumPy, and a tensor or an array with no axis, is what it holds; they are told by
+    their shape, since neither library is imported here. An array with an axis is no reward, however
+    few entries it has: which of its entries were meant to count is not said anywhere.
+    """
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()
+    return value if isinstance(value, bool | numbers.Real) else None
 
 
 def _describe(error: BaseException) -> str:

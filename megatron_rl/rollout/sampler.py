@@ -20,7 +20,13 @@ class Grader(Protocol):
     """Is told of every finished response while others still generate; see reward/scorer."""
 
     def submit(
-        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
+        self,
+        key: tuple[int, int],
+        response_text: str,
+        answer: str,
+        num_tokens: int,
+        *,
+        opens_thought: bool,
     ) -> None: ...
 
     def poll(self) -> None: ...
@@ -73,6 +79,7 @@ class Sampler:
             group_id, index = response.key
             if group_id not in own:
                 return
+            prompt = own[group_id]
             text = self._tokenizer.decode(response.tokens.tolist())
             rollouts[group_id][index] = Rollout(
                 response_tokens=response.tokens,
@@ -81,7 +88,13 @@ class Sampler:
                 policy_version=policy_version,
                 text=text,
             )
-            grader.submit(response.key, text, own[group_id].answer, len(response.tokens))
+            grader.submit(
+                response.key,
+                text,
+                prompt.answer,
+                len(response.tokens),
+                opens_thought=prompt.opens_thought,
+            )
 
         requests = [
             self._request(prompt, index, draw, iteration)

@@ -67,6 +67,28 @@ def test_a_reward_and_overrides_after_the_options(run):
     assert (code, graded[0]["verdict"], graded[0]["extracted"]) == (0, "correct", "101")
 
 
+def test_answers_on_a_line_of_their_own(run):
+    lines = [
+        {"response": "so\n**Answer:** $34$.", "answer": "34"},
+        {"response": "so \\boxed{34}", "answer": "34"},
+    ]
+    code, graded, _ = run(lines, "reward.answer_in=answer_line")
+    assert code == 0
+    assert [line["verdict"] for line in graded] == ["correct", "no_answer"]
+    assert [line["extracted"] for line in graded] == ["$34$.", None]
+
+
+def test_responses_that_start_inside_a_thought(run):
+    lines = [
+        {"response": "maybe \\boxed{3}", "answer": "3"},
+        {"response": "maybe \\boxed{3}</think> no, \\boxed{4}", "answer": "4"},
+    ]
+    _, graded, _ = run(lines)
+    assert [line["verdict"] for line in graded] == ["correct", "correct"]
+    _, graded, _ = run(lines, "--opens-thought")
+    assert [line["verdict"] for line in graded] == ["no_answer", "correct"]
+
+
 def test_the_reward_of_the_documentation(run, tmp_path, monkeypatch):
     text = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text("utf-8")
     folder = tmp_path.with_name(tmp_path.name + "_rewards")

@@ -18,6 +18,14 @@ def length_reward(response: str, answer: str) -> float:
     return len(response) / 10
 
 
+def with_numpy(response: str, answer: str) -> object:
+    import numpy
+
+    if response == "mean":
+        return numpy.mean([numpy.float32(number) for number in answer.split()])
+    return numpy.int64(len(response)) == len(answer)
+
+
 def torch_is_loaded(response: str, answer: str) -> bool:
     return "torch" in sys.modules
 

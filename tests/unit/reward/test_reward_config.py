@@ -20,7 +20,8 @@ from megatron_rl.reward.config import PartConfig, RewardConfig
         ({"kind": "length_penalty"}, "reward.kind='length_penalty': must be math"),
         ({"tolerance": 0.1}, "reward.tolerance=0.1: only the kind number reads it"),
         ({"kind": "a:b", "answer_in": "response"}, "reward.answer_in='response': has no effect"),
-        ({"kind": "format", "answer_in": "response"}, "names no form"),
+        ({"kind": "a:b", "answer_in": "answer_line"}, "answer_in='answer_line': has no effect"),
+        ({"kind": "format", "answer_in": "response"}, "Set box, answer_tag or answer_line"),
         ({"parts": {"Odd": {"weight": 1.0}}}, "reward.parts='Odd': a part's name becomes"),
         ({"parts": {"odd": {"weight": 1.0}}}, "reward.parts.odd.kind='odd': must be math"),
         (

@@ -6,6 +6,7 @@ from megatron_rl.reward.extract import (
     MAX_OPENERS,
     TAIL_CHARS,
     is_answer_form,
+    last_answer_line,
     last_answer_tag,
     last_box,
     last_number,
@@ -97,6 +98,51 @@ def test_number_of_boxes_looked_at_is_bounded(response, monkeypatch):
 )
 def test_last_answer_tag(response, answer):
     assert last_answer_tag(response) == answer
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("so\nAnswer: 34", "34"),
+        ("so\nanswer: 34\n", "34"),
+        ("so\r\nANSWER : 34\r\n", "34"),
+        ("**Answer:** 34", "34"),
+        ("**Answer**: 34", "34"),
+        ("**Answer: 34**", "34"),
+        ("Answer: **34**", "34"),
+        ("__Answer:__ 34", "34"),
+        ("### Answer: 34", "34"),
+        ("> - **Answer:** `34`", "34"),
+        ("Answer: $34$.", "$34$."),
+        ("Answer\uff1a34", "34"),
+        ("Answer: $\\boxed{34}$", "34"),
+        ("Answer: the answer: 34", "the answer: 34"),
+        ("Answer: 33\nno,\nAnswer: 34\nas asked for in the Answer: line", "34"),
+        ("\u0130\u0130\u0130\nAnswer: \u0130", "\u0130"),  # whose lower case is longer
+        ("Answer: \ud800", "\ud800"),
+        ("<think>Answer: 33</think>\nAnswer: 34", "34"),
+        ("Answer: " + "7" * MAX_ANSWER_CHARS, "7" * MAX_ANSWER_CHARS),
+        # nothing to grade
+        ("", None),
+        ("34", None),
+        ("\\boxed{34}", None),
+        ("The answer: 34", None),  # the line begins with another word
+        ("Answers: 34", None),
+        ("Answer 34", None),
+        ("Answer:", None),
+        ("Answer: **", None),
+        ("Answer: 33\nAnswer:\n34", None),
+        ("Answer: \\boxed{34", None),
+        ("<think>Answer: 34", None),
+        ("Answer: " + "7" * (MAX_ANSWER_CHARS + 1), None),
+        ("Answer: 33\nAnswer: " + "7" * 10_000, None),
+        ("Answer: 34\n" + " " * TAIL_CHARS, None),
+        ("answer " * 100_000, None),
+        ("#" * 100_000 + "Answer: 34", None),
+    ],
+)
+def test_last_answer_line(response, answer):
+    assert last_answer_line(response) == answer
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,10 @@ def test_percent_sign_comes_from_the_question(question, answer, prepared):
         ({"kind": "exact"}, "New York {", "against itself"),
         ({"kind": "exact", "answer_in": "response"}, "New York {", None),
         ({"kind": "exact", "answer_in": "answer_tag"}, "</answer>", "against itself"),
+        ({"answer_in": "answer_line"}, r"\frac12", None),
+        ({"answer_in": "answer_line"}, "1,\n2", "against itself"),
+        ({"kind": "exact", "answer_in": "answer_line"}, "New York {", None),
+        ({"kind": "exact", "answer_in": "answer_line"}, "*", "against itself"),
         ({"kind": "format"}, "anything", None),
         ({"kind": "a.b:c"}, "#### {", None),  # a function makes of it what it wants
         ({"kind": "a.b:c"}, " ", "empty"),

@@ -19,6 +19,8 @@ def judge(response, answer, num_tokens=None, **settings):
         ("box", "New York", "no_answer", None),
         ("answer_tag", "<answer>New York\n</answer>", "correct", "New York"),
         ("answer_tag", "\\boxed{New York}", "no_answer", None),
+        ("answer_line", "so\n**Answer:** New York", "correct", "New York"),
+        ("answer_line", "\\boxed{New York}", "no_answer", None),
         ("response", "<think>hm</think>New York", "correct", "New York"),
         ("response", "It is New York", "wrong", "It is New York"),
         ("response", "  ", "no_answer", None),
@@ -71,6 +73,8 @@ def test_number_anywhere_is_the_last_one():
         ("box", "so \\boxed{5", "no_answer"),
         ("answer_tag", "<think>a</think><answer>5</answer>", "correct"),
         ("answer_tag", "<answer>5</answer> it is", "no_answer"),
+        ("answer_line", "so\nAnswer: 5", "correct"),
+        ("answer_line", "so the answer is 5", "no_answer"),
     ],
 )
 def test_format(answer_in, response, verdict):
@@ -87,10 +91,23 @@ def test_length_penalty(num_tokens, value):
     assert (graded.value, graded.verdict) == (value, None)
 
 
-@pytest.mark.parametrize("answer_in", ["answer_tag", "response"])
-def test_mathematics_reads_other_places_too(answer_in):
-    response = {"answer_tag": "<answer>1/2</answer>", "response": "1/2"}[answer_in]
+@pytest.mark.parametrize(
+    ("answer_in", "response"),
+    [
+        ("answer_tag", "<answer>1/2</answer>"),
+        ("answer_line", "**Answer:** $\\frac{1}{2}$."),
+        ("answer_line", "Answer: \\boxed{1/2}"),
+        ("response", "1/2"),
+    ],
+)
+def test_mathematics_reads_other_places_too(answer_in, response):
     assert judge(response, "0.5", answer_in=answer_in).verdict == "correct"
+
+
+def test_a_number_behind_answer():
+    settings = {"kind": "number", "answer_in": "answer_line"}
+    assert judge("of 12\nAnswer: \\$1,080.", "1080", **settings).verdict == "correct"
+    assert judge("Answer: 12\nand 1080", "1080", **settings).verdict == "wrong"
 
 
 def test_a_users_function_is_not_judged_here():

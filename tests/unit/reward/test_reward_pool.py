@@ -136,6 +136,13 @@ def test_functions_that_misbehave(make_pool, action, verdict, reason):
     assert after.verdict == "wrong"  # not the reply to the one before
 
 
+def test_a_function_that_returns_what_numpy_compares(make_pool):
+    pool = make_pool("reward_functions:with_numpy", deadline_s=10.0, memory_bytes=4 << 30)
+    outcomes = run_all(pool, [("four", "4444"), ("four", "4"), ("mean", "1 2")])
+    assert verdicts(outcomes[:2]) == ["correct", "wrong"]
+    assert (outcomes[2].verdict, outcomes[2].reward) == (None, 1.5)
+
+
 def test_verdict_does_not_depend_on_how_often_the_trainer_looks(make_pool):
     pool = make_pool("reward_functions:misbehave", deadline_s=0.2)
     wait_ready(pool)

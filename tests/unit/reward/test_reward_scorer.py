@@ -67,6 +67,45 @@ def test_scores_carry_verdict_reward_and_answer(make_scorer):
     assert scorer.collect()[3, 0].verdict is Verdict.WRONG
 
 
+FORMS = {
+    "box": "\\boxed{4}",
+    "answer_tag": "<answer>4</answer>",
+    "answer_line": "\nAnswer: 4",
+    "response": "4",
+}
+
+
+@pytest.mark.parametrize("kind", ["math", "exact", "number", "format"])
+@pytest.mark.parametrize(("answer_in", "form"), FORMS.items())
+def test_a_response_that_starts_inside_a_thought_has_to_close_it(
+    make_scorer, kind, answer_in, form
+):
+    if (kind, answer_in) == ("format", "response"):
+        return  # refused: there is no form
+    scorer = make_scorer(kind=kind, answer_in=answer_in)
+    for number, text in enumerate([form, f"so</think>{form}", f"<think>so</think>{form}"]):
+        scorer.submit((0, number), text, "4", opens_thought=True)
+        scorer.submit((1, number), text, "4")
+    scores = scorer.collect()
+    verdicts = [[str(scores[group, n].verdict) for n in range(3)] for group in range(2)]
+    assert verdicts == [["no_answer", "correct", "correct"], ["correct"] * 3]
+
+
+def test_the_form_with_a_draft_in_the_thought(make_scorer):
+    scorer = make_scorer(kind="format", answer_in="answer_tag")
+    draft = "<answer>3</answer>"
+    for number, text in enumerate([draft, f"so</think>{draft}", f"so</think>{draft} and so on"]):
+        scorer.submit((0, number), text, "4", opens_thought=True)
+    scores = scorer.collect()
+    assert [str(scores[0, n].verdict) for n in range(3)] == ["no_answer", "correct", "no_answer"]
+
+
+def test_a_function_gets_the_response_as_it_is(make_scorer):
+    scorer = make_scorer(kind="reward_functions:same_length")
+    scorer.submit((0, 0), "so</think>4", "so</think>4", opens_thought=True)
+    assert scorer.collect()[0, 0].verdict is Verdict.CORRECT
+
+
 def test_submit_and_poll_do_not_wait(make_scorer):
     scorer = make_scorer()
     os.kill(pool_of(scorer).zygote_pid, signal.SIGSTOP)  # no worker can start: waiting would hang

@@ -1,6 +1,7 @@
 """Scoring runs while responses are still sampled, with the real scorer and its workers."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -91,3 +92,17 @@ def test_verdicts_come_while_others_are_sampled(scorer, groups):
     ]
     # 1, 2 and 3 tokens: nothing, half and all of the penalty
     assert [rollout.reward for rollout in group.rollouts] == [1.0, -1.5, 0.0]
+
+
+def test_a_prompt_that_opens_a_thought_is_told_to_the_grader(scorer, groups):
+    """The texts hold a box and no </think>: to such a prompt they hold no answer."""
+    prompts = [replace(PROMPTS[0], opens_thought=True), replace(PROMPTS[0], group_id=8)]
+    engine = SlowEngine(lambda: not scorer._verifiers[0].is_busy)
+    sampler = Sampler(engine, Decoder(), groups, run_seed=0)
+    draw = replace(DRAW, group_size=1)
+    sampled = sampler.generate(prompts, draw, iteration=1, policy_version=0, grader=scorer)
+    verdicts = {
+        group.prompt.group_id: group.rollouts[0].verdict
+        for group in attach(sampled, scorer.collect())
+    }
+    assert verdicts == {7: Verdict.NO_ANSWER, 8: Verdict.WRONG}

@@ -1,5 +1,6 @@
 """Graded rollouts on disk and back."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,22 @@ def test_nothing_is_lost_on_the_way(run):
         for name in ("reward", "verdict", "reward_parts", "extracted", "text", "policy_version"):
             assert getattr(one, name) == getattr(other, name), name
         assert one.verdict is other.verdict
+
+
+def test_prompts_that_open_a_thought_are_recorded_as_such(tmp_path):
+    thinking = replace(prompt(1), opens_thought=True)
+    record = RolloutRecord(tmp_path, place(0, 1), num_iterations=1)
+    record.keep([group(0), replace(group(1), prompt=thinking)], 4)
+    assert [g.prompt.opens_thought for g in replayed(tmp_path, 0, 1, ids=range(2))] == [False, True]
+
+
+def test_records_from_before_a_field_was_there_are_read(run):
+    for path in (run / "debug" / "iteration_000004").iterdir():
+        content = torch.load(path, weights_only=True)
+        for each in content["groups"]:
+            del each["prompt"]["opens_thought"]
+        torch.save(content, path)
+    assert {g.prompt.opens_thought for g in replayed(run, 0, 2)} == {False}
 
 
 def test_only_the_newest_iterations_stay(tmp_path):
