@@ -121,3 +121,49 @@ def test_a_person_is_shown_the_first_prompt(model, write_jsonl):
         "first prompt, 5 tokens: '<bos>7+52?'",
         "  ids 2, 11, 104, 56, 108",
     ]
+
+
+# As Qwen2.5's, without its words.
+DEFAULTS = (
+    "{% if messages[0].role == 'system' %}<bos>{{ messages[0].content }}"
+    "{% else %}<bos>1 + 2{% endif %}"
+    "{% for m in messages if m.role != 'system' %},{{ m.content }}{% endfor %}="
+)
+
+
+def test_the_templates_own_system_turn_is_known_and_can_be_left_out(model):
+    tokenizer = load_tokenizer(model(chat_template=DEFAULTS))
+    chosen = choose_template(PromptsConfig(path="p"), tokenizer)
+    assert (chosen.own_system, chosen.render("7")) == ("1 + 2", "<bos>1 + 2,7=")
+    empty = PromptsConfig(path="p", default_system=False)
+    assert choose_template(empty, tokenizer).render("7") == "<bos>,7="
+    given = PromptsConfig(path="p", default_system=False, system="9")
+    assert choose_template(given, tokenizer).render("7") == "<bos>9,7="
+    assert choose_template(empty, tokenizer).render("7", (("user", "7"),)) == "<bos>,7="
+
+
+@pytest.mark.parametrize("template", [DATED, THINKS, "{{ messages[-1].content }}"])
+def test_most_templates_have_no_system_turn_of_their_own(model, template):
+    tokenizer = load_tokenizer(model(chat_template=template))
+    assert choose_template(PromptsConfig(path="p"), tokenizer).own_system == ""
+
+
+def test_a_thought_that_a_template_opens_is_known(model):
+    opens = "{% for m in messages %}{{ m.content }}{% endfor %}=<think>\n"
+    tokenizer = load_tokenizer(model(chat_template=opens))
+    assert choose_template(PromptsConfig(path="p"), tokenizer).opens_thought("7")
+    closed = load_tokenizer(model(chat_template=f"{opens}</think>\n"))
+    assert not choose_template(PromptsConfig(path="p"), closed).opens_thought("7")
+    bare = load_tokenizer(model(chat_template="{{ messages[-1].content }}"))
+    own = PromptsConfig(path="p", template="Q: {prompt} <think>")
+    assert choose_template(own, bare).opens_thought("7")
+    rendered_before = choose_template(PromptsConfig(path="p", template="{prompt}"), bare)
+    assert rendered_before.opens_thought("7=<think>")
+    assert not rendered_before.opens_thought("a <think> of 7")
+
+
+def test_prompts_carry_that_their_responses_start_in_a_thought(model, write_jsonl):
+    opens = "{% for m in messages %}{{ m.content }}{% endfor %}=<think>"
+    tokenizer = load_tokenizer(model(chat_template=opens))
+    config = PromptsConfig(path=str(write_jsonl({"prompt": "7?", "answer": "1"})))
+    assert PromptStream(config, tokenizer, seed=0).all_prompts()[0].opens_thought

@@ -1,0 +1,82 @@
+"""What a run says of its data before it starts, and `plan` without starting one."""
+
+import json
+
+import pytest
+
+from megatron_rl.commands.main import main
+from megatron_rl.config import load_config
+from megatron_rl.input_report import input_lines
+from megatron_rl.preflight import read_data
+
+ROWS = [{"prompt": f"{n}+{n}?", "answer": str(2 * n)} for n in range(1, 9)]
+
+
+@pytest.fixture
+def lines_of(case, tmp_path):
+    """The lines on these rows, with changes to the recipe."""
+
+    def lines(rows, name="data.jsonl", **changes):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prompts = changes.pop("prompts", {})
+        case.change(prompts={"path": str(path), **prompts}, **changes)
+        config = load_config(case.write(), [])
+        return input_lines(config, *read_data(config))
+
+    return lines
+
+
+def test_layout_counts_and_the_first_prompt_are_told(lines_of):
+    lines = lines_of(ROWS)
+    assert lines[0].startswith("layout: prompt and answer (prompt, answer), ")
+    assert lines[1] == "prompts: 8 of 8 rows"
+    assert lines[2].startswith("first prompt, 4 tokens: '1+1?'")
+
+
+def test_what_is_left_out_is_counted_with_examples(lines_of):
+    rows = [{"problem": row["prompt"], "answer": row["answer"]} for row in ROWS]
+    spoiled = [{"problem": "3?", "answer": "proof"}, {"problem": "", "answer": "1"}]
+    again = [{"problem": "1+1?", "answer": "3"}]
+    lines = lines_of([*rows, *spoiled, *again], prompts={"max_unusable_frac": 0.1})
+    assert "prompts: 9 of 11 rows" in lines
+    assert "  1 left out: no final answer, such as data:9" in lines
+    place = lines.index("  1 skipped, since they cannot be used:")
+    assert lines[place + 1] == "    data:10: problem='': must not be empty"
+    assert "  1 have the prompt of an earlier row and another answer" in lines
+
+
+def test_a_form_that_the_first_prompt_does_not_ask_for_is_told(lines_of):
+    told = "it does not say 'boxed', and reward.answer_in=box looks for the answer there"
+    assert any(told in line for line in lines_of(ROWS))
+    asks = {"template": "{prompt} \\boxed{{}}"}
+    for changes in (
+        {"prompts": asks},
+        {"prompts": {"template": None}, "reward": {"kind": "number", "answer_in": "response"}},
+    ):
+        assert not any("does not say" in line for line in lines_of(ROWS, **changes))
+    line = lines_of(ROWS, reward={"kind": "math", "answer_in": "answer_line"})[-1]
+    assert "it does not say 'Answer:'" in line
+
+
+def test_held_out_questions_that_are_trained_on_are_told(lines_of, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "1 + 1", "answer": "2"}\n{"prompt": "9+9?", "answer": "18"}\n')
+    lines = lines_of(ROWS, evaluation={"benchmarks": {"sums": {"path": str(held_out)}}})
+    (line,) = (line for line in lines if line.startswith("contamination: "))
+    assert "1 of 2 questions of sums are also trained on (0 to the letter, 1 but" in line
+
+
+def test_plan_shows_the_prompt_and_refuses_what_a_start_refuses(case, tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    case.change(prompts={"path": str(path)})
+    assert main(["plan", str(case.write())]) == 0
+    out = capsys.readouterr().out
+    assert "inputs\n  layout: prompt and answer" in out
+    assert "  first prompt, 4 tokens: '1+1?'" in out
+    case.change(prompts={"answer_key": "gold"})
+    assert main(["plan", str(case.write())]) == 2
+    shown = capsys.readouterr()
+    assert "memory per rank" in shown.out
+    assert "prompts.answer_key='gold': no such column" in shown.err
