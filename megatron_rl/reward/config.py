@@ -53,8 +53,9 @@ class RewardConfig(Settings):
     function: str | None = None
     """The import path "package.module:function" of `fn(response, answer) -> bool | float`. True and
     False earn `correct` and `wrong`; a float is the reward itself, between -1e9 and 1e9, counted as
-    correct from `correct` on. Scalars of NumPy count as Python's. It runs in the workers, must take any two strings, and is called with
-    dummy responses before the run starts: one that fails on all of them is refused."""
+    correct from `correct` on. Scalars of NumPy count as Python's. It runs in the workers, must take
+    any two strings, and is called with dummy responses before the run starts: one that fails on all
+    of them is refused."""
 
     answer_in: Literal["box", "answer_tag", "answer_line", "response"] = "box"
     """Place of the answer: in the last \\boxed{}, between the last <answer> and </answer>, behind
