@@ -25,7 +25,13 @@ class NoGrader:
     """The probe asks for log-probs, not for verdicts."""
 
     def submit(
-        self, key: tuple[int, int], response_text: str, answer: str, num_tokens: int
+        self,
+        key: tuple[int, int],
+        response_text: str,
+        answer: str,
+        num_tokens: int,
+        *,
+        opens_thought: bool,
     ) -> None:
         pass
 
