@@ -58,6 +58,7 @@ def end_iteration(run: Run, iteration: int, record: Record, spikes: Spikes) -> b
     """
     config = run.config
     is_last = iteration == config.run.num_iterations
+    warnings: list[str] = []
     if _is_due(iteration, config.evaluation.every) or (is_last and config.evaluation.at_end):
         with run.meter.phase("evaluation"):
             evaluation = run.rollouts.evaluate(iteration, run.policy.version)
@@ -65,10 +66,11 @@ def end_iteration(run: Run, iteration: int, record: Record, spikes: Spikes) -> b
             run.owed = run.owed or run.meter.take()
             return False
         run.meter.report(evaluation.metrics())
+        warnings = evaluation.warnings()
     values = {**run.meter.take(), **(run.owed or {})}
     run.owed = None
     record(IterationMetrics(iteration=iteration, values=values))
-    for line in (*spikes.of(values), *unanswered(values, iteration)):
+    for line in (*spikes.of(values), *unanswered(values, iteration), *warnings):
         run.say(line)
     run.store.look()  # a save in the background may have failed
     if run.save_is_due(iteration, values):
@@ -93,6 +95,8 @@ def train(run: Run, record: Record) -> bool:
         if evaluation is None:
             return run.leave(0)
         record(IterationMetrics(iteration=0, values=evaluation.metrics()))
+        for line in evaluation.warnings():
+            run.say(line)
     run.meter.restart()
     spikes = Spikes()
     if run.owed and not end_iteration(run, run.done_iterations, record, spikes):

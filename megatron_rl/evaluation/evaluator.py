@@ -1,9 +1,11 @@
 """Evaluation: held-out questions go through the same engine and verifier as training."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_rl.errors import RunError
 from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
 from megatron_rl.evaluation.measures import Bootstrap, measure, overall
 from megatron_rl.evaluation.question import Question, to_question
@@ -13,6 +15,7 @@ from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
+from megatron_rl.prompts.rows import MAX_SHOWN
 from megatron_rl.prompts.template import Texts
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Draw, Prompt, RolloutGroup
@@ -51,6 +54,9 @@ class Evaluator:
 
         In evaluation/, <benchmark>_<iteration>.jsonl gets the responses to each question, and
         summary_<iteration>.json the result; without an iteration the names have none.
+
+        Raises:
+            RunError: on all ranks, if questions or responses were lost.
         """
         if not self._questions:
             return Evaluation.empty()
@@ -102,7 +108,26 @@ class Evaluator:
             for question, chance in zip(own, majority(own, self._equality), strict=True)
         ]
         everywhere = all_gather_objects(voted, self._groups.world)
-        return sorted((q for part in everywhere for q in part), key=lambda q: q.number)
+        answered = sorted((q for part in everywhere for q in part), key=lambda q: q.number)
+        _check_complete(name, answered, prompts, self._config.samples)
+        return answered
+
+
+def _check_complete(
+    name: str, answered: Sequence[Question], prompts: Sequence[Prompt], samples: int
+) -> None:
+    """Refuse to measure a benchmark of which questions or responses were lost, on all ranks."""
+    full = Counter(q.number for q in answered if len(q.responses) == samples)
+    lost = [prompt.group_id for prompt in prompts if full[prompt.group_id] != 1]
+    if not lost:
+        return
+    first = ", ".join(map(str, lost[:MAX_SHOWN]))
+    raise RunError(
+        f"evaluation.benchmarks.{name}: {len(lost)} of {len(prompts)} questions did not come back "
+        f"once with {samples} responses each (the first, counted from 0: {first}), so the result "
+        "would be of another benchmark, and there is none. The engine has lost requests, which no "
+        "setting asks for: start the same command again"
+    )
 
 
 def load_questions(

@@ -13,7 +13,9 @@ from megatron_rl.types import Verdict
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 TRUNCATED = "truncated_frac"
-NO_ANSWER = "no_answer_frac"
+OF_VERDICTS = {verdict: f"{verdict}_frac" for verdict in Verdict if verdict is not Verdict.CORRECT}
+"""Verdict -> the measure of its share of the responses; that of correct is average_at_k."""
+NO_ANSWER = OF_VERDICTS[Verdict.NO_ANSWER]
 TOKENS = "response_tokens_mean"
 
 
@@ -69,7 +71,7 @@ def scores(question: Question) -> dict[str, float]:
         f"average_at_{count}": correct / count,
         **{f"pass_at_{k}": pass_chance(correct, count, k) for k in [*ks, count]},
         TRUNCATED: sum(question.truncated) / count,
-        NO_ANSWER: question.verdicts.count(Verdict.NO_ANSWER) / count,
+        **{name: question.verdicts.count(verdict) / count for verdict, name in OF_VERDICTS.items()},
         TOKENS: sum(question.tokens) / count,
     }
     if question.majority is not None:
@@ -82,9 +84,15 @@ class BenchmarkResult:
     """The result on one benchmark."""
 
     num_questions: int
-    num_failed: int  # responses whose verification failed
+    verdicts: Mapping[Verdict, int]  # number of responses by verdict, of all five
+    num_cut_short: int  # responses without an answer that were cut at the limit
     measured: Mapping[str, Measured]
     means: Array  # [resamples, len(measured)], for the interval of an average over benchmarks
+
+    @property
+    def num_failed(self) -> int:
+        """The number of responses whose verification failed; they count as not correct."""
+        return self.verdicts[Verdict.TIMEOUT] + self.verdicts[Verdict.ERROR]
 
 
 def measure(name: str, questions: Sequence[Question], bootstrap: Bootstrap) -> BenchmarkResult:
@@ -95,7 +103,11 @@ def measure(name: str, questions: Sequence[Question], bootstrap: Bootstrap) -> B
     means = bootstrap.means(name, table)
     return BenchmarkResult(
         num_questions=len(questions),
-        num_failed=sum(question.num_failed for question in questions),
+        verdicts={
+            verdict: sum(question.verdicts.count(verdict) for question in questions)
+            for verdict in Verdict
+        },
+        num_cut_short=sum(question.num_cut_short for question in questions),
         measured=_measured(names, table.mean(axis=0), means, bootstrap),
         means=means,
     )

@@ -24,9 +24,12 @@ class Question:
         return self.verdicts.count(Verdict.CORRECT)
 
     @property
-    def num_failed(self) -> int:
-        """The number of responses whose verification failed; they count as not correct."""
-        return self.verdicts.count(Verdict.TIMEOUT) + self.verdicts.count(Verdict.ERROR)
+    def num_cut_short(self) -> int:
+        """The number of responses without an answer that were cut at the limit."""
+        return sum(
+            is_cut and verdict == Verdict.NO_ANSWER
+            for is_cut, verdict in zip(self.truncated, self.verdicts, strict=True)
+        )
 
 
 def to_question(group: RolloutGroup) -> Question:

@@ -6,7 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_rl.evaluation.measures import NO_ANSWER, TOKENS, TRUNCATED, BenchmarkResult, Measured
+from megatron_rl.evaluation.measures import (
+    NO_ANSWER,
+    OF_VERDICTS,
+    TOKENS,
+    TRUNCATED,
+    BenchmarkResult,
+    Measured,
+)
 from megatron_rl.evaluation.question import Question
 from megatron_rl.prompts.rows import json_line
 from megatron_rl.types import Verdict
@@ -44,7 +51,7 @@ class Evaluation:
         """The results at k = samples as metrics of a run, by name."""
         k = self.samples
         of_k = {f"average_at_{k}", f"pass_at_{k}", f"majority_at_{k}"}
-        shown = of_k | {TRUNCATED, NO_ANSWER, TOKENS}
+        shown = of_k | {TRUNCATED, TOKENS, *OF_VERDICTS.values()}
         return {
             f"evaluation/{name}/{key}": measured.value
             for name, columns in self._rows().items()
@@ -53,34 +60,41 @@ class Evaluation:
         }
 
     def table(self) -> list[str]:
-        """The results as lines of text: shares in percent, each with its confidence interval."""
+        """The results as lines of text, and why they are low where hardly anything was graded."""
         k = self.samples
-        columns = {
+        measures = {
             f"average_at_{k}": f"average@{k}",
             f"pass_at_{k}": f"pass@{k}",
             f"majority_at_{k}": f"maj@{k}",
-            TRUNCATED: "truncated",
-            NO_ANSWER: "no answer",
         }
-        header = f"{'benchmark':24} {'problems':>8} {'failed':>6}" + "".join(
-            f"  {title:<18}" for title in columns.values()
-        )
-        lines = [f"{header}  tokens"]
+        shares = {
+            OF_VERDICTS[Verdict.WRONG]: "wrong",
+            NO_ANSWER: "no answer",
+            TRUNCATED: "truncated",
+        }
+        header = "".join(f"  {title:<18}" for title in measures.values())
+        titles = "".join(f" {title:>9}" for title in (*shares.values(), "timeouts", "errors"))
+        lines = [f"{'benchmark':24} {'problems':>8}{header}{titles}  tokens"]
         for name, row in self._rows().items():
             result = self.benchmarks.get(name)
-            counts = (result.num_questions, result.num_failed) if result else ("", "")
-            cells = "".join(f"  {_percent(row.get(key)):<18}" for key in columns)
-            lines.append(f"{name:24} {counts[0]:>8} {counts[1]:>6}{cells}  {row[TOKENS].value:.0f}")
+            failures: Sequence[object] = ("", "")
+            if result is not None:
+                failures = (result.verdicts[Verdict.TIMEOUT], result.verdicts[Verdict.ERROR])
+            cells = "".join(f"  {_percent(row.get(key)):<18}" for key in measures)
+            parts = "".join(f" {100 * row[key].value:>9.1f}" for key in shares)
+            counts = "".join(f" {count:>9}" for count in failures)
+            problems = "" if result is None else result.num_questions
+            lines.append(f"{name:24} {problems:>8}{cells}{parts}{counts}  {row[TOKENS].value:.0f}")
         lines.append(
-            f"in brackets: {self.confidence:.0%} intervals, bootstrapped over problems; "
-            "failed: responses that could not be verified, counted as wrong"
+            f"in brackets: {self.confidence:.0%} intervals, bootstrapped over problems; wrong, no "
+            "answer, truncated: % of the responses; timeouts, errors: responses that could not be "
+            "verified, counted as not correct"
         )
-        return lines + [
-            f"{name}: {result.measured[NO_ANSWER].value:.0%} of the responses hold no answer to "
-            f"grade. {HOW_TO_ASK}"
-            for name, result in self.benchmarks.items()
-            if result.measured[NO_ANSWER].value >= MANY
-        ]
+        return lines + self.warnings()
+
+    def warnings(self) -> list[str]:
+        """A line for each benchmark of which half of the responses or more hold no answer."""
+        return [line for each in self.benchmarks.items() for line in _explained(*each)]
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -90,6 +104,7 @@ class Evaluation:
                 name: {
                     "num_problems": result.num_questions,
                     "num_failed": result.num_failed,
+                    "verdicts": {str(verdict): n for verdict, n in result.verdicts.items()},
                     **{key: asdict(measured) for key, measured in result.measured.items()},
                 }
                 for name, result in self.benchmarks.items()
@@ -100,6 +115,17 @@ class Evaluation:
     def _rows(self) -> dict[str, Mapping[str, Measured]]:
         rows = {name: result.measured for name, result in self.benchmarks.items()}
         return rows | ({OVERALL: self.overall} if self.overall else {})
+
+
+def _explained(name: str, result: BenchmarkResult) -> list[str]:
+    """Why the accuracy on a benchmark says little, where half of the responses hold no answer."""
+    share = result.measured[NO_ANSWER].value
+    if share < MANY:
+        return []
+    without = f"{name}: {share:.0%} of the responses hold no answer to grade"
+    if 2 * result.num_cut_short >= result.verdicts[Verdict.NO_ANSWER]:
+        return [f"{without}, most of them cut at the limit. Raise evaluation.max_response_tokens"]
+    return [f"{without}. {HOW_TO_ASK}"]
 
 
 def unanswered(values: Mapping[str, float], iteration: int) -> list[str]:

@@ -73,8 +73,13 @@ METRICS: dict[str, str] = {
     "evaluation/<benchmark>/majority_at_k": "share of held-out questions that k responses solve by "
     "majority, ties as expected value",
     "evaluation/<benchmark>/truncated_frac": "share of held-out responses cut at the token limit",
+    "evaluation/<benchmark>/wrong_frac": "share of held-out responses with a wrong answer",
     "evaluation/<benchmark>/no_answer_frac": "share of held-out responses without an answer to "
     "grade",
+    "evaluation/<benchmark>/timeout_frac": "share of held-out responses whose verification took "
+    "too long; they count as not correct",
+    "evaluation/<benchmark>/error_frac": "share of held-out responses whose verification failed; "
+    "they count as not correct",
     "evaluation/<benchmark>/response_tokens_mean": "mean held-out response length in tokens",
 }
 

@@ -48,7 +48,10 @@ def test_scores_of_a_question_by_hand():
         "pass_at_2": pytest.approx(1 - 3 / 6),
         "pass_at_4": 1.0,
         "truncated_frac": 0.25,
+        "wrong_frac": 0.25,
         "no_answer_frac": 0.25,
+        "timeout_frac": 0.25,
+        "error_frac": 0.0,
         "response_tokens_mean": 7.0,
         "majority_at_4": 0.5,
     }
@@ -104,6 +107,22 @@ def test_without_answers_there_is_no_vote():
     assert majority([graded], by_text) == [None]
     result = measure("b", [graded, question(["+1", "2", ""], majority=1.0)], BOOTSTRAP)
     assert "majority_at_3" not in result.measured
+
+
+def test_responses_of_a_benchmark_are_counted_by_verdict():
+    # Of the first question the first two responses were cut, of the second the first.
+    graded = [
+        question(["", "+1", "", "!3"], truncated=2),
+        question(["", "2", "2", "+1"], truncated=1),
+    ]
+    result = measure("b", graded, BOOTSTRAP)
+    assert result.verdicts == {
+        "correct": 2, "wrong": 2, "no_answer": 3, "timeout": 1, "error": 0
+    }  # fmt: skip
+    assert result.num_failed == 1
+    assert result.num_cut_short == 2
+    shares = [result.measured[f"{name}_frac"].value for name in ("wrong", "no_answer", "timeout")]
+    assert shares == [2 / 8, 3 / 8, 1 / 8]
 
 
 def test_means_and_intervals_of_a_benchmark():

@@ -6,17 +6,29 @@ from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
 from megatron_rl.evaluation.measures import BenchmarkResult, Measured
 from megatron_rl.evaluation.question import Question
 from megatron_rl.evaluation.report import Evaluation, unanswered, write_questions
+from megatron_rl.types import Verdict
 
 
-def result(value, no_answer=0.125):
+def result(value, no_answer=0.125, num_cut_short=0):
+    """On 7 questions with 2 responses each, 14 in all."""
     measured = {
         "average_at_2": Measured(value, value - 0.1, value + 0.1),
         "pass_at_2": Measured(value + 0.1, value, value + 0.2),
         "truncated_frac": Measured(0.25, 0.0, 0.5),
+        "wrong_frac": Measured(0.375, 0.0, 1.0),
         "no_answer_frac": Measured(no_answer, 0.0, 1.0),
+        "timeout_frac": Measured(0.0625, 0.0, 1.0),
+        "error_frac": Measured(0.03125, 0.0, 1.0),
         "response_tokens_mean": Measured(12.4, 10.0, 15.0),
     }
-    return BenchmarkResult(num_questions=7, num_failed=1, measured=measured, means=None)
+    verdicts = {"correct": 4, "wrong": 3, "no_answer": 4, "timeout": 2, "error": 1}
+    return BenchmarkResult(
+        num_questions=7,
+        verdicts={Verdict(name): count for name, count in verdicts.items()},
+        num_cut_short=num_cut_short,
+        measured=measured,
+        means=None,
+    )
 
 
 def evaluation(**overall):
@@ -28,19 +40,25 @@ def evaluation(**overall):
 def test_table_and_metrics_say_the_same():
     header, row, note = evaluation().table()
     assert header.split() == [
-        "benchmark", "problems", "failed", "average@2", "pass@2", "maj@2", "truncated",
-        "no", "answer", "tokens",
+        "benchmark", "problems", "average@2", "pass@2", "maj@2", "wrong", "no", "answer",
+        "truncated", "timeouts", "errors", "tokens",
     ]  # fmt: skip
     assert row.split() == [
-        "math500", "7", "1", "40.0", "[30.0,", "50.0]", "50.0", "[40.0,", "60.0]", "-",
-        "25.0", "[0.0,", "50.0]", "12.5", "[0.0,", "100.0]", "12",
+        "math500", "7", "40.0", "[30.0,", "50.0]", "50.0", "[40.0,", "60.0]", "-",
+        "37.5", "12.5", "25.0", "2", "1", "12",
     ]  # fmt: skip
+    assert [header.index(title) + len(title) for title in ("wrong", "no answer", "errors")] == [
+        row.rindex(value) + len(value) for value in (" 37.5", " 12.5", "   1")
+    ]
     assert "90% intervals" in note
     assert evaluation().metrics() == {
         "evaluation/math500/average_at_2": 0.4,
         "evaluation/math500/pass_at_2": 0.5,
         "evaluation/math500/truncated_frac": 0.25,
+        "evaluation/math500/wrong_frac": 0.375,
         "evaluation/math500/no_answer_frac": 0.125,
+        "evaluation/math500/timeout_frac": 0.0625,
+        "evaluation/math500/error_frac": 0.03125,
         "evaluation/math500/response_tokens_mean": 12.4,
     }
 
@@ -49,6 +67,25 @@ def test_a_model_that_gives_no_answers_is_not_said_to_be_wrong():
     benchmarks = {"gsm8k": result(0.0, no_answer=1.0), "math500": result(0.0, no_answer=0.4)}
     *_, last = Evaluation(samples=2, confidence=0.9, benchmarks=benchmarks, overall={}).table()
     assert last.startswith("gsm8k: 100% of the responses hold no answer to grade. The model may")
+
+
+@pytest.mark.parametrize(("num_cut_short", "is_blamed"), [(1, False), (2, True), (4, True)])
+def test_responses_that_were_cut_before_an_answer_are_told_apart(num_cut_short, is_blamed):
+    """Of four responses without an answer, two are half."""
+    benchmarks = {"aime24": result(0.0, no_answer=0.5, num_cut_short=num_cut_short)}
+    found = Evaluation(samples=2, confidence=0.9, benchmarks=benchmarks, overall={})
+    (line,) = found.warnings()
+    assert ("cut at the limit. Raise evaluation.max_response_tokens" in line) is is_blamed
+    assert ("reward.answer_in" in line) is not is_blamed
+    assert found.table()[-1] == line
+
+
+def test_the_file_counts_responses_by_verdict():
+    written = evaluation().to_json()["benchmarks"]["math500"]
+    assert written["verdicts"] == {
+        "correct": 4, "wrong": 3, "no_answer": 4, "timeout": 2, "error": 1
+    }  # fmt: skip
+    assert written["num_failed"] == 3
 
 
 @pytest.mark.parametrize(("iteration", "share", "lines"), [(1, 0.97, 1), (1, 0.9, 0), (2, 1.0, 0)])
@@ -60,6 +97,7 @@ def test_a_run_whose_responses_hold_no_answer_says_so_once(iteration, share, lin
 def test_the_average_has_a_row_of_its_own():
     average = evaluation(**result(0.2).measured)
     assert average.table()[2].split()[:3] == ["overall", "20.0", "[10.0,"]
+    assert average.table()[2].split()[-4:] == ["37.5", "12.5", "25.0", "12"]
     assert average.metrics()["evaluation/overall/average_at_2"] == 0.2
     assert average.to_json()["overall"]["average_at_2"] == {
         "value": 0.2,

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_rl.evaluation.measures import OF_VERDICTS
 from megatron_rl.metrics import names
 from megatron_rl.metrics.console import COLUMNS
 from megatron_rl.metrics.meter import Meter
@@ -61,7 +62,11 @@ def test_metrics_of_verdicts_and_parts_have_the_meaning_of_their_kind(name, kind
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("pass_at_16", "pass_at_k"), ("majority_at_4", "majority_at_k"), ("truncated_frac",) * 2],
+    [
+        ("pass_at_16", "pass_at_k"),
+        ("majority_at_4", "majority_at_k"),
+        *((name, name) for name in ("truncated_frac", *OF_VERDICTS.values())),
+    ],
 )
 def test_other_measures_of_a_benchmark(name, kind):
     meaning = names.METRICS[f"evaluation/<benchmark>/{kind}"]
