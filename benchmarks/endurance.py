@@ -42,11 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while launcher.poll() is None:
         done = num_records(output)
         if done // step > len(seen):
-            seen[done] = {
-                rank: look(pid)
-                for pid, rank in sorted(marked(str(options.folder)).items())
-                if rank is not None
-            }
+            seen[done] = largest(str(options.folder))
         time.sleep(0.2)
     assert launcher.returncode == 0, (options.folder / "run.log").read_text()[-3000:]
     seconds = [
@@ -57,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     if options.output:
         options.output.write_text(text)
+
+
+def largest(mark: str) -> dict[str, tuple[int, int, int]]:
+    """What look() gives of each rank itself, which is larger than its reward workers."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for pid, rank in marked(mark).items():
+        if rank is not None:
+            found[rank] = max(found.get(rank, (0, 0, 0)), look(pid))
+    return found
 
 
 def look(pid: int) -> tuple[int, int, int]:
