@@ -2,11 +2,12 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType
+from typing import Any
 
 from megatron_rl.errors import InputError
 from megatron_rl.prompts.clock import FixedClock, today
@@ -88,8 +89,16 @@ def _chat_template(config: PromptsConfig, tokenizer: Tokenizer, texts: Texts) ->
     clock = FixedClock(date)
     arguments = {**config.chat_template_kwargs, "strftime_now": clock.strftime}
 
-    def render(chat: Chat) -> str:
-        return tokenizer.render_chat(chat, **arguments)
+    def render(chat: Chat, is_ours: bool = True) -> str:
+        try:
+            return tokenizer.render_chat(chat, **arguments)
+        except InputError as error:
+            way_out = "Mend it, or use none: set prompts.template='{prompt}'"
+            if _works(tokenizer, _without_system(chat), arguments):
+                way_out = "It takes no system turn: " + (
+                    "set prompts.system=''" if is_ours else "take it out of the data"
+                )
+            raise InputError(f"{error}. {way_out}") from error
 
     def of_text(prompt: str) -> str:
         system = texts.system if config.system is None else config.system
@@ -101,7 +110,8 @@ def _chat_template(config: PromptsConfig, tokenizer: Tokenizer, texts: Texts) ->
         *before, (role, question) = chat
         has_system = any(role == "system" for role, _ in before)
         last = (role, _with_instruction(question, config.instruction or ""))
-        return render((*(() if has_system else opening(config.system or "")), *before, last))
+        front = () if has_system else opening(config.system or "")
+        return render((*front, *before, last), is_ours=not has_system)
 
     def opening(system: str) -> Chat:
         # An empty system turn keeps a template from writing its own.
@@ -116,6 +126,18 @@ def _chat_template(config: PromptsConfig, tokenizer: Tokenizer, texts: Texts) ->
         date=date if clock.was_asked else None,
         own_system=own_system,
     )
+
+
+def _without_system(chat: Chat) -> Chat:
+    return tuple(turn for turn in chat if turn[0] != "system")
+
+
+def _works(tokenizer: Tokenizer, chat: Chat, arguments: Mapping[str, Any]) -> bool:
+    try:
+        tokenizer.render_chat(chat, **arguments)
+    except InputError:
+        return False
+    return True
 
 
 def _with_instruction(prompt: str, instruction: str) -> str:

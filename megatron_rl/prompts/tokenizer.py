@@ -56,7 +56,11 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
     def render_chat(self, chat: Chat, **arguments: Any) -> str:
-        """The text of a chat up to where the response starts; arguments are the template's."""
+        """The text of a chat up to where the response starts; arguments are the template's.
+
+        Raises:
+            InputError: the template fails, without a way out.
+        """
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
@@ -158,9 +162,8 @@ class HuggingFaceTokenizer:
             )
         except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(
-                f"{self._tokenizer.name_or_path}: the chat template fails on a user turn "
-                f"({type(error).__name__}: {error}). Mend it, set prompts.system='' if it takes no "
-                "system turn, or set prompts.template"
+                f"{self._tokenizer.name_or_path}: the chat template fails on the turns "
+                f"{', '.join(role for role, _ in chat)} ({type(error).__name__}: {error})"
             ) from error
         return str(text)
 

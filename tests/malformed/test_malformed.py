@@ -5,6 +5,8 @@ Commands run in this process, and `train` ends where it would build a model.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import struct
@@ -32,11 +34,23 @@ def model_dir(tmp_path_factory):
     return directory
 
 
+# What a message tells to set, word for word; N and package.module stand for what only a user knows.
+WAY_OUT = re.compile(
+    r"(?:[Ss]et|skipped:) ([a-z_]+(?:\.[a-z_]+)+=(?!N\b|package|\.\.\.)\S+?)(?=[.,;:)]?(?:\s|$))"
+)
+
+
+def ways_out(told: str) -> list[str]:
+    """The overrides of a message, as a shell hands them on."""
+    return [shlex.split(text)[0] for text in WAY_OUT.findall(told)]
+
+
 class Bench:
     """A folder with a recipe that works, its data and its model, to be spoiled."""
 
     def __init__(self, folder: Path, model_dir: Path, capsys, monkeypatch) -> None:
         self.folder, self._capsys, self._monkeypatch = folder, capsys, monkeypatch
+        self._good_model, self._way_out = model_dir, list[str]()
         self.model = folder / "model"
         shutil.copytree(model_dir, self.model)
         self.data = self.write("data.jsonl", GOOD_ROWS)
@@ -60,8 +74,16 @@ class Bench:
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         return path
 
+    def again(self, way_out: str) -> "Bench":
+        """A fresh one, in which every command is also given this override."""
+        folder = self.folder / f"with {way_out}".replace("/", "_")[:200]
+        folder.mkdir()
+        bench = Bench(folder, self._good_model, self._capsys, self._monkeypatch)
+        bench._way_out = [way_out]
+        return bench
+
     def train(self, *overrides: str) -> tuple[int, str, str]:
-        return self.run("train", str(self.recipe), *overrides)
+        return self.run("train", str(self.recipe), *overrides, *self._way_out)
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""
@@ -264,6 +286,10 @@ def test_a_malformed_input(bench, case: Case):
         assert told.count("megatron-rl: error: ") == 1
         assert case.error in told
         assert len(told) < MOST_CHARS
+        for way_out in ways_out(told):
+            again = bench.again(way_out)
+            code, _, told = KINDS[case.kind](again, case.given)
+            assert (code, told) == (0, ""), f"{way_out} is no way out"
     else:
         assert (code, told) == (0, "")
     if case.given.get("skipped") is not None and bench.inputs is not None:

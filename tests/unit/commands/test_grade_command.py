@@ -5,9 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_rl import grade
 from megatron_rl.commands.main import main
+from megatron_rl.prompts.formats import read_records
+from megatron_rl.prompts.layouts import CHATS, RowReader, recognise
+from megatron_rl.prompts.rows import LeftOutError
+
+LAYOUTS = Path(__file__).parents[2] / "data" / "layouts"
+EXPECTED = yaml.safe_load((LAYOUTS / "expected.yaml").read_text(encoding="utf-8"))
 
 LINES = [
     {"response": "so \\boxed{4}", "answer": 4, "id": "a"},
@@ -52,6 +59,45 @@ def test_lines_come_back_with_their_verdicts_in_order(run, monkeypatch):
     assert "4 responses graded" in said
     assert "correct           2   50.00%" in said
     assert "mean reward 0.0000" in said
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_responses_beside_rows_of_a_published_layout_are_graded(name, run, tmp_path):
+    """Each row with a right and a wrong response, in the set's own columns."""
+    records = [record for _, record in read_records(LAYOUTS / name)]
+    rows = [row for row in records if is_used(name, row)]
+    if isinstance(rows[0], list):
+        rows = [{"0": first, "1": second} for first, second in rows]
+    answers = EXPECTED[name]["answers"]
+    assert len(rows) == len(answers)
+    lines = [
+        {**row, "response": f"\\boxed{{{text}}}"}
+        for row, answer in zip(rows, answers, strict=True)
+        for text in (answer, "12345")
+    ]
+    code, graded, said = run(lines)
+    assert code == 0, said
+    assert [line["verdict"] for line in graded] == ["correct", "wrong"] * len(answers)
+    is_ours = EXPECTED[name]["layout"] == "prompt and answer"
+    assert (f"layout: {EXPECTED[name]['layout']} (" in said) != is_ours
+
+
+def is_used(name, row):
+    """True for a row that no one leaves out."""
+    reader = RowReader(layout=recognise([row], None, None) or CHATS, source=name)
+    try:
+        reader.read(1, row)
+    except LeftOutError:
+        return False
+    return True
+
+
+def test_a_row_without_an_answer_is_a_bad_line(run):
+    code, graded, said = run(
+        [{"problem": "1?", "solution": "It is so.", "response": "1", "level": "1"}]
+    )
+    assert (code, graded) == (2, None)
+    assert "line 1: no final answer" in said
 
 
 def test_fields_can_be_named(run):

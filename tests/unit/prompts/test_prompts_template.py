@@ -7,6 +7,7 @@ from datetime import date
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_rl.errors import InputError
 from megatron_rl.prompts.clock import FixedClock
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
@@ -167,3 +168,14 @@ def test_prompts_carry_that_their_responses_start_in_a_thought(model, write_json
     tokenizer = load_tokenizer(model(chat_template=opens))
     config = PromptsConfig(path=str(write_jsonl({"prompt": "7?", "answer": "1"})))
     assert PromptStream(config, tokenizer, seed=0).all_prompts()[0].opens_thought
+
+
+def test_a_system_turn_that_a_template_refuses_is_whose_it_is(model):
+    first = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}7="
+    tokenizer = load_tokenizer(model(chat_template=first))
+    with pytest.raises(InputError, match=r"takes no system turn: set prompts\.system=''$"):
+        choose_template(PromptsConfig(path="p", system="S"), tokenizer)
+    chosen = choose_template(PromptsConfig(path="p"), tokenizer)
+    assert chosen.render("7", (("user", "7"),)) == "7="
+    with pytest.raises(InputError, match=r"takes no system turn: take it out of the data$"):
+        chosen.render("7", (("system", "S"), ("user", "7")))

@@ -105,7 +105,9 @@ def test_chat_template_is_rendered_up_to_the_response(copied):
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% for %}", "{{ a.b.c }}"])
 def test_a_chat_template_that_fails_names_the_way_out(copied, template):
     tokenizer = load_tokenizer(copied(tokenizer_config={"chat_template": template}))
-    with pytest.raises(InputError, match=r"the chat template fails .* set prompts\.template"):
+    with pytest.raises(InputError, match=r"use none: set prompts\.template='\{prompt\}'$"):
+        choose_template(PromptsConfig(path="p"), tokenizer)
+    with pytest.raises(InputError, match="the chat template fails on the turns user"):
         tokenizer.render_chat((("user", "7+5?"),))
 
 
