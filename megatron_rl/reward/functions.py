@@ -52,6 +52,9 @@ _JOINED = re.compile(
 _SEVERAL = re.compile(  # of several values; 5 min 20 s is a time
     rf"(?:(?<![\\a-zA-Z])(max|min|gcd|lcm)|{_WRAPPED}(max|min|gcd|lcm)\s*\}})(?=\s*\()"
 )
+_OF_MODULE = re.compile(  # np.arcsin(10/13), as a published answer has it
+    rf"(?<![\\a-zA-Z.])(?:np|numpy|math|cmath|sp|sympy)\.(?=(?:{_NAME}|sqrt|abs|floor|ceil)\()"
+)
 _DECIMAL_LOG = re.compile(r"\\lg(?![a-zA-Z])")
 
 _TYPED_ROOT = re.compile(r"(?<!\\)sqrt(?=\s*[({\[\\0-9]|\s+[a-zA-Z](?![a-zA-Z]))")
@@ -75,7 +78,8 @@ def with_functions(text: str) -> str:
     r"""The text with its typed functions and roots in LaTeX: `4sqrt(2)` and `4\sqrt(2)`."""
     if _TWO_LETTERS.search(text) is None:
         return text
-    text = _DECIMAL_LOG.sub(r"\\log_{10}", _TYPED_FRACTION.sub(r"\\frac", text))
+    text = _TYPED_FRACTION.sub(r"\\frac", _OF_MODULE.sub("", text))
+    text = _DECIMAL_LOG.sub(r"\\log_{10}", text)
     if "sqrt" in text:
         text = _TYPED_ROOT.sub(r"\\sqrt", _ROOT_OF_DIGITS.sub(r"\\sqrt{\1}", text))
         text = _ROOT_OF_LETTER.sub(r"\\sqrt{\1}", text)
