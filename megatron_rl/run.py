@@ -1,7 +1,7 @@
 """The parts of a run on one rank: what it goes on from, and what it leaves."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,12 @@ from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
 from megatron_rl.megatron.model import TrainedModel
+from megatron_rl.metrics.grace import Grace
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.stop import StopRequest
+from megatron_rl.parallel.stop import StopRequest, seconds_to_stop
 from megatron_rl.policy.initial_kl import InitialKl
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.schedule import schedule_notes
@@ -52,6 +53,7 @@ class Run:
     saves: SaveTimes
     stop: StopRequest
     say: Callable[[str], None]
+    grace: Grace = field(default_factory=lambda: Grace(seconds_to_stop()))
     done_iterations: int = 0
     owed: dict[str, float] | None = None
     """Metrics of the last iteration done, where a stop broke its evaluation off: the next start
