@@ -14,7 +14,8 @@ from megatron_rl.checkpoint.names import CHECKPOINTS, OWED, SCORE, checkpoints_i
 from megatron_rl.checkpoint.retention import score_of
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
-from megatron_rl.errors import ConfigErrors
+from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.evaluation.report import untrained
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.metrics.grace import Grace
 from megatron_rl.metrics.meter import Meter
@@ -160,6 +161,21 @@ class Run:
         """Write the policy as a Hugging Face directory; None where no export is asked for."""
         with self.meter.phase("checkpoint"):
             return self._model_files.export_to(Path(self.config.run.output_dir))
+
+    def check_trained(self) -> None:
+        """Look, at the end of a run, whether it has trained anything.
+
+        Raises:
+            InputError: no model has taken a step, in this start or before.
+        """
+        if any(model.version for model in self.models):
+            return
+        skips = self.config.optimizer.on_nonfinite == "skip"
+        raise InputError(
+            f"run.num_iterations={self.config.run.num_iterations}: "
+            + untrained(self.meter.verdicts)
+            + (". Or no update was finite: see policy/nonfinite_updates" if skips else "")
+        )
 
     @property
     def _model_files(self) -> ModelFiles:

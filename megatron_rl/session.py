@@ -103,6 +103,8 @@ def _train(config: RunConfig, platform: Platform) -> None:
         is_done = train(run, recorder.record)
         exported = run.export() if is_done else None
         recorder.close("done" if is_done else "stopped", run.policy.version, exported)
+        if is_done:
+            run.check_trained()
         _leave(run.rollouts.close, watchdog)
 
 
