@@ -137,6 +137,7 @@ class Run:
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint of the run after this iteration."""
+        self.groups.platform.give_back_memory()  # the copies that are written need some
         self.store.save(
             iteration,
             self.models,

@@ -5,6 +5,7 @@ is not there, as on other systems than Linux, it says nothing.
 """
 
 import contextlib
+import ctypes
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,12 @@ def available_bytes() -> int | None:
 def own_bytes() -> int:
     """Bytes of this process that are no cached file; 0 where nothing says it."""
     return _numbers(ROOT / "proc/self/status").get("RssAnon", 0) * 1024
+
+
+def give_back() -> None:
+    """Give the kernel what the C library keeps of memory that was freed, where it can."""
+    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _of_the_machine() -> int | None:

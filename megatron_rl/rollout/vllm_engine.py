@@ -13,6 +13,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.kv_cache import LEAST_MIB
 from megatron_rl.rollout.shared_memory import private_shared_memory
 from megatron_rl.rollout.vllm_silence import quiet_binding
 from megatron_rl.rollout.vllm_weights import VllmWeights
@@ -27,7 +28,6 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about weights, which we verify ourselves
 }
-CPU_KV_CACHE_MIB = 256
 PROMPT_TOKENS_PER_STEP = 8192  # tokens of prompts in one forward pass, on a CPU
 
 
@@ -62,7 +62,7 @@ class VllmEngine:
         require_vllm()
         self._platform, self._stop_ids = groups.platform, list(eos_ids)
         is_cpu = groups.platform.device_type == "cpu"
-        kv_cache = config.kv_cache_mib or (CPU_KV_CACHE_MIB if is_cpu else None)
+        kv_cache = config.kv_cache_mib or (LEAST_MIB if is_cpu else None)
         settings: dict[str, Any] = {
             "model": str(model_dir),
             "tensor_parallel_size": config.tensor_model_parallel_size,
