@@ -2,8 +2,8 @@
 
     python benchmarks/memory_estimate.py --folder /tmp/memory --output benchmarks/results/memory.md
 
-Whole runs of three iterations, in turn, of one rank and one process, whose rows are full; each saves
-a checkpoint after every iteration unless its case says otherwise. Measured is the metric
+Whole runs of three iterations, in turn, of one rank and one process, whose rows are full; each
+saves a checkpoint after every iteration unless its case says otherwise. Measured is the metric
 memory/peak_gib, the largest resident memory of the process; what is estimated comes from the very
 recipe. Needs 6 GiB of free memory; --cases names some of the cases.
 """

@@ -64,6 +64,7 @@ class Fit:
     kv_mib: int | None  # of a CPU engine; None: there is none, or the recipe says it
     wanted_row: int
     wanted_kv_mib: int | None
+    former_row: int | None = None  # of the run that this one goes on from
 
     @property
     def share(self) -> float:
@@ -73,7 +74,13 @@ class Fit:
     def lines(self) -> Iterator[str]:
         """What a user is told of it."""
         numbers = f"a rank needs some {_gib(self.need.total)} at its peak, and {self.free}"
-        if self.row_tokens < self.wanted_row:
+        if self.row_tokens == self.former_row:
+            if self.row_tokens < self.wanted_row:
+                yield (
+                    f"packed row: up to {self.row_tokens} tokens, as before. "
+                    "batching.max_tokens_per_microbatch sets another length"
+                )
+        elif self.row_tokens < self.wanted_row:
             yield (
                 f"packed row: up to {self.row_tokens} tokens in the place of {self.wanted_row}, "
                 f"since {numbers}. batching.max_tokens_per_microbatch sets another length"
@@ -158,6 +165,7 @@ def fit(
                 kv_mib=kv_mib,
                 wanted_row=config.row_tokens,
                 wanted_kv_mib=caches[0],
+                former_row=former_row,
             )
             if found.share <= 1:
                 return found

@@ -26,8 +26,8 @@ GIB = 2**30
 PROCESS = "process and libraries"
 ENGINE = ("engine's libraries", "engine weights", "key/value cache")
 # Measured on a CPU, with Python 3.11 and 3.12: a supervised run of a model of 0.1 million
-# parameters, and what an engine of that model adds without its cache.
-PROCESS_BYTES, ENGINE_PROCESS_BYTES = 0.55 * GIB, 1.2 * GIB
+# parameters, what an engine of that model adds without its cache, and what a save leaves behind.
+PROCESS_BYTES, ENGINE_PROCESS_BYTES, SAVING_BYTES = 0.55 * GIB, 1.2 * GIB, 0.25 * GIB
 SPREAD = 1.3
 """What the C library's heap takes for a byte of activations. They are allocated and freed in
 another order in every pass, and what is free between them is not given back."""
@@ -92,7 +92,8 @@ def need_of(
             weights = _engine_weights(config, arch, is_cpu=False)
             instead["the engine's share while it samples"] = max(weights, share)
         return Need(held=held, passing=passing, instead=instead)
-    held = {PROCESS: PROCESS_BYTES} | held
+    saves = config.checkpoint.save_every != 0
+    held = {PROCESS: PROCESS_BYTES + (SAVING_BYTES if saves else 0.0)} | held
     if config.has_engine:
         mib = wanted_kv_mib(config, arch, layout) if kv_mib is None else kv_mib
         parts = (
@@ -104,7 +105,7 @@ def need_of(
     if keeps_initial_weights(config):
         held["reference weights"] = float(params * itemsize(config.model.dtype))
     instead = {}
-    if config.checkpoint.save_every != 0 and config.optimizer.use_distributed_optimizer:
+    if saves and config.optimizer.use_distributed_optimizer:
         # The first replica gathers main weights and both moments, in float32.
         instead["copies for a checkpoint"] = params * 4.0 * SAVED_COPIES
     return Need(held=held, passing=passing, instead=instead)

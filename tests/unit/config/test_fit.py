@@ -117,7 +117,13 @@ def test_a_row_never_gets_shorter_than_a_sequence():
 
 
 def test_the_rows_of_a_run_that_goes_on_stay_where_they_fit():
-    assert fitted(recipe(), 400, former_row=2048).row_tokens == 2048
+    found = fitted(recipe(), 400, former_row=2048)
+    assert found.applied(recipe()).batching.max_tokens_per_microbatch == 2048
+    (line,) = found.lines()
+    assert line.startswith("packed row: up to 2048 tokens, as before. ")
+    shorter = fitted(recipe(), 26, former_row=4096)
+    assert shorter.row_tokens < 4096
+    assert "in the place of 16384, since" in next(shorter.lines())
     assert fitted(recipe(), 400, former_row=50_000).row_tokens == 16384
     own = recipe(batching={"max_tokens_per_microbatch": 4096})
     assert fitted(own, 400, former_row=2048).row_tokens == 4096
