@@ -20,6 +20,7 @@ from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.votes import MathEquality
 from megatron_rl.megatron.groups import join
 from megatron_rl.megatron.transformer_config import DTYPES
+from megatron_rl.memory import longest_in_engine
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.ops import backend
@@ -219,15 +220,16 @@ def build_engine(
     config: RunConfig, inputs: Inputs, groups: Groups, *, load_weights: bool
 ) -> VllmEngine:
     """This rank's part of the rollout engine."""
-    evaluation = config.evaluation.max_response_tokens or 0
-    longest = config.prompts.max_prompt_tokens + max(config.rollout.max_response_tokens, evaluation)
+    rollout = config.rollout
+    if rollout.kv_cache_mib is None:
+        rollout = rollout.model_copy(update={"kv_cache_mib": inputs.kv_cache_mib})
     return VllmEngine(
         inputs.model_dir,
         inputs.arch,
-        config.rollout,
+        rollout,
         groups,
         dtype=DTYPES[config.engine_dtype],
-        max_model_len=min(longest, inputs.arch.max_position_embeddings),
+        max_model_len=longest_in_engine(config, inputs.arch),
         eos_ids=inputs.tokenizer.eos_ids,
         load_weights=load_weights,
     )

@@ -70,7 +70,12 @@ def end_iteration(run: Run, iteration: int, record: Record, spikes: Spikes) -> b
     values = {**run.meter.take(), **(run.owed or {})}
     run.owed = None
     record(IterationMetrics(iteration=iteration, values=values))
-    for line in (*spikes.of(values), *unanswered(values, iteration), *warnings):
+    for line in (
+        *spikes.of(values),
+        *unanswered(values, iteration),
+        *run.grace.exceeded(values),
+        *warnings,
+    ):
         run.say(line)
     run.store.look()  # a save in the background may have failed
     if run.save_is_due(iteration, values):

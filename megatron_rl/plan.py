@@ -3,24 +3,22 @@
 import os
 from collections.abc import Iterator
 
-import torch
-
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors
+from megatron_rl.fit import Fit, Free, fit, free_here, refuse_what_cannot_fit
 from megatron_rl.input_report import input_lines
 from megatron_rl.megatron.refusals import model_problems
+from megatron_rl.memory import GIB, busiest_rank, itemsize, keeps_initial_weights
 from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_data
 from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
-from megatron_rl.weights.layouts import expert_pieces, shared_pieces
 from megatron_rl.weights.model_source import find_model
-from megatron_rl.weights.pieces import size
 from megatron_rl.weights.sync import plan_sync
 
-GIB = 2**30
 RANKS_PER_NODE = 8
 
 
@@ -134,63 +132,72 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
-    """Estimates from sizes alone; what allocators and libraries add is not in them."""
-    itemsize = _itemsize(config.model.dtype)
-    shared, experts = _busiest_rank(arch, layout)
-    params = shared + experts
-    held = params
-    if config.optimizer.use_distributed_optimizer:
-        held = shared // layout.dp + experts // layout.expert_dp
-    # Adam's two moments; 16-bit weights have float32 main weights and moments, 4 bytes each.
-    optimizer = held * (12 if itemsize == 2 else 2 * itemsize)
-    rows = config.row_tokens
-    # Korthikanti et al. 2022, arXiv:2205.05198, eq. 4 without the attention scores: 34 bytes per
-    # token and hidden unit in a 16-bit layer.
-    per_layer = 34 * itemsize / 2 * rows * arch.hidden_size / layout.tp
-    layers = arch.num_layers // layout.pp
-    activations = (
-        2 * itemsize / 2 * rows * arch.hidden_size * layers + per_layer
-        if config.model.recompute_granularity == "full"
-        else per_layer * layers
-    )
-    vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
-    parts = {
-        "weights": params * itemsize,
-        "gradients": params * (4 if itemsize == 2 else itemsize),
-        "optimizer": optimizer,
-        "activations of one row (estimate)": activations * min(layout.pp, 4),
-        "logits of one chunk": 1024 * vocab * (itemsize + 4),
-    }
-    if config.algorithm.resolved.needs_critic:
-        # Without the LM head; what is alive of one row at a time is counted above.
-        head = vocab * arch.hidden_size
-        parts["critic, with its optimizer"] = (params - head) * sum(
-            parts[name] / params for name in ("weights", "gradients", "optimizer")
-        )
-    if not config.is_supervised:
-        engine_bytes = _itemsize(config.engine_dtype) * arch.num_parameters
-        parts["engine weights"] = engine_bytes / config.rollout.tensor_model_parallel_size
+    """Estimates from sizes; on a GPU, what allocators and libraries add is not in them."""
+    device_type, why = _planned_device(config)
+    yield "device", device_type + why
+    free = _free_here(layout, device_type)
+    found = fit(config, arch, layout.world_size, device_type, free)
+    need = found.need
+    parts = {**need.held, **need.passing}
     for name, nbytes in parts.items():
         yield name, f"{nbytes / GIB:.3f} GiB"
-    yield "sum", f"{sum(parts.values()) / GIB:.3f} GiB, without the key/value cache"
-    if Algorithm(config.algorithm).needs_ref_logprobs or config.metrics.kl_every:
-        yield "reference weights", f"{params * itemsize / GIB:.3f} GiB of host memory"
+    for name, nbytes in need.instead.items():
+        yield name, f"{nbytes / GIB:.3f} GiB, in the place of what an update takes"
+    yield "sum", f"{need.total / GIB:.3f} GiB at its peak"
+    if device_type != "cpu" and keeps_initial_weights(config):
+        params = sum(busiest_rank(arch, layout))
+        nbytes = params * itemsize(config.model.dtype)
+        yield "reference weights", f"{nbytes / GIB:.3f} GiB of host memory"
+    yield "this machine", _compared(config, arch, found, layout.world_size, device_type)
+    if found.share <= 1:
+        yield from (("", line) for line in found.lines())
 
 
-def _busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
-    """Parameters of the rank that holds most: those outside of experts, and those of experts."""
-    held = [
-        (
-            shared_pieces(arch, layout, tp_rank=0, pp_rank=stage),
-            expert_pieces(arch, layout, etp_rank=0, ep_rank=0, pp_rank=stage),
-        )
-        for stage in range(layout.pp)
-    ]
-    counts = [
-        (sum(size(p.box) for p in shared), sum(size(p.box) for p in experts))
-        for shared, experts in held
-    ]
-    return max(counts, key=sum)
+def _planned_device(config: RunConfig) -> tuple[str, str]:
+    """The kind of device that a recipe is planned for, and why it is not this machine's.
+
+    A recipe in bfloat16, or with Transformer Engine's layers, is taken to be meant for GPUs where
+    nothing else is said: a plan is made on a laptop, too.
+    """
+    here = detect().device_type
+    if here != "cpu" or os.environ.get("MEGATRON_RL_DEVICE") or "LOCAL_RANK" in os.environ:
+        return here, ""
+    te = config.model.layer_spec == "transformer_engine"
+    if config.model.dtype != "bfloat16" and not te:
+        return here, ""
+    setting = "layer_spec=transformer_engine" if te else "dtype=bfloat16"
+    return "cuda", (
+        f", of which there is none here: taken from model.{setting}. With MEGATRON_RL_DEVICE=cpu "
+        "the plan is for a CPU"
+    )
+
+
+def _free_here(layout: Layout, device_type: str) -> Free | None:
+    """What is free on this machine, where the run's ranks could all be here."""
+    platform = detect()
+    if platform.device_type != device_type or layout.world_size > platform.most_ranks():
+        return None
+    return free_here(platform, layout.world_size, are_started=False)
+
+
+def _compared(
+    config: RunConfig, arch: ModelArch, found: Fit, world_size: int, device_type: str
+) -> str:
+    """How the run would fare here; never an error, since a plan may be for another machine."""
+    if found.free is None:
+        if detect().device_type != device_type:
+            return "not compared: this machine has no GPU"
+        if world_size <= detect().most_ranks():
+            return "not compared: nothing here says how much memory is free"
+        kind = "a CPU" if device_type == "cpu" else "GPUs"
+        return f"not compared: this machine has no room for {world_size} ranks on {kind}"
+    if found.share <= 1:
+        return f"it fits: {found.free}"
+    try:
+        refuse_what_cannot_fit(found, config, arch, world_size)
+    except ConfigErrors as refused:
+        return f"train would refuse it here: {refused.problems[0]}"
+    return f"it may not do: {found.free}"
 
 
 def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
@@ -205,7 +212,7 @@ def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
         layout,
         engines,
         rank=0,
-        itemsize=_itemsize(config.engine_dtype),
+        itemsize=itemsize(config.engine_dtype),
         mib=config.weights.bucket_mib,
         nodes=[rank // RANKS_PER_NODE for rank in range(layout.world_size)],
     ).stats
@@ -218,7 +225,3 @@ def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
     ):
         yield name, f"{nbytes / 2**20:.3f} MiB"
     yield "buckets", f"{stats.num_buckets} of up to {config.weights.bucket_mib} MiB"
-
-
-def _itemsize(dtype: str) -> int:
-    return int(getattr(torch, dtype).itemsize)

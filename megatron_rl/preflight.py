@@ -42,6 +42,7 @@ class Inputs:
     benchmarks: dict[str, list[Prompt]]
     date: str | None = None  # that prompts hold; None: their template does not ask for one
     critic: ModelSource | None = None  # the critic's first weights
+    kv_cache_mib: int | None = None  # of an engine on a CPU, where the recipe leaves it open
 
     @property
     def model_dir(self) -> Path:
@@ -153,6 +154,15 @@ def _former_date(config: RunConfig) -> str | None:
     found = newest_terms(Path(config.run.output_dir) / CHECKPOINTS)
     recipe = None if found is None else found[0].recipe
     return None if recipe is None else recipe.get("prompts", {}).get("date")
+
+
+def former_row(config: RunConfig) -> int | None:
+    """The packed row of the run that this start goes on with, where its recipe says one."""
+    found = newest_terms(Path(config.run.output_dir) / CHECKPOINTS)
+    recipe = None if found is None else found[0].recipe
+    section = {} if recipe is None else recipe.get("batching", {})
+    row: int | None = section.get("max_tokens_per_microbatch")
+    return row
 
 
 def check_resume(config: RunConfig, inputs: Inputs, world_size: int) -> int | None:

@@ -1,7 +1,7 @@
 """The parts of a run on one rank: what it goes on from, and what it leaves."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ from megatron_rl.checkpoint.names import CHECKPOINTS, OWED, SCORE, checkpoints_i
 from megatron_rl.checkpoint.retention import score_of
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
-from megatron_rl.errors import ConfigErrors
+from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.evaluation.report import untrained
 from megatron_rl.megatron.model import TrainedModel
+from megatron_rl.metrics.grace import Grace
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.parallel.stop import StopRequest
+from megatron_rl.parallel.stop import StopRequest, seconds_to_stop
 from megatron_rl.policy.initial_kl import InitialKl
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.schedule import schedule_notes
@@ -52,6 +54,7 @@ class Run:
     saves: SaveTimes
     stop: StopRequest
     say: Callable[[str], None]
+    grace: Grace = field(default_factory=lambda: Grace(seconds_to_stop()))
     done_iterations: int = 0
     owed: dict[str, float] | None = None
     """Metrics of the last iteration done, where a stop broke its evaluation off: the next start
@@ -134,6 +137,7 @@ class Run:
 
     def save(self, iteration: int) -> None:
         """Write a checkpoint of the run after this iteration."""
+        self.groups.platform.give_back_memory()  # the copies that are written need some
         self.store.save(
             iteration,
             self.models,
@@ -158,6 +162,21 @@ class Run:
         """Write the policy as a Hugging Face directory; None where no export is asked for."""
         with self.meter.phase("checkpoint"):
             return self._model_files.export_to(Path(self.config.run.output_dir))
+
+    def check_trained(self) -> None:
+        """Look, at the end of a run, whether it has trained anything.
+
+        Raises:
+            InputError: no model has taken a step, in this start or before.
+        """
+        if any(model.version for model in self.models):
+            return
+        skips = self.config.optimizer.on_nonfinite == "skip"
+        raise InputError(
+            f"run.num_iterations={self.config.run.num_iterations}: "
+            + untrained(self.meter.verdicts)
+            + (". Or no update was finite: see policy/nonfinite_updates" if skips else "")
+        )
 
     @property
     def _model_files(self) -> ModelFiles:

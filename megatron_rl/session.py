@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,15 @@ from megatron_rl.errors import (
     RunError,
     tell_torchrun,
 )
+from megatron_rl.fit import (
+    Fit,
+    Free,
+    fit,
+    free_here,
+    kv_mib_alone,
+    least_of_all,
+    refuse_what_cannot_fit,
+)
 from megatron_rl.input_report import input_lines
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
@@ -44,7 +54,7 @@ from megatron_rl.parallel.groups import init_distributed, store_of_this_attempt
 from megatron_rl.parallel.stop import StopRequest, follow_launcher
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import Inputs, check_resume, read_inputs
+from megatron_rl.preflight import Inputs, check_resume, former_row, read_inputs
 from megatron_rl.references import hidden
 from megatron_rl.types import IterationMetrics
 
@@ -78,6 +88,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
     inputs = read_inputs(config, world_size)
     config = inputs.dated(config)
     done = check_resume(config, inputs, world_size)
+    found = _fit(config, inputs, platform)
     records = appended_files(config.metrics, output)
     if os.environ.get("RANK", "0") == "0":  # they may be long, and one rank appends to them
         for path in records:
@@ -85,6 +96,8 @@ def _train(config: RunConfig, platform: Platform) -> None:
     enter(platform)
     init_distributed(platform)
     is_main = dist.get_rank() == 0
+    found = found.agreed()
+    config, inputs = found.applied(config), replace(inputs, kv_cache_mib=found.kv_mib)
     recorder = _Recorder(config, is_main=is_main)
     if is_main:
         write_start(output, config.model_dump(mode="json"), _environment(platform))
@@ -98,13 +111,38 @@ def _train(config: RunConfig, platform: Platform) -> None:
 
     with _watched(config, recorder) as watchdog:
         run = build_run(config, inputs, platform, recorder.say, watchdog)
-        for line in _start_lines(run):
+        for line in (*_start_lines(run), *found.lines()):
             recorder.say(line)
         run.stop.listen()
         is_done = train(run, recorder.record)
         exported = run.export() if is_done else None
         recorder.close("done" if is_done else "stopped", run.policy.version, exported)
+        if is_done:
+            run.check_trained()
         _leave(run.rollouts.close, watchdog)
+
+
+def _fit(config: RunConfig, inputs: Inputs, platform: Platform) -> Fit:
+    """How the run fits into this machine, as this rank sees it.
+
+    Raises:
+        ConfigErrors: it can not.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    found = fit(
+        config,
+        inputs.arch,
+        world_size,
+        platform.device_type,
+        _free(platform),
+        former_row=former_row(config),
+    )
+    refuse_what_cannot_fit(found, config, inputs.arch, world_size)
+    return found
+
+
+def _free(platform: Platform) -> Free | None:
+    return free_here(platform, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), are_started=True)
 
 
 def evaluate_session(config: RunConfig) -> None:
@@ -115,9 +153,12 @@ def evaluate_session(config: RunConfig) -> None:
             "evaluation.benchmarks.<name>.path=FILE"
         )
     platform = _start(config)
-    inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    inputs = read_inputs(config, world_size)
+    kv_cache_mib = kv_mib_alone(config, inputs.arch, world_size, _free(platform))
     enter(platform)
     init_distributed(platform)
+    inputs = replace(inputs, kv_cache_mib=least_of_all(kv_cache_mib))
     recorder = _Recorder(config, is_main=dist.get_rank() == 0)
     with _then_end(), _watched(config, recorder) as watchdog:
         _evaluate(config, inputs, platform, watchdog)

@@ -10,4 +10,4 @@ class BatchingConfig(Settings):
 
     max_tokens_per_microbatch: int | None = Field(default=None, gt=0)
     """Tokens of one packed row, the unit of a forward pass. None: 16384, or one longest sequence
-    if that is more."""
+    if that is more; where that does not fit into the memory that is free, the longest that does."""

@@ -4,7 +4,8 @@ Exit codes of every command:
   0    done; verify: the two are the same
   1    verify: they are not the same. Every command: a fault of the program, with its traceback;
        train: a run that must not go on, told as `megatron-rl: error: ...`
-  2    a problem in recipe, data, model, files or arguments, told the same way
+  2    a problem in recipe, data, model, files or arguments, told the same way; train: all
+       iterations are done, and none took an optimizer step
   75   train, evaluate: a rank stood still; the message names it
   130  stopped by Ctrl-C
 Under torchrun these are the codes of the ranks, and torchrun's own is 0, or 1 for any of them.

@@ -32,6 +32,18 @@ HOW_TO_ASK = (
     "first prompt, prompts.system, prompts.instruction, prompts.template and reward.answer_in"
 )
 
+BECAME = {  # what became of a response, and the way out where most became that
+    Verdict.NO_ANSWER: ("held no answer to grade", HOW_TO_ASK),
+    Verdict.WRONG: (
+        "were wrong",
+        "Use easier prompts, more responses of each (rollout.group_size), or a model that is right "
+        "now and then",
+    ),
+    Verdict.CORRECT: ("were correct", "Use harder prompts"),
+    Verdict.TIMEOUT: ("took too long to grade", "Raise reward.deadline_s"),
+    Verdict.ERROR: ("could not be graded", "See the failures above"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -134,6 +146,20 @@ def unanswered(values: Mapping[str, float], iteration: int) -> list[str]:
     if iteration > 1 or share < NEARLY_ALL:
         return []
     return [f"{share:.0%} of the responses hold no answer to grade. {HOW_TO_ASK}"]
+
+
+def untrained(verdicts: Mapping[Verdict, int]) -> str:
+    """Why a run took no optimizer step, by how often each verdict was passed in all of it."""
+    drawn = sum(verdicts.values())
+    told = "no optimizer step was taken in any iteration, so the model is the one it began with"
+    if not drawn:
+        return told
+    often = sorted((one for one in BECAME if verdicts.get(one)), key=lambda one: -verdicts[one])
+    became = ", ".join(f"{verdicts[one]} {BECAME[one][0]}" for one in often)
+    return (
+        f"{told}: nothing was left to train on. Of {drawn} responses {became}. "
+        f"{BECAME[often[0]][1]}"
+    )
 
 
 def write_questions(questions: Sequence[Question], file: Path) -> None:

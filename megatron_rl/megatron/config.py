@@ -1,5 +1,6 @@
 """The model that is trained, and how its weights are updated."""
 
+import importlib.util
 from typing import Any, Literal
 
 from pydantic import Field
@@ -38,6 +39,13 @@ class ModelConfig(Settings):
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Other fields of Megatron's TransformerConfig, under their own names: those that change
     neither the network nor its gradient (megatron/settable.py lists them)."""
+
+    def uses_transformer_engine(self, device_type: str) -> bool:
+        """True where layers are Transformer Engine's."""
+        if self.layer_spec == "auto":
+            has = importlib.util.find_spec("transformer_engine") is not None
+            return has and device_type == "cuda"
+        return self.layer_spec == "transformer_engine"
 
 
 class OptimizerConfig(Settings):

@@ -24,11 +24,7 @@ from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, ru
 from megatron_rl.megatron.settable import layers_in_use
 from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.megatron.stored_names import local_name
-from megatron_rl.megatron.transformer_config import (
-    DTYPES,
-    transformer_config,
-    uses_transformer_engine,
-)
+from megatron_rl.megatron.transformer_config import DTYPES, transformer_config
 from megatron_rl.parallel.collectives import all_gather_objects, max_over
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
@@ -66,7 +62,7 @@ class TrainedModel:
         device_type = groups.platform.device_type
         self.config = transformer_config(arch, model, parallel, device_type=device_type)
         self.config.finalize_model_grads_func = finalize_without_dividing
-        use_te = uses_transformer_engine(model, device_type)
+        use_te = model.uses_transformer_engine(device_type)
         self.layers = layers_in_use(model.megatron, use_te=use_te)
         self.chunks: list[Any] = build_chunks(
             arch,

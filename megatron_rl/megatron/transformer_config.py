@@ -1,6 +1,5 @@
 """Megatron-Core's configuration of a model at a layout."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -21,20 +20,12 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def uses_transformer_engine(model: ModelConfig, device_type: str) -> bool:
-    """True where layers are Transformer Engine's."""
-    if model.layer_spec == "auto":
-        has = importlib.util.find_spec("transformer_engine") is not None
-        return has and device_type == "cuda"
-    return model.layer_spec == "transformer_engine"
-
-
 def transformer_config(
     arch: ModelArch, model: ModelConfig, parallel: ParallelConfig, *, device_type: str
 ) -> TransformerConfig:
     """Megatron's configuration of this model and layout."""
     dtype = DTYPES[model.dtype]
-    use_te = uses_transformer_engine(model, device_type)
+    use_te = model.uses_transformer_engine(device_type)
     vpp = parallel.virtual_pipeline_model_parallel_size
     settings: dict[str, Any] = {
         "num_layers": arch.num_layers,

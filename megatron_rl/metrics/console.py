@@ -20,6 +20,7 @@ Style = Literal["auto", "rich", "plain", "silent"]
 
 ROWS_PER_HEADER = 20
 ITERATIONS_PER_ESTIMATE = 10
+UNKNOWN = "-"
 
 _ESCAPE_SEQUENCE = re.compile(
     r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)?", re.DOTALL
@@ -45,10 +46,10 @@ class Column:
     width: int
 
     def text(self, values: Mapping[str, float]) -> str:
-        """The number as people read it, "-" where no room reported one."""
+        """The number as people read it, UNKNOWN where no room reported one."""
         reported = (values[name] for name in self.metrics if name in values)
         value = next(reported, None)
-        return "-" if value is None else format(value, self.spec)
+        return UNKNOWN if value is None else format(value, self.spec)
 
 
 COLUMNS = (
@@ -115,7 +116,9 @@ class PlainDisplay:
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:
         shown = [
-            f"{column.header} {text}" for column in COLUMNS if (text := column.text(values)) != "-"
+            f"{column.header} {text}"
+            for column in COLUMNS
+            if (text := column.text(values)) != UNKNOWN
         ]
         eta = self._eta.after(iteration, values)
         evaluated, now = evaluation_lines(values), self._clock()
@@ -123,7 +126,9 @@ class PlainDisplay:
         if is_soon and not evaluated and iteration != self._total:
             return
         self._shown_at = now
-        self.say("  ".join([f"iteration {iteration}/{self._total}", *shown, f"eta {eta}"]))
+        if eta != UNKNOWN:
+            shown.append(f"eta {eta}")
+        self.say("  ".join([f"iteration {iteration}/{self._total}", *shown]))
         for line in evaluated:
             self.say(f"iteration {iteration}/{self._total}  {line}")
 
@@ -153,7 +158,7 @@ class RichDisplay:
             TextColumn("eta {task.fields[eta]}"),
             console=console,
         )
-        self._task = self._progress.add_task("", total=total_iterations, eta="-")
+        self._task = self._progress.add_task("", total=total_iterations, eta=UNKNOWN)
         self._progress.update(self._task, completed=done_iterations)
         self._is_live = False
 
@@ -196,8 +201,14 @@ class TimeLeft:
         self._seconds: deque[float] = deque(maxlen=ITERATIONS_PER_ESTIMATE)
 
     def after(self, iteration: int, values: Mapping[str, float]) -> str:
-        """The time left after an iteration (they count from 1), as [days]d h:mm:ss."""
+        """The time left after an iteration (they count from 1), as [days]d h:mm:ss.
+
+        "-" after iteration 0, the evaluation at the start: no iteration has run yet.
+        """
         now = self._clock()
+        if iteration < 1:
+            self._last = now
+            return UNKNOWN
         self._seconds.append(values.get("time/iteration_s", now - self._last))
         self._last = now
         mean = sum(self._seconds) / len(self._seconds)

@@ -1,5 +1,6 @@
 """One object that collects an iteration's numbers from all rooms and gives them out at its end."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -30,6 +31,8 @@ class Meter:
         self._groups, self._watchdog = groups, watchdog
         self._timer = PhaseTimer(synchronize=groups.platform.synchronize)
         self._values: dict[str, float] = {}
+        self.verdicts: Counter[Verdict] = Counter()
+        """How often each was passed since the start of this process, over all ranks."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -71,7 +74,9 @@ class Meter:
         world = self._groups.world
         total = dict(zip(tally.names(parts), sum_over(counts, world), strict=True))
         self.report(tally.metrics(total, max_over([longest], world)[0]))
-        return {verdict: int(total[f"verdict_{verdict}"]) for verdict in Verdict}
+        verdicts = {verdict: int(total[f"verdict_{verdict}"]) for verdict in Verdict}
+        self.verdicts.update(verdicts)
+        return verdicts
 
     def take(self) -> dict[str, float]:
         """All metrics since the last take, with times of the slowest rank; every rank calls it."""

@@ -67,7 +67,8 @@ METRICS: dict[str, str] = {
     **{f"time/{phase}_s": f"seconds of the {phase} phase" for phase in PHASES},
     "time/iteration_s": "seconds of the whole iteration, with its evaluation and the checkpoint "
     "after the one before",
-    "memory/peak_gib": "highest accelerator memory in use on any rank, GiB",
+    "memory/peak_gib": "highest accelerator memory in use on any rank, on a CPU its largest "
+    "resident memory, GiB",
     "evaluation/<benchmark>/average_at_k": "held-out accuracy, mean over k responses per question",
     "evaluation/<benchmark>/pass_at_k": "share of held-out questions with a right response among k",
     "evaluation/<benchmark>/majority_at_k": "share of held-out questions that k responses solve by "

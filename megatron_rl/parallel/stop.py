@@ -4,11 +4,13 @@ SIGTERM is torchrun's and most schedulers' signal, SIGUSR1 is Slurm's where a jo
 (`--signal=USR1@600`), SIGINT is Ctrl-C. The kernel sends SIGTERM to a rank whose torchrun has died.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,6 +19,9 @@ from megatron_rl.parallel.collectives import max_over
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_OF_ONE_CTRL_C = 2.0  # the terminal sends it to every rank, and torchrun passes it on
 PR_SET_PDEATHSIG = 1  # prctl(2)
+# What torchrun calls its time limit, and what it is where nobody sets it.
+TIME_LIMIT, TIME_LIMIT_VARIABLE = "--shutdown-timeout", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+SECONDS_OF_TORCHRUN = 30.0
 
 
 class StopRequest:
@@ -65,3 +70,24 @@ def follow_launcher() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != launcher:  # it died before the kernel was asked
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def seconds_to_stop() -> float | None:
+    """Seconds from the signal that torchrun passes on to the SIGKILL; None: nobody kills.
+
+    torchrun does not tell its ranks, so its command line is read.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    arguments: list[str] = []
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace")
+        arguments = command.replace("=", "\0").split("\0")
+    names = [argument.replace("_", "-") for argument in arguments]
+    given = os.environ.get(TIME_LIMIT_VARIABLE, "")
+    if TIME_LIMIT in names[:-1]:
+        given = arguments[names.index(TIME_LIMIT) + 1]
+    try:
+        return float(given)
+    except ValueError:
+        return SECONDS_OF_TORCHRUN

@@ -37,6 +37,7 @@ from torch._C._distributed_c10d import Store
 
 from megatron_rl.parallel.config import WatchdogConfig
 from megatron_rl.parallel.stacks import Process, look_at, own_stack, this_process
+from megatron_rl.platforms.host_memory import OomKills
 
 STUCK = 75
 """The exit code of every rank of a job that stood still."""
@@ -49,6 +50,11 @@ SECONDS_TO_HEAR_OF_A_FAILURE = 2.0
 PHASES_REMEMBERED = 50
 BETWEEN = "between phases"
 SHOW_CURSOR = b"\x1b[?25h"
+LESS_MEMORY = (
+    "Set a lower batching.max_tokens_per_microbatch, or model.recompute_granularity=full "
+    "model.recompute_method=uniform model.recompute_num_layers=1, or start fewer ranks on a "
+    "machine; `megatron-rl plan` says what a rank needs"
+)
 # What a rank says whose peer has ended, in a collective over gloo.
 COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -74,6 +80,7 @@ class Watchdog:
         self._beat = _Beat(number=0, iteration=0, phase="start-up", deadline=config.start_s)
         self._beats: dict[int, _Beat] = {}
         self._processes: dict[int, Process] = {}
+        self._oom_kills = OomKills()
         self._store: Store | None = None
         self._is_over = threading.Event()
 
@@ -170,6 +177,7 @@ class Watchdog:
                     self._beats.clear()  # the machine or the whole job slept, and no phase did
                 last = now
                 self._leave_with_others()
+                self._oom_kills.look()
                 if self._has("alarm"):
                     self._answer()
                 self._say_if_late()
@@ -241,11 +249,8 @@ class Watchdog:
                 if self._has(f"bye/{rank}"):
                     continue
                 beat = self._all("beat").get(rank, {"iteration": 0, "phase": "start-up"})
-                text = (
-                    f"rank {rank} (process {process.pid} on {process.host}) is gone: it was killed "
-                    f"or ended without a word, in iteration {beat['iteration']}, {beat['phase']}. "
-                    "Look for the kernel's out-of-memory killer on that machine"
-                )
+                place = f"iteration {beat['iteration']}, {beat['phase']}"
+                text = _loss_of(rank, process, place, self._oom_kills.risen())
                 if self._first("failed", {"rank": rank, "text": text}):
                     _print(f"megatron-rl: error: {text}\n")
         if self._has("failed"):
@@ -292,6 +297,20 @@ class Watchdog:
         assert self._store is not None
         text = json.dumps({**value, "set_by": self._rank})
         return self._store.compare_set(key, "", text).decode() == text
+
+
+def _loss_of(rank: int, process: Process, place: str, oom_kill: str | None) -> str:
+    """What is said of a rank that ended without a word; oom_kill: the kernel's count of kills."""
+    if oom_kill is None:
+        return (
+            f"rank {rank} (process {process.pid} on {process.host}) is gone: it was killed or "
+            f"ended without a word, in {place}. Look for the kernel's out-of-memory killer on that "
+            "machine"
+        )
+    return (
+        f"rank {rank} on {process.host} (process {process.pid}) was killed by the kernel, which "
+        f"ran out of memory ({oom_kill}), in {place}. {LESS_MEMORY}"
+    )
 
 
 def _said(beat: _Beat) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_rl.errors import InputError
+from megatron_rl.platforms import host_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,26 @@ class Platform:
             local_rank = int(os.environ.get("LOCAL_RANK", "0"))
             return int(torch.cuda.get_device_properties(local_rank).total_memory)
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def free_memory_bytes(self) -> int | None:
+        """Memory of this rank's device that is free; on a CPU for all of its ranks together.
+
+        None: nothing says it.
+        """
+        if self.device_type == "cuda":
+            return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
+        return host_memory.available_bytes()
+
+    def most_ranks(self) -> int:
+        """Ranks that this machine can have: one for each GPU, or for each core of a CPU."""
+        if self.device_type == "cuda":
+            return int(torch.cuda.device_count())
+        return os.cpu_count() or 1
+
+    def give_back_memory(self) -> None:
+        """Give back host memory that was freed; on a CPU activations have left much of it."""
+        if self.device_type == "cpu":
+            host_memory.give_back()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a timer measures work and not its launch."""

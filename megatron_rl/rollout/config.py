@@ -55,7 +55,8 @@ class RolloutConfig(Settings):
 
     kv_cache_mib: int | None = Field(default=None, gt=0)
     """Size of the key/value cache per rank, which must fit into the memory of the machine. None: by
-    gpu_memory_utilization; on a CPU 256."""
+    gpu_memory_utilization; on a CPU room for the responses of an iteration, max_num_seqs at most,
+    as far as memory is free, and at least 256."""
 
     enforce_eager: bool = False
     """vLLM's: no CUDA graphs. Always so on a CPU."""

@@ -13,7 +13,9 @@ from megatron_rl.errors import InputError
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.kv_cache import LEAST_MIB
 from megatron_rl.rollout.shared_memory import private_shared_memory
+from megatron_rl.rollout.vllm_silence import quiet_binding
 from megatron_rl.rollout.vllm_weights import VllmWeights
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.layouts import engine_pieces
@@ -26,7 +28,6 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about weights, which we verify ourselves
 }
-CPU_KV_CACHE_MIB = 256
 PROMPT_TOKENS_PER_STEP = 8192  # tokens of prompts in one forward pass, on a CPU
 
 
@@ -61,7 +62,7 @@ class VllmEngine:
         require_vllm()
         self._platform, self._stop_ids = groups.platform, list(eos_ids)
         is_cpu = groups.platform.device_type == "cpu"
-        kv_cache = config.kv_cache_mib or (CPU_KV_CACHE_MIB if is_cpu else None)
+        kv_cache = config.kv_cache_mib or (LEAST_MIB if is_cpu else None)
         settings: dict[str, Any] = {
             "model": str(model_dir),
             "tensor_parallel_size": config.tensor_model_parallel_size,
@@ -76,6 +77,7 @@ class VllmEngine:
             "load_format": "auto" if load_weights else "dummy",
             "seed": 0,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,  # no bars of shards and of CUDA graphs
         }
         if is_cpu:
             # vLLM 0.32 cannot rewind a CPU generator when chunked prefill splits a seeded prompt.
@@ -91,7 +93,8 @@ class VllmEngine:
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
         from vllm import LLM
 
-        with groups.platform.preserved_rng(), private_shared_memory(groups.world):
+        apart = private_shared_memory(groups.world)
+        with groups.platform.preserved_rng(), apart, quiet_binding():
             self._llm: Any = LLM(**settings)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         pieces = engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank))

@@ -129,6 +129,16 @@ class HfCheckpoint:
         return True
 
 
+def weight_names(model_dir: Path) -> list[str]:
+    """The names of the files with a model's weights, which need not be there yet.
+
+    Raises:
+        InputError: the index of the directory cannot be read.
+    """
+    index = model_dir / INDEX
+    return sorted(set(_indexed(index).values())) if index.exists() else [SINGLE]
+
+
 def _open_files(model_dir: Path) -> dict[str, TensorFile]:
     """The file of each tensor; the index must say exactly what the files' headers say.
 
@@ -151,13 +161,7 @@ def _open_files(model_dir: Path) -> dict[str, TensorFile]:
 def _read_index(model_dir: Path) -> dict[str, str] | None:
     index = model_dir / INDEX
     if index.exists():
-        try:
-            file_of: dict[str, str] = read_json_object(index)["weight_map"]  # type: ignore[assignment]
-            outside = [name for name in file_of.values() if Path(name).name != name]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: not a safetensors index: {error!r}") from error
-        if outside:
-            raise InputError(f"{index}: {outside[0]!r} is no file of its directory")
+        file_of = _indexed(index)
         if (model_dir / SINGLE).exists() and SINGLE not in file_of.values():
             raise InputError(
                 f"{model_dir}: {INDEX} and {SINGLE} are both there, and the first names other "
@@ -171,6 +175,18 @@ def _read_index(model_dir: Path) -> dict[str, str] | None:
             "read: convert pickled ones with transformers' save_pretrained"
         )
     return None
+
+
+def _indexed(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says it."""
+    try:
+        file_of: dict[str, str] = read_json_object(index)["weight_map"]  # type: ignore[assignment]
+        outside = [name for name in file_of.values() if Path(name).name != name]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not a safetensors index: {error!r}") from error
+    if outside:
+        raise InputError(f"{index}: {outside[0]!r} is no file of its directory")
+    return file_of
 
 
 def _check_index(path: Path, index: Mapping[str, str], file_of: Mapping[str, TensorFile]) -> None:

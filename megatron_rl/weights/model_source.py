@@ -6,14 +6,16 @@ the checkpoint's, or that of the directory with `latest_checkpointed_iteration.t
 of one of our runs, or of the directory of those, which means the newest.
 """
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.errors import InputError
 from megatron_rl.files import read_text
+from megatron_rl.weights.critic_files import VALUE_HEAD_FILE
 from megatron_rl.weights.dcp_files import METADATA
-from megatron_rl.weights.hf_files import COMPANIONS, CONFIG, INDEX
+from megatron_rl.weights.hf_files import COMPANIONS, CONFIG, INDEX, weight_names
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMPANION_DIR = "hf_config"
@@ -56,7 +58,11 @@ def find_model(path: str, setting: str, config_path: str | None = None) -> Model
 
 
 def _local_model_dir(path: str, setting: str) -> Path:
-    """The directory itself, or the hub's files in the local cache (downloaded where missing)."""
+    """The directory itself, or the hub's files in the local cache (downloaded where missing).
+
+    Of the weights only the files that its index names, or the one that needs no index: beside them
+    a repository may hold the same weights in the form of another program, as Mistral's do.
+    """
     directory = Path(path).expanduser()
     if directory.is_dir():
         return directory
@@ -66,7 +72,9 @@ def _local_model_dir(path: str, setting: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(path, allow_patterns=[*COMPANIONS, INDEX, "*.safetensors"])
+        found = Path(snapshot_download(path, allow_patterns=[*COMPANIONS, INDEX]))
+        weights = [*map(glob.escape, weight_names(found)), VALUE_HEAD_FILE]
+        snapshot_download(path, revision=found.name, allow_patterns=weights)  # of the same commit
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -74,7 +82,7 @@ def _local_model_dir(path: str, setting: str) -> Path:
             f"({type(error).__name__}: {reason}). Name a local directory, or check the name and "
             "the network"
         ) from error
-    return Path(found)
+    return found
 
 
 def _tracked(tracker: Path) -> str:

@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+from engine_models import QUICKSTART
 from training_runs import PP2, TP2
 
 pytestmark = pytest.mark.slow
@@ -15,8 +16,16 @@ SP_EP = (
     "parallel.expert_tensor_parallel_size=1",
 )
 VPP = (*PP2, "parallel.virtual_pipeline_model_parallel_size=2")
+SAMPLED = (
+    "algorithm.preset=reinforce",
+    "rollout.group_size=2",
+    "rollout.max_response_tokens=8",
+    "reward.kind=coin_reward:is_even",
+    "reward.num_workers=1",
+)
 CASES = {
     "one rank": ("qwen2", 1, ()),
+    "sampled by an engine": ("qwen2_tied", 1, SAMPLED),
     "experts in bfloat16": ("qwen3_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
     "interleaved": ("qwen2_tied", 2, VPP),
 }
@@ -36,8 +45,22 @@ def test_nothing_is_said_beside_the_report(runs, case):
         assert [line for line in done.stdout.splitlines() if not line.startswith(OURS)] == []
 
 
+def test_an_evaluation_says_no_more_than_its_table(runs):
+    """It reads the weights by vLLM's own loader, which has bars of its own."""
+    data = f"evaluation.benchmarks.a.path={QUICKSTART / 'data' / 'heldout.jsonl'}"
+    settings = (*SAMPLED, data, "evaluation.benchmarks.a.max_problems=4", "evaluation.samples=1")
+    done = runs.start("evaluate", "silent evaluation", 1, *settings, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    first, *rows = done.stdout.splitlines()
+    assert first.startswith(str(runs.folder / "models"))
+    assert rows[0].split()[0] == "benchmark"
+    assert rows[-1].startswith("written to ")
+
+
 OURS = (
     "ops: ", "layout: ", "model: ", "layers: ", "prompts: ", "first prompt, ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
-    "run.num_iterations 2 -> 3", "done: ", "  ",
+    "run.num_iterations 2 -> 3", "done: ", "rollout: ", "engine probe: ", "packed row: ",
+    "key/value cache: ", "memory: ", "a stop would lose its iteration: ", "  ",
 )  # fmt: skip

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -58,3 +59,44 @@ def test_a_name_that_the_hub_does_not_know_is_an_input_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="--hf='nobody/nothing': neither a directory here nor"):
         find_model("nobody/nothing", "--hf")
+
+
+HUB = "0123456789abcdef0123456789abcdef01234567"
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+BESIDE = ["config.json", "tokenizer.json", "README.md", "consolidated.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weights", "index"),
+    [
+        (SHARDS, SHARDS),
+        (["model.safetensors"], None),
+        (["model.safetensors"], ["a[0].safetensors"]),
+        (["model.safetensors", "value_head.safetensors"], None),  # an exported critic
+    ],
+)
+def test_of_a_hub_model_only_the_files_with_its_weights_are_downloaded(
+    monkeypatch, tmp_path, weights, index
+):
+    """Mistral-7B-v0.3 has its weights a second time, in consolidated.safetensors: 14.5 GB."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [*BESIDE, *weights, *(index or []), "onnx/model.safetensors"]
+    if index is not None:
+        files.append("model.safetensors.index.json")
+    snapshot, downloaded = tmp_path / HUB, set()
+    snapshot.mkdir()
+
+    def snapshot_download(repo_id, *, allow_patterns, revision=None):
+        assert (repo_id, revision) in [("org/model", None), ("org/model", HUB)]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            downloaded.add(name)
+            is_index = name.endswith(".index.json")
+            content = {"weight_map": {f"tensor {file}": file for file in index or []}}
+            (snapshot / name).write_text(json.dumps(content) if is_index else "")
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find_model("org/model", "model.path").config_dir == snapshot
+    wanted = {"config.json", "tokenizer.json", *(index or weights)}
+    assert downloaded - {"model.safetensors.index.json"} == wanted

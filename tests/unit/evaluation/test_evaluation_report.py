@@ -5,7 +5,7 @@ import pytest
 from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
 from megatron_rl.evaluation.measures import BenchmarkResult, Measured
 from megatron_rl.evaluation.question import Question
-from megatron_rl.evaluation.report import Evaluation, unanswered, write_questions
+from megatron_rl.evaluation.report import Evaluation, unanswered, untrained, write_questions
 from megatron_rl.types import Verdict
 
 
@@ -134,3 +134,23 @@ def test_written_questions_are_readable_and_survive_any_text(tmp_path):
 def test_a_name_that_is_no_file_name_is_refused(name):
     with pytest.raises(ValueError, match="must be made of letters"):
         EvaluationConfig(benchmarks={name: BenchmarkConfig(path="x.jsonl")})
+
+
+def test_a_run_that_trained_nothing_counts_its_verdicts_and_names_a_way_out():
+    told = untrained({Verdict.WRONG: 28, Verdict.NO_ANSWER: 740, Verdict.CORRECT: 0})
+    assert told.startswith("no optimizer step was taken in any iteration")
+    assert "Of 768 responses 740 held no answer to grade, 28 were wrong. The model may not" in told
+    assert "prompts.instruction" in told
+    assert untrained({Verdict.CORRECT: 9, Verdict.WRONG: 3}).endswith(
+        "Of 12 responses 9 were correct, 3 were wrong. Use harder prompts"
+    )
+    assert "rollout.group_size" in untrained({Verdict.WRONG: 3})
+
+
+def test_every_verdict_has_its_words_where_nothing_was_trained():
+    for verdict in Verdict:
+        assert "Of 2 responses 2 " in untrained({verdict: 2})
+
+
+def test_where_nothing_was_drawn_nothing_is_counted():
+    assert untrained({}).endswith("so the model is the one it began with")

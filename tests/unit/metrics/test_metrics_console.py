@@ -116,7 +116,24 @@ def test_time_left_follows_the_last_ten_iterations():
 
 
 def test_time_left_counts_days():
-    assert TimeLeft(10**6, clock=lambda: 0.0).after(0, {"time/iteration_s": 1.0}) == "11d 13:46:40"
+    left = TimeLeft(10**6 + 1, clock=lambda: 0.0)
+    assert left.after(1, {"time/iteration_s": 1.0}) == "11d 13:46:40"
+
+
+def test_there_is_no_time_left_before_an_iteration_has_run():
+    """The evaluation at the start took 7 s, which says nothing of an iteration."""
+    plain, rich, ticks = io.StringIO(), io.StringIO(), iter([0.0, 7.0, 7.0, 67.0])
+    evaluated = {"evaluation/math/average_at_1": 0.5}
+    display = PlainDisplay(3, plain, clock=lambda: next(ticks))
+    display.write(0, evaluated)
+    assert plain.getvalue().splitlines() == [
+        "iteration 0/3",
+        "iteration 0/3  held-out math average@1 50.0%",
+    ]
+    RichDisplay(3, 0, Console(file=rich, force_terminal=False, width=120)).write(0, evaluated)
+    (row,) = [line for line in rich.getvalue().splitlines() if line.strip().startswith("0 ")]
+    assert row.split() == ["0", *"-" * 10]
+    assert display._eta.after(1, {}) == "0:02:00"  # from the end of the evaluation on
 
 
 def test_time_left_uses_its_own_clock_where_no_time_was_reported():

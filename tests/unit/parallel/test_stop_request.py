@@ -1,11 +1,13 @@
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
 
 from megatron_rl.parallel.groups import init_distributed
-from megatron_rl.parallel.stop import StopRequest
+from megatron_rl.parallel.stop import StopRequest, seconds_to_stop
 from megatron_rl.platforms.base import CPU
 
 
@@ -27,3 +29,33 @@ def test_sigterm_is_noted_and_nothing_is_interrupted(group):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # a scheduler and torchrun both pass it on
     assert stop.agreed(group)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "seconds"),
+    [
+        ([], None, 30.0),  # torchrun's own default
+        ([], "90", 90.0),
+        (["--shutdown-timeout", "540", "-m", "megatron_rl"], "90", 540.0),
+        (["--shutdown_timeout=120", "-m", "megatron_rl"], None, 120.0),
+        (["--shutdown-timeout"], "soon", 30.0),  # it would refuse both
+    ],
+)
+def test_the_time_that_torchrun_gives_is_read_from_its_command_line(
+    monkeypatch, arguments, variable, seconds
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variable)
+    wait = [sys.executable, "-c", "print(flush=True); input()", *arguments]
+    with subprocess.Popen(wait, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+        launcher.stdout.readline()  # its command line is its own by now
+        monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+        assert seconds_to_stop() == seconds
+        launcher.stdin.close()
+
+
+def test_without_torchrun_nobody_kills(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert seconds_to_stop() is None

@@ -1,11 +1,17 @@
 """What readers make of beats; whole jobs that hang are in tests/e2e/test_hangs.py."""
 
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch.distributed as dist
 
 from megatron_rl.parallel import watchdog as module
 from megatron_rl.parallel.config import WatchdogConfig
+from megatron_rl.parallel.stacks import Process
 from megatron_rl.parallel.watchdog import Watchdog
+from megatron_rl.platforms import host_memory
 
 
 class Clock:
@@ -152,3 +158,50 @@ def test_without_a_store_phases_are_kept_and_nothing_is_sent():
     watchdog.progress()
     assert watchdog.fail("anything")
     watchdog.close()
+
+
+@pytest.mark.parametrize("is_for_memory", [True, False])
+def test_a_rank_that_the_kernel_killed_for_memory_is_called_that(
+    pair, monkeypatch, tmp_path, capfd, is_for_memory
+):
+    ranks, _ = pair
+    vmstat = tmp_path / "proc" / "vmstat"
+    vmstat.parent.mkdir()
+    vmstat.write_text("nr_free_pages 7\noom_kill 3\n")
+    monkeypatch.setattr(host_memory, "ROOT", tmp_path)
+    ranks[0]._oom_kills = host_memory.OomKills()
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    here = Process(host=socket.gethostname(), pid=killed.pid, stack_file="")
+    ranks[0]._processes = {1: here}
+    ranks[0]._world_size = 1  # so that nobody else is asked for
+    ranks[0]._leave_with_others()
+    assert capfd.readouterr().err == ""
+    killed.kill()
+    killed.wait()
+    vmstat.write_text(f"nr_free_pages 7\noom_kill {3 + is_for_memory}\n")
+    monkeypatch.setattr(module, "_leave", sys.exit)
+    with pytest.raises(SystemExit):
+        ranks[0]._leave_with_others()
+    said = capfd.readouterr().err
+    if is_for_memory:
+        assert said.startswith(
+            f"megatron-rl: error: rank 1 on {socket.gethostname()} (process {killed.pid}) was "
+            f"killed by the kernel, which ran out of memory (oom_kill of {vmstat}: 3 -> 4)"
+        )
+        assert "batching.max_tokens_per_microbatch" in said
+    else:
+        assert "is gone: it was killed or ended without a word" in said
+
+
+def test_a_kill_of_long_ago_is_not_held_against_a_rank_that_is_gone(monkeypatch, tmp_path):
+    vmstat = tmp_path / "proc" / "vmstat"
+    vmstat.parent.mkdir()
+    vmstat.write_text("oom_kill 3\n")
+    monkeypatch.setattr(host_memory, "ROOT", tmp_path)
+    kills = host_memory.OomKills()
+    vmstat.write_text("oom_kill 4\n")  # a worker of the reward, for one
+    for _ in range(host_memory.LOOKS - 1):
+        kills.look()
+        assert kills.risen() is not None
+    kills.look()
+    assert kills.risen() is None

@@ -1,0 +1,271 @@
+"""Whether a run fits into the memory that is free here, and how it is made to.
+
+A row whose length the recipe leaves open becomes shorter, then the cache of an engine smaller. What
+still does not fit is refused before anything is built, with the settings that would make it fit.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rl.config import RunConfig, problems, world_problems
+from megatron_rl.errors import ConfigErrors
+from megatron_rl.memory import GIB, Need, kv_bytes_of_sequence, need_of, wanted_kv_mib
+from megatron_rl.parallel.collectives import max_over
+from megatron_rl.platforms.base import Platform
+from megatron_rl.platforms.host_memory import own_bytes
+from megatron_rl.rollout.kv_cache import LEAST_MIB
+from megatron_rl.weights.arch import ModelArch
+
+MARGIN = 1.25
+"""A run is refused where it needs so many times what is free: the estimate may be that far off."""
+
+UNCHECKED = "MEGATRON_RL_UNCHECKED_MEMORY"
+"""The variable that starts a run all the same, set to 1."""
+
+RECOMPUTED = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Free:
+    """Memory of a device that is free, and the ranks that share it."""
+
+    nbytes: float  # for all of these ranks
+    ranks: int
+    device_type: str
+    of_device: float = 0.0  # bytes of a GPU, free or not
+
+    @property
+    def per_rank(self) -> float:
+        return self.nbytes / self.ranks
+
+    def __str__(self) -> str:
+        if self.device_type == "cuda":
+            return f"{_gib(self.nbytes)} of this GPU are free"
+        others = "" if self.ranks == 1 else f" for it ({_gib(self.nbytes)} for {self.ranks} ranks)"
+        return f"{_gib(self.per_rank)} of this machine's memory are free{others}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a run was made to fit."""
+
+    need: Need
+    free: Free | None  # None: nothing says it
+    row_tokens: int
+    kv_mib: int | None  # of a CPU engine; None: there is none, or the recipe says it
+    wanted_row: int
+    wanted_kv_mib: int | None
+    former_row: int | None = None  # of the run that this one goes on from
+
+    @property
+    def share(self) -> float:
+        """What is needed, by what is free."""
+        return 0.0 if self.free is None else self.need.total / max(self.free.per_rank, 1.0)
+
+    def lines(self) -> Iterator[str]:
+        """What a user is told of it."""
+        numbers = f"a rank needs some {_gib(self.need.total)} at its peak, and {self.free}"
+        if self.row_tokens == self.former_row:
+            if self.row_tokens < self.wanted_row:
+                yield (
+                    f"packed row: up to {self.row_tokens} tokens, as before. "
+                    "batching.max_tokens_per_microbatch sets another length"
+                )
+        elif self.row_tokens < self.wanted_row:
+            yield (
+                f"packed row: up to {self.row_tokens} tokens in the place of {self.wanted_row}, "
+                f"since {numbers}. batching.max_tokens_per_microbatch sets another length"
+            )
+        if self.kv_mib is not None and self.kv_mib != self.wanted_kv_mib:
+            yield (
+                f"key/value cache: {self.kv_mib} MiB in the place of {self.wanted_kv_mib}, since "
+                f"{numbers}. rollout.kv_cache_mib sets another size"
+            )
+        if self.share > 1:
+            yield f"memory: it may not do: {numbers}"
+
+    def applied(self, config: RunConfig) -> RunConfig:
+        """The recipe with the row that fits, which checkpoints and config.yaml then keep."""
+        if self.row_tokens == self.wanted_row:
+            return config
+        return _with(config, "batching", max_tokens_per_microbatch=self.row_tokens)
+
+    def agreed(self) -> "Fit":
+        """The least of all ranks, which build the same; every rank calls it."""
+        row = least_of_all(self.row_tokens)
+        assert row is not None
+        return replace(self, row_tokens=row, kv_mib=least_of_all(self.kv_mib))
+
+
+def least_of_all(value: int | None) -> int | None:
+    """The least value of any rank; None where no rank has one. Every rank calls it."""
+    world = dist.group.WORLD
+    assert world is not None
+    (least,) = max_over([-inf if value is None else -value], world)
+    return None if least == -inf else int(-least)
+
+
+def free_here(platform: Platform, ranks: int, *, are_started: bool) -> Free | None:
+    """What is free on this machine for one of so many ranks of it; None: nothing says it."""
+    nbytes = platform.free_memory_bytes()
+    if nbytes is None:
+        return None
+    if platform.device_type == "cuda":
+        total = float(platform.total_memory_bytes())
+        return Free(nbytes=nbytes, ranks=1, device_type="cuda", of_device=total)
+    # A rank that asks has taken some already, and so have the others.
+    taken = own_bytes() * ranks if are_started else 0
+    return Free(nbytes=nbytes + taken, ranks=ranks, device_type=platform.device_type)
+
+
+def fit(
+    config: RunConfig,
+    arch: ModelArch,
+    world_size: int,
+    device_type: str,
+    free: Free | None,
+    *,
+    former_row: int | None = None,
+) -> Fit:
+    """The longest row, and then the largest cache, with which a run fits; else the least ones.
+
+    former_row: of the run that this one goes on from. It is kept where it fits, since other rows
+    round otherwise.
+    """
+    layout = config.parallel.layout(world_size)
+    rows = list(_rows(config, former_row))
+    caches: list[int | None] = [None]
+    if device_type == "cpu" and config.has_engine:
+        caches = list(_caches(config, arch, wanted_kv_mib(config, arch, layout)))
+    found = None
+    for kv_mib in caches:
+        for row in rows:
+            need = need_of(
+                config,
+                arch,
+                layout,
+                device_type,
+                row_tokens=row,
+                kv_mib=kv_mib,
+                device_bytes=0.0 if free is None else free.of_device,
+            )
+            found = Fit(
+                need=need,
+                free=free,
+                row_tokens=row,
+                kv_mib=kv_mib,
+                wanted_row=config.row_tokens,
+                wanted_kv_mib=caches[0],
+                former_row=former_row,
+            )
+            if found.share <= 1:
+                return found
+    assert found is not None
+    return found
+
+
+def kv_mib_alone(
+    config: RunConfig, arch: ModelArch, world_size: int, free: Free | None
+) -> int | None:
+    """The largest cache, in MiB, of an engine on a CPU beside which nothing is trained.
+
+    None: on a GPU, or where nothing says what is free.
+    """
+    if free is None or free.device_type != "cpu":
+        return None
+    layout = config.parallel.layout(world_size)
+    caches = list(_caches(config, arch, wanted_kv_mib(config, arch, layout)))
+    engine = need_of(config, arch, layout, "cpu", kv_mib=0).engine_alone
+    return next((mib for mib in caches if engine + mib * 2**20 <= free.per_rank), caches[-1])
+
+
+def refuse_what_cannot_fit(found: Fit, config: RunConfig, arch: ModelArch, world: int) -> None:
+    """Raise ConfigErrors where a run needs far more than is free."""
+    if found.share <= MARGIN or os.environ.get(UNCHECKED) == "1":
+        return
+    parts = {**found.need.held, **found.need.passing}
+    largest = sorted(parts, key=lambda name: -parts[name])[:4]
+    told = ", ".join(f"{name} {_gib(parts[name])}" for name in largest)
+    ways = [f"`{way}`" for way in ways_out(found, config, arch, world)]
+    raise ConfigErrors(
+        [
+            f"memory: a rank needs some {_gib(found.need.total)} at its peak ({told}), and "
+            f"{found.free}. "
+            + (f"It would fit with {', or '.join(ways)}" if ways else HOPELESS)
+            + f". {UNCHECKED}=1 starts it all the same"
+        ]
+    )
+
+
+HOPELESS = (
+    "No row is short enough: take more memory, a smaller model, or more ranks on other machines "
+    "that share it (parallel.tensor_model_parallel_size, pipeline_model_parallel_size)"
+)
+
+
+def ways_out(found: Fit, config: RunConfig, arch: ModelArch, world: int) -> Iterator[str]:
+    """Overrides, and a number of ranks, with which the run fits here."""
+    assert found.free is not None
+
+    def fits(changed: RunConfig, ranks: int = world, free: Free = found.free) -> bool:
+        is_valid = not any(problems(changed)) and not any(world_problems(changed, ranks))
+        return is_valid and fit(changed, arch, ranks, free.device_type, free).share <= 1
+
+    open_row = _with(config, "batching", max_tokens_per_microbatch=None)
+    anew = _with(config, "model", **RECOMPUTED)
+    overrides = " ".join(f"model.{name}={value}" for name, value in RECOMPUTED.items())
+    if fits(open_row) and config.batching.max_tokens_per_microbatch is not None:
+        row = fit(open_row, arch, world, found.free.device_type, found.free).row_tokens
+        yield f"batching.max_tokens_per_microbatch={row}"
+    if fits(anew):
+        yield overrides
+    elif fits(both := _with(open_row, "model", **RECOMPUTED)):
+        row = fit(both, arch, world, found.free.device_type, found.free).row_tokens
+        yield f"{overrides} batching.max_tokens_per_microbatch={row}"
+    if found.free.device_type == "cpu" and found.free.ranks == world:
+        for ranks in range(world - 1, 0, -1):
+            if fits(config, ranks, replace(found.free, ranks=ranks)):
+                yield f"torchrun --nproc-per-node {ranks}"
+                return
+
+
+def _rows(config: RunConfig, former: int | None) -> Iterator[int]:
+    """Lengths to try, from that of the recipe on; one alone where the recipe says it."""
+    row = config.row_tokens
+    if config.batching.max_tokens_per_microbatch is not None:
+        yield row
+        return
+    row = max(config.longest_unit, min(row, former or row))
+    while row > config.longest_unit:
+        yield row
+        row = row // 2
+    yield config.longest_unit
+
+
+def _caches(config: RunConfig, arch: ModelArch, wanted: int) -> Iterator[int]:
+    """Sizes to try in MiB, of which each holds the longest sequence."""
+    yield wanted
+    if config.rollout.kv_cache_mib is not None:
+        return
+    least = max(LEAST_MIB, -(-kv_bytes_of_sequence(config, arch) // 2**20))
+    while wanted > least:
+        wanted = max(least, wanted // 2)
+        yield wanted
+
+
+def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.1f} GiB"

@@ -1,0 +1,105 @@
+"""Bytes that a forward pass keeps for its backward: from sizes, tensor by tensor.
+
+A layer of the model as it is built here, of H hidden units, Q and K rows of queries and keys, F of
+the feed-forward network; one number is one element per token:
+
+    kept                                          local layers        Transformer Engine's
+    input and output of both norms                4 H                 4 H
+    their inputs, normalised (or cast, twice)     2 H  (on a CPU)
+    queries, keys, values, output of attention    5 Q  (keys repeated)  3 Q + 3 K
+    up and gate, and of them silu, +0, product    5 F                 3 F
+
+Keys and values are repeated to as many heads as queries have, and sequences padded to blocks, since
+a CPU has no attention of packed rows. A mixture has this of the feed-forward network once for every
+expert of a token, and the tokens as they were sent to the experts.
+"""
+
+from dataclasses import dataclass
+
+from megatron_rl.megatron.config import ModelConfig
+from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.weights.arch import ModelArch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a token leaves behind in the layers of one rank of a layout."""
+
+    arch: ModelArch
+    model: ModelConfig
+    parallel: ParallelConfig
+    device_type: str
+    itemsize: int  # of model.dtype
+
+    def kept(self, row_tokens: int, num_rows: int) -> float:
+        """Bytes at the end of the forward pass of a row, or of all rows that a stage has at hand.
+
+        num_rows: of an update, which a pipeline has several of at a time.
+        """
+        parallel = self.parallel
+        stages = parallel.pipeline_model_parallel_size
+        chunks = parallel.virtual_pipeline_model_parallel_size or 1
+        layers = self.arch.num_layers // (stages * chunks)
+        # Of the first stage of Megatron's schedules, one forward and one backward in turns.
+        at_hand = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
+        return row_tokens * min(at_hand, num_rows * chunks) * self._of_layers(layers)
+
+    def _of_layers(self, layers: int) -> float:
+        """Bytes a token in so many layers, at the peak of a backward that computes them anew."""
+        whole = sum(map(self.of_layer, range(layers)))
+        if self.model.recompute_granularity != "full":
+            return whole
+        unit = self.model.recompute_num_layers or 1
+        inputs = self.arch.hidden_size * self.itemsize / self._sequence_ranks
+        if self.model.recompute_method == "block":  # the first ones, each by itself
+            anew = min(unit, layers)
+            return anew * inputs + self.of_layer(0) + whole * (layers - anew) / layers
+        return layers / unit * inputs + whole * min(unit, layers) / layers
+
+    def of_layer(self, layer: int) -> float:
+        """Bytes a token keeps in a layer, counted over the whole model."""
+        arch, size = self.arch, self.itemsize
+        is_local = not self.model.uses_transformer_engine(self.device_type)
+        tp, hidden = self.parallel.tensor_model_parallel_size, arch.hidden_size
+        queries, keys = arch.query_rows / tp, arch.key_rows / tp
+        # Outputs of both norms, and their inputs or, of 16 bits on a CPU, casts and normalised.
+        shared = 2.0 * hidden * size + 2 * self._of_norm(hidden)
+        if is_local:
+            attention = 5.0 * queries * size + 4 * arch.num_attention_heads / tp
+        else:
+            attention = 3.0 * (queries + keys) * size
+        if arch.qk_norm:
+            attention += self._of_norm(queries + keys)
+            if self._is_unfused and size > 2:  # the product that both were cut from
+                attention += (queries + keys) * size
+        return shared / self._sequence_ranks + attention + self._of_feed_forward(layer, is_local)
+
+    def _of_feed_forward(self, layer: int, is_local: bool) -> float:
+        arch, parallel = self.arch, self.parallel
+        tp = parallel.tensor_model_parallel_size
+        if arch.mixture is None or not arch.has_experts(layer):
+            return (5.0 if is_local else 3.0) * arch.ffn_hidden_size / tp * self.itemsize
+        mixture = arch.mixture
+        experts_tp = parallel.expert_tensor_parallel_size or tp
+        # Each expert's output is scaled by its probability, so one more is kept.
+        rows = (6.0 if is_local else 4.0) * mixture.ffn_hidden_size / experts_tp + arch.hidden_size
+        router = 6 * 4.0 * mixture.num_experts
+        return self.itemsize * (mixture.top_k * rows + arch.hidden_size) + router
+
+    def _of_norm(self, width: float) -> float:
+        """Bytes of what a norm keeps besides its output."""
+        if not self._is_unfused:
+            return width * self.itemsize
+        # The input and the normalised input, which a norm of 16 bits has in float32.
+        return 2 * width * max(4, self.itemsize)
+
+    @property
+    def _is_unfused(self) -> bool:
+        """True where torch takes a norm apart into its steps, as on a CPU."""
+        return self.device_type == "cpu"
+
+    @property
+    def _sequence_ranks(self) -> int:
+        """Ranks that share what lies between the matrix products of a layer."""
+        parallel = self.parallel
+        return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

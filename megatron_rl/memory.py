@@ -1,0 +1,251 @@
+"""What a rank holds in memory at its peak, from sizes alone.
+
+On a GPU it is what tensors take of the device. On a CPU it is the resident memory of the process,
+which also has the libraries and what the allocator keeps: benchmarks/results/memory.md compares it
+with what was measured.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.config import RunConfig
+from megatron_rl.megatron.activations import Activations
+from megatron_rl.ops import native
+from megatron_rl.ops.head import LOGITS_BYTES
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.rollout.kv_cache import cache_mib, sequence_bytes
+from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.weights.layouts import expert_pieces, shared_pieces
+from megatron_rl.weights.pieces import size
+
+GIB = 2**30
+PROCESS = "process and libraries"
+ENGINE = ("engine's libraries", "engine weights", "key/value cache")
+# Measured on a CPU, with Python 3.11 and 3.12: a supervised run of a model of 0.1 million
+# parameters, what an engine of that model adds without its cache, and what a save leaves behind.
+PROCESS_BYTES, ENGINE_PROCESS_BYTES, SAVING_BYTES = 0.55 * GIB, 1.2 * GIB, 0.25 * GIB
+SPREAD = 1.3
+"""What the C library's heap takes for a byte of activations. They are allocated and freed in
+another order in every pass, and what is free between them is not given back."""
+
+DEFINITION_COPIES = 5  # of the logits, in float32, where no native op turns them into a gradient
+SAVED_COPIES = 4  # of the weights: three of them, and what is on its way
+PROMPT_TOKENS_PER_STEP = 8192  # of an engine on a CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes of one rank; what is not needed at the same time counts once."""
+
+    held: Mapping[str, float]
+    """Held all the time, by name."""
+
+    passing: Mapping[str, float]
+    """Held during an update, by name."""
+
+    instead: Mapping[str, float]
+    """Held at other times, each alone, by name."""
+
+    @property
+    def engine_alone(self) -> float:
+        """What a process with an engine and no policy holds, on a CPU."""
+        return sum(self.held[name] for name in (PROCESS, *ENGINE) if name in self.held)
+
+    @property
+    def total(self) -> float:
+        update = sum(self.passing.values())
+        return sum(self.held.values()) + max(update, *self.instead.values(), 0.0)
+
+
+def need_of(
+    config: RunConfig,
+    arch: ModelArch,
+    layout: Layout,
+    device_type: str,
+    *,
+    row_tokens: int | None = None,
+    kv_mib: int | None = None,
+    device_bytes: float = 0.0,
+) -> Need:
+    """What the busiest rank of a run needs at its peak.
+
+    Args:
+        config: the recipe.
+        arch: of the model.
+        layout: of how many ranks.
+        device_type: "cpu" or "cuda".
+        row_tokens: limit of a packed row, in the place of config.row_tokens.
+        kv_mib: size of a CPU engine's cache, in the place of wanted_kv_mib.
+        device_bytes: of a GPU, of which the engine takes a share.
+    """
+    params = sum(busiest_rank(arch, layout))
+    held = _models(config, arch, layout)
+    passing = _passing(config, arch, layout, device_type, row_tokens)
+    if device_type != "cpu":
+        instead = {}
+        if config.has_engine:  # asleep during an update
+            share = config.rollout.gpu_memory_utilization * device_bytes
+            weights = _engine_weights(config, arch, is_cpu=False)
+            instead["the engine's share while it samples"] = max(weights, share)
+        return Need(held=held, passing=passing, instead=instead)
+    saves = config.checkpoint.save_every != 0
+    held = {PROCESS: PROCESS_BYTES + (SAVING_BYTES if saves else 0.0)} | held
+    if config.has_engine:
+        mib = wanted_kv_mib(config, arch, layout) if kv_mib is None else kv_mib
+        parts = (
+            ENGINE_PROCESS_BYTES,
+            _engine_weights(config, arch, is_cpu=True),
+            float(mib << 20),
+        )
+        held |= dict(zip(ENGINE, parts, strict=True))
+    if keeps_initial_weights(config):
+        held["reference weights"] = float(params * itemsize(config.model.dtype))
+    instead = {}
+    if saves and config.optimizer.use_distributed_optimizer:
+        # The first replica gathers main weights and both moments, in float32.
+        instead["copies for a checkpoint"] = params * 4.0 * SAVED_COPIES
+    return Need(held=held, passing=passing, instead=instead)
+
+
+def keeps_initial_weights(config: RunConfig) -> bool:
+    """True where every rank has a copy of the first weights in host memory."""
+    is_measured = config.metrics.kl_every > 0 and not config.is_supervised
+    return Algorithm(config.algorithm).needs_ref_logprobs or is_measured
+
+
+def wanted_kv_mib(config: RunConfig, arch: ModelArch, layout: Layout) -> int:
+    """MiB per rank of a CPU engine's cache: of the recipe, or as many as its rollouts can use."""
+    if config.rollout.kv_cache_mib is not None:
+        return config.rollout.kv_cache_mib
+    engines = layout.world_size // config.rollout.tensor_model_parallel_size
+    drawn = config.prompts.prompts_per_iteration * config.rollout.group_size
+    sequences = min(config.rollout.max_num_seqs, -(-drawn // engines))
+    return cache_mib(kv_bytes_of_sequence(config, arch), sequences)
+
+
+def kv_bytes_of_sequence(config: RunConfig, arch: ModelArch) -> int:
+    """Bytes per rank that the longest sequence takes of an engine's cache."""
+    return sequence_bytes(
+        arch,
+        tokens=longest_in_engine(config, arch),
+        tp=config.rollout.tensor_model_parallel_size,
+        itemsize=itemsize(config.engine_dtype),
+    )
+
+
+def longest_in_engine(config: RunConfig, arch: ModelArch) -> int:
+    """Most tokens of a sequence in the engine, of rollouts and of evaluations."""
+    evaluation = config.evaluation.max_response_tokens or 0
+    response = max(config.rollout.max_response_tokens, evaluation)
+    return min(config.prompts.max_prompt_tokens + response, arch.max_position_embeddings)
+
+
+def longest_row(config: RunConfig, layout: Layout, row_tokens: int | None = None) -> int:
+    """Most tokens that a packed row can have: its limit, or all that a rank trains at a time."""
+    prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
+    responses = prompts * (1 if config.is_supervised else config.rollout.group_size)
+    # Balanced over the replicas, so that none has more than its share and one unit.
+    share = responses * config.longest_sequence // layout.dp + config.longest_unit
+    share = min(share, responses * config.longest_sequence)
+    return max(1, min(row_tokens or config.row_tokens, share))
+
+
+def _models(config: RunConfig, arch: ModelArch, layout: Layout) -> dict[str, float]:
+    """Weights, gradients and optimizers of the busiest rank."""
+    shared, experts = busiest_rank(arch, layout)
+    params, nbytes = shared + experts, itemsize(config.model.dtype)
+    stepped = params
+    if config.optimizer.use_distributed_optimizer:
+        stepped = shared // layout.dp + experts // layout.expert_dp
+    parts = {
+        "weights": float(params * nbytes),
+        "gradients": float(params * (4 if nbytes == 2 else nbytes)),
+        # Adam's two moments; 16-bit weights have float32 main weights and moments.
+        "optimizer": float(stepped * (12 if nbytes == 2 else 2 * nbytes)),
+    }
+    if config.algorithm.resolved.needs_critic:
+        # Without the LM head; what is alive of one row at a time is counted once.
+        head = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp * arch.hidden_size
+        parts["critic, with its optimizer"] = (params - head) / params * sum(parts.values())
+    return parts
+
+
+def _engine_weights(config: RunConfig, arch: ModelArch, *, is_cpu: bool) -> float:
+    # On a CPU a tied head has a packed copy beside the embedding.
+    packed = arch.vocab_size * arch.hidden_size if is_cpu and arch.tied_embeddings else 0
+    count = (arch.num_parameters + packed) / config.rollout.tensor_model_parallel_size
+    return itemsize(config.engine_dtype) * count
+
+
+def _passing(
+    config: RunConfig,
+    arch: ModelArch,
+    layout: Layout,
+    device_type: str,
+    row_tokens: int | None,
+) -> dict[str, float]:
+    """Activations and logits of the longest row; on a CPU, what is more than the logits later."""
+    nbytes, is_cpu = itemsize(config.model.dtype), device_type == "cpu"
+    tokens = longest_row(config, layout, row_tokens)
+    prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
+    group = 1 if config.is_supervised else config.rollout.group_size
+    num_rows = -(-prompts * group * config.longest_sequence // (layout.dp * tokens))
+    activations = Activations(
+        arch=arch,
+        model=config.model,
+        parallel=config.parallel,
+        device_type=device_type,
+        itemsize=nbytes,
+    ).kept(tokens, num_rows=max(1, num_rows))
+    vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
+    logits = min(float(LOGITS_BYTES), tokens * vocab * nbytes)
+    is_native = not is_cpu or native.has("dlogits", torch.device("cpu"))
+    if config.ops.backend == "reference" or not is_native:
+        logits *= 1 + DEFINITION_COPIES * 4 / nbytes
+    later = {"logits of one chunk": logits}
+    if is_cpu:
+        # gloo copies a buffer that it reduces, when activations are free but not given back.
+        params = sum(busiest_rank(arch, layout))
+        later["copy of the gradients"] = float(params * max(4, nbytes))
+        if config.has_engine:
+            later["an engine's step"] = _engine_step(config, arch)
+    largest = max(later, key=lambda name: later[name])
+    name = f"activations of a row of {tokens} tokens"
+    return {name: activations * (SPREAD if is_cpu else 1.0), largest: later[largest]}
+
+
+def _engine_step(config: RunConfig, arch: ModelArch) -> float:
+    """What a step of the engine takes on a CPU: a layer of its prompts, and rows of logits."""
+    rollout, nbytes = config.rollout, itemsize(config.engine_dtype)
+    tp = rollout.tensor_model_parallel_size
+    sequences = min(rollout.max_num_seqs, config.prompts.prompts_per_iteration * rollout.group_size)
+    prompts = min(PROMPT_TOKENS_PER_STEP, sequences * config.prompts.max_prompt_tokens)
+    layer = 3 * arch.ffn_hidden_size + arch.query_rows + 2 * arch.key_rows
+    tokens = prompts * (layer / tp + 4 * arch.hidden_size) * nbytes
+    return tokens + 3 * 4 * sequences * arch.vocab_size
+
+
+@functools.cache
+def busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
+    """Parameters of the rank that holds most: those outside of experts, and those of experts."""
+    held = [
+        (
+            shared_pieces(arch, layout, tp_rank=0, pp_rank=stage),
+            expert_pieces(arch, layout, etp_rank=0, ep_rank=0, pp_rank=stage),
+        )
+        for stage in range(layout.pp)
+    ]
+    counts = [
+        (sum(size(p.box) for p in shared), sum(size(p.box) for p in experts))
+        for shared, experts in held
+    ]
+    return max(counts, key=sum)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    return int(getattr(torch, dtype).itemsize)

@@ -1,0 +1,21 @@
+"""The size of an engine's key/value cache on a CPU; on a GPU vLLM takes what is left to it."""
+
+from megatron_rl.weights.arch import ModelArch
+
+LEAST_MIB = 256
+BLOCK = 128  # tokens of a block of the cache on a CPU; a sequence begins with a new one
+
+
+def sequence_bytes(arch: ModelArch, *, tokens: int, tp: int, itemsize: int) -> int:
+    """Bytes per rank of the keys and values of a sequence, in whole blocks."""
+    heads = max(1, arch.num_query_groups // tp)  # ranks beyond the heads have copies
+    per_token = 2 * arch.num_layers * heads * arch.head_dim * itemsize
+    return -(-tokens // BLOCK) * BLOCK * per_token
+
+
+def cache_mib(of_sequence: int, num_sequences: int) -> int:
+    """MiB with room for so many sequences of so many bytes, and at least LEAST_MIB.
+
+    In those, the prompts of an evaluation stay known, too.
+    """
+    return max(LEAST_MIB, -(-of_sequence * num_sequences // 2**20))
