@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launched import make_model, marked, num_records, recipe_of, records, start, wait_until
+from launched import (
+    make_model,
+    marked,
+    num_records,
+    ranks_of,
+    recipe_of,
+    records,
+    start,
+    wait_until,
+)
 
 ITERATIONS = 12
 SECONDS_TO_END = 60.0  # torchrun takes up to 30 where it has to kill
@@ -151,7 +160,7 @@ def strike(
     if launcher.poll() is not None:
         return None
     processes = marked(mark)
-    ranks = [pid for pid, rank in processes.items() if rank is not None]
+    ranks = list(ranks_of(mark))
     draw.shuffle(ranks)
     if not ranks:
         whom = "torchrun"  # it has not started them yet

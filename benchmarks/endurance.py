@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from launched import make_model, marked, num_records, recipe_of, start
+from launched import make_model, num_records, ranks_of, recipe_of, start
 
 LOOKS = 10
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while launcher.poll() is None:
         done = num_records(output)
         if done // step > len(seen):
-            seen[done] = largest(str(options.folder))
+            seen[done] = {rank: look(pid) for pid, rank in ranks_of(str(options.folder)).items()}
         time.sleep(0.2)
     assert launcher.returncode == 0, (options.folder / "run.log").read_text()[-3000:]
     seconds = [
@@ -53,15 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     if options.output:
         options.output.write_text(text)
-
-
-def largest(mark: str) -> dict[str, tuple[int, int, int]]:
-    """What look() gives of each rank itself, which is larger than its reward workers."""
-    found: dict[str, tuple[int, int, int]] = {}
-    for pid, rank in marked(mark).items():
-        if rank is not None:
-            found[rank] = max(found.get(rank, (0, 0, 0)), look(pid))
-    return found
 
 
 def look(pid: int) -> tuple[int, int, int]:

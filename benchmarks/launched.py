@@ -84,6 +84,19 @@ def marked(mark: str) -> dict[int, str | None]:
     return found
 
 
+def ranks_of(mark: str) -> dict[int, str]:
+    """Pid -> rank of the training processes alone: their reward workers have a rank's environment."""
+    found = {}
+    for pid, rank in marked(mark).items():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if rank is not None and "megatron_rl" in command and "train" in command:
+            found[pid] = rank
+    return found
+
+
 def wait_until(condition: Callable[[], object], seconds: float) -> bool:
     """True where it came true in time."""
     end = time.monotonic() + seconds

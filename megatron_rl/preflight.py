@@ -244,8 +244,15 @@ def _read_benchmarks(
         try:
             read[name] = load_questions(benchmark, config.prompts, tokenizer, config.texts)
         except InputError as error:
-            found.append(f"evaluation.benchmarks.{name}: {error}")
+            found.append(_of_benchmark(name, str(error)))
     return read
+
+
+def _of_benchmark(name: str, message: str) -> str:
+    """The message about data, which names settings of prompts, with those of a benchmark."""
+    section = f"evaluation.benchmarks.{name}"
+    named = re.sub(r"prompts\.(path|split|prompt_key|answer_key)\b", rf"{section}.\1", message)
+    return named if section in named else f"{section}: {named}"
 
 
 def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
