@@ -85,7 +85,7 @@ def marked(mark: str) -> dict[int, str | None]:
 
 
 def ranks_of(mark: str) -> dict[int, str]:
-    """Pid -> rank of the training processes alone: their reward workers have a rank's environment."""
+    """Pid -> rank of the training processes; reward workers have the environment of a rank too."""
     found = {}
     for pid, rank in marked(mark).items():
         try:
