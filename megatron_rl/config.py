@@ -221,6 +221,14 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             f"vLLM would sample at {LEAST_TEMPERATURE}",
             f"Set 0 for greedy sampling, or at least {LEAST_TEMPERATURE}",
         )
+    if config.is_supervised and rollout.temperature != 1:
+        yield ConfigError(
+            "rollout.temperature",
+            rollout.temperature,
+            "nothing is sampled, and log-probs at another temperature than 1 would "
+            "train another model than the one that is used",
+            "Set rollout.temperature=1",
+        )
     if config.is_supervised and config.evaluation.benchmarks:
         yield ConfigError(
             "evaluation.benchmarks",

@@ -98,6 +98,7 @@ class Sample:
     prompt_tokens: Tensor  # [P] int64
     response_tokens: Tensor  # [R] int64
     advantage: float  # under gae still the reward: the critic makes advantages of tokens
+    has_gradient: bool = True  # False: it goes through the model at advantage or weight 0
     rollout_logprobs: Tensor | None = None  # [R] float32
     old_logprobs: Tensor | None = None  # [R] float32 or float64, added by policy/
     ref_logprobs: Tensor | None = None  # [R] likewise
@@ -183,7 +184,7 @@ class MiniBatch:
 
     update: int
     totals: UpdateTotals  # over all ranks
-    num_samples: int  # over all ranks; 0: nothing to learn from, the step is skipped
+    num_samples: int  # with a gradient, over all ranks; 0: nothing to learn from, it is skipped
     microbatches: tuple[MicroBatch, ...]  # at least one, possibly empty
 
 

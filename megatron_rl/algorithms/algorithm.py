@@ -127,9 +127,9 @@ class Algorithm:
             for index, is_kept, value in zip(indices, keep, group_advantage, strict=True):
                 advantage = value if is_kept else 0.0
                 if self._goes_through_model(is_kept, advantage):
-                    samples.append(
-                        _sample(group.prompt, group.rollouts[index], index, update, advantage)
-                    )
+                    sample = _sample(group.prompt, group.rollouts[index], index, update, advantage)
+                    has_gradient = is_kept and self._has_gradient(advantage)
+                    samples.append(replace(sample, has_gradient=has_gradient))
                 elif is_kept:
                     counts["zero_advantage_sequences"] += 1
         return Selection(samples=samples, totals=totals, outcomes=Outcomes(**counts))
@@ -207,12 +207,16 @@ class Algorithm:
     def _goes_through_model(self, is_kept: bool, advantage: float) -> bool:
         if self.config.train_on_everything:
             return True
-        has_gradient = (
+        is_dropped = self.config.drop_zero_advantage and not self._has_gradient(advantage)
+        return is_kept and not is_dropped
+
+    def _has_gradient(self, advantage: float) -> bool:
+        """True for a kept response of that advantage on which some term of the loss acts."""
+        return (
             advantage != 0
             or self.config.has_loss_on_every_token
             or self.choice.advantage in UNFINISHED
         )
-        return is_kept and (has_gradient or not self.config.drop_zero_advantage)
 
 
 def _usable(group: RolloutGroup) -> tuple[list[int], Candidates]:

@@ -93,8 +93,8 @@ class AlgorithmConfig(Settings):
     the gradient stays the same and they cost nothing."""
 
     train_on_everything: bool = False
-    """Run rejected responses through the model at weight 0: same gradient, full cost. For
-    measuring what rejection saves."""
+    """Run rejected responses through the model at weight 0: same updates, full cost. For measuring
+    what rejection saves."""
 
     _notices: tuple[str, ...] = PrivateAttr(default=())
 

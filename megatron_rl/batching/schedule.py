@@ -33,7 +33,7 @@ class Distributed:
     """The samples after they have travelled."""
 
     samples: list[Sample]  # those that this rank's replica trains, by update, group and index
-    num_samples: Counter[int]  # update -> number of samples over all replicas
+    num_samples: Counter[int]  # update -> number of samples with a gradient over all replicas
 
 
 def distribute(
@@ -44,11 +44,12 @@ def distribute(
     samples: the kept samples of the groups that this rank owns. Each sample lies on one rank before
     and on all ranks of one data-parallel replica after. Every rank must call it.
     """
-    lengths = {_key(sample): sample.num_tokens for sample in samples}
-    everywhere: dict[Key, int] = {}
-    for part in all_gather_objects(lengths, groups.world):
+    own = {_key(sample): (sample.num_tokens, sample.has_gradient) for sample in samples}
+    everywhere: dict[Key, tuple[int, bool]] = {}
+    for part in all_gather_objects(own, groups.world):
         everywhere |= part
-    replica_of = _replicas(everywhere, groups.layout.dp, keep_groups_whole=keep_groups_whole)
+    lengths = {key: length for key, (length, _) in everywhere.items()}
+    replica_of = _replicas(lengths, groups.layout.dp, keep_groups_whole=keep_groups_whole)
     layout = groups.layout
     ranks_of = [
         [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp_rank == replica]
@@ -63,7 +64,9 @@ def distribute(
     arrived = _decode(send_messages(messages, to_ranks, groups.world))
     return Distributed(
         samples=sorted(arrived, key=_key),
-        num_samples=Counter(update for update, _, _ in everywhere),
+        num_samples=Counter(
+            key[0] for key, (_, has_gradient) in everywhere.items() if has_gradient
+        ),
     )
 
 

@@ -62,10 +62,11 @@ class OptimizerConfig(Settings):
     """Course of the learning rate after the warm-up."""
 
     lr_warmup_updates: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up from 0."""
+    """Optimizer steps of linear warm-up: the first has lr / lr_warmup_updates, the last has lr."""
 
     lr_decay_updates: int | None = Field(default=None, gt=0)
-    """Optimizer steps until min_lr; None: the whole run."""
+    """Optimizer steps until min_lr; None: the most that the run can take. Updates that are skipped
+    are no steps, so a run that skips many ends above min_lr."""
 
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     """Decoupled weight decay; biases and norms have none (Megatron's rule). Times the learning rate

@@ -36,12 +36,15 @@ def build_optimizer(
 def build_scheduler(config: OptimizerConfig, optimizer: Any, run_updates: int) -> Any:
     """The learning rate by optimizer step; run_updates is the most that the run can take."""
     decay = FOREVER if config.lr_schedule == "constant" else config.lr_decay_updates or run_updates
+    # Megatron's first step would have the learning rate that the warm-up starts from: with 0 all
+    # of an iteration would change nothing. One step further on, Megatron has the same line.
+    warmup = min(config.lr_warmup_updates, decay)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=config.lr / max(warmup, 1),
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=min(config.lr_warmup_updates, decay - 1),  # Megatron asserts warmup < decay
+        lr_warmup_steps=max(warmup - 1, 0),  # Megatron asserts that this is less than decay
         lr_decay_steps=decay,
         lr_decay_style=config.lr_schedule,
         start_wd=config.weight_decay,

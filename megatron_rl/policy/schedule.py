@@ -23,15 +23,15 @@ def schedule_notes(
     """
     decays, warmup = optimizer.lr_schedule != "constant", optimizer.lr_warmup_updates
     end = optimizer.lr_decay_updates or run_updates
-    if warmup >= run_updates:
+    if warmup > run_updates:
         yield (
             f"optimizer.lr_warmup_updates={warmup}: the run has at most {run_updates} updates, so "
             f"the learning rate never gets to optimizer.lr={optimizer.lr:g}. Lower it"
         )
-    elif decays and warmup >= end:
+    elif decays and warmup > end:
         yield (
             f"optimizer.lr_warmup_updates={warmup}: the schedule ends at update {end}, so the "
-            f"warm-up is cut to {end - 1}. Lower it, or raise optimizer.lr_decay_updates"
+            f"warm-up is cut to {end}. Lower it, or raise optimizer.lr_decay_updates"
         )
     if decays and end <= taken < run_updates:
         yield (

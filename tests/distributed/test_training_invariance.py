@@ -34,6 +34,7 @@ class Run:
     eps: float
     clip_grad: float
     groups: str = "graded"
+    runs_everything: bool = False  # responses that were not kept go through the model too
     bound: float  # on the error of weights, relative to how far a tensor's entries moved at most
 
 
@@ -60,6 +61,17 @@ RUNS = (
         epochs=1,
         eps=1e-6,
         clip_grad=0.0,
+        bound=1e-9,
+    ),
+    Run(
+        name="first update empty, at full cost",  # momentum and decay must not move the policy
+        recipe=Recipe(preset="raft_pp"),
+        updates=lambda number, group: 1 + number % 2 if any_good(group) else 0,
+        dtype="float64",
+        epochs=2,
+        eps=1e-6,
+        clip_grad=0.0,
+        runs_everything=True,
         bound=1e-9,
     ),
     Run(
@@ -228,7 +240,7 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
         use_distributed_optimizer=True,
     )
     groups = problem.groups[run.groups]
-    algorithm = algorithm_of(run.recipe)
+    algorithm = algorithm_of(run.recipe, train_on_everything=run.runs_everything)
     with policy_at(layout, problem, optimizer, run.dtype) as policy:
         batches = pack(
             policy,

@@ -33,8 +33,8 @@ NEW = {
 
 
 def new_rate(steps: int) -> float:
-    """NEW's learning rate after so many steps: linear from 2e-4 at step 3 to 1e-5 at step 40."""
-    return 1e-5 + (1.0 - (steps - 3) / 37) * (2e-4 - 1e-5)
+    """NEW's learning rate after so many steps: linear from 2e-4 at step 2 to 1e-5 at step 40."""
+    return 1e-5 + (1.0 - (steps - 2) / 38) * (2e-4 - 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """The worked examples of batching/schedule.py and balance.py, as tests."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.types import Sample
 
 LENGTHS = {(0, 7, 0): 5, (0, 7, 1): 4, (0, 8, 0): 3}
+EVERYWHERE = {key: (length, True) for key, length in LENGTHS.items()}
 
 
 def sample(key):
@@ -40,7 +42,7 @@ def sent(monkeypatch):
         )
         return torch.cat([torch.empty(0, dtype=torch.int64), *vectors])
 
-    monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [own, LENGTHS])
+    monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [own, EVERYWHERE])
     monkeypatch.setattr(schedule, "send_messages", send)
     return messages
 
@@ -54,6 +56,15 @@ def test_one_sample_of_three_travels(sent):
     assert distribute([FIRST, SECOND], world).num_samples == {0: 3}  # rank 0's call
     distribute([THIRD], world)  # rank 1's
     assert sent == [((0, 7, 0), 0), ((0, 7, 1), 1), ((0, 8, 0), 1)]
+
+
+def test_an_update_without_a_gradient_counts_as_empty(sent, monkeypatch):
+    """Such as one whose responses were all rejected, under train_on_everything."""
+    rejected = {key: (length, False) for key, length in LENGTHS.items()}
+    monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [rejected])
+    found = distribute([replace(FIRST, has_gradient=False)], groups(world_size=2, tp=1, pp=1))
+    assert found.num_samples[0] == 0
+    assert len(sent) == 1  # it goes through the model all the same
 
 
 def test_nothing_travels_where_groups_stay_whole(sent):

@@ -14,23 +14,23 @@ def state(style, end):
 
 def test_an_ordinary_schedule_needs_no_word():
     assert notes() == []
-    assert notes(lr_warmup_updates=23, lr_schedule="cosine") == []
+    assert notes(lr_warmup_updates=24, lr_schedule="cosine") == []
     assert notes(taken=12, lr_schedule="linear", former=state("linear", 24)) == []
     assert notes(taken=24, lr_schedule="linear", former=state("linear", 24)) == []  # all is done
 
 
 def test_a_warm_up_longer_than_the_run():
-    (line,) = notes(lr_warmup_updates=24)
+    (line,) = notes(lr_warmup_updates=25)
     assert line == (
-        "optimizer.lr_warmup_updates=24: the run has at most 24 updates, so the learning rate "
+        "optimizer.lr_warmup_updates=25: the run has at most 24 updates, so the learning rate "
         "never gets to optimizer.lr=0.001. Lower it"
     )
 
 
 def test_a_warm_up_longer_than_its_schedule():
-    (line,) = notes(lr_warmup_updates=10, lr_schedule="cosine", lr_decay_updates=10)
-    assert "the schedule ends at update 10, so the warm-up is cut to 9" in line
-    assert notes(lr_warmup_updates=10, lr_schedule="constant", lr_decay_updates=10) == []
+    (line,) = notes(lr_warmup_updates=11, lr_schedule="cosine", lr_decay_updates=10)
+    assert "the schedule ends at update 10, so the warm-up is cut to 10" in line
+    assert notes(lr_warmup_updates=11, lr_schedule="constant", lr_decay_updates=10) == []
 
 
 def test_a_schedule_that_has_ended_before_this_start():
