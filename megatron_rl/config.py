@@ -88,7 +88,8 @@ class RunConfig(Settings):
     @property
     def texts(self) -> Texts:
         """What the reward implies around questions where the section prompts says nothing."""
-        return FOR_MATHEMATICS if self.reward.kind == "math" else NO_TEXTS
+        asks_for_box = self.reward.kind == "math" and self.reward.answer_in == "box"
+        return FOR_MATHEMATICS if asks_for_box else NO_TEXTS
 
     @property
     def is_supervised(self) -> bool:

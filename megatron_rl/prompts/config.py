@@ -48,12 +48,12 @@ class PromptsConfig(Settings):
     one, with system and instruction; else the prompt as it is."""
 
     system: str | None = None
-    """Text of the chat template's system turn; "": none. None: where reward.kind is math, the text
-    of the paper's code (prompts/template.py), else none. A chat keeps its own system turn."""
+    """Text of the chat template's system turn; "": none. None: where the reward is math in a box,
+    the text of the paper's code (prompts/template.py), else none. A chat keeps its own."""
 
     instruction: str | None = None
     """Text of the user's turn of the chat template after the prompt and a space; "": nothing.
-    None: where reward.kind is math, the text of the paper's code; else nothing. So for chats."""
+    None: where the reward is math in a box, the text of the paper's code; else nothing."""
 
     default_system: bool = True
     """Let the chat template write a system turn of its own where there is none. False: an empty one

@@ -80,3 +80,17 @@ def test_plan_shows_the_prompt_and_refuses_what_a_start_refuses(case, tmp_path, 
     shown = capsys.readouterr()
     assert "memory per rank" in shown.out
     assert "prompts.answer_key='gold': no such column" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("reward", "asks"),
+    [
+        ({"kind": "math"}, True),
+        ({"kind": "math", "answer_in": "answer_line"}, False),
+        ({"kind": "exact"}, False),
+    ],
+)
+def test_the_papers_texts_ask_for_a_box_where_one_is_looked_for(case, reward, asks):
+    case.change(reward=reward)
+    texts = load_config(case.write(), []).texts
+    assert ("boxed" in texts.system, "boxed" in texts.instruction) == (asks, asks)
