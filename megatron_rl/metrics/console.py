@@ -196,8 +196,14 @@ class TimeLeft:
         self._seconds: deque[float] = deque(maxlen=ITERATIONS_PER_ESTIMATE)
 
     def after(self, iteration: int, values: Mapping[str, float]) -> str:
-        """The time left after an iteration (they count from 1), as [days]d h:mm:ss."""
+        """The time left after an iteration (they count from 1), as [days]d h:mm:ss.
+
+        "-" after the evaluation at the start, which is iteration 0: it tells no pace.
+        """
         now = self._clock()
+        if iteration == 0:
+            self._last = now
+            return "-"
         self._seconds.append(values.get("time/iteration_s", now - self._last))
         self._last = now
         mean = sum(self._seconds) / len(self._seconds)
