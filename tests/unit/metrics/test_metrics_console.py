@@ -54,6 +54,13 @@ def test_plain_line_leaves_out_what_was_not_measured():
     assert stream.getvalue() == "iteration 1/1  entropy 1.500  s/iter 1.0  eta 0:00:00\n"
 
 
+def test_the_evaluation_at_the_start_tells_no_pace():
+    clock = iter([0.0, 30.0, 40.0])
+    left = TimeLeft(5, clock=lambda: next(clock))
+    assert left.after(0, {"evaluation/math/average_at_1": 0.5}) == "-"
+    assert left.after(1, {}) == "0:00:40"  # from 30 to 40, four times
+
+
 def test_held_out_accuracy_has_its_own_line():
     stream = io.StringIO()
     PlainDisplay(4, stream).write(2, {"evaluation/aime24/average_at_8": 0.125})
