@@ -33,7 +33,10 @@ SPREAD = 1.3
 another order in every pass, and what is free between them is not given back."""
 
 DEFINITION_COPIES = 5  # of the logits, in float32, where no native op turns them into a gradient
-SAVED_COPIES = 4  # of the weights: three of them, and what is on its way
+SAVED_COPIES = 8
+"""What a save of a distributed optimizer holds beside the models, in float32 copies of the weights;
+measured. The first replica gathers main weights and both moments, and describes and writes them."""
+
 PROMPT_TOKENS_PER_STEP = 8192  # of an engine on a CPU
 
 
@@ -106,7 +109,6 @@ def need_of(
         held["reference weights"] = float(params * itemsize(config.model.dtype))
     instead = {}
     if saves and config.optimizer.use_distributed_optimizer:
-        # The first replica gathers main weights and both moments, in float32.
         instead["copies for a checkpoint"] = params * 4.0 * SAVED_COPIES
     return Need(held=held, passing=passing, instead=instead)
 
