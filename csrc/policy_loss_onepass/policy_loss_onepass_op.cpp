@@ -70,14 +70,14 @@ LossOutputs typed_onepass(const Checks& checks, const Tensor& logits, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_onepass_(
     Tensor logits, const Tensor& targets, const std::optional<Tensor>& old_logprobs,
     const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_logprobs,
-    const Tensor& advantages, const Tensor& weights, int64_t kind, double eps_low, double eps_high,
+    const Tensor& advantages, const Tensor& weights, int64_t kind, double low, double high,
     std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator, double entropy_coef,
     std::optional<double> rollout_is_cap, bool with_entropy, int64_t valid_vocab, double inv_temp,
     double grad_scale) {
   const Checks checks("policy_loss_onepass_", logits, "logits");
   check_logits(checks, logits, targets, /*vocab_start=*/0, inv_temp, /*is_written=*/true);
   const LossArguments arguments = {old_logprobs,   ref_logprobs, rollout_logprobs, advantages,
-                                   weights,        kind,         eps_low,          eps_high,
+                                   weights,        kind,         low,          high,
                                    dual_clip,      kl_coef,      kl_estimator,     entropy_coef,
                                    rollout_is_cap, with_entropy};
   std::optional<LossOutputs> outputs;

@@ -16,8 +16,8 @@ struct LossArguments {
   const Tensor& advantages;
   const Tensor& weights;
   int64_t kind;
-  double eps_low;
-  double eps_high;
+  double low;
+  double high;
   std::optional<double> dual_clip;
   double kl_coef;
   int64_t kl_estimator;
@@ -54,8 +54,8 @@ template <typename acc_t>
 LossSpec<acc_t> loss_spec(const LossArguments& loss) {
   return {static_cast<int>(loss.kind),
           static_cast<int>(loss.kl_estimator),
-          static_cast<acc_t>(loss.eps_low),
-          static_cast<acc_t>(loss.eps_high),
+          static_cast<acc_t>(loss.low),
+          static_cast<acc_t>(loss.high),
           static_cast<acc_t>(loss.dual_clip.value_or(std::numeric_limits<double>::infinity())),
           static_cast<acc_t>(loss.kl_coef),
           static_cast<acc_t>(loss.entropy_coef),

@@ -31,7 +31,7 @@ LossOutputs typed_token_loss(const Checks& checks, const Tensor& stats,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
     const Tensor& stats, const std::optional<Tensor>& old_logprobs,
     const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_logprobs,
-    const Tensor& advantages, const Tensor& weights, int64_t kind, double eps_low, double eps_high,
+    const Tensor& advantages, const Tensor& weights, int64_t kind, double low, double high,
     std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator, double entropy_coef,
     std::optional<double> rollout_is_cap, bool with_entropy, double inv_temp) {
   const Checks checks("token_loss", stats, "stats");
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
   checks.dense(stats, "stats", is_double ? ScalarType::Double : ScalarType::Float,
                {stats.size(0), stats.size(1), 4});
   const LossArguments arguments = {old_logprobs,   ref_logprobs, rollout_logprobs, advantages,
-                                   weights,        kind,         eps_low,          eps_high,
+                                   weights,        kind,         low,          high,
                                    dual_clip,      kl_coef,      kl_estimator,     entropy_coef,
                                    rollout_is_cap, with_entropy};
   const LossOutputs outputs = is_double

@@ -7,7 +7,7 @@
 namespace megatron_rl {
 
 // These four are in the order of megatron_rl/ops/loss_spec.py.
-enum LossKind : int { kLikelihood, kClippedRatio, kNumLossKinds };
+enum LossKind : int { kLikelihood, kClippedRatio, kCispo, kSapo, kNumLossKinds };
 enum KlEstimator : int { kK1, kK2, kK3, kNumKlEstimators };
 
 enum Sum : int {
@@ -40,8 +40,8 @@ template <typename acc_t>
 struct LossSpec {
   int kind;
   int kl_estimator;
-  acc_t eps_low;
-  acc_t eps_high;
+  acc_t low;   // eps_low; tau_negative of sapo
+  acc_t high;  // eps_high; tau_positive of sapo
   acc_t dual_clip;  // inf: none
   acc_t kl_coef;
   acc_t entropy_coef;
@@ -110,18 +110,39 @@ MRL_HOST_DEVICE ValueAndGradient<acc_t> clipped_ratio_term(acc_t log_ratio, acc_
                                                            acc_t advantage,
                                                            const LossSpec<acc_t>& spec,
                                                            TokenTerms<acc_t>& terms) {
-  const bool high = advantage > 0 && ratio > 1 + spec.eps_high;
-  const bool low = advantage < 0 && ratio < 1 - spec.eps_low;
+  const bool high = advantage > 0 && ratio > 1 + spec.high;
+  const bool low = advantage < 0 && ratio < 1 - spec.low;
   const bool dual = advantage < 0 && ratio > spec.dual_clip;
   terms.sums[kClipHigh] = high;
   terms.sums[kClipLow] = low;
   terms.sums[kDualClip] = dual;
   acc_t bounded = ratio;
-  if (high) bounded = 1 + spec.eps_high;
-  if (low) bounded = 1 - spec.eps_low;
+  if (high) bounded = 1 + spec.high;
+  if (low) bounded = 1 - spec.low;
   if (dual) bounded = spec.dual_clip;
   const bool moves = !(high || low || dual) && is_within_bound(log_ratio);
   return {-bounded * advantage, moves ? -ratio * advantage : acc_t(0)};
+}
+
+// -w * A * logprob, w being the ratio between bounds, without a gradient of its own.
+template <typename acc_t>
+MRL_HOST_DEVICE ValueAndGradient<acc_t> cispo_term(const Token<acc_t>& token, acc_t ratio,
+                                                   const LossSpec<acc_t>& spec,
+                                                   TokenTerms<acc_t>& terms) {
+  terms.sums[kClipHigh] = ratio > 1 + spec.high;
+  terms.sums[kClipLow] = ratio < 1 - spec.low;
+  const acc_t weight = clamp(ratio, 1 - spec.low, 1 + spec.high);
+  return {-weight * token.advantage * token.logprob, -weight * token.advantage};
+}
+
+// -4 / tau * sigmoid(tau * (s - 1)) * A; tau by the sign of A.
+template <typename acc_t>
+MRL_HOST_DEVICE ValueAndGradient<acc_t> sapo_term(acc_t log_ratio, acc_t ratio, acc_t advantage,
+                                                  const LossSpec<acc_t>& spec) {
+  const acc_t tau = advantage > 0 ? spec.high : spec.low;
+  const acc_t gate = 1 / (1 + std::exp(-tau * (ratio - 1)));
+  const acc_t slope = 4 * gate * (1 - gate) * ratio;
+  return {-4 / tau * gate * advantage, is_within_bound(log_ratio) ? -slope * advantage : acc_t(0)};
 }
 
 template <typename acc_t>
@@ -143,6 +164,10 @@ MRL_HOST_DEVICE TokenTerms<acc_t> token_terms(const Token<acc_t>& token,
   ValueAndGradient<acc_t> loss = {-token.advantage * token.logprob, -token.advantage};
   if (spec.kind == kClippedRatio) {
     loss = clipped_ratio_term(log_ratio, ratio, token.advantage, spec, terms);
+  } else if (spec.kind == kCispo) {
+    loss = cispo_term(token, ratio, spec, terms);
+  } else if (spec.kind == kSapo) {
+    loss = sapo_term(log_ratio, ratio, token.advantage, spec);
   }
   if (spec.rollout_is_cap >= 0) {
     acc_t importance = bounded_exp(old - token.rollout_logprob);

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_rl.algorithms.presets import PRESETS, nearest
+from megatron_rl.algorithms.presets import NUMBERS, PRESETS, nearest
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.objectives.objective import Objective
 from megatron_rl.objectives.registry import OBJECTIVES
@@ -79,7 +79,9 @@ def in_nested_form(section: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
     moved, notices, problems = _moved(section, kind, objective)
     if problems:
         raise ConfigErrors([str(problem) for problem in problems])
-    return values | {"objective": {"kind": kind, **moved, **objective}}, tuple(notices)
+    preset = section.get("preset")
+    numbers = NUMBERS.get(str(preset), {}) if kind == _kind_under(preset) else {}
+    return values | {"objective": {"kind": kind, **numbers, **moved, **objective}}, tuple(notices)
 
 
 def _kind_of(objective: Mapping[str, Any], preset: Any) -> str | None:

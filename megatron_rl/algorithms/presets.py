@@ -129,5 +129,12 @@ PRESETS: dict[str, Preset] = {
     "reinforce_pp_baseline": _row("all", "batch_norm", "clipped_ratio"),  # arXiv:2501.03262
     "dr_grpo": _row("all", "reward_minus_mean", "clipped_ratio", "sequence_sum"),  # 2503.20783
     "ppo": _row("all", "gae", "clipped_ratio"),  # arXiv:1707.06347, 1909.08593
+    "dapo": _row("drop_uniform", "group_norm", "clipped_ratio", "token_mean"),  # arXiv:2503.14476
+    "cispo": _row("all", "group_norm", "cispo", "token_mean"),  # arXiv:2506.13585
+    "gspo": _row("all", "group_norm", "gspo"),  # arXiv:2507.18071
+    "sapo": _row("all", "group_norm", "sapo"),  # arXiv:2511.20347
     "iterative_dpo": _row("best_and_worst", "preference", "dpo", "pair_mean"),  # arXiv:2305.18290
 }
+
+NUMBERS: dict[str, dict[str, float]] = {"dapo": {"eps_high": 0.28}}
+"""Preset -> the settings of its objective that are not that one's defaults."""

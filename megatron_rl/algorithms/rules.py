@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.errors import ConfigError
+from megatron_rl.objectives.objective import TokenObjective
 
 
 def algorithm_problems(config: AlgorithmConfig) -> Iterator[ConfigError]:
@@ -85,6 +86,7 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "Set algorithm.advantage=one and algorithm.rollout_is_cap=null",
         )
     yield from _pair_contradictions(config)
+    yield from _ratio_contradictions(config)
     mixed_only = "drop_uniform" in row.selection or (
         {"drop_all_wrong", "drop_all_correct"} <= set(row.selection)
     )
@@ -114,6 +116,18 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "algorithm.advantage",
             "gae",
             f"advantages per token need an objective with a ratio, {row.objective} has none",
+            "Set algorithm.objective=clipped_ratio",
+        )
+
+
+def _ratio_contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
+    objective = config.objective
+    is_of_response = isinstance(objective, TokenObjective) and objective.ratio_of == "response"
+    if is_of_response and config.resolved.needs_critic:
+        yield ConfigError(
+            "algorithm.advantage",
+            "gae",
+            f"gives every token an advantage, and {objective.kind} a response one ratio",
             "Set algorithm.objective=clipped_ratio",
         )
 

@@ -78,7 +78,8 @@ CONTRACT = (
     _clause(
         "algorithm.selection algorithm.objective.kind algorithm.objective.eps_low "
         "algorithm.objective.eps_high algorithm.objective.dual_clip algorithm.objective.beta "
-        "algorithm.objective.reference algorithm.loss_aggregation algorithm.normalize_over "
+        "algorithm.objective.reference algorithm.objective.tau_positive "
+        "algorithm.objective.tau_negative algorithm.loss_aggregation algorithm.normalize_over "
         "algorithm.max_per_group algorithm.overlong_tokens algorithm.kl_coef "
         "algorithm.kl_estimator algorithm.entropy_coef algorithm.std_ddof algorithm.std_eps "
         "algorithm.rollout_is_cap algorithm.gamma algorithm.gae_lambda "

@@ -37,12 +37,29 @@ class ClippedRatio(TokenObjective):
     def own_terms(
         self, logprobs: "Tensor", ratio: "Tensor", advantages: "Tensor"
     ) -> "tuple[Tensor, ClipFlags | None]":
-        """The formula written by cases, so that the gradient is exactly that of the case."""
-        high = (advantages > 0) & (ratio > 1 + self.eps_high)
-        low = (advantages < 0) & (ratio < 1 - self.eps_low)
-        bounded = ratio.masked_fill(high, 1 + self.eps_high).masked_fill(low, 1 - self.eps_low)
-        dual = low.new_zeros(low.shape)
-        if self.dual_clip is not None:
-            dual = (advantages < 0) & (ratio > self.dual_clip)
-            bounded = bounded.masked_fill(dual, self.dual_clip)
-        return -bounded * advantages, ClipFlags(low, high, dual)
+        return clipped_terms(
+            ratio,
+            advantages,
+            eps_low=self.eps_low,
+            eps_high=self.eps_high,
+            dual_clip=self.dual_clip,
+        )
+
+
+def clipped_terms(
+    ratio: "Tensor",
+    advantages: "Tensor",
+    *,
+    eps_low: float,
+    eps_high: float,
+    dual_clip: float | None = None,
+) -> "tuple[Tensor, ClipFlags]":
+    """The formula written by cases, so that the gradient is exactly that of the case; [N] each."""
+    high = (advantages > 0) & (ratio > 1 + eps_high)
+    low = (advantages < 0) & (ratio < 1 - eps_low)
+    bounded = ratio.masked_fill(high, 1 + eps_high).masked_fill(low, 1 - eps_low)
+    dual = low.new_zeros(low.shape)
+    if dual_clip is not None:
+        dual = (advantages < 0) & (ratio > dual_clip)
+        bounded = bounded.masked_fill(dual, dual_clip)
+    return -bounded * advantages, ClipFlags(low, high, dual)

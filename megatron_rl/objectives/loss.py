@@ -46,7 +46,10 @@ class TokenLoss:
     num_sums = len(SUMS)
 
     def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
-        return linear_policy_loss(head, batch.loss, self.objective, self.shared)
+        responses = _lengths(batch) if self.objective.ratio_of == "response" else None
+        return linear_policy_loss(
+            head, batch.loss, self.objective, self.shared, responses=responses
+        )
 
     def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
         return metrics_from(sums, extrema)
@@ -82,6 +85,12 @@ class PairLoss:
 def no_extrema() -> Tensor:
     """[len(EXTREMA)] zeros, from which maxima start."""
     return torch.zeros(len(EXTREMA), dtype=torch.float64)
+
+
+def _lengths(batch: MicroBatch) -> Tensor:
+    """int64 lengths of the responses of a row, in the order of its tokens."""
+    lengths = [len(sample.response_tokens) for sample in batch.samples]
+    return torch.tensor(lengths, dtype=torch.int64, device=batch.loss.at.device)
 
 
 def _pairs(batch: MicroBatch) -> tuple[Tensor, int]:

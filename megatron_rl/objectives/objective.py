@@ -4,13 +4,16 @@ Recipes are read without torch, so this file and those of the objectives import 
 checking only.
 """
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from megatron_rl.ops.loss_spec import NativeTerm
 from megatron_rl.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+RatioOf = Literal["token", "response"]
 
 
 class Objective(Settings):
@@ -40,7 +43,12 @@ class ClipFlags(NamedTuple):
 
 
 class TokenObjective(Objective):
-    """An objective whose loss is a sum over tokens, each of which needs nothing of others."""
+    """An objective whose loss is a sum over tokens.
+
+    Each needs nothing of others but the ratio of its response, where that is the ratio.
+    """
+
+    ratio_of: ClassVar[RatioOf] = "token"
 
     @property
     def native(self) -> NativeTerm | None:
@@ -54,7 +62,8 @@ class TokenObjective(Objective):
 
         Args:
             logprobs: [N] current, with gradient.
-            ratio: [N] exp(logprobs - old_logprobs), with gradient and bounded.
+            ratio: [N] exp(logprobs - old_logprobs), with gradient and bounded; of a response the
+                exponential of the mean over its tokens.
             advantages: [N] constants.
         """
         raise NotImplementedError

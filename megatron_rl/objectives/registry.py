@@ -4,12 +4,17 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from megatron_rl.objectives.cispo import Cispo
 from megatron_rl.objectives.clipped_ratio import ClippedRatio
 from megatron_rl.objectives.dpo import Dpo
+from megatron_rl.objectives.gspo import Gspo
 from megatron_rl.objectives.likelihood import Likelihood
 from megatron_rl.objectives.objective import Objective
+from megatron_rl.objectives.sapo import Sapo
 
-AnyObjective = Annotated[Likelihood | ClippedRatio | Dpo, Field(discriminator="kind")]
+AnyObjective = Annotated[
+    Likelihood | ClippedRatio | Cispo | Gspo | Sapo | Dpo, Field(discriminator="kind")
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     objective.model_fields["kind"].default: objective

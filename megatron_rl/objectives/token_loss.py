@@ -3,6 +3,8 @@
 loss = sum_t weight_t * (is_t * own_t + kl_coef * KL_t - entropy_coef * H_t)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def linear_policy_loss(
     objective: TokenObjective,
     shared: SharedTerms,
     *,
+    responses: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> MeasuredLoss:
     """Loss of N tokens by the compiled ops or by the definition, which only this function decides.
@@ -44,7 +47,7 @@ def linear_policy_loss(
     ):
         return native_policy_loss(head, tokens, native, shared, chunk_rows=chunk_rows)
     logprobs, entropy = linear_logprobs(head, tokens.targets, chunk_rows=chunk_rows)
-    return token_loss(logprobs, entropy, tokens, objective, shared)
+    return token_loss(logprobs, entropy, tokens, objective, shared, responses)
 
 
 def token_loss(
@@ -53,6 +56,7 @@ def token_loss(
     tokens: LossTokens,
     objective: TokenObjective,
     shared: SharedTerms,
+    responses: Tensor | None = None,
 ) -> MeasuredLoss:
     """Weighted loss of N tokens and its metrics: the native ops must equal it.
 
@@ -65,6 +69,8 @@ def token_loss(
             shared.rollout_is_cap is None.
         objective: gives the own term.
         shared: the numbers of the other terms.
+        responses: int64 lengths of the responses whose tokens these are, in their order, where the
+            objective's ratio is that of a response.
     """
     _check_inputs(tokens, shared)
     active = tokens.weights != 0
@@ -78,7 +84,10 @@ def token_loss(
     advantages = tokens.advantages.detach().to(logprobs.dtype).where(active, 0.0)
     weights = tokens.weights.detach().to(logprobs.dtype)
 
-    ratio = bounded_exp(logprobs - old)
+    log_ratio = logprobs - old
+    if responses is not None:
+        log_ratio = _MeanOfResponse.apply(log_ratio, responses)
+    ratio = bounded_exp(log_ratio)
     terms, flags = objective.own_terms(logprobs, ratio, advantages)
     if shared.rollout_is_cap is not None and rollout is not None:
         terms = terms * bounded_exp(old - rollout).clamp(max=shared.rollout_is_cap)
@@ -138,6 +147,29 @@ def k3(d: Tensor) -> Tensor:
 def bounded_exp(log_ratio: Tensor) -> Tensor:
     """[N] exp() of differences of log-probabilities, which no outlier token can overflow."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+class _MeanOfResponse(torch.autograd.Function):
+    """[N] mean of [N] values over the tokens of the same response, given the lengths of responses.
+
+    Its matrix is symmetric, so the backward is the same; none of it depends on an order of threads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lengths: Tensor) -> Tensor:
+        ctx.lengths = lengths
+        return _mean_of_response(values, lengths)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _mean_of_response(grad, ctx.lengths), None
+
+
+def _mean_of_response(values: Tensor, lengths: Tensor) -> Tensor:
+    if not len(lengths):
+        return values.clone()
+    means = torch.segment_reduce(values.contiguous(), "mean", lengths=lengths)
+    return means.repeat_interleave(lengths)
 
 
 def metrics_from(sums: Tensor, extrema: Tensor) -> dict[str, float]:

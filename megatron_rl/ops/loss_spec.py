@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 if TYPE_CHECKING:
     from torch import Tensor
 
-LossKind = Literal["likelihood", "clipped_ratio"]
+LossKind = Literal["likelihood", "clipped_ratio", "cispo", "sapo"]
 KlEstimator = Literal["k1", "k2", "k3"]
 
 LOSS_KINDS: tuple[LossKind, ...] = get_args(LossKind)
@@ -49,8 +49,8 @@ class NativeTerm(NamedTuple):
     """The compiled form of an objective's own term of a token, and its numbers."""
 
     kind: LossKind
-    eps_low: float = 0.0
-    eps_high: float = 0.0
+    low: float = 0.0  # eps_low; tau_negative of sapo
+    high: float = 0.0  # eps_high; tau_positive of sapo
     dual_clip: float | None = None
 
 

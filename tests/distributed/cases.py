@@ -270,8 +270,10 @@ class Case:
         )
 
 
+TIGHT = {"eps_low": 0.01, "eps_high": 0.02}  # the mean over a response moves less than a token
 FEW_PRESETS = (
-    "sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo", "ppo", "iterative_dpo",
+    "sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo", "gspo", "ppo",
+    "iterative_dpo",
 )  # fmt: skip
 GROUPS_OF = {"sft": "gold", "iterative_dpo": "ranked"}  # else graded
 EVERY_TERM = Recipe(
@@ -319,6 +321,10 @@ def cases_of(layout: Layout) -> Iterator[Case]:
         return
     for row_tokens in (ONE_ROW, MANY_ROWS):
         yield Case(question=question_of("raft_pp"), row_tokens=row_tokens)
+        yield Case(question=question_of("gspo", **TIGHT), row_tokens=row_tokens)
+    yield Case(question=question_of("cispo", **TIGHT))
+    yield Case(question=question_of("cispo", eps_low=1.0, eps_high=0.1))
+    yield Case(question=question_of("sapo", tau_positive=2.0, tau_negative=3.0))
     for preset in ("raft", "grpo", "dr_grpo"):
         yield Case(question=question_of(preset, normalize_over="collected"))
     yield Case(

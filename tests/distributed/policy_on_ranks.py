@@ -229,6 +229,8 @@ OBJECTIVE_SETTINGS = {
     "eps_low": "eps_low",
     "eps_high": "eps_high",
     "dual_clip": "dual_clip",
+    "tau_positive": "tau_positive",
+    "tau_negative": "tau_negative",
     "dpo_beta": "beta",
     "dpo_reference": "reference",
 }

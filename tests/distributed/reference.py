@@ -43,6 +43,8 @@ class Recipe:
     gamma: float = 1.0
     gae_lambda: float = 1.0
     kl_reward_coef: float = 0.0
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
     dpo_beta: float = 0.1
     dpo_reference: str = "initial"
 
@@ -126,6 +128,12 @@ FORMULAS: dict[str, Formula] = {
     "dr_grpo": Formula(
         selection=_everything, advantage=lambda r: r - r.mean(), aggregation="sequence_sum"
     ),
+    "dapo": Formula(selection=_mixed, advantage=_normalized, aggregation="token_mean"),
+    "cispo": Formula(
+        selection=_everything, advantage=_normalized, objective="cispo", aggregation="token_mean"
+    ),
+    "gspo": Formula(selection=_everything, advantage=_normalized, objective="gspo"),
+    "sapo": Formula(selection=_everything, advantage=_normalized, objective="sapo"),
     "ppo": Formula(selection=_everything, advantage=torch.clone, whitened=True, from_values=True),
     "iterative_dpo": Formula(selection=_ends, advantage=torch.sign, objective="dpo"),
 }
@@ -327,6 +335,23 @@ def _terms(
         terms = -reached
         low = int(((ratio < 1 - recipe.eps_low) & (advantage < 0)).sum())
         high = int(((ratio > 1 + recipe.eps_high) & (advantage > 0)).sum())
+    elif formula.objective == "cispo":
+        ratio = (logprobs - old).exp().detach()
+        terms = -ratio.clamp(1 - recipe.eps_low, 1 + recipe.eps_high) * advantage * logprobs
+        low = int((ratio < 1 - recipe.eps_low).sum())
+        high = int((ratio > 1 + recipe.eps_high).sum())
+    elif formula.objective == "gspo":
+        of_response = ((logprobs - old).sum() / len(logprobs)).exp()
+        clipped = of_response.clamp(1 - recipe.eps_low, 1 + recipe.eps_high)
+        terms = -torch.minimum(of_response * advantage, clipped * advantage)
+        terms = terms * torch.ones_like(logprobs)
+        stopped = torch.ones_like(logprobs) * (of_response * advantage > clipped * advantage)
+        low = int((stopped * (advantage < 0)).sum())
+        high = int((stopped * (advantage > 0)).sum())
+    elif formula.objective == "sapo":
+        ratio = (logprobs - old).exp()
+        tau = torch.where(advantage > 0, recipe.tau_positive, recipe.tau_negative)
+        terms = -4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * advantage
     else:
         raise NotImplementedError(f"write down the objective {formula.objective}")
     if recipe.rollout_is_cap is not None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megatron_rl.megatron.gradients import MainGrad
+from megatron_rl.objectives.cispo import Cispo
 from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.sapo import Sapo
 from megatron_rl.objectives.token_loss import linear_policy_loss
 from megatron_rl.ops import backend, native
 from megatron_rl.ops.group_stats import (
@@ -33,6 +35,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 VOCABS = [1, 17, 32, 1024, 20480, 20488, 50257, 81920, 128256, 151936, 163840, 163848, 200064]
 FULL = (ClippedRatio(eps_high=0.28), SharedTerms(kl_coef=0.1, entropy_coef=0.05))
 PLAIN = (ClippedRatio(), SharedTerms())
+CUT = (Cispo(eps_low=0.1, eps_high=0.2), SharedTerms())
+SOFT = (Sapo(), SharedTerms())
 
 
 def problem(rows, vocab, dtype):
@@ -68,7 +72,9 @@ def run(logits, tokens, loss):
 
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("loss", [FULL, PLAIN], ids=["entropy", "plain"])
+@pytest.mark.parametrize(
+    "loss", [FULL, PLAIN, CUT, SOFT], ids=["entropy", "plain", "cispo", "sapo"]
+)
 @pytest.mark.parametrize("is_whole", [True, False], ids=["one pass", "two passes"])
 def test_loss_and_gradient_equal_float64(monkeypatch, vocab, dtype, loss, is_whole):
     logits, tokens = problem(5, vocab, dtype)

@@ -40,6 +40,10 @@ def test_the_table_is_the_documented_one():
         "rloo": ("all", "leave_one_out", *clipped),
         "reinforce_pp_baseline": ("all", "batch_norm", *clipped),
         "dr_grpo": ("all", "reward_minus_mean", "clipped_ratio", "sequence_sum"),
+        "dapo": ("drop_uniform", "group_norm", "clipped_ratio", "token_mean"),
+        "cispo": ("all", "group_norm", "cispo", "token_mean"),
+        "gspo": ("all", "group_norm", "gspo", "sequence_mean"),
+        "sapo": ("all", "group_norm", "sapo", "sequence_mean"),
         "ppo": ("all", "gae", *clipped),
         "iterative_dpo": ("best_and_worst", "preference", "dpo", "pair_mean"),
     }
@@ -55,6 +59,10 @@ def test_presets_that_compare_within_a_group_say_so():
         "rloo",
         "reinforce_pp_baseline",
         "dr_grpo",
+        "dapo",
+        "cispo",
+        "gspo",
+        "sapo",
         "iterative_dpo",
     }
     assert AlgorithmConfig(preset="raft_pp", advantage="group_norm").resolved.needs_group
@@ -145,9 +153,10 @@ def test_every_preset_names_a_known_objective_and_contradicts_nothing():
 
 
 def test_what_an_objective_needs_is_its_own_word():
-    assert {"likelihood": Likelihood, "clipped_ratio": ClippedRatio, "dpo": Dpo} == OBJECTIVES
-    assert [o.has_ratio for o in OBJECTIVES.values()] == [False, True, False]
-    assert [o.trains_pairs for o in OBJECTIVES.values()] == [False, False, True]
+    assert list(OBJECTIVES) == ["likelihood", "clipped_ratio", "cispo", "gspo", "sapo", "dpo"]
+    assert all(OBJECTIVES[name]().kind == name for name in OBJECTIVES)
+    assert [o.has_ratio for o in OBJECTIVES.values()] == [False, True, True, True, True, False]
+    assert [o.trains_pairs for o in OBJECTIVES.values()] == [False] * 5 + [True]
     needs = {
         name: (objective.needs_old_logprobs, objective.needs_ref_logprobs)
         for name, objective in {
@@ -163,6 +172,22 @@ def test_what_an_objective_needs_is_its_own_word():
         "dpo": (False, True),
         "dpo of the iteration": (True, False),
     }
+
+
+def test_dapo_has_its_papers_upper_bound():
+    assert AlgorithmConfig(preset="dapo").objective == ClippedRatio(eps_low=0.2, eps_high=0.28)
+    lower = AlgorithmConfig(preset="dapo", objective={"eps_low": 0.1})
+    assert lower.objective == ClippedRatio(eps_low=0.1, eps_high=0.28)
+    assert AlgorithmConfig(preset="dapo", objective={"eps_high": 0.3}).objective.eps_high == 0.3
+    other = AlgorithmConfig(preset="dapo", objective={"kind": "cispo"})
+    assert other.objective == OBJECTIVES["cispo"]()
+    assert AlgorithmConfig(preset="grpo").objective == ClippedRatio()
+
+
+def test_one_ratio_of_a_response_takes_no_advantages_of_tokens():
+    config = AlgorithmConfig(preset="ppo", objective="gspo")
+    with pytest.raises(ConfigErrors, match=r"gae.*every token an advantage, and gspo a response"):
+        raise_problems(config)
 
 
 def test_reading_a_config_does_not_import_torch():

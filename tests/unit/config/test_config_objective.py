@@ -130,12 +130,12 @@ def test_the_new_form_says_nothing(case):
         (
             {"preset": "grpo", "objective": "cliped_ratio"},
             "algorithm.objective='cliped_ratio': is not known. Did you mean 'clipped_ratio'? "
-            "Known: likelihood, clipped_ratio, dpo",
+            "Known: likelihood, clipped_ratio, cispo, gspo, sapo, dpo",
         ),
         (
             {"preset": "grpo", "objective": {"kind": "dqo", "beta": 0.1}},
             "algorithm.objective='dqo': is not known. Did you mean 'dpo'? "
-            "Known: likelihood, clipped_ratio, dpo",
+            "Known: likelihood, clipped_ratio, cispo, gspo, sapo, dpo",
         ),
         (
             {"preset": "grpo", "objective": {"kind": ["dpo"]}},

@@ -4,9 +4,12 @@ import pytest
 import torch
 from loss_tokens import tokens_of
 
+from megatron_rl.objectives.cispo import Cispo
 from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.gspo import Gspo
 from megatron_rl.objectives.likelihood import Likelihood
-from megatron_rl.objectives.token_loss import k3, kl_estimate, linear_policy_loss
+from megatron_rl.objectives.sapo import Sapo
+from megatron_rl.objectives.token_loss import k3, kl_estimate, linear_policy_loss, metrics_from
 from megatron_rl.objectives.token_loss import token_loss as token_loss_definition
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.loss_spec import SharedTerms
@@ -59,6 +62,78 @@ def test_clip_stops_credit_but_not_blame(token_loss, ratio, advantage, loss, gra
 def test_dual_clip_bounds_the_blame(token_loss, ratio, advantage, loss, gradient):
     actual = loss_and_gradient(token_loss, ratio, advantage, dual_clip=3.0)
     assert actual == pytest.approx((loss, gradient), abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 1.0, -1.3 * math.log(1.5), -1.3),  # the weight is cut, the gradient stays
+        (1.5, -2.0, 2.6 * math.log(1.5), 2.6),  # whatever the advantage
+        (1.1, 1.0, -1.1 * math.log(1.1), -1.1),
+        (0.5, 1.0, -0.8 * math.log(0.5), -0.8),
+        (0.5, -1.0, 0.8 * math.log(0.5), 0.8),
+    ],
+)
+def test_cispo_cuts_the_weight_and_keeps_the_gradient(token_loss, ratio, advantage, loss, gradient):
+    objective = Cispo(eps_low=0.2, eps_high=0.3)
+    actual = of_one_token(token_loss, objective, ratio, advantage)
+    assert actual == pytest.approx((loss, gradient), abs=1e-14)
+
+
+def test_cispo_has_no_lower_bound_by_default(token_loss):
+    assert of_one_token(token_loss, Cispo(), 0.01, 1.0)[1] == pytest.approx(-0.01)
+    assert of_one_token(token_loss, Cispo(), 9.0, 1.0)[1] == pytest.approx(-5.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        # 4 * sigmoid(0) = 2, and 4 * 1/2 * 1/2 = 1: the slope of the ratio itself
+        (1.0, 1.0, -2.0, -1.0),
+        (1.0, -1.0, 2 / 1.05, 1.0),
+        # sigmoid(1) = 0.7310585786300049, sigmoid(1.05) = 0.7407748991821539
+        (2.0, 1.0, -2.9242343145200196, -1.5728954659318548),
+        (2.0, -1.0, 2.821999615932015, 1.5362195833905885),
+        (1.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_sapo_has_a_soft_gate(token_loss, ratio, advantage, loss, gradient):
+    actual = of_one_token(token_loss, Sapo(), ratio, advantage)
+    assert actual == pytest.approx((loss, gradient), abs=1e-12)
+
+
+def test_gspo_has_one_ratio_of_a_response():
+    """Two responses of 2 and 1 tokens, weights 1 / (2 len); by hand."""
+    logprobs = f64(math.log(1.2), math.log(1.1), math.log(0.9)).requires_grad_()
+    tokens = tokens_of(f64(0.25, 0.25, 0.5), f64(1.0, 1.0, -2.0), old_logprobs=f64(0.0, 0.0, 0.0))
+    lengths = torch.tensor([2, 1])
+    first = math.sqrt(1.2 * 1.1)  # 1.1489
+    wide = token_loss_definition(
+        logprobs, None, tokens, Gspo(eps_low=0.2, eps_high=0.2), NOTHING_SHARED, lengths
+    )
+    wide.loss.backward()
+    assert wide.loss.item() == pytest.approx((-first + 2 * 0.9) / 2)
+    # d s / d log pi_t = s / len, so each token of the first has -s / 2 / 2.
+    assert logprobs.grad.tolist() == pytest.approx([-first / 4, -first / 4, 0.9])
+    logprobs.grad = None
+    tight = token_loss_definition(
+        logprobs, None, tokens, Gspo(eps_low=0.05, eps_high=0.1), NOTHING_SHARED, lengths
+    )
+    tight.loss.backward()
+    assert tight.loss.item() == pytest.approx((-1.1 + 2 * 0.95) / 2)
+    assert logprobs.grad.tolist() == [0.0, 0.0, 0.0]
+    found = metrics_from(tight.sums, tight.extrema)
+    assert (found["policy/clip_high_frac"], found["policy/clip_low_frac"]) == (2 / 3, 1 / 3)
+    assert found["policy/ratio_max"] == pytest.approx(first)
+
+
+def of_one_token(token_loss, objective, ratio, advantage):
+    """Loss and gradient of one token of weight 1."""
+    logprobs = f64(math.log(ratio)).requires_grad_()
+    tokens = tokens_of(f64(1.0), f64(advantage), old_logprobs=f64(0.0))
+    result = token_loss(logprobs, None, tokens, objective, NOTHING_SHARED)
+    result.loss.backward()
+    return result.loss.item(), logprobs.grad.item()
 
 
 def test_likelihood_is_minus_advantage_times_logprob(token_loss):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from heads import head_of
 
+from megatron_rl.objectives.cispo import Cispo
 from megatron_rl.objectives.clipped_ratio import ClippedRatio
 from megatron_rl.objectives.likelihood import Likelihood
 from megatron_rl.objectives.objective import TokenObjective
+from megatron_rl.objectives.sapo import Sapo
 from megatron_rl.objectives.token_loss import linear_policy_loss, metrics_from
 from megatron_rl.ops import backend
 from megatron_rl.ops.head import Head
@@ -26,6 +28,10 @@ LOSSES = {
     "raft++": (ClippedRatio(), SharedTerms()),
     "grpo": (ClippedRatio(eps_high=0.28), SharedTerms(kl_coef=0.1, entropy_coef=0.05)),
     "dual": (ClippedRatio(dual_clip=1.5), SharedTerms(kl_coef=0.1, kl_estimator="k2")),
+    "cispo": (Cispo(eps_low=0.1, eps_high=0.2), SharedTerms(entropy_coef=0.05)),
+    "cispo, no lower bound": (Cispo(eps_high=0.1), SharedTerms(rollout_is_cap=1.2)),
+    "sapo": (Sapo(), SharedTerms()),
+    "sapo, steep": (Sapo(tau_positive=2.0, tau_negative=5.0), SharedTerms(kl_coef=0.1)),
     "tis": (ClippedRatio(), SharedTerms(rollout_is_cap=1.2, kl_coef=0.1, kl_estimator="k1")),
 }
 
