@@ -46,15 +46,10 @@ def read_records(file: Path) -> Iterator[Record]:
         raise InputError(f"{file}: cannot be read ({reason}). Copy the file again") from error
 
 
-def read_json_lines(file: Path) -> Iterator[Record]:
+def _read_json_lines(file: Path) -> Iterator[Record]:
     """The record of every line that is not blank."""
-    try:
-        with _opened(file) as lines:
-            yield from _json_lines(file, lines)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})"
-        ) from error
+    with _opened(file) as lines:
+        yield from _json_lines(file, lines)
 
 
 def _json_lines(file: Path, lines: BinaryIO) -> Iterator[Record]:
@@ -143,7 +138,7 @@ def _opened(file: Path) -> BinaryIO:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": read_json_lines,
+    ".jsonl": _read_json_lines,
     ".parquet": _read_parquet,
     ".json": _read_json,
     ".csv": _read_csv,
