@@ -350,7 +350,8 @@ def _terms(
         high = int((stopped * (advantage > 0)).sum())
     elif formula.objective == "sapo":
         ratio = (logprobs - old).exp()
-        tau = torch.where(advantage > 0, recipe.tau_positive, recipe.tau_negative)
+        taus = torch.tensor([recipe.tau_negative, recipe.tau_positive], dtype=torch.float64)
+        tau = taus[(advantage > 0).long()]  # not where(): of two numbers it makes float32
         terms = -4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * advantage
     else:
         raise NotImplementedError(f"write down the objective {formula.objective}")
