@@ -30,7 +30,7 @@ DENIED = (  # what only another path, other rights or more room can mend
 COMMANDS = {  # name: the file of this room that has it, and what it does
     "train": ("recipe", "train a policy; start it with torchrun for more than one rank"),
     "evaluate": ("recipe", "measure model.path on the recipe's benchmarks"),
-    "plan": ("recipe", "print layout, batch arithmetic, memory, passes and bytes; runs nothing"),
+    "plan": ("recipe", "print layout, memory, passes, bytes and the first prompt; runs nothing"),
     "grade": ("grade", "verify the responses of a file; needs no model"),
     "convert": ("convert", "convert a checkpoint, Hugging Face to Megatron-Core or back"),
     "verify": ("verify", "compare two checkpoints of either kind: every tensor, then the logits"),
