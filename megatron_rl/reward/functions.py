@@ -53,7 +53,7 @@ _SEVERAL = re.compile(  # of several values; 5 min 20 s is a time
     rf"(?:(?<![\\a-zA-Z])(max|min|gcd|lcm)|{_WRAPPED}(max|min|gcd|lcm)\s*\}})(?=\s*\()"
 )
 _OF_MODULE = re.compile(  # np.arcsin(10/13), as a published answer has it
-    rf"(?<![\\a-zA-Z.])(?:np|numpy|math|cmath|sp|sympy)\.(?=(?:{_NAME}|sqrt|abs|floor|ceil)\()"
+    rf"(?<![\\a-zA-Z.])(?:np|numpy|math|cmath|sp|sympy)\.(?=(?:{_NAME}|sqrt|abs|floor|ceil)\s*\()"
 )
 _DECIMAL_LOG = re.compile(r"\\lg(?![a-zA-Z])")
 
