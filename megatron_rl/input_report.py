@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_rl.config import RunConfig
 from megatron_rl.prompts.dataset import PromptReport, PromptStream
-from megatron_rl.prompts.overlap import overlaps
+from megatron_rl.prompts.overlap import NUM_SHOWN, overlaps
+from megatron_rl.prompts.rows import preview
 from megatron_rl.prompts.tokenizer import Tokenizer
+from megatron_rl.reward.trial import hopeless_golds
 from megatron_rl.types import Prompt
 
 SIGNS = {"box": "boxed", "answer_tag": "<answer>", "answer_line": "Answer:"}
@@ -25,6 +27,7 @@ def input_lines(
     return [
         *_data(prompts.report),
         *overlaps(prompts.questions, benchmarks),
+        *_unmatched(config, benchmarks),
         *prompts.shown_first(tokenizer),
         *_around(prompts.report),
         *_unasked(config, prompts.first_text(tokenizer)),
@@ -49,6 +52,22 @@ def _data(report: PromptReport) -> Iterator[str]:
     )
     if report.num_conflicting:
         yield f"  {report.num_conflicting} have the prompt of an earlier row and another answer"
+
+
+def _unmatched(config: RunConfig, benchmarks: Mapping[str, Sequence[Prompt]]) -> Iterator[str]:
+    """A line for each benchmark with answers by which no response could be right."""
+    for name, prompts in benchmarks.items():
+        problems = hopeless_golds([prompt.answer for prompt in prompts], config.reward)
+        found = [prompt for prompt in prompts if prompt.answer in problems]
+        if found:
+            shown = [
+                f"row {prompt.group_id + 1}: {preview(prompt.answer)}: {problems[prompt.answer]}"
+                for prompt in found[:NUM_SHOWN]
+            ]
+            yield (
+                f"benchmark {name}: by {len(found)} of {len(prompts)} answers no response could be "
+                f"right, so these count as wrong: {'; '.join(shown)}"
+            )
 
 
 def _counted(count: int, what: str, examples: Sequence[str]) -> Iterator[str]:

@@ -94,3 +94,14 @@ def test_the_papers_texts_ask_for_a_box_where_one_is_looked_for(case, reward, as
     case.change(reward=reward)
     texts = load_config(case.write(), []).texts
     assert ("boxed" in texts.system, "boxed" in texts.instruction) == (asks, asks)
+
+
+def test_answers_of_a_benchmark_that_nothing_matches_are_told(lines_of, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(
+        '{"prompt": "9+8?", "answer": "17"}\n{"prompt": "9?", "answer": "\\\\frac{1"}\n'
+    )
+    lines = lines_of(ROWS, evaluation={"benchmarks": {"sums": {"path": str(held_out)}}})
+    (line,) = (line for line in lines if line.startswith("benchmark sums: "))
+    assert "by 1 of 2 answers no response could be right, so these count as wrong: row 2: " in line
+    assert "its braces are not balanced" in line
