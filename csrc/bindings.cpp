@@ -6,7 +6,7 @@
 
 #define MRL_LOSS_INPUTS                                                          \
   "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "       \
-  "Tensor advantages, Tensor weights, int kind, float low, float high, " \
+  "Tensor advantages, Tensor weights, int kind, float low, float high, "         \
   "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, "      \
   "float? rollout_is_cap, bool with_entropy, "
 
