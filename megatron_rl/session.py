@@ -346,13 +346,17 @@ def _start_lines(run: "Run") -> list[str]:
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         f"layers: {run.policy.layers}",
-        *input_lines(run.config, run.inputs.tokenizer, run.prompts, run.inputs.benchmarks),
+        *(_input_lines(run) if run.groups.is_main else ()),  # golds are tried for them, once
         f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.choice}",
         *(f"{name}: {why}" for name, why in run.trainer.passes.reasons),
         *run.config.algorithm.notices,
         *run.rollouts.describe(),
         *(["checkpoints: none"] if run.config.checkpoint.save_every == 0 else []),
     ]
+
+
+def _input_lines(run: "Run") -> list[str]:
+    return input_lines(run.config, run.inputs.tokenizer, run.prompts, run.inputs.benchmarks)
 
 
 def _environment(platform: Platform) -> dict[str, Any]:
