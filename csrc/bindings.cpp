@@ -4,10 +4,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#define MRL_LOSS_INPUTS                                                          \
-  "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "       \
-  "Tensor advantages, Tensor weights, int kind, float low, float high, "         \
-  "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, "      \
+#define MRL_LOSS_INPUTS                                                     \
+  "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "  \
+  "Tensor advantages, Tensor weights, int kind, float low, float high, "    \
+  "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, " \
   "float? rollout_is_cap, bool with_entropy, "
 
 STABLE_TORCH_LIBRARY(megatron_rl, m) {

@@ -76,10 +76,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_onepass_(
     double grad_scale) {
   const Checks checks("policy_loss_onepass_", logits, "logits");
   check_logits(checks, logits, targets, /*vocab_start=*/0, inv_temp, /*is_written=*/true);
-  const LossArguments arguments = {old_logprobs, ref_logprobs, rollout_logprobs, advantages,
-                                   weights,      kind,         low,              high,
-                                   dual_clip,    kl_coef,      kl_estimator,     entropy_coef,
-                                   rollout_is_cap, with_entropy};
+  const LossArguments arguments = {old_logprobs,
+                                   ref_logprobs,
+                                   rollout_logprobs,
+                                   advantages,
+                                   weights,
+                                   kind,
+                                   low,
+                                   high,
+                                   dual_clip,
+                                   kl_coef,
+                                   kl_estimator,
+                                   entropy_coef,
+                                   rollout_is_cap,
+                                   with_entropy};
   std::optional<LossOutputs> outputs;
   with_logit_type(checks, "logits", logits, [&](auto zero) {
     outputs = typed_onepass<decltype(zero)>(checks, logits, targets, arguments, valid_vocab,

@@ -40,10 +40,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
   const bool is_double = stats.is_cpu() && stats.scalar_type() == ScalarType::Double;
   checks.dense(stats, "stats", is_double ? ScalarType::Double : ScalarType::Float,
                {stats.size(0), stats.size(1), 4});
-  const LossArguments arguments = {old_logprobs, ref_logprobs, rollout_logprobs, advantages,
-                                   weights,      kind,         low,              high,
-                                   dual_clip,    kl_coef,      kl_estimator,     entropy_coef,
-                                   rollout_is_cap, with_entropy};
+  const LossArguments arguments = {old_logprobs,
+                                   ref_logprobs,
+                                   rollout_logprobs,
+                                   advantages,
+                                   weights,
+                                   kind,
+                                   low,
+                                   high,
+                                   dual_clip,
+                                   kl_coef,
+                                   kl_estimator,
+                                   entropy_coef,
+                                   rollout_is_cap,
+                                   with_entropy};
   const LossOutputs outputs = is_double
                                   ? typed_token_loss<double>(checks, stats, arguments, inv_temp)
                                   : typed_token_loss<float>(checks, stats, arguments, inv_temp);

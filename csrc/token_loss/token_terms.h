@@ -40,8 +40,8 @@ template <typename acc_t>
 struct LossSpec {
   int kind;
   int kl_estimator;
-  acc_t low;   // eps_low; tau_negative of sapo
-  acc_t high;  // eps_high; tau_positive of sapo
+  acc_t low;        // eps_low; tau_negative of sapo
+  acc_t high;       // eps_high; tau_positive of sapo
   acc_t dual_clip;  // inf: none
   acc_t kl_coef;
   acc_t entropy_coef;
