@@ -8,7 +8,8 @@
   "Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "  \
   "Tensor advantages, Tensor weights, int kind, float low, float high, "    \
   "float? dual_clip, float kl_coef, int kl_estimator, float entropy_coef, " \
-  "float? rollout_is_cap, bool with_entropy, "
+  "float correction_low, float? correction_high, bool correction_masks, "   \
+  "bool with_entropy, "
 
 STABLE_TORCH_LIBRARY(megatron_rl, m) {
   m.def(

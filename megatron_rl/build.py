@@ -30,8 +30,8 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform
+from megatron_rl.policy.before_selection import BeforeSelection
 from megatron_rl.policy.critic import Critic
-from megatron_rl.policy.initial_kl import InitialKl
 from megatron_rl.policy.passes import plan_passes
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.trainer import Trainer
@@ -112,13 +112,8 @@ def build_run(
             critic=critic,
             critic_config=config.critic,
         ),
-        initial_kl=InitialKl(
-            policy,
-            packer,
-            initial,
-            meter.report,
-            every=kl_every,
-            num_rollouts=config.metrics.kl_rollouts,
+        before_selection=BeforeSelection(
+            policy, packer, initial, meter.report, config.metrics, kl_every=kl_every
         ),
         store=CheckpointStore(output_dir / CHECKPOINTS, groups, config.checkpoint),
         saves=SaveTimes(config=config.checkpoint),

@@ -37,7 +37,7 @@ def run_iteration(run: Run, iteration: int) -> bool:
     with run.meter.phase("logprob"):  # policy/: old_logprobs, ref_logprobs, where needed
         batches = run.trainer.add_logprobs(batches)
         batches = run.trainer.add_advantages(batches)  # of tokens, where there is a critic
-        run.initial_kl.measure(graded, iteration)  # where the recipe asks for it
+        run.before_selection.measure(graded, iteration)  # where the recipe asks for it
     with run.meter.phase("update"):  # policy/: optimizer steps
         try:
             run.trainer.update(batches)

@@ -129,6 +129,11 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
             "KL measurement",
             f"{config.metrics.kl_rollouts} rollouts every {config.metrics.kl_every} iterations",
         )
+    if every := config.metrics.entropy_every:
+        yield (
+            "entropy measurement",
+            f"{config.metrics.kl_rollouts} rollouts every {every} iterations",
+        )
 
 
 def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:

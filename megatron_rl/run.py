@@ -23,7 +23,7 @@ from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest, seconds_to_stop
-from megatron_rl.policy.initial_kl import InitialKl
+from megatron_rl.policy.before_selection import BeforeSelection
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.schedule import schedule_notes
 from megatron_rl.policy.trainer import Trainer
@@ -49,7 +49,7 @@ class Run:
     packer: Packer
     policy: Policy
     trainer: Trainer
-    initial_kl: InitialKl
+    before_selection: BeforeSelection
     store: CheckpointStore
     saves: SaveTimes
     stop: StopRequest

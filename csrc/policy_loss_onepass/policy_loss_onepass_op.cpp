@@ -72,8 +72,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_onepass_(
     const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_logprobs,
     const Tensor& advantages, const Tensor& weights, int64_t kind, double low, double high,
     std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator, double entropy_coef,
-    std::optional<double> rollout_is_cap, bool with_entropy, int64_t valid_vocab, double inv_temp,
-    double grad_scale) {
+    double correction_low, std::optional<double> correction_high, bool correction_masks,
+    bool with_entropy, int64_t valid_vocab, double inv_temp, double grad_scale) {
   const Checks checks("policy_loss_onepass_", logits, "logits");
   check_logits(checks, logits, targets, /*vocab_start=*/0, inv_temp, /*is_written=*/true);
   const LossArguments arguments = {old_logprobs,
@@ -88,7 +88,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss_onepass_(
                                    kl_coef,
                                    kl_estimator,
                                    entropy_coef,
-                                   rollout_is_cap,
+                                   correction_low,
+                                   correction_high,
+                                   correction_masks,
                                    with_entropy};
   std::optional<LossOutputs> outputs;
   with_logit_type(checks, "logits", logits, [&](auto zero) {

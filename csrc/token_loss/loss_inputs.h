@@ -22,7 +22,9 @@ struct LossArguments {
   double kl_coef;
   int64_t kl_estimator;
   double entropy_coef;
-  std::optional<double> rollout_is_cap;
+  double correction_low;
+  std::optional<double> correction_high;
+  bool correction_masks;
   bool with_entropy;
 };
 
@@ -44,8 +46,8 @@ inline void check_loss(const Checks& checks, const LossArguments& loss, ScalarTy
   one_of(loss.kl_estimator, kNumKlEstimators, "kl_estimator");
   checks.that(loss.kl_coef == 0 || loss.ref_logprobs.has_value(), "ref_logprobs",
               "a tensor, as kl_coef is not 0", "None");
-  checks.that(!loss.rollout_is_cap.has_value() || loss.rollout_logprobs.has_value(),
-              "rollout_logprobs", "a tensor, as rollout_is_cap is given", "None");
+  checks.that(!loss.correction_high.has_value() || loss.rollout_logprobs.has_value(),
+              "rollout_logprobs", "a tensor, as correction_high is given", "None");
   checks.that(loss.entropy_coef == 0 || loss.with_entropy, "with_entropy",
               "True, as entropy_coef is not 0", "False");
 }
@@ -59,7 +61,9 @@ LossSpec<acc_t> loss_spec(const LossArguments& loss) {
           static_cast<acc_t>(loss.dual_clip.value_or(std::numeric_limits<double>::infinity())),
           static_cast<acc_t>(loss.kl_coef),
           static_cast<acc_t>(loss.entropy_coef),
-          static_cast<acc_t>(loss.rollout_is_cap.value_or(-1)),
+          static_cast<acc_t>(loss.correction_low),
+          static_cast<acc_t>(loss.correction_high.value_or(-1)),
+          loss.correction_masks,
           loss.old_logprobs.has_value(),
           loss.ref_logprobs.has_value(),
           loss.rollout_logprobs.has_value(),

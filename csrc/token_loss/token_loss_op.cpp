@@ -33,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
     const std::optional<Tensor>& ref_logprobs, const std::optional<Tensor>& rollout_logprobs,
     const Tensor& advantages, const Tensor& weights, int64_t kind, double low, double high,
     std::optional<double> dual_clip, double kl_coef, int64_t kl_estimator, double entropy_coef,
-    std::optional<double> rollout_is_cap, bool with_entropy, double inv_temp) {
+    double correction_low, std::optional<double> correction_high, bool correction_masks,
+    bool with_entropy, double inv_temp) {
   const Checks checks("token_loss", stats, "stats");
   checks.that(stats.dim() == 3 && stats.size(2) == 4 && stats.size(0) > 0, "stats",
               "shape [shards, T, 4]", "shape " + text_of(stats.sizes()));
@@ -52,7 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_loss(
                                    kl_coef,
                                    kl_estimator,
                                    entropy_coef,
-                                   rollout_is_cap,
+                                   correction_low,
+                                   correction_high,
+                                   correction_masks,
                                    with_entropy};
   const LossOutputs outputs = is_double
                                   ? typed_token_loss<double>(checks, stats, arguments, inv_temp)

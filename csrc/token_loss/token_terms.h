@@ -28,6 +28,9 @@ enum Sum : int {
   kGap,
   kAbsGap,
   kGapK3,
+  kCorrectedTokens,
+  kCorrection,
+  kCorrectionBounded,
   kLoss,
   kNumSums
 };
@@ -45,7 +48,9 @@ struct LossSpec {
   acc_t dual_clip;  // inf: none
   acc_t kl_coef;
   acc_t entropy_coef;
-  acc_t rollout_is_cap;  // negative: no importance weights
+  acc_t correction_low;
+  acc_t correction_high;  // negative: no correction
+  bool correction_masks;  // outside of its bounds; else it is cut to them
   bool has_old;
   bool has_ref;
   bool has_rollout;
@@ -152,6 +157,20 @@ MRL_HOST_DEVICE ValueAndGradient<acc_t> kl_term(acc_t log_ratio, int estimator) 
   return {k3(-log_ratio), is_within_bound(log_ratio) ? -std::expm1(-log_ratio) : acc_t(0)};
 }
 
+// exp(old - rollout) between bounds, by which the token's own term is weighed; it has no gradient.
+template <typename acc_t>
+MRL_HOST_DEVICE acc_t correction_of(acc_t log_ratio, const LossSpec<acc_t>& spec,
+                                    TokenTerms<acc_t>& terms) {
+  const acc_t ratio = bounded_exp(log_ratio);
+  acc_t weight = clamp(ratio, spec.correction_low, spec.correction_high);
+  const bool is_outside = weight != ratio;
+  if (is_outside && spec.correction_masks) weight = 0;
+  terms.sums[kCorrectedTokens] = 1;
+  terms.sums[kCorrection] = weight;
+  terms.sums[kCorrectionBounded] = is_outside;
+  return weight;
+}
+
 // Of a token whose weight is not 0.
 template <typename acc_t>
 MRL_HOST_DEVICE TokenTerms<acc_t> token_terms(const Token<acc_t>& token,
@@ -169,11 +188,10 @@ MRL_HOST_DEVICE TokenTerms<acc_t> token_terms(const Token<acc_t>& token,
   } else if (spec.kind == kSapo) {
     loss = sapo_term(log_ratio, ratio, token.advantage, spec);
   }
-  if (spec.rollout_is_cap >= 0) {
-    acc_t importance = bounded_exp(old - token.rollout_logprob);
-    if (importance > spec.rollout_is_cap) importance = spec.rollout_is_cap;
-    loss.value *= importance;
-    loss.gradient *= importance;
+  if (spec.correction_high >= 0) {
+    const acc_t correction = correction_of(old - token.rollout_logprob, spec, terms);
+    loss.value *= correction;
+    loss.gradient *= correction;
   }
   const acc_t to_ref = token.logprob - token.ref_logprob;
   if (spec.kl_coef != 0) {

@@ -71,8 +71,8 @@ def table(records: dict[str, list[Records]]) -> list[str]:
         "at the end": lambda run: 100 * accuracy_at(run, run[-1]["iteration"]),
         "KL to initial, nats/token": lambda run: late(run, "policy/kl_initial_k1"),
         "points per nat": points_per_nat,
-        "entropy, nats/token": lambda run: late(run, "rollout/entropy_estimate"),
-        f"entropy, iteration {EARLY}": lambda run: run[EARLY]["rollout/entropy_estimate"],
+        "entropy, nats/token": lambda run: late(run, "policy/entropy_sampled"),
+        f"entropy, iteration {EARLY}": lambda run: run[EARLY]["policy/entropy_sampled"],
         "kept responses": lambda run: mean(run, "algorithms/kept_responses_frac"),
     }
     digits = (1, 1, 4, 0, 4, 4, 2)

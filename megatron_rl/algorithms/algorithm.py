@@ -80,7 +80,7 @@ class Algorithm:
     @property
     def needs_old_logprobs(self) -> bool:
         """True where the loss uses them; in the first update on fresh rollouts they may be None."""
-        return self.objective.needs_old_logprobs or self.config.rollout_is_cap is not None
+        return self.objective.needs_old_logprobs or self.config.rollout_correction is not None
 
     @property
     def needs_ref_logprobs(self) -> bool:

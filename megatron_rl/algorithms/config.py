@@ -20,6 +20,7 @@ from megatron_rl.algorithms.presets import (
     one_of,
 )
 from megatron_rl.errors import ConfigError
+from megatron_rl.objectives.correction import RolloutCorrection
 from megatron_rl.objectives.registry import AnyObjective
 from megatron_rl.ops.loss_spec import KlEstimator, SharedTerms
 from megatron_rl.settings import Settings
@@ -70,8 +71,8 @@ class AlgorithmConfig(Settings):
     std_eps: float = Field(default=1e-6, ge=0)
     """Added to a standard deviation before it divides, in reward units."""
 
-    rollout_is_cap: float | None = Field(default=None, gt=0)
-    """Weigh tokens by exp(old_logprobs - rollout_logprobs), at most this; null: do not."""
+    rollout_correction: RolloutCorrection | None = None
+    """Weigh tokens by exp(old_logprobs - rollout_logprobs), between bounds; null: do not."""
 
     gamma: float = Field(default=1.0, gt=0, le=1)
     """gae: discount per token."""
@@ -131,11 +132,12 @@ class AlgorithmConfig(Settings):
     @property
     def shared_terms(self) -> SharedTerms:
         """The terms that the loss of a token adds to its objective's own one."""
+        correction = self.rollout_correction
         return SharedTerms(
             kl_coef=self.kl_coef,
             kl_estimator=self.kl_estimator,
             entropy_coef=self.entropy_coef,
-            rollout_is_cap=self.rollout_is_cap,
+            correction=None if correction is None else correction.term,
         )
 
     @property

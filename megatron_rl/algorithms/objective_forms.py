@@ -26,6 +26,9 @@ FLAT = {
 }
 """Former key of the section -> kind of objective, and key of its settings."""
 
+CAP = "rollout_is_cap"
+"""Former key of the upper bound of rollout_correction, of which it was all there was."""
+
 
 def overlaid(below: Any, above: Any) -> Any:
     """One layer of a recipe over another: section by section, key by key.
@@ -64,6 +67,7 @@ def in_nested_form(section: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
         ConfigErrors: an unknown kind, or flat keys that clash with the objective.
     """
     values = {name: value for name, value in section.items() if name not in FLAT}
+    values, told = _with_correction(values)
     objective = values.get("objective")
     if isinstance(objective, Objective):
         objective = objective.model_dump()
@@ -72,16 +76,32 @@ def in_nested_form(section: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
     if objective is None:
         objective = {}
     if not isinstance(objective, Mapping):
-        return values, ()  # the type check explains it
+        return values, told  # the type check explains it
     kind = _kind_of(objective, section.get("preset"))
     if kind is None:  # the preset's name is wrong, which is told elsewhere
-        return values | {"objective": {"kind": "likelihood"}}, ()
+        return values | {"objective": {"kind": "likelihood"}}, told
     moved, notices, problems = _moved(section, kind, objective)
     if problems:
         raise ConfigErrors([str(problem) for problem in problems])
     preset = section.get("preset")
     numbers = NUMBERS.get(str(preset), {}) if kind == _kind_under(preset) else {}
-    return values | {"objective": {"kind": kind, **numbers, **moved, **objective}}, tuple(notices)
+    joint = {"kind": kind, **numbers, **moved, **objective}
+    return values | {"objective": joint}, (*told, *notices)
+
+
+def _with_correction(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The section with rollout_correction in the place of its former key, and the notice of it."""
+    if CAP not in values:
+        return values, ()
+    cap = values.pop(CAP)
+    if values.get("rollout_correction") is not None:
+        raise ConfigError(
+            f"algorithm.{CAP}", cap, "stands beside algorithm.rollout_correction", "Keep the latter"
+        )
+    if cap is None:
+        return values, (f"algorithm.{CAP} goes away: leave it out",)
+    notice = f"algorithm.{CAP} goes away: write algorithm.rollout_correction.high={cap}"
+    return values | {"rollout_correction": {"high": cap}}, (notice,)
 
 
 def _kind_of(objective: Mapping[str, Any], preset: Any) -> str | None:

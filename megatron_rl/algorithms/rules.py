@@ -50,7 +50,7 @@ _REACHES = (
         way_out="Set algorithm.kl_reward_coef > 0 or leave it out",
     ),
     _Reach(
-        fields=("kl_coef", "entropy_coef", "rollout_is_cap", "normalize_over", "std_ddof"),
+        fields=("kl_coef", "entropy_coef", "rollout_correction", "normalize_over", "std_ddof"),
         acts=lambda c: not c.objective.trains_pairs,
         condition="an objective that trains pairs, whose loss is not about tokens",
         way_out="Leave it out",
@@ -78,12 +78,14 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "drop_overlong needs a limit",
             "Set algorithm.overlong_tokens",
         )
-    if "gold" in row.selection and (row.advantage != "one" or config.rollout_is_cap is not None):
+    if "gold" in row.selection and (
+        row.advantage != "one" or config.rollout_correction is not None
+    ):
         yield ConfigError(
             "algorithm.selection",
             list(row.selection),
             "gold responses have neither a reward nor rollout_logprobs",
-            "Set algorithm.advantage=one and algorithm.rollout_is_cap=null",
+            "Set algorithm.advantage=one and algorithm.rollout_correction=null",
         )
     yield from _pair_contradictions(config)
     yield from _ratio_contradictions(config)

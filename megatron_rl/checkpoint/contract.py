@@ -82,7 +82,7 @@ CONTRACT = (
         "algorithm.objective.tau_negative algorithm.loss_aggregation algorithm.normalize_over "
         "algorithm.max_per_group algorithm.overlong_tokens algorithm.kl_coef "
         "algorithm.kl_estimator algorithm.entropy_coef algorithm.std_ddof algorithm.std_eps "
-        "algorithm.rollout_is_cap algorithm.gamma algorithm.gae_lambda "
+        "algorithm.rollout_correction algorithm.gamma algorithm.gae_lambda "
         "algorithm.kl_reward_target algorithm.kl_reward_horizon algorithm.drop_zero_advantage "
         "algorithm.train_on_everything critic.warmup_updates critic.value_clip",
         "may change",
@@ -115,7 +115,7 @@ CONTRACT = (
         "evaluation.benchmarks.<name>.prompt_key evaluation.benchmarks.<name>.answer_key "
         "evaluation.benchmarks.<name>.max_problems evaluation.samples evaluation.temperature "
         "evaluation.max_response_tokens evaluation.confidence evaluation.resamples "
-        "metrics.kl_every metrics.kl_rollouts",
+        "metrics.kl_every metrics.kl_rollouts metrics.entropy_every",
         "may change",
         "from the next measurement on, which is then not comparable with those before",
     ),

@@ -36,9 +36,14 @@ class MetricsConfig(Settings):
     it is measured always."""
 
     kl_rollouts: int = Field(default=64, ge=1)
-    """Number of rollouts over which that KL is measured. They are drawn from all rollouts of the
-    iteration before selection, so that methods which train on different responses stay
-    comparable."""
+    """Number of rollouts over which that KL, and the entropy of entropy_every, are measured. They
+    are drawn from all rollouts of the iteration before selection, so that methods which train on
+    different responses stay comparable."""
+
+    entropy_every: int = Field(default=0, ge=0)
+    """Measure the policy's entropy over the whole vocabulary every this many iterations, on
+    kl_rollouts rollouts and before they are trained on: one forward pass more. 0: never.
+    policy/entropy_mean costs nothing, but is over the trained tokens of all updates."""
 
     rollouts_every: int = Field(default=0, ge=0)
     """Keep some responses every this many iterations, in rollouts.jsonl in the run's directory;

@@ -28,7 +28,10 @@ METRICS: dict[str, str] = {
     "rollout/logprob_gap_k3": "k3 estimate of the KL from engine to trainer, nats per token",
     "rollout/tokens_per_s": "response tokens sampled per second of rollout, all ranks together",
     "policy/loss": "global training loss, mean over the iteration's updates",
-    "policy/entropy_mean": "mean entropy of the policy over the full vocabulary, nats per token",
+    "policy/entropy_mean": "mean entropy of the policy over the full vocabulary, nats per trained "
+    "token, over the iteration's updates",
+    "policy/entropy_sampled": "the same on responses drawn before selection, at the weights that "
+    "sampled them",
     "policy/kl_initial_k1": "KL to the initial policy, mean log-ratio (unbiased, noisy), nats",
     "policy/kl_initial_k3": "KL to the initial policy, k3 estimate (never negative), nats",
     "policy/clip_low_frac": "share of trained tokens clipped at the lower bound of the ratio",
@@ -39,6 +42,9 @@ METRICS: dict[str, str] = {
     "policy/kl_old_k3": "the same KL, k3 estimate (never negative)",
     "policy/kl_ref_k1": "KL to the reference of the loss, mean log-ratio, nats per trained token",
     "policy/kl_ref_k3": "the same KL, k3 estimate (never negative)",
+    "policy/correction_mean": "mean weight that algorithm.rollout_correction gives a trained token",
+    "policy/correction_bounded_frac": "share of trained tokens whose correction a bound cut, or "
+    "left out",
     "policy/trained_tokens": "response tokens that the iteration's updates were computed from",
     "policy/ratio_mean": "mean of exp(logprobs - old_logprobs) over trained tokens",
     "policy/ratio_max": "largest exp(logprobs - old_logprobs) over trained tokens",

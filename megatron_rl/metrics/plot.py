@@ -34,7 +34,11 @@ PANELS = (
     ("Accuracy", "share correct", ("reward/accuracy",)),
     ("KL to the initial policy", "nats per token", ("policy/kl_initial_k1",)),
     # The estimate is over everything sampled, so runs that train on different responses compare.
-    ("Entropy", "nats per token", ("rollout/entropy_estimate", "policy/entropy_mean")),
+    (
+        "Entropy",
+        "nats per token",
+        ("rollout/entropy_estimate", "policy/entropy_sampled", "policy/entropy_mean"),
+    ),
     ("Response length", "tokens", ("rollout/response_tokens_mean",)),
     ("Kept responses", "share of those drawn", ("algorithms/kept_responses_frac",)),
 )

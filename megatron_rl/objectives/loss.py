@@ -46,7 +46,8 @@ class TokenLoss:
     num_sums = len(SUMS)
 
     def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
-        responses = _lengths(batch) if self.objective.ratio_of == "response" else None
+        is_of_response = self.objective.ratio_of == "response" or self.shared.needs_responses
+        responses = _lengths(batch) if is_of_response else None
         return linear_policy_loss(
             head, batch.loss, self.objective, self.shared, responses=responses
         )

@@ -1,9 +1,11 @@
 """The loss of tokens: an objective's own term of each, with the terms that all of them share.
 
-loss = sum_t weight_t * (is_t * own_t + kl_coef * KL_t - entropy_coef * H_t)
+loss = sum_t weight_t * (c_t * own_t + kl_coef * KL_t - entropy_coef * H_t)
+
+c_t corrects for the engine having sampled from slightly other probabilities than the trainer's.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from megatron_rl.ops.loss_spec import (
     EXTREMA,
     MAX_LOG_RATIO,
     SUMS,
+    Correction,
     KlEstimator,
     MeasuredLoss,
     SharedTerms,
@@ -42,6 +45,7 @@ def linear_policy_loss(
     native, hidden = objective.native, head.hidden
     if (
         native is not None
+        and not shared.needs_responses
         and backend.is_native("policy_loss_onepass_", hidden)
         and hidden.dtype == head.head_weight.dtype
     ):
@@ -66,11 +70,11 @@ def token_loss(
         logprobs: [N] current, with gradient; its dtype is what everything is computed in.
         entropy: [N] with gradient if shared.entropy_coef is not 0, else only measured.
         tokens: ref_logprobs are only measured if shared.kl_coef is 0, and rollout_logprobs if
-            shared.rollout_is_cap is None.
+            shared.correction is None.
         objective: gives the own term.
         shared: the numbers of the other terms.
-        responses: int64 lengths of the responses whose tokens these are, in their order, where the
-            objective's ratio is that of a response.
+        responses: int64 lengths of the responses whose tokens these are, in their order; needed
+            where the objective's ratio, or the correction, is that of a response.
     """
     _check_inputs(tokens, shared)
     active = tokens.weights != 0
@@ -85,12 +89,15 @@ def token_loss(
     weights = tokens.weights.detach().to(logprobs.dtype)
 
     log_ratio = logprobs - old
-    if responses is not None:
+    if objective.ratio_of == "response":
+        assert responses is not None
         log_ratio = _MeanOfResponse.apply(log_ratio, responses)
     ratio = bounded_exp(log_ratio)
     terms, flags = objective.own_terms(logprobs, ratio, advantages)
-    if shared.rollout_is_cap is not None and rollout is not None:
-        terms = terms * bounded_exp(old - rollout).clamp(max=shared.rollout_is_cap)
+    correction = None
+    if shared.correction is not None and rollout is not None:
+        correction = corrections(old - rollout, shared.correction, responses)
+        terms = terms * correction.weights
     if shared.kl_coef != 0 and ref is not None:
         terms = terms + shared.kl_coef * kl_estimate(logprobs, ref, shared.kl_estimator)
     if shared.entropy_coef != 0:
@@ -109,12 +116,41 @@ def token_loss(
             meter.add("entropy_tokens", torch.ones_like(entropy))
             meter.add("entropy", entropy)
         if ref is not None:
-            meter.add("ref_tokens", torch.ones_like(ref))
-            meter.add("kl_ref_k1", logprobs - ref)
-            meter.add("kl_ref_k3", k3(ref - logprobs))
+            _measure_kl(meter, logprobs, ref)
         if rollout is not None:
             _measure_gap(meter, old - rollout)
+        if correction is not None:
+            _measure_corrections(meter, correction)
     return MeasuredLoss(loss, logprobs.detach(), meter.sums, meter.extrema)
+
+
+class Corrections(NamedTuple):
+    """What own terms are weighed by, since trainer and engine differ; constants."""
+
+    weights: Tensor  # [N]
+    is_bounded: Tensor  # [N] bool: a bound has cut the weight, or set it to 0
+
+
+def corrections(
+    log_ratio: Tensor, correction: Correction, responses: Tensor | None = None
+) -> Corrections:
+    """Weights of N tokens from log_ratio [N] = old - rollout.
+
+    Source: truncated importance sampling, Ionides 2008, doi:10.1198/106186008X320456; levels and
+    modes as in verl's rollout correction.
+    """
+    if correction.level != "token":
+        assert responses is not None
+        log_ratio = _of_response(log_ratio, responses, _REDUCTIONS[correction.level])
+    ratio = bounded_exp(log_ratio)
+    weights = ratio.clamp(correction.low, correction.high)
+    is_bounded = weights != ratio
+    if correction.mode == "mask":
+        weights = weights.masked_fill(is_bounded, 0.0)
+    return Corrections(weights, is_bounded)
+
+
+_REDUCTIONS = {"sequence": "sum", "geometric": "mean"}
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: KlEstimator) -> Tensor:
@@ -158,18 +194,22 @@ class _MeanOfResponse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, lengths: Tensor) -> Tensor:
         ctx.lengths = lengths
-        return _mean_of_response(values, lengths)
+        return _of_response(values, lengths, "mean")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _mean_of_response(grad, ctx.lengths), None
+        return _of_response(grad, ctx.lengths, "mean"), None
 
 
-def _mean_of_response(values: Tensor, lengths: Tensor) -> Tensor:
+def _of_response(values: Tensor, lengths: Tensor, reduction: str) -> Tensor:
+    """[N] sum or mean of values [N] over the tokens of the same response, for each of its tokens.
+
+    A segment's sum runs in the order of its tokens, so it does not depend on other responses.
+    """
     if not len(lengths):
         return values.clone()
-    means = torch.segment_reduce(values.contiguous(), "mean", lengths=lengths)
-    return means.repeat_interleave(lengths)
+    reduced = torch.segment_reduce(values.contiguous(), reduction, lengths=lengths)
+    return reduced.repeat_interleave(lengths)
 
 
 def metrics_from(sums: Tensor, extrema: Tensor) -> dict[str, float]:
@@ -197,6 +237,9 @@ def metrics_from(sums: Tensor, extrema: Tensor) -> dict[str, float]:
         metrics["rollout/logprob_gap_mean"] = total["abs_gap"] / num
         metrics["rollout/logprob_gap_max"] = largest["abs_gap"]
         metrics["rollout/logprob_gap_k3"] = total["gap_k3"] / num
+    if num := total["corrected_tokens"]:
+        metrics["policy/correction_mean"] = total["correction"] / num
+        metrics["policy/correction_bounded_frac"] = total["correction_bounded"] / num
     return metrics
 
 
@@ -230,6 +273,18 @@ def _measure_ratio(
     meter.add("kl_old_k3", k3(logprobs - old))
 
 
+def _measure_kl(meter: _Meter, logprobs: Tensor, ref: Tensor) -> None:
+    meter.add("ref_tokens", torch.ones_like(ref))
+    meter.add("kl_ref_k1", logprobs - ref)
+    meter.add("kl_ref_k3", k3(ref - logprobs))
+
+
+def _measure_corrections(meter: _Meter, correction: Corrections) -> None:
+    meter.add("corrected_tokens", torch.ones_like(correction.weights))
+    meter.add("correction", correction.weights)
+    meter.add("correction_bounded", correction.is_bounded)
+
+
 def _measure_gap(meter: _Meter, gap: Tensor) -> None:
     meter.add("rollout_tokens", torch.ones_like(gap))
     meter.add("gap", gap)
@@ -245,8 +300,8 @@ def _constant(values: Tensor | None, like: Tensor, active: Tensor) -> Tensor | N
 def _check_inputs(tokens: LossTokens, shared: SharedTerms) -> None:
     if shared.kl_coef != 0 and tokens.ref_logprobs is None:
         raise _missing("ref_logprobs", "kl_coef", shared)
-    if shared.rollout_is_cap is not None and tokens.rollout_logprobs is None:
-        raise _missing("rollout_logprobs", "rollout_is_cap", shared)
+    if shared.correction is not None and tokens.rollout_logprobs is None:
+        raise _missing("rollout_logprobs", "correction", shared)
 
 
 def _missing(name: str, setting: str, shared: SharedTerms) -> ValueError:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 LossKind = Literal["likelihood", "clipped_ratio", "cispo", "sapo"]
 KlEstimator = Literal["k1", "k2", "k3"]
+CorrectionLevel = Literal["token", "sequence", "geometric"]
+CorrectionMode = Literal["truncate", "mask"]
 
 LOSS_KINDS: tuple[LossKind, ...] = get_args(LossKind)
 KL_ESTIMATORS: tuple[KlEstimator, ...] = get_args(KlEstimator)
@@ -37,6 +39,9 @@ SUMS = (
     "gap",  # old - rollout
     "abs_gap",
     "gap_k3",  # of KL(rollout || old)
+    "corrected_tokens",  # tokens whose own term has a correction
+    "correction",
+    "correction_bounded",  # tokens whose correction a bound cut or set to 0
     "loss",  # weight * (all terms)
 )
 """Order of a loss's sums: to be added over micro-batches and data-parallel ranks."""
@@ -54,6 +59,15 @@ class NativeTerm(NamedTuple):
     dual_clip: float | None = None
 
 
+class Correction(NamedTuple):
+    """Weights exp(old - rollout) on own terms: of a token or of its response, between bounds."""
+
+    level: CorrectionLevel
+    mode: CorrectionMode
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedTerms:
     """The terms that every loss of tokens may add to its objective's own one."""
@@ -61,7 +75,12 @@ class SharedTerms:
     kl_coef: float = 0.0
     kl_estimator: KlEstimator = "k3"
     entropy_coef: float = 0.0
-    rollout_is_cap: float | None = None  # weights exp(old - rollout) up to this; None: no weights
+    correction: Correction | None = None
+
+    @property
+    def needs_responses(self) -> bool:
+        """True where the terms of a token depend on all tokens of its response."""
+        return self.correction is not None and self.correction.level != "token"
 
 
 class MeasuredLoss(NamedTuple):

@@ -45,6 +45,7 @@ def loss_arguments(
     tokens: LossTokens, term: NativeTerm, shared: SharedTerms
 ) -> tuple[Tensor | float | bool | None, ...]:
     """The arguments of token_loss and policy_loss_onepass_ about the loss, in their order."""
+    correction = shared.correction
     return (
         tokens.old_logprobs,
         tokens.ref_logprobs,
@@ -58,7 +59,9 @@ def loss_arguments(
         shared.kl_coef,
         KL_ESTIMATORS.index(shared.kl_estimator),
         shared.entropy_coef,
-        shared.rollout_is_cap,
+        0.0 if correction is None else correction.low,
+        None if correction is None else correction.high,
+        correction is not None and correction.mode == "mask",
         True,  # the entropy is measured whether or not the loss uses it
     )
 

@@ -52,12 +52,26 @@ class Policy(TrainedModel):
 
         Every rank calls it, with its own data-parallel rank's micro-batches.
         """
-        collected: list[Tensor] = []
+        scored = self._score(microbatches)
+        return None if scored is None else [logprobs for logprobs, _ in scored]
+
+    def entropies(self, microbatches: Sequence[MicroBatch]) -> list[Tensor] | None:
+        """Entropies [N] over the whole vocabulary, in nats, where the loss tokens were chosen.
+
+        Every rank calls it, with its own data-parallel rank's micro-batches. None off the last
+        stage.
+        """
+        scored = self._score(microbatches)
+        return None if scored is None else [entropies for _, entropies in scored]
+
+    def _score(self, microbatches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]] | None:
+        """(log-probabilities, entropies) [N] of each micro-batch; None off the last stage."""
+        collected: list[tuple[Tensor, Tensor]] = []
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            values, _ = linear_logprobs(self._head(hidden, batch), batch.loss.targets)
-            collected.append(values)
-            return values.sum()  # the schedule asks for a loss
+            scored = linear_logprobs(self._head(hidden, batch), batch.loss.targets)
+            collected.append(scored)
+            return scored[0].sum()  # the schedule asks for a loss
 
         self.forward(microbatches, measure)
         return collected if self.groups.is_last_stage else None

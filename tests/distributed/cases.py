@@ -283,7 +283,17 @@ EVERY_TERM = Recipe(
     dual_clip=1.2,
     kl_coef=0.1,
     entropy_coef=0.05,
-    rollout_is_cap=1.1,
+    correction=("token", "truncate", 0.0, 1.1),
+)
+
+
+CORRECTIONS = (
+    ("token", "truncate", 0.9, 1.1),
+    ("token", "mask", 0.8, 1.2),
+    ("sequence", "truncate", 0.5, 1.5),
+    ("sequence", "mask", 0.5, 1.5),
+    ("geometric", "truncate", 0.95, 1.05),
+    ("geometric", "mask", 0.95, 1.05),
 )
 
 
@@ -325,6 +335,11 @@ def cases_of(layout: Layout) -> Iterator[Case]:
     yield Case(question=question_of("cispo", **TIGHT))
     yield Case(question=question_of("cispo", eps_low=1.0, eps_high=0.1))
     yield Case(question=question_of("sapo", tau_positive=2.0, tau_negative=3.0))
+    for correction in CORRECTIONS:
+        yield Case(question=question_of("grpo", correction=correction, kl_coef=0.1))
+    for preset in ("reinforce", "gspo", "sapo"):
+        recipe = Recipe(preset=preset, correction=CORRECTIONS[3])
+        yield Case(question=Question(recipe=recipe, has_old=False), row_tokens=MANY_ROWS)
     for preset in ("raft", "grpo", "dr_grpo"):
         yield Case(question=question_of(preset, normalize_over="collected"))
     yield Case(

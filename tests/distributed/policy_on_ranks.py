@@ -214,6 +214,10 @@ def _overlapped_reduction(model: TrainedModel) -> Iterator[None]:
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:
     settings = dict(vars(recipe))
+    correction = settings.pop("correction")
+    if correction is not None:
+        names = ("level", "mode", "low", "high")
+        settings["rollout_correction"] = dict(zip(names, correction, strict=True))
     own = {name: settings.pop(key) for key, name in OBJECTIVE_SETTINGS.items()}
     kind = OBJECTIVES[PRESETS[recipe.preset].objective]
     objective = {name: value for name, value in own.items() if name in kind.model_fields}

@@ -39,7 +39,7 @@ class Recipe:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
-    rollout_is_cap: float | None = None
+    correction: tuple[str, str, float, float] | None = None  # level, mode, bounds
     gamma: float = 1.0
     gae_lambda: float = 1.0
     kl_reward_coef: float = 0.0
@@ -355,14 +355,27 @@ def _terms(
         terms = -4 / tau / (1 + torch.exp(-tau * (ratio - 1))) * advantage
     else:
         raise NotImplementedError(f"write down the objective {formula.objective}")
-    if recipe.rollout_is_cap is not None:
-        correction = (old - measured.rollout[key]).exp()
-        terms = terms * correction.clamp(max=recipe.rollout_is_cap)
+    if recipe.correction is not None:
+        terms = terms * _correction(recipe.correction, old - measured.rollout[key])
     if recipe.kl_coef:
         k1 = logprobs - measured.ref[key]
         kl = {"k1": k1, "k2": k1.square() / 2, "k3": (-k1).exp() - 1 + k1}[recipe.kl_estimator]
         terms = terms + recipe.kl_coef * kl
     return terms - recipe.entropy_coef * measured.entropies[key], low, high
+
+
+def _correction(correction: tuple[str, str, float, float], log_ratio: Tensor) -> Tensor:
+    """The weights of one response's tokens, from log pi_old - log pi_rollout of each."""
+    level, mode, low, high = correction
+    if level == "token":
+        weights = log_ratio.exp()
+    elif level == "sequence":
+        weights = log_ratio.exp().prod().expand(len(log_ratio))
+    else:
+        weights = (log_ratio.exp().prod() ** (1 / len(log_ratio))).expand(len(log_ratio))
+    if mode == "mask":
+        return weights * ((low <= weights) & (weights <= high))
+    return torch.maximum(torch.minimum(weights, torch.tensor(high)), torch.tensor(low))
 
 
 def _float64_norm(module: Any) -> Callable[[Tensor], Tensor]:

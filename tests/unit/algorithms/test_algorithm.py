@@ -10,7 +10,7 @@ from megatron_rl.objectives.clipped_ratio import ClippedRatio
 from megatron_rl.objectives.dpo import Dpo
 from megatron_rl.objectives.likelihood import Likelihood
 from megatron_rl.objectives.loss import PairLoss, TokenLoss
-from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.loss_spec import Correction, SharedTerms
 from megatron_rl.types import UpdateTotals
 
 
@@ -170,7 +170,7 @@ def test_needs_and_loss_follow_the_config():
     assert not raft.needs_old_logprobs
     assert not raft.needs_ref_logprobs
     assert raft.loss() == TokenLoss(Likelihood(), SharedTerms())
-    assert Algorithm(AlgorithmConfig(preset="raft", rollout_is_cap=2.0)).needs_old_logprobs
+    assert Algorithm(AlgorithmConfig(preset="raft", rollout_correction={})).needs_old_logprobs
 
     config = AlgorithmConfig(
         preset="grpo",
@@ -178,14 +178,19 @@ def test_needs_and_loss_follow_the_config():
         kl_coef=0.01,
         kl_estimator="k2",
         entropy_coef=0.02,
-        rollout_is_cap=2.0,
+        rollout_correction={"level": "sequence", "mode": "mask", "low": 0.5, "high": 3},
     )
     algorithm = Algorithm(config)
     assert algorithm.needs_old_logprobs
     assert algorithm.needs_ref_logprobs
     assert algorithm.loss() == TokenLoss(
         ClippedRatio(eps_low=0.1, eps_high=0.3, dual_clip=3.0),
-        SharedTerms(kl_coef=0.01, kl_estimator="k2", entropy_coef=0.02, rollout_is_cap=2.0),
+        SharedTerms(
+            kl_coef=0.01,
+            kl_estimator="k2",
+            entropy_coef=0.02,
+            correction=Correction("sequence", "mask", 0.5, 3.0),
+        ),
     )
     assert ClippedRatio(eps_low=0.1, eps_high=0.3, dual_clip=3.0).native == (
         "clipped_ratio", 0.1, 0.3, 3.0,

@@ -121,7 +121,7 @@ def test_overrides_replace_their_part_of_the_row():
         ({"selection": "drop_overlong"}, "drop_overlong needs a limit"),
         ({"overlong_tokens": 10}, "no effect under a selection without drop_overlong"),
         ({"preset": "sft", "advantage": "reward"}, "gold responses have neither"),
-        ({"preset": "sft", "rollout_is_cap": 2.0}, "gold responses have neither"),
+        ({"preset": "sft", "rollout_correction": {}}, "gold responses have neither"),
         ({"advantage": "reward_over_std"}, "std 0"),
         ({"train_on_everything": True, "kl_coef": 0.1}, "nothing is compared"),
         ({"train_on_everything": True, "advantage": "batch_norm"}, "whitening"),

@@ -28,7 +28,7 @@ def write_run(output, method, seed, *, end, kl, tokens, finished=True):
             {
                 "iteration": iteration,
                 "policy/kl_initial_k1": kl,
-                "rollout/entropy_estimate": 0.5 if iteration <= 30 else 0.1,
+                "policy/entropy_sampled": 0.5 if iteration <= 30 else 0.1,
                 "algorithms/kept_responses_frac": 0.25,
                 "policy/trained_tokens": tokens,
                 "rollout/tokens": 200.0,

@@ -12,10 +12,11 @@ from megatron_rl.objectives.sapo import Sapo
 from megatron_rl.objectives.token_loss import k3, kl_estimate, linear_policy_loss, metrics_from
 from megatron_rl.objectives.token_loss import token_loss as token_loss_definition
 from megatron_rl.ops.head import Head
-from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.loss_spec import Correction, SharedTerms
 from megatron_rl.ops.vocab_parallel import Shard
 
 NOTHING_SHARED = SharedTerms()
+CAP = Correction("token", "truncate", 0.0, 1.5)
 
 
 def f64(*values):
@@ -213,10 +214,53 @@ def test_importance_weights_are_capped_and_have_no_gradient(token_loss):
     old = f64(-1.0, -1.0)
     rollout = f64(-1.0 - math.log(2.0), -1.0 - math.log(0.5))  # weights 2 and 0.5
     tokens = tokens_of(f64(1.0, 1.0), f64(1.0, 1.0), old_logprobs=old, rollout_logprobs=rollout)
-    result = token_loss(logprobs, None, tokens, ClippedRatio(), SharedTerms(rollout_is_cap=1.5))
+    result = token_loss(logprobs, None, tokens, ClippedRatio(), SharedTerms(correction=CAP))
     result.loss.backward()
     assert result.loss.item() == pytest.approx(-1.5 - 0.5)
     assert logprobs.grad.tolist() == pytest.approx([-1.5, -0.5])
+    metrics = metrics_from(result.sums, result.extrema)
+    assert metrics["policy/correction_mean"] == pytest.approx((1.5 + 0.5) / 2)
+    assert metrics["policy/correction_bounded_frac"] == 0.5
+
+
+# Two responses of two tokens: ratios 2 and 0.5, whose product is 1, and twice 2, whose is 4.
+@pytest.mark.parametrize(
+    ("correction", "weights", "bounded"),
+    [
+        (("token", "truncate", 0.0, 1.5), [1.5, 0.5, 1.5, 1.5], 0.75),
+        (("token", "truncate", 0.6, 9.0), [2.0, 0.6, 2.0, 2.0], 0.25),
+        (("token", "mask", 0.0, 1.5), [0.0, 0.5, 0.0, 0.0], 0.75),
+        (("token", "mask", 0.6, 9.0), [2.0, 0.0, 2.0, 2.0], 0.25),
+        (("sequence", "truncate", 0.0, 3.0), [1.0, 1.0, 3.0, 3.0], 0.5),
+        (("sequence", "mask", 0.0, 3.0), [1.0, 1.0, 0.0, 0.0], 0.5),
+        (("sequence", "mask", 2.0, 9.0), [0.0, 0.0, 4.0, 4.0], 0.5),
+        (("geometric", "truncate", 0.0, 1.5), [1.0, 1.0, 1.5, 1.5], 0.5),
+        (("geometric", "mask", 0.0, 1.5), [1.0, 1.0, 0.0, 0.0], 0.5),
+        (("geometric", "mask", 0.5, 9.0), [1.0, 1.0, 2.0, 2.0], 0.0),
+    ],
+)
+@pytest.mark.parametrize("has_old", [True, False])
+def test_corrections_by_level_and_mode(correction, weights, bounded, has_old):
+    """The policy term alone is weighed: the KL of 0.5 nats by k1 stays as it is."""
+    logprobs = f64(-1.0, -1.0, -1.0, -1.0).requires_grad_()
+    half, twice = -1.0 - math.log(0.5), -1.0 - math.log(2.0)
+    tokens = tokens_of(
+        f64(1.0, 1.0, 1.0, 1.0),
+        f64(1.0, -1.0, 1.0, 1.0),
+        old_logprobs=f64(-1.0, -1.0, -1.0, -1.0) if has_old else None,
+        ref_logprobs=f64(-1.5, -1.5, -1.5, -1.5),
+        rollout_logprobs=f64(twice, half, twice, twice),
+    )
+    shared = SharedTerms(correction=Correction(*correction), kl_coef=0.1, kl_estimator="k1")
+    responses = torch.tensor([2, 2])
+    result = token_loss_definition(logprobs, None, tokens, ClippedRatio(), shared, responses)
+    result.loss.backward()
+    own = [-weights[0], weights[1], -weights[2], -weights[3]]
+    assert result.loss.item() == pytest.approx(sum(own) + 4 * 0.1 * 0.5)
+    assert logprobs.grad.tolist() == pytest.approx([term + 0.1 for term in own])
+    metrics = metrics_from(result.sums, result.extrema)
+    assert metrics["policy/correction_mean"] == pytest.approx(sum(weights) / 4)
+    assert metrics["policy/correction_bounded_frac"] == bounded
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -228,7 +272,7 @@ def test_gradient_equals_finite_differences(token_loss, objective, estimator):
         kl_coef=0.3,
         kl_estimator=estimator,
         entropy_coef=0.2,
-        rollout_is_cap=1.1,
+        correction=Correction("token", "truncate", 0.9, 1.1),
     )
 
     def loss(logprobs, entropy):
@@ -244,7 +288,7 @@ def test_equals_the_formulas_of_the_paper(token_loss, seed):
     torch.manual_seed(seed)
     tokens = random_tokens(60)
     logprobs, entropy = -torch.rand(60).double() * 3, torch.rand(60).double()
-    eps_low, eps_high, dual, kl_coef, entropy_coef, cap = 0.1, 0.3, 1.4, 0.05, 0.01, 1.2
+    eps_low, eps_high, dual, kl_coef, entropy_coef = 0.1, 0.3, 1.4, 0.05, 0.01
 
     total = 0.0
     for t in range(60):
@@ -264,12 +308,12 @@ def test_equals_the_formulas_of_the_paper(token_loss, seed):
         policy = -min(s * advantage, clipped * advantage)
         if advantage < 0:
             policy = min(policy, -dual * advantage)
-        policy *= min(math.exp(old - rollout), cap)
+        policy *= min(math.exp(old - rollout), 1.5)
         kl = math.exp(ref - current) - 1 - (ref - current)
         total += weight * (policy + kl_coef * kl - entropy_coef * entropy[t].item())
 
     objective = ClippedRatio(eps_low=eps_low, eps_high=eps_high, dual_clip=dual)
-    shared = SharedTerms(kl_coef=kl_coef, entropy_coef=entropy_coef, rollout_is_cap=cap)
+    shared = SharedTerms(kl_coef=kl_coef, entropy_coef=entropy_coef, correction=CAP)
     loss = token_loss(logprobs, entropy, tokens, objective, shared).loss
     assert loss.item() == pytest.approx(total, rel=1e-12)
 
@@ -285,7 +329,7 @@ def test_weightless_tokens_have_no_gradient_whatever_else_they_say(token_loss):
         ref_logprobs=poison,
         rollout_logprobs=poison,
     )
-    shared = SharedTerms(kl_coef=1.0, entropy_coef=1.0, rollout_is_cap=2.0)
+    shared = SharedTerms(kl_coef=1.0, entropy_coef=1.0, correction=CAP)
     result = token_loss(logprobs, entropy, tokens, ClippedRatio(), shared)
     result.loss.backward()
     assert result.loss.item() == -2.0  # ratio 1, no KL, entropy 1
@@ -305,7 +349,7 @@ def test_metric_only_entropy_gets_no_gradient(token_loss):
 
 @pytest.mark.parametrize(
     ("setting", "name"),
-    [({"kl_coef": 0.1}, "ref_logprobs"), ({"rollout_is_cap": 2.0}, "rollout_logprobs")],
+    [({"kl_coef": 0.1}, "ref_logprobs"), ({"correction": CAP}, "rollout_logprobs")],
 )
 def test_a_missing_constant_is_named(setting, name):
     shared, tokens = SharedTerms(**setting), tokens_of(f64(1.0), f64(1.0))

@@ -162,7 +162,7 @@ def test_every_native_op(native_only):
     targets = tokens.targets
     arguments = (
         tokens.old_logprobs, tokens.ref_logprobs, tokens.rollout_logprobs, tokens.advantages,
-        tokens.weights, 1, 0.2, 0.28, None, 0.1, 2, 0.05, None, True,
+        tokens.weights, 1, 0.2, 0.28, None, 0.1, 2, 0.05, 0.5, 1.5, True, True,
     )  # fmt: skip
 
     def everything(logits, rewards, offsets, factor):

@@ -15,7 +15,7 @@ from megatron_rl.objectives.token_loss import linear_policy_loss, metrics_from
 from megatron_rl.ops import backend
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
-from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.loss_spec import Correction, SharedTerms
 from megatron_rl.ops.native_loss import loss_arguments
 from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.types import LossTokens
@@ -23,16 +23,19 @@ from megatron_rl.types import LossTokens
 ops = torch.ops.megatron_rl
 CPU = torch.device("cpu")
 
+CUT = Correction("token", "truncate", 0.0, 1.2)
+MASK = Correction("token", "mask", 0.8, 1.2)
 LOSSES = {
     "raft": (Likelihood(), SharedTerms()),
     "raft++": (ClippedRatio(), SharedTerms()),
     "grpo": (ClippedRatio(eps_high=0.28), SharedTerms(kl_coef=0.1, entropy_coef=0.05)),
     "dual": (ClippedRatio(dual_clip=1.5), SharedTerms(kl_coef=0.1, kl_estimator="k2")),
     "cispo": (Cispo(eps_low=0.1, eps_high=0.2), SharedTerms(entropy_coef=0.05)),
-    "cispo, no lower bound": (Cispo(eps_high=0.1), SharedTerms(rollout_is_cap=1.2)),
+    "cispo, no lower bound": (Cispo(eps_high=0.1), SharedTerms(correction=CUT)),
     "sapo": (Sapo(), SharedTerms()),
     "sapo, steep": (Sapo(tau_positive=2.0, tau_negative=5.0), SharedTerms(kl_coef=0.1)),
-    "tis": (ClippedRatio(), SharedTerms(rollout_is_cap=1.2, kl_coef=0.1, kl_estimator="k1")),
+    "tis": (ClippedRatio(), SharedTerms(correction=CUT, kl_coef=0.1, kl_estimator="k1")),
+    "masked": (ClippedRatio(), SharedTerms(correction=MASK, entropy_coef=0.05)),
 }
 
 
