@@ -260,7 +260,12 @@ def pack(
         selection,
         samples=algorithm.assign_advantages(selection.samples, sum_over_ranks=sum_over_ranks),
     )
-    packer = Packer(
+    packer = packer_of(policy, algorithm, row_tokens=row_tokens)
+    return packer.pack(selection, 1 + max(update_of.values()))
+
+
+def packer_of(policy: TrainedModel, algorithm: Algorithm, *, row_tokens: int) -> Packer:
+    return Packer(
         policy.groups,
         algorithm,
         row_tokens=row_tokens,
@@ -268,7 +273,6 @@ def pack(
         max_response_tokens=MAX_RESPONSE_TOKENS,
         dtype=policy.dtype,
     )
-    return packer.pack(selection, 1 + max(update_of.values()))
 
 
 def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[MicroBatch, ...]:
