@@ -34,6 +34,7 @@ from megatron_rl.policy.before_selection import BeforeSelection
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.passes import plan_passes
 from megatron_rl.policy.policy import Policy
+from megatron_rl.policy.reference import FirstWeights, OtherModel, Reference
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.reward.scorer import RewardScorer
@@ -74,9 +75,12 @@ def build_run(
     run_updates = config.run.num_iterations * config.num_updates * config.optimizer.epochs
     policy = build_policy(config, inputs, groups, run_updates)
     # Where all responses go through the reference pass, the loss or the reward measures this KL.
-    is_measured_anyway = passes.ref and algorithm.choice.selection == ("all",)
+    is_measured_anyway = (
+        passes.ref and inputs.reference is None and algorithm.choice.selection == ("all",)
+    )
     kl_every = 0 if config.is_supervised or is_measured_anyway else config.metrics.kl_every
-    initial = policy.snapshot() if passes.ref or kl_every else None
+    has_own_reference = passes.ref and inputs.reference is not None
+    initial = policy.snapshot() if kl_every or (passes.ref and not has_own_reference) else None
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, run_updates)
     packer = _build_packer(config, algorithm, groups, policy.dtype)
@@ -108,7 +112,7 @@ def build_run(
             passes,
             meter.report,
             epochs=config.optimizer.epochs,
-            reference=initial if passes.ref else None,
+            reference=_build_reference(config, inputs, policy, initial) if passes.ref else None,
             critic=critic,
             critic_config=config.critic,
         ),
@@ -168,6 +172,26 @@ def build_policy(config: RunConfig, inputs: Inputs, groups: Groups, run_updates:
     )
     policy.load(inputs.model)
     return policy
+
+
+def _build_reference(
+    config: RunConfig, inputs: Inputs, policy: Policy, initial: dict[str, torch.Tensor] | None
+) -> Reference:
+    if inputs.reference is None:
+        assert initial is not None
+        return FirstWeights(policy, initial)
+    source, arch = inputs.reference
+    model = Policy(
+        arch,
+        config.model,
+        config.parallel if arch.mixture else config.parallel.without_experts,
+        config.optimizer,
+        policy.groups,
+        temperature=config.rollout.temperature,
+        run_updates=1,  # none is taken
+    )
+    model.load(source)
+    return OtherModel(model)
 
 
 def _build_critic(

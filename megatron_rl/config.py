@@ -21,7 +21,7 @@ from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
-from megatron_rl.policy.config import CriticConfig
+from megatron_rl.policy.config import CriticConfig, ReferenceConfig
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
 from megatron_rl.recipe import Recipe, read_recipe
@@ -63,6 +63,7 @@ class RunConfig(Settings):
     batching: BatchingConfig = BatchingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     parallel: ParallelConfig = ParallelConfig()
     weights: WeightSyncConfig = WeightSyncConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -150,6 +151,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     yield from _checkpoint_problems(config)
     yield from _reward_problems(config)
     yield from _training_problems(config)
+    yield from _reference_problems(config)
     if config.parallel.world_size is not None:
         yield from world_problems(config, config.parallel.world_size)
 
@@ -309,6 +311,28 @@ def _training_problems(config: RunConfig) -> Iterator[ConfigError]:
         )
     for section, optimizer in trained.items():
         yield from optimizer_problems(config.model.dtype, section, optimizer)
+
+
+def _reference_problems(config: RunConfig) -> Iterator[ConfigError]:
+    algorithm, path = config.algorithm, config.reference.path
+    if algorithm.distillation_weight and path is None:
+        yield ConfigError(
+            "reference.path",
+            None,
+            f"algorithm.distillation_coef={algorithm.distillation_weight:g} needs a teacher, and "
+            "the policy's first weights would teach it to stay where it is",
+            "Set reference.path=DIRECTORY",
+        )
+    has_kl = algorithm.kl_coef or (algorithm.resolved.needs_critic and algorithm.kl_reward_coef)
+    if path is not None and not (algorithm.distillation_weight or has_kl):
+        is_dpo = algorithm.objective.trains_pairs
+        yield ConfigError(
+            "reference.path",
+            path,
+            "has no effect: neither a distillation nor a KL in loss or reward asks for it"
+            + (", and dpo compares with the initial policy" if is_dpo else ""),
+            "Leave it out",
+        )
 
 
 def load_config(recipe: Path, overrides: Sequence[str]) -> RunConfig:

@@ -36,7 +36,7 @@ def run_iteration(run: Run, iteration: int) -> bool:
     batches = run.packer.pack(selection, run.config.num_updates)  # batching/: rows, loss shares
     with run.meter.phase("logprob"):  # policy/: old_logprobs, ref_logprobs, where needed
         batches = run.trainer.add_logprobs(batches)
-        batches = run.trainer.add_advantages(batches)  # of tokens, where there is a critic
+        batches = run.trainer.add_advantages(batches)  # of tokens: by critic or teacher
         run.before_selection.measure(graded, iteration)  # where the recipe asks for it
     with run.meter.phase("update"):  # policy/: optimizer steps
         try:

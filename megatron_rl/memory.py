@@ -19,7 +19,9 @@ from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.kv_cache import cache_mib, sequence_bytes
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import expert_pieces, shared_pieces
+from megatron_rl.weights.model_source import find_model
 from megatron_rl.weights.pieces import size
 
 GIB = 2**30
@@ -116,7 +118,19 @@ def need_of(
 def keeps_initial_weights(config: RunConfig) -> bool:
     """True where every rank has a copy of the first weights in host memory."""
     is_measured = config.metrics.kl_every > 0 and not config.is_supervised
-    return Algorithm(config.algorithm).needs_ref_logprobs or is_measured
+    has_own = config.reference.path is not None
+    return is_measured or (Algorithm(config.algorithm).needs_ref_logprobs and not has_own)
+
+
+def reference_arch(config: RunConfig) -> ModelArch | None:
+    """The network of a reference that is another model than the policy's."""
+    path = config.reference.path
+    return None if path is None else _arch_of(path, tuple(config.model.ignore_config_fields))
+
+
+@functools.cache
+def _arch_of(path: str, ignored: tuple[str, ...]) -> ModelArch:
+    return read_model_config(find_model(path, "reference.path").config_dir, ignored)
 
 
 def wanted_kv_mib(config: RunConfig, arch: ModelArch, layout: Layout) -> int:
@@ -169,6 +183,8 @@ def _models(config: RunConfig, arch: ModelArch, layout: Layout) -> dict[str, flo
         # Adam's two moments; 16-bit weights have float32 main weights and moments.
         "optimizer": float(stepped * (12 if nbytes == 2 else 2 * nbytes)),
     }
+    if (reference := reference_arch(config)) is not None:
+        parts["reference model"] = float(sum(busiest_rank(reference, layout)) * nbytes)
     if config.algorithm.resolved.needs_critic:
         # Without the LM head; what is alive of one row at a time is counted once.
         head = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp * arch.hidden_size

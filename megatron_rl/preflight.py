@@ -42,6 +42,7 @@ class Inputs:
     benchmarks: dict[str, list[Prompt]]
     date: str | None = None  # that prompts hold; None: their template does not ask for one
     critic: ModelSource | None = None  # the critic's first weights
+    reference: tuple[ModelSource, ModelArch] | None = None  # None: the policy's first weights
     kv_cache_mib: int | None = None  # of an engine on a CPU, where the recipe leaves it open
 
     @property
@@ -80,7 +81,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     found.note(world_problems(config, world_size))
     wanted_date = config.prompts.date
     config = _with_date(config, wanted_date or _former_date(config) or today())
-    arch = tokenizer = prompts = critic = None
+    arch = tokenizer = prompts = critic = reference = None
     benchmarks: dict[str, list[Prompt]] = {}
     model = found.attempt(find_model, config.model.path, "model.path")
     if model is not None:
@@ -89,6 +90,8 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
             critic = found.attempt(_critic, config, arch, model)
         tokenizer = found.attempt(load_tokenizer, model.config_dir)
     if tokenizer is not None:
+        if config.reference.path is not None:
+            reference = found.attempt(_reference, config, tokenizer, found)
         prompts = found.attempt(_read_prompts, config, tokenizer)
         benchmarks = _read_benchmarks(config, tokenizer, found)
         if prompts is not None:
@@ -110,6 +113,7 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
         benchmarks=benchmarks,
         date=prompts.date,
         critic=critic,
+        reference=reference,
     )
 
 
@@ -293,6 +297,34 @@ def _critic(config: RunConfig, arch: ModelArch, model: ModelSource) -> ModelSour
         )
     open_critic_weights(critic, critic_arch)
     return critic
+
+
+def _reference(
+    config: RunConfig, tokenizer: Tokenizer, found: _Problems
+) -> tuple[ModelSource, ModelArch]:
+    """The reference's files and network; what the layout cannot do with it is noted."""
+    path = config.reference.path
+    assert path is not None
+    source = find_model(path, "reference.path")
+    arch = read_model_config(source.config_dir, config.model.ignore_config_fields)
+    parallel = config.parallel if arch.mixture else config.parallel.without_experts
+    found.note(f"reference.path={path!r}: {p}" for p in model_problems(arch, parallel))
+    if config.longest_sequence > arch.max_position_embeddings:
+        raise InputError(
+            f"reference.path={path!r}: it has {arch.max_position_embeddings} positions, and "
+            f"prompts.max_prompt_tokens + rollout.max_response_tokens = {config.longest_sequence}. "
+            "Lower one of them"
+        )
+    known = load_tokenizer(source.config_dir).vocabulary
+    others = (token for token, number in tokenizer.vocabulary.items() if known.get(token) != number)
+    if (token := next(others, None)) is not None or arch.vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"reference.path={path!r}: tokenizer or embedding lack ids of model.path's tokenizer "
+            f"({token!r} for one), so its log-probs would be of other texts. Name a model of the "
+            "same family"
+        )
+    open_weights(source, arch)
+    return source, arch
 
 
 def _replay_problems(config: RunConfig) -> Iterator[str]:

@@ -22,11 +22,14 @@ OF_GROUP: dict[AdvantageName, GroupAdvantage] = {
     "batch_norm": "reward_minus_mean",
     "gae": "reward",
     "preference": "reward",
+    "distillation": "one",  # in place of it comes that of each token
 }
 """Advantage of a recipe -> the one that group_stats computes for it."""
 
-UNFINISHED: frozenset[AdvantageName] = frozenset({"batch_norm", "gae", "preference"})
-"""Advantages that a later step finishes: by whitening, by a critic, by the side of a pair."""
+UNFINISHED: frozenset[AdvantageName] = frozenset(
+    {"batch_norm", "gae", "preference", "distillation"}
+)
+"""Advantages that a later step finishes: by whitening, a critic, the side of a pair, a teacher."""
 
 
 def side(reward: float) -> float:

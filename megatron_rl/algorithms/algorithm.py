@@ -85,13 +85,20 @@ class Algorithm:
     @property
     def needs_ref_logprobs(self) -> bool:
         return (
-            self.config.kl_coef != 0 or self.has_kl_in_reward or self.objective.needs_ref_logprobs
+            self.config.kl_coef != 0
+            or self.has_advantages_by_logprobs
+            or self.objective.needs_ref_logprobs
         )
 
     @property
     def has_kl_in_reward(self) -> bool:
-        """True where rewards need old and reference log-probs of every token, before any update."""
+        """True where the critic's rewards lose the KL of every token."""
         return self.choice.needs_critic and self.config.kl_reward_coef != 0
+
+    @property
+    def has_advantages_by_logprobs(self) -> bool:
+        """True where they need old and reference log-probs of every token, before any update."""
+        return self.has_kl_in_reward or self.config.distillation_weight != 0
 
     def select(
         self,
@@ -111,7 +118,7 @@ class Algorithm:
             update_of: group_id -> optimizer step of this iteration, from 0.
             seed: of this iteration; with the group_id it breaks ties.
         """
-        usable = [_usable(group) for group in groups]
+        usable = [_usable(group, needs_reward=self.choice.needs_reward) for group in groups]
         stats = self._judge([candidates for _, candidates in usable])
         by_reward, advantages = _by_group(stats.keep, stats), _by_group(stats.advantages, stats)
         samples: list[Sample] = []
@@ -139,7 +146,8 @@ class Algorithm:
     ) -> list[Sample]:
         """Samples with their final advantages, which batch_norm whitens and preference makes signs.
 
-        Under gae they keep their rewards, for the critic to judge (policy/).
+        Under gae they keep their rewards, for the critic to judge, and under distillation they have
+        none, until the teacher has judged each token (policy/).
 
         Args:
             samples: all of the iteration's on this rank, possibly none.
@@ -147,6 +155,8 @@ class Algorithm:
         """
         if self.choice.advantage == "preference":
             return [replace(sample, advantage=side(sample.advantage)) for sample in samples]
+        if self.choice.advantage == "distillation":
+            return [replace(sample, advantage=0.0) for sample in samples]
         if self.choice.advantage != "batch_norm":
             return list(samples)
         whitened = whiten(
@@ -219,24 +229,35 @@ class Algorithm:
         )
 
 
-def _usable(group: RolloutGroup) -> tuple[list[int], Candidates]:
+def _usable(group: RolloutGroup, *, needs_reward: bool) -> tuple[list[int], Candidates]:
     """Positions of the responses that can be judged and trained, and what to judge them by."""
-    indices = [index for index, rollout in enumerate(group.rollouts) if _is_usable(rollout)]
+    indices = [
+        index
+        for index, rollout in enumerate(group.rollouts)
+        if _is_usable(rollout, needs_reward=needs_reward)
+    ]
     rollouts = [group.rollouts[index] for index in indices]
     return indices, Candidates(
-        rewards=tuple(1.0 if r.reward is None else float(r.reward) for r in rollouts),  # gold: 1
+        rewards=tuple(_judged_by(rollout) for rollout in rollouts),
         lengths=tuple(len(r.response_tokens) for r in rollouts),
         is_truncated=tuple(r.finish_reason == "length" for r in rollouts),
         is_gold=tuple(r.finish_reason == "gold" for r in rollouts),
     )
 
 
-def _is_usable(rollout: Rollout) -> bool:
+def _is_usable(rollout: Rollout, *, needs_reward: bool) -> bool:
     if len(rollout.response_tokens) == 0:
         return False
     if rollout.reward is None:
-        return rollout.finish_reason == "gold"
+        return rollout.finish_reason == "gold" or not needs_reward
     return math.isfinite(rollout.reward)
+
+
+def _judged_by(rollout: Rollout) -> float:
+    """Its reward; without one it is gold, which is right, or could not be verified."""
+    if rollout.reward is None:
+        return 1.0 if rollout.finish_reason == "gold" else 0.0
+    return float(rollout.reward)
 
 
 def _by_group(values: Tensor, stats: GroupStats) -> list[list[Any]]:

@@ -1,16 +1,10 @@
 """The algorithm section of a recipe: a preset's name, and what to change of it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator
 
-from megatron_rl.algorithms.objective_forms import in_nested_form
+from megatron_rl.algorithms.objective_forms import InAnyForm
 from megatron_rl.algorithms.presets import (
     PRESETS,
     AdvantageName,
@@ -23,10 +17,9 @@ from megatron_rl.errors import ConfigError
 from megatron_rl.objectives.correction import RolloutCorrection
 from megatron_rl.objectives.registry import AnyObjective
 from megatron_rl.ops.loss_spec import KlEstimator, SharedTerms
-from megatron_rl.settings import Settings
 
 
-class AlgorithmConfig(Settings):
+class AlgorithmConfig(InAnyForm):
     """The responses that are trained on, their advantages, and the loss."""
 
     preset: Annotated[str, one_of("preset", PRESETS)]
@@ -74,6 +67,10 @@ class AlgorithmConfig(Settings):
     rollout_correction: RolloutCorrection | None = None
     """Weigh tokens by exp(old_logprobs - rollout_logprobs), between bounds; null: do not."""
 
+    distillation_coef: float | None = Field(default=None, ge=0)
+    """Added to each token's advantage: this times (log-prob under reference.path - old_logprobs);
+    null: 1 under the advantage distillation, which is nothing else, and 0 under any other."""
+
     gamma: float = Field(default=1.0, gt=0, le=1)
     """gae: discount per token."""
 
@@ -96,20 +93,6 @@ class AlgorithmConfig(Settings):
     train_on_everything: bool = False
     """Run rejected responses through the model at weight 0: same updates, full cost. For measuring
     what rejection saves."""
-
-    _notices: tuple[str, ...] = PrivateAttr(default=())
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _objective_in_any_form(
-        cls, values: Any, handler: ModelWrapValidatorHandler["AlgorithmConfig"]
-    ) -> "AlgorithmConfig":
-        if not isinstance(values, dict):
-            return handler(values)
-        values, notices = in_nested_form(values)
-        config = handler(values)
-        config._notices = notices
-        return config
 
     @field_validator("selection", mode="before")
     @classmethod
@@ -141,11 +124,15 @@ class AlgorithmConfig(Settings):
         )
 
     @property
-    def notices(self) -> tuple[str, ...]:
-        """One line for each setting that goes away, with what to write instead."""
-        return self._notices
+    def distillation_weight(self) -> float:
+        """The coefficient of the teacher's part of advantages; 0: there is none."""
+        if self.distillation_coef is not None:
+            return self.distillation_coef
+        return 0.0 if self.resolved.needs_reward else 1.0
 
     @property
     def has_loss_on_every_token(self) -> bool:
-        """True where a token of advantage 0 has a gradient: under a KL or an entropy term."""
-        return self.kl_coef != 0 or self.entropy_coef != 0
+        """True where a token has a gradient whatever its response's advantage: by a KL or entropy
+        term, or by the teacher's part.
+        """
+        return any((self.kl_coef, self.entropy_coef, self.distillation_weight))

@@ -6,14 +6,16 @@ notice that says what to write instead.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from omegaconf import OmegaConf
+from pydantic import ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from megatron_rl.algorithms.presets import NUMBERS, PRESETS, nearest
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.objectives.objective import Objective
 from megatron_rl.objectives.registry import OBJECTIVES
+from megatron_rl.settings import Settings
 
 OBJECTIVE = "algorithm.objective"
 
@@ -58,6 +60,27 @@ def joined(overrides: Sequence[str]) -> Any:
             value = OmegaConf.from_dotlist([f"{OBJECTIVE}.kind={objective}"])
         layer = OmegaConf.merge(layer, value)
     return layer
+
+
+class InAnyForm(Settings):
+    """The base of a section whose objective, and what used to stand flat, comes in any form."""
+
+    _notices: tuple[str, ...] = PrivateAttr(default=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_nested_form(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(values, dict):
+            return handler(values)
+        values, notices = in_nested_form(values)
+        config = handler(values)
+        config._notices = notices
+        return config
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """One line for each setting that goes away, with what to write instead."""
+        return self._notices
 
 
 def in_nested_form(section: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

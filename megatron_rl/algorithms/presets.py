@@ -51,6 +51,7 @@ _AdvantageName = Literal[
     "batch_norm",
     "gae",
     "preference",
+    "distillation",
 ]
 _AggregationName = Literal["sequence_mean", "token_mean", "sequence_sum", "pair_mean"]
 SELECTION_NAMES: tuple[_SelectionName, ...] = get_args(_SelectionName)
@@ -98,6 +99,11 @@ class Preset:
         """True where advantages come from a value model."""
         return self.advantage == "gae"
 
+    @property
+    def needs_reward(self) -> bool:
+        """False where advantages come from a teacher alone."""
+        return self.advantage != "distillation"
+
 
 def _row(
     selection: SelectionName,
@@ -133,6 +139,8 @@ PRESETS: dict[str, Preset] = {
     "cispo": _row("all", "group_norm", "cispo", "token_mean"),  # arXiv:2506.13585
     "gspo": _row("all", "group_norm", "gspo"),  # arXiv:2507.18071
     "sapo": _row("all", "group_norm", "sapo"),  # arXiv:2511.20347
+    # Gu et al. 2023, arXiv:2306.08543; Agarwal et al. 2023, arXiv:2306.13649
+    "distillation": _row("all", "distillation", "clipped_ratio", "token_mean"),
     "iterative_dpo": _row("best_and_worst", "preference", "dpo", "pair_mean"),  # arXiv:2305.18290
 }
 

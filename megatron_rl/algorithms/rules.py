@@ -50,7 +50,14 @@ _REACHES = (
         way_out="Set algorithm.kl_reward_coef > 0 or leave it out",
     ),
     _Reach(
-        fields=("kl_coef", "entropy_coef", "rollout_correction", "normalize_over", "std_ddof"),
+        fields=(
+            "kl_coef",
+            "entropy_coef",
+            "rollout_correction",
+            "distillation_coef",
+            "normalize_over",
+            "std_ddof",
+        ),
         acts=lambda c: not c.objective.trains_pairs,
         condition="an objective that trains pairs, whose loss is not about tokens",
         way_out="Leave it out",
@@ -79,16 +86,19 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "Set algorithm.overlong_tokens",
         )
     if "gold" in row.selection and (
-        row.advantage != "one" or config.rollout_correction is not None
+        row.advantage != "one"
+        or config.rollout_correction is not None
+        or config.distillation_weight
     ):
         yield ConfigError(
             "algorithm.selection",
             list(row.selection),
-            "gold responses have neither a reward nor rollout_logprobs",
-            "Set algorithm.advantage=one and algorithm.rollout_correction=null",
+            "gold responses have neither a reward nor rollout_logprobs, and were not sampled",
+            "Set algorithm.advantage=one, algorithm.rollout_correction=null and "
+            "algorithm.distillation_coef=null",
         )
     yield from _pair_contradictions(config)
-    yield from _ratio_contradictions(config)
+    yield from _token_contradictions(config)
     mixed_only = "drop_uniform" in row.selection or (
         {"drop_all_wrong", "drop_all_correct"} <= set(row.selection)
     )
@@ -103,8 +113,9 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
         yield ConfigError(
             "algorithm.train_on_everything",
             True,
-            "a KL or entropy term would act on kept responses only, so nothing is compared",
-            "Set algorithm.kl_coef=0 and algorithm.entropy_coef=0",
+            "a KL or entropy term, or a teacher, would act on kept responses only, so nothing is "
+            "compared",
+            "Set algorithm.train_on_everything=false",
         )
     if config.train_on_everything and row.advantage in ("batch_norm", "gae"):
         yield ConfigError(
@@ -113,22 +124,35 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "whitening over the batch would give rejected responses an advantage",
             "Set another algorithm.advantage",
         )
-    if row.needs_critic and not config.objective.has_ratio:
+
+
+def _token_contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
+    """What does not go with advantages of tokens: a critic's, or a teacher's part."""
+    row, objective = config.resolved, config.objective
+    if row.advantage == "distillation" and not config.distillation_weight:
         yield ConfigError(
-            "algorithm.advantage",
-            "gae",
+            "algorithm.distillation_coef",
+            config.distillation_coef,
+            "algorithm.advantage=distillation is nothing else, so all advantages would be 0",
+            "Set it above 0, or another algorithm.advantage",
+        )
+    is_named = row.needs_critic or row.advantage == "distillation"
+    if objective.trains_pairs or not (is_named or config.distillation_weight):
+        return
+    setting, value = "distillation_coef", f"{config.distillation_weight:g}"
+    if is_named:
+        setting, value = "advantage", row.advantage
+    if not objective.has_ratio:
+        yield ConfigError(
+            f"algorithm.{setting}",
+            value,
             f"advantages per token need an objective with a ratio, {row.objective} has none",
             "Set algorithm.objective=clipped_ratio",
         )
-
-
-def _ratio_contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
-    objective = config.objective
-    is_of_response = isinstance(objective, TokenObjective) and objective.ratio_of == "response"
-    if is_of_response and config.resolved.needs_critic:
+    if isinstance(objective, TokenObjective) and objective.ratio_of == "response":
         yield ConfigError(
-            "algorithm.advantage",
-            "gae",
+            f"algorithm.{setting}",
+            value,
             f"gives every token an advantage, and {objective.kind} a response one ratio",
             "Set algorithm.objective=clipped_ratio",
         )

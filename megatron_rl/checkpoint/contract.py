@@ -89,6 +89,11 @@ CONTRACT = (
         "from the next update on",
     ),
     _clause(
+        "algorithm.distillation_coef reference.path",
+        "may change",
+        "from the next update on; a reference of its own lies in no checkpoint",
+    ),
+    _clause(
         "algorithm.kl_reward_coef",
         "may change",
         "another value starts anew from there; unchanged, what it was adapted to goes on",

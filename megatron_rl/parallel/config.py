@@ -54,6 +54,12 @@ class ParallelConfig(Settings):
     world_size: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Ranks in all. None: what torchrun started, or, in `plan`, the smallest world that fits."""
 
+    @property
+    def without_experts(self) -> "ParallelConfig":
+        """The same for a model that has none, beside one that has."""
+        none = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+        return self.model_copy(update=none)
+
     def layout(self, world_size: int) -> Layout:
         """The same sizes over a number of ranks that they divide."""
         return Layout(

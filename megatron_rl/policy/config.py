@@ -1,8 +1,19 @@
-"""The value model, where an algorithm trains one."""
+"""The models beside the policy: the value model that PPO trains, and the reference."""
 
 from pydantic import Field
 
 from megatron_rl.settings import Settings
+
+
+class ReferenceConfig(Settings):
+    """The frozen model that the policy is compared with: by a KL, or as the student of a teacher.
+
+    It takes the policy's layout and dtype, whatever its own shape.
+    """
+
+    path: str | None = None
+    """Hugging Face or Megatron-Core directory, or hub name, of another model with the policy's
+    tokenizer, such as a teacher; null: the policy's first weights."""
 
 
 class CriticConfig(Settings):

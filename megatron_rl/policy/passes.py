@@ -20,7 +20,7 @@ def plan_passes(
     algorithm: Algorithm, *, num_updates: int, epochs: int, critic_warmup: int = 0
 ) -> PassPlan:
     """Decide once per run; the reasons are printed at start-up and by `plan`."""
-    old_first = algorithm.has_kl_in_reward or critic_warmup > 0
+    old_first = algorithm.has_advantages_by_logprobs or critic_warmup > 0
     values = algorithm.choice.needs_critic
     reasons = [
         ("old-log-prob pass", _why_old(algorithm, num_updates, epochs, old_first=old_first)),
@@ -42,6 +42,8 @@ def _why_old(algorithm: Algorithm, num_updates: int, epochs: int, *, old_first: 
         return "skipped, the loss does not use them"
     if algorithm.has_kl_in_reward:
         return "every kept response, algorithm.kl_reward_coef is in its reward"
+    if algorithm.has_advantages_by_logprobs:
+        return "every kept response, the teacher's part of advantages needs them"
     if old_first:
         return "every kept response, while the policy waits for the critic"
     if num_updates * epochs == 1:
@@ -53,9 +55,14 @@ def _why_old(algorithm: Algorithm, num_updates: int, epochs: int, *, old_first: 
 
 def _why_ref(algorithm: Algorithm) -> str:
     if not algorithm.needs_ref_logprobs:
-        return "skipped, neither loss nor reward asks for the initial policy"
+        return "skipped, neither loss nor reward asks for a reference"
     config = algorithm.config
     if algorithm.objective.needs_ref_logprobs:
         return "both responses of every pair, algorithm.objective.reference=initial"
-    name = "kl_reward_coef" if algorithm.has_kl_in_reward else "kl_coef"
-    return f"every kept response, algorithm.{name}={getattr(config, name)}"
+    asking = {
+        "distillation_coef": config.distillation_weight,
+        "kl_reward_coef": config.kl_reward_coef if algorithm.has_kl_in_reward else 0.0,
+        "kl_coef": config.kl_coef,
+    }
+    told = (f"algorithm.{name}={value:g}" for name, value in asking.items() if value)
+    return f"every kept response, {', '.join(told)}"

@@ -1,4 +1,4 @@
-"""From the critic's values to advantages and returns of every token, whitened over the batch."""
+"""Advantages and returns of every token: from the critic's values, and from a teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +75,29 @@ def estimate(
         responses=int(count),
         kl_mean=kl / count if count else 0.0,
     )
+
+
+def with_distillation(batches: Sequence[MiniBatch], coef: float) -> list[MiniBatch]:
+    """The batches with coef (ref_logprobs - old_logprobs) added to each token's advantage.
+
+    Its mean over responses that the policy sampled is minus coef times KL(policy || teacher).
+    Without both log-probs, which are on the last stage only, a row stays as it is.
+    Source: Gu et al. 2023, arXiv:2306.08543, eq. 5, without the reward of later tokens; Agarwal et
+    al. 2023, arXiv:2306.13649, section 3.
+    """
+    if not coef:
+        return list(batches)
+    return [
+        replace(batch, microbatches=tuple(_taught(row, coef) for row in batch.microbatches))
+        for batch in batches
+    ]
+
+
+def _taught(row: MicroBatch, coef: float) -> MicroBatch:
+    teacher, old = row.loss.ref_logprobs, row.loss.old_logprobs
+    if teacher is None or old is None:
+        return row
+    return row.with_loss(advantages=row.loss.advantages + coef * (teacher - old))
 
 
 def _of_row(

@@ -11,7 +11,8 @@ from megatron_rl.policy.config import CriticConfig
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.passes import PassPlan
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.token_advantages import Estimated, estimate
+from megatron_rl.policy.reference import Reference
+from megatron_rl.policy.token_advantages import Estimated, estimate, with_distillation
 from megatron_rl.types import MicroBatch, MiniBatch, Report
 
 
@@ -26,11 +27,11 @@ class Trainer:
         report: Report,
         *,
         epochs: int,
-        reference: dict[str, Tensor] | None,
+        reference: Reference | None,
         critic: Critic | None = None,
         critic_config: CriticConfig | None = None,
     ) -> None:
-        """reference: this rank's weights of the reference policy, in host memory; None: no pass."""
+        """reference: None where no pass asks for it."""
         self.policy, self.algorithm, self.passes = policy, algorithm, passes
         self.critic, self._critic_config = critic, critic_config or CriticConfig()
         self.kl_reward_coef = algorithm.config.kl_reward_coef
@@ -48,17 +49,23 @@ class Trainer:
             for update in trained if self.passes.old_first else trained[1:]:
                 values = self.policy.logprobs(result[update].microbatches)
                 result[update] = _with(result[update], "old_logprobs", values)
-        if self.passes.ref and list(_trained(batches)):
+        if self.passes.ref and (compared := list(_trained(batches))):
             assert self._reference is not None
-            with self.policy.weights_replaced(self._reference):
-                for batch in _trained(batches):
-                    values = self.policy.logprobs(batch.microbatches)
-                    result[batch.update] = _with(result[batch.update], "ref_logprobs", values)
+            of_batches = self._reference.logprobs(compared)
+            for batch, values in zip(compared, of_batches, strict=True):
+                result[batch.update] = _with(result[batch.update], "ref_logprobs", values)
         return result
 
     def add_advantages(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
-        """Advantages per token from the critic, where there is one."""
-        if self.critic is None or not list(_trained(batches)):
+        """Advantages per token: from the critic, and a teacher's part, where there are these."""
+        if not list(_trained(batches)):
+            return list(batches)
+        return with_distillation(
+            self._by_critic(batches), self.algorithm.config.distillation_weight
+        )
+
+    def _by_critic(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
+        if self.critic is None:
             return list(batches)
         values = [
             self.critic.values(batch.microbatches) if batch.num_samples else None

@@ -1,7 +1,7 @@
 """Text to token ids and back, by a model directory's Hugging Face or SentencePiece files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """One more than the largest id; a model's embedding may be larger, not smaller."""
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Token -> id, of added ones too; how a token is written depends on the tokenizer."""
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -123,7 +127,8 @@ class HuggingFaceTokenizer:
                 "file that is cut off or a git-lfs pointer, cannot be used"
             ) from error
         self._tokenizer: PreTrainedTokenizerBase = loaded
-        self.vocab_size = 1 + max(loaded.get_vocab().values())
+        self.vocabulary: Mapping[str, int] = loaded.get_vocab()
+        self.vocab_size = 1 + max(self.vocabulary.values())
         self.name = f"huggingface:{type(loaded).__name__}"
         template: Any = loaded.chat_template or ""  # several by name where there is one for tools
         self.chat_template = (
@@ -189,6 +194,7 @@ class SentencePieceTokenizer:
         self._pieces = pieces
         self.name = "sentencepiece"
         self.vocab_size = int(pieces.get_piece_size())
+        self.vocabulary = {str(pieces.id_to_piece(k)): k for k in range(self.vocab_size)}
         self._control_ids = {
             str(pieces.id_to_piece(token)): token
             for token in range(self.vocab_size)

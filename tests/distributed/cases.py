@@ -273,7 +273,7 @@ class Case:
 TIGHT = {"eps_low": 0.01, "eps_high": 0.02}  # the mean over a response moves less than a token
 FEW_PRESETS = (
     "sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo", "gspo", "ppo",
-    "iterative_dpo",
+    "distillation", "iterative_dpo",
 )  # fmt: skip
 GROUPS_OF = {"sft": "gold", "iterative_dpo": "ranked"}  # else graded
 EVERY_TERM = Recipe(
@@ -335,6 +335,9 @@ def cases_of(layout: Layout) -> Iterator[Case]:
     yield Case(question=question_of("cispo", **TIGHT))
     yield Case(question=question_of("cispo", eps_low=1.0, eps_high=0.1))
     yield Case(question=question_of("sapo", tau_positive=2.0, tau_negative=3.0))
+    yield Case(question=question_of("distillation", distillation_coef=0.3), row_tokens=MANY_ROWS)
+    for preset in ("grpo", "ppo", "sapo"):
+        yield Case(question=question_of(preset, distillation_coef=0.5, kl_coef=0.1))
     for correction in CORRECTIONS:
         yield Case(question=question_of("grpo", correction=correction, kl_coef=0.1))
     for preset in ("reinforce", "gspo", "sapo"):

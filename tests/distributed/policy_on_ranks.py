@@ -38,7 +38,7 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.platforms.base import detect
 from megatron_rl.policy.critic import Critic
 from megatron_rl.policy.policy import Policy
-from megatron_rl.policy.token_advantages import estimate
+from megatron_rl.policy.token_advantages import estimate, with_distillation
 from megatron_rl.types import MicroBatch, MiniBatch, RolloutGroup
 from megatron_rl.weights.arch import padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
@@ -133,6 +133,22 @@ def critic_at(
     """A critic with the weights of model_dir, likewise."""
     with _model_at(Critic, layout, problem, model_dir, optimizer, "float64") as critic:
         yield critic
+
+
+def teacher_beside(policy: Policy, layout: Layout, model_dir: Path) -> Policy:
+    """Another model in the groups of the policy, frozen."""
+    arch, parallel = read_model_config(model_dir), _parallel(layout)
+    teacher = Policy(
+        arch,
+        ModelConfig(path=str(model_dir), dtype="float64"),
+        parallel if arch.mixture else parallel.without_experts,
+        OptimizerConfig(),
+        policy.groups,
+        temperature=TEMPERATURE,
+        run_updates=1,
+    )
+    teacher.load(ModelSource(config_dir=model_dir))
+    return teacher
 
 
 def critic_beside(
@@ -293,7 +309,10 @@ def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[Micro
         rows = tuple(row.with_loss(ref_logprobs=_at_rows(problem.ref, row)) for row in rows)
     if algorithm.choice.needs_critic:
         rows = with_values(policy, replace(batch, microbatches=rows), algorithm, problem)
-    return rows
+    (batch,) = with_distillation(
+        [replace(batch, microbatches=rows)], algorithm.config.distillation_weight
+    )
+    return batch.microbatches
 
 
 def with_values(

@@ -40,6 +40,7 @@ class Recipe:
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     correction: tuple[str, str, float, float] | None = None  # level, mode, bounds
+    distillation_coef: float | None = None  # None: the preset's
     gamma: float = 1.0
     gae_lambda: float = 1.0
     kl_reward_coef: float = 0.0
@@ -63,6 +64,7 @@ class Formula:
     aggregation: str = "sequence_mean"
     whitened: bool = False
     from_values: bool = False
+    distillation_coef: float = 0.0
 
     @property
     def has_ratio(self) -> bool:
@@ -135,6 +137,12 @@ FORMULAS: dict[str, Formula] = {
     "gspo": Formula(selection=_everything, advantage=_normalized, objective="gspo"),
     "sapo": Formula(selection=_everything, advantage=_normalized, objective="sapo"),
     "ppo": Formula(selection=_everything, advantage=torch.clone, whitened=True, from_values=True),
+    "distillation": Formula(
+        selection=_everything,
+        advantage=torch.zeros_like,
+        aggregation="token_mean",
+        distillation_coef=1.0,
+    ),
     "iterative_dpo": Formula(selection=_ends, advantage=torch.sign, objective="dpo"),
 }
 
@@ -258,6 +266,9 @@ def loss_of(
     if formula.whitened:
         per_token = torch.cat([a.expand(len(measured.logprobs[k])) for k, a in kept.items()])
         kept = {k: (a - per_token.mean()) / (per_token.std() + STD_EPS) for k, a in kept.items()}
+    coef = recipe.distillation_coef
+    if coef := formula.distillation_coef if coef is None else coef:
+        kept = {k: a + coef * _lead_of_teacher(k, measured) for k, a in kept.items()}
     lengths = [len(measured.logprobs[k]) for k in kept]
     counted = lengths if recipe.normalize_over == "kept" else sampled
     aggregation = recipe.loss_aggregation or formula.aggregation
@@ -295,6 +306,12 @@ def token_advantages(
         [sum(decay ** (u - t) * errors[u] for u in range(t, count)) for t in range(count)]
     )
     return advantages, advantages + values
+
+
+def _lead_of_teacher(key: Key, measured: Measured) -> Tensor:
+    """log pi_teacher - log pi_old of each token, a constant."""
+    old = measured.logprobs[key].detach() if measured.old is None else measured.old[key]
+    return measured.ref[key] - old
 
 
 def _pairs_loss(recipe: Recipe, sides: dict[Key, Tensor], measured: Measured) -> Tensor:

@@ -162,6 +162,7 @@ def train(layout: Any, problem: Any, answer: dict[str, Any]) -> dict[str, float]
     from megatron_rl.megatron.config import OptimizerConfig
     from megatron_rl.policy.config import CriticConfig
     from megatron_rl.policy.passes import plan_passes
+    from megatron_rl.policy.reference import FirstWeights
     from megatron_rl.policy.trainer import Trainer
 
     def optimizer(lr: float) -> OptimizerConfig:
@@ -190,7 +191,9 @@ def train(layout: Any, problem: Any, answer: dict[str, Any]) -> dict[str, float]
             passes,
             measured.update,
             epochs=EPOCHS,
-            reference={name: REFERENCE_SCALE * p for name, p in policy.snapshot().items()},
+            reference=FirstWeights(
+                policy, {name: REFERENCE_SCALE * p for name, p in policy.snapshot().items()}
+            ),
             critic=critic,
             critic_config=CriticConfig(warmup_updates=WARMUP, value_clip=VALUE_CLIP),
         )

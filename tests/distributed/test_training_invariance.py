@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, PAIR_ROWS, TEMPERATURE, owned
+from cases import LAYOUTS, PAIR_ROWS, TEMPERATURE, TIGHT, owned
 from harness import run_on_ranks
 from reference import Measured, Recipe, Reference, loss_of
+from tiny_models import write_model
 
 from megatron_rl.types import RolloutGroup
 
@@ -35,7 +36,12 @@ class Run:
     clip_grad: float
     groups: str = "graded"
     runs_everything: bool = False  # responses that were not kept go through the model too
+    has_teacher: bool = False  # else the reference is the initial policy
+    layouts: tuple[str, ...] | None = None  # None: all
     bound: float  # on the error of weights, relative to how far a tensor's entries moved at most
+
+    def __str__(self) -> str:
+        return self.name
 
 
 # float64: gradients are off by 1e-15; where they are smaller than eps, Adam's step is off by
@@ -85,6 +91,30 @@ RUNS = (
         groups="ranked",
         bound=1e-9,
     ),
+    *(
+        Run(
+            name=name,
+            recipe=recipe,
+            updates=lambda number, group: int(number % 3 > 0),
+            dtype="float64",
+            epochs=2,
+            eps=1e-6,
+            clip_grad=0.0,
+            has_teacher=bool(recipe.distillation_coef),
+            layouts=("one rank", "DP2", "TP2 SP", "TP2 PP2", "DP4 EP2"),
+            bound=1e-9,
+        )
+        for name, recipe in (
+            ("cispo", Recipe(preset="cispo", **TIGHT)),
+            ("gspo", Recipe(preset="gspo", **TIGHT)),
+            ("sapo", Recipe(preset="sapo")),
+            ("dapo", Recipe(preset="dapo", eps_high=0.28)),
+            ("tokens masked", Recipe(preset="grpo", correction=("token", "mask", 0.8, 1.2))),
+            ("responses cut", Recipe(preset="rloo", correction=("sequence", "truncate", 0.5, 1.5))),
+            ("taught", Recipe(preset="distillation", distillation_coef=1.0)),
+            ("taught too", Recipe(preset="grpo", distillation_coef=0.3, kl_coef=0.05)),
+        )
+    ),
     Run(
         name="sharded optimizer",
         recipe=Recipe(preset="grpo", kl_coef=0.05),
@@ -108,6 +138,13 @@ NAMES = {
         "TP2 SP EP2",
     ),
 }
+CASES = tuple(
+    (name, run)
+    for names in NAMES.values()
+    for name in names
+    for run in RUNS
+    if run.layouts is None or name in run.layouts
+)
 NORM_BOUND = 1e-5
 
 
@@ -125,12 +162,22 @@ def update_of(groups: list[RolloutGroup], run: Run) -> dict[int, int]:
     return {group.prompt.group_id: run.updates(k, group) for k, group in enumerate(groups)}
 
 
-def train_reference(model_dir: Path, groups: list[RolloutGroup], run: Run) -> Trained:
+def train_reference(
+    model_dir: Path, groups: list[RolloutGroup], run: Run, teacher_dir: Path
+) -> Trained:
     """Old log-probs come from the initial weights, for every step."""
     reference = Reference(model_dir, temperature=TEMPERATURE)
     with torch.no_grad():
         start = {name: p.clone() for name, p in reference.weights.items()}
         old, _ = reference.logprobs(groups)
+        ref = old
+        if run.has_teacher:
+            ref, _ = Reference(teacher_dir, temperature=TEMPERATURE).logprobs(groups)
+    rollout = {
+        (group.prompt.group_id, index): rollout.rollout_logprobs.double()
+        for group in groups
+        for index, rollout in enumerate(group.rollouts)
+    }
     parameters = list(reference.model.parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -148,7 +195,9 @@ def train_reference(model_dir: Path, groups: list[RolloutGroup], run: Run) -> Tr
             if not batch or (run.recipe.preset == "raft_pp" and not any(map(any_good, batch))):
                 continue  # nothing to learn from: no step of Adam either
             logprobs, entropies = reference.logprobs(batch)
-            measured = Measured(logprobs=logprobs, entropies=entropies, old=old, ref=old)
+            measured = Measured(
+                logprobs=logprobs, entropies=entropies, old=old, ref=ref, rollout=rollout
+            )
             loss, low, high = loss_of(run.recipe, batch, measured)
             optimizer.zero_grad()
             loss.backward()
@@ -163,32 +212,38 @@ def train_reference(model_dir: Path, groups: list[RolloutGroup], run: Run) -> Tr
 
 
 @pytest.fixture(scope="module")
-def answers(problems, tmp_path_factory):
+def teacher_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("teacher")
+    write_model("teacher", directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def answers(problems, teacher_dir, tmp_path_factory):
     """File with (model, name of run) -> Trained."""
     found = {}
-    for model in ("qwen2", "qwen2_tied", "qwen3_moe"):
+    models = {layout.name: layout.model for layout in LAYOUTS}
+    asked = {(models[name], run.name): run for name, run in CASES}
+    for (model, name), run in asked.items():
         problem = torch.load(problems[model], weights_only=False)
-        for run in RUNS:
-            found[model, run.name] = train_reference(
-                problem.model_dir, problem.groups[run.groups], run
-            )
+        groups = problem.groups[run.groups]
+        found[model, name] = train_reference(problem.model_dir, groups, run, teacher_dir)
     path = tmp_path_factory.mktemp("trained") / "answers.pt"
     torch.save(found, path)
     return path
 
 
 @pytest.fixture(scope="module")
-def errors(problems, answers, tmp_path_factory):
+def errors(problems, answers, teacher_dir, tmp_path_factory):
     found = {}
     for world in NAMES:
         out = tmp_path_factory.mktemp("updates") / f"{world}.json"
-        run_on_ranks(world, train_on_ranks, problems, answers, out)
+        run_on_ranks(world, train_on_ranks, problems, answers, teacher_dir, out)
         found |= json.loads(out.read_text())
     return found
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
+@pytest.mark.parametrize(("name", "run"), CASES, ids=str)
 def test_weights_after_an_iteration_equal_those_of_torch(errors, name, run):
     found = errors[f"{name}: {run.name}"]
     assert found["weight_error"] < run.bound, found
@@ -200,7 +255,7 @@ def test_weights_after_an_iteration_equal_those_of_torch(errors, name, run):
 def test_the_ratio_was_clipped_in_every_step_but_the_first(answers):
     for key, trained in torch.load(answers, weights_only=False).items():
         assert trained.clipped[0] == 0
-        if key[1] == "pairs":  # without a ratio
+        if key[1] in ("pairs", "sapo"):  # without a clip
             continue
         assert all(trained.clipped[1:]), key
 
@@ -211,23 +266,26 @@ def test_clipping_the_norm_had_an_effect(answers):
     assert all(trained.norm_mean > 1.5 for trained in found.values())
 
 
-def train_on_ranks(problems: dict[str, Path], answers: Path, out: Path) -> None:
+def train_on_ranks(problems: dict[str, Path], answers: Path, teacher_dir: Path, out: Path) -> None:
     expected = torch.load(answers, weights_only=False)
     found = {}
     for layout in (y for y in LAYOUTS if y.name in NAMES[dist.get_world_size()]):
         problem = torch.load(problems[layout.model], weights_only=False)
-        for run in RUNS:
+        for run in (run for name, run in CASES if name == layout.name):
             answer = expected[layout.model, run.name]
-            found[f"{layout.name}: {run.name}"] = train(layout, problem, run, answer)
+            found[f"{layout.name}: {run.name}"] = train(layout, problem, run, answer, teacher_dir)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
 
 
-def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any]:
-    from policy_on_ranks import algorithm_of, largest_error, pack, policy_at
+def train(
+    layout: Any, problem: Any, run: Run, answer: Trained, teacher_dir: Path
+) -> dict[str, Any]:
+    from policy_on_ranks import algorithm_of, largest_error, pack, policy_at, teacher_beside
 
     from megatron_rl.megatron.config import OptimizerConfig
     from megatron_rl.policy.passes import plan_passes
+    from megatron_rl.policy.reference import FirstWeights, OtherModel
     from megatron_rl.policy.trainer import Trainer
 
     optimizer = OptimizerConfig(
@@ -251,7 +309,8 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
         )
         passes = plan_passes(algorithm, num_updates=len(batches), epochs=run.epochs)
         assert passes.old == (not algorithm.objective.trains_pairs)
-        assert passes.ref == (bool(run.recipe.kl_coef) or algorithm.objective.trains_pairs)
+        needs_ref = run.recipe.kl_coef or algorithm.objective.trains_pairs or run.has_teacher
+        assert passes.ref == bool(needs_ref)
         metrics: dict[str, float] = {}
         trainer = Trainer(
             policy,
@@ -259,9 +318,11 @@ def train(layout: Any, problem: Any, run: Run, answer: Trained) -> dict[str, Any
             passes,
             metrics.update,
             epochs=run.epochs,
-            reference=policy.snapshot(),
+            reference=OtherModel(teacher_beside(policy, layout, teacher_dir))
+            if run.has_teacher
+            else FirstWeights(policy, policy.snapshot()),
         )
-        trainer.update(trainer.add_logprobs(batches))
+        trainer.update(trainer.add_advantages(trainer.add_logprobs(batches)))
         moves = {name: answer.weights[name] - answer.start[name] for name in answer.start}
         error, worst = largest_error(policy, policy.named_parameters(), answer.weights, moves)
     return {

@@ -65,6 +65,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": WIDE_ROPE},
     ),
 }
+# Of another shape than the models that it teaches.
+TEACHER = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 24}
+MODELS["teacher"] = ("Llama", TEACHER)
 MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral")
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.

@@ -1,0 +1,40 @@
+"""The frozen model whose log-probs the policy's are compared with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_rl.policy.policy import Policy
+from megatron_rl.types import MiniBatch
+
+
+class Reference(Protocol):
+    """A frozen model."""
+
+    def logprobs(self, batches: Sequence[MiniBatch]) -> list[list[Tensor] | None]:
+        """Of each mini-batch what Policy.logprobs says of its rows; every rank calls it."""
+        ...
+
+
+class FirstWeights:
+    """The policy's network with the weights that it started from."""
+
+    def __init__(self, policy: Policy, weights: Mapping[str, Tensor]) -> None:
+        """weights: this rank's, in host memory."""
+        self._policy, self._weights = policy, weights
+
+    def logprobs(self, batches: Sequence[MiniBatch]) -> list[list[Tensor] | None]:
+        with self._policy.weights_replaced(self._weights):
+            return [self._policy.logprobs(batch.microbatches) for batch in batches]
+
+
+class OtherModel:
+    """A network of its own, which stays on the device."""
+
+    def __init__(self, model: Policy) -> None:
+        """model: never trained."""
+        self._model = model
+
+    def logprobs(self, batches: Sequence[MiniBatch]) -> list[list[Tensor] | None]:
+        return [self._model.logprobs(batch.microbatches) for batch in batches]
