@@ -135,6 +135,23 @@ class RunConfig(Settings):
         return self.model.dtype if self.rollout.dtype == "model" else self.rollout.dtype
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """One line for each thing that is done in another way than a setting's name may suggest."""
+        told = list(self.algorithm.notices)
+        temperature = self.rollout.temperature
+        if self.algorithm.objective.trains_pairs and temperature != 1:
+            told.append(
+                f"rollout.temperature={temperature:g}: the log-probs of dpo's pairs are at this "
+                "temperature too, as they were sampled; its paper has 1"
+            )
+        if self.model.dtype == "float64" and self.optimizer.use_distributed_optimizer:
+            told.append(
+                "model.dtype=float64: every rank keeps a whole optimizer, since Megatron's "
+                "distributed one would round to float32"
+            )
+        return tuple(told)
+
+    @property
     def smallest_world(self) -> int:
         """Fewest ranks that hold the layout and one engine."""
         one = self.parallel.layout(1)
@@ -321,7 +338,7 @@ def _reference_problems(config: RunConfig) -> Iterator[ConfigError]:
             None,
             f"algorithm.distillation_coef={algorithm.distillation_weight:g} needs a teacher, and "
             "the policy's first weights would teach it to stay where it is",
-            "Set reference.path=DIRECTORY",
+            "Set reference.path to the teacher's directory",
         )
     has_kl = algorithm.kl_coef or (algorithm.resolved.needs_critic and algorithm.kl_reward_coef)
     if path is not None and not (algorithm.distillation_weight or has_kl):

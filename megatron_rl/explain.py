@@ -124,7 +124,14 @@ def _inside(model: Any, part: str) -> Any:
     if kinds := _kinds(model):
         return kinds.get(part)
     field = model.model_fields.get(part) if _is_section(model) else None
-    return None if field is None else field.annotation
+    return None if field is None else _or_none(field.annotation)
+
+
+def _or_none(annotation: Any) -> Any:
+    """The section where a field may hold that or null; other types as they are."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    others = [member for member in members if member is not NoneType]
+    return others[0] if len(others) == 1 and _is_section(others[0]) else annotation
 
 
 def _is_section(model: Any) -> bool:

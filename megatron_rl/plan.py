@@ -110,7 +110,7 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
 
     algorithm = Algorithm(config.algorithm)
     choice = algorithm.choice
-    yield from (("notice", text) for text in config.algorithm.notices)
+    yield from (("notice", text) for text in config.notices)
     yield "algorithm", config.algorithm.preset
     yield (
         "selection",

@@ -346,13 +346,23 @@ def _start_lines(run: "Run") -> list[str]:
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         f"layers: {run.policy.layers}",
+        *_reference_lines(run),
         *(_input_lines(run) if run.groups.is_main else ()),  # golds are tried for them, once
         f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.choice}",
         *(f"{name}: {why}" for name, why in run.trainer.passes.reasons),
-        *run.config.algorithm.notices,
+        *run.config.notices,
         *run.rollouts.describe(),
         *(["checkpoints: none"] if run.config.checkpoint.save_every == 0 else []),
     ]
+
+
+def _reference_lines(run: "Run") -> Iterator[str]:
+    if run.inputs.reference is not None:
+        source, arch = run.inputs.reference
+        yield (
+            f"reference: {arch.model_type}, {arch.num_parameters:,} parameters, "
+            f"from {source.megatron_dir or source.config_dir}"
+        )
 
 
 def _input_lines(run: "Run") -> list[str]:

@@ -82,7 +82,9 @@ CONTRACT = (
         "algorithm.objective.tau_negative algorithm.loss_aggregation algorithm.normalize_over "
         "algorithm.max_per_group algorithm.overlong_tokens algorithm.kl_coef "
         "algorithm.kl_estimator algorithm.entropy_coef algorithm.std_ddof algorithm.std_eps "
-        "algorithm.rollout_correction algorithm.gamma algorithm.gae_lambda "
+        "algorithm.rollout_correction.level algorithm.rollout_correction.mode "
+        "algorithm.rollout_correction.low algorithm.rollout_correction.high algorithm.gamma "
+        "algorithm.gae_lambda "
         "algorithm.kl_reward_target algorithm.kl_reward_horizon algorithm.drop_zero_advantage "
         "algorithm.train_on_everything critic.warmup_updates critic.value_clip",
         "may change",

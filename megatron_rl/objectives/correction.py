@@ -16,7 +16,10 @@ DEFAULT_HIGH: dict[CorrectionLevel, float] = {"token": 2.0, "sequence": 2.0, "ge
 
 
 class RolloutCorrection(Settings):
-    """The weight of a token's own term, and its bounds; KL and entropy are not weighed."""
+    """The weight of a token's own term, and its bounds; KL and entropy are not weighed.
+
+    Without the section no term is weighed.
+    """
 
     level: CorrectionLevel = "token"
     """token: by the token's own ratio; sequence: by the product over its response; geometric: by

@@ -332,6 +332,7 @@ def cases_of(layout: Layout) -> Iterator[Case]:
     for row_tokens in (ONE_ROW, MANY_ROWS):
         yield Case(question=question_of("raft_pp"), row_tokens=row_tokens)
         yield Case(question=question_of("gspo", **TIGHT), row_tokens=row_tokens)
+    yield Case(question=question_of("dapo", eps_high=0.28))
     yield Case(question=question_of("cispo", **TIGHT))
     yield Case(question=question_of("cispo", eps_low=1.0, eps_high=0.1))
     yield Case(question=question_of("sapo", tau_positive=2.0, tau_negative=3.0))

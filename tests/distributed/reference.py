@@ -392,7 +392,8 @@ def _correction(correction: tuple[str, str, float, float], log_ratio: Tensor) ->
         weights = (log_ratio.exp().prod() ** (1 / len(log_ratio))).expand(len(log_ratio))
     if mode == "mask":
         return weights * ((low <= weights) & (weights <= high))
-    return torch.maximum(torch.minimum(weights, torch.tensor(high)), torch.tensor(low))
+    bounds = torch.tensor([low, high], dtype=torch.float64)
+    return torch.maximum(torch.minimum(weights, bounds[1]), bounds[0])
 
 
 def _float64_norm(module: Any) -> Callable[[Tensor], Tensor]:

@@ -72,6 +72,7 @@ def test_a_single_response():
         "batch_norm": 0.0,
         "gae": -0.4,
         "preference": -0.4,
+        "distillation": 1.0,  # until the teacher has judged each token
     }
     assert set(expected) == set(ADVANTAGE_NAMES)
     for name, value in expected.items():

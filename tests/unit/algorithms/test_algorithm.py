@@ -165,6 +165,28 @@ def test_only_batch_norm_changes_advantages_later():
     assert [s.index for s in whitened] == [s.index for s in samples]
 
 
+def test_a_teacher_needs_no_reward():
+    """Responses whose verification failed are taught like all others, from advantage 0."""
+    groups = [make_group(0, [1.0, None, -1.0])]
+    assert names(select(groups, preset="grpo")) == [(0, 0), (0, 2)]
+    selection = select(groups, preset="distillation")
+    assert names(selection) == [(0, 0), (0, 1), (0, 2)]
+    assert all(sample.has_gradient for sample in selection.samples)
+    algorithm = Algorithm(AlgorithmConfig(preset="distillation"))
+    finished = algorithm.assign_advantages(selection.samples, sum_over_ranks=lambda local: local)
+    assert [sample.advantage for sample in finished] == [0.0, 0.0, 0.0]
+    assert algorithm.needs_old_logprobs
+    assert algorithm.needs_ref_logprobs
+
+
+def test_a_teacher_beside_rewards_keeps_responses_of_advantage_0():
+    groups = [make_group(0, [1.0, 1.0])]
+    assert names(select(groups, preset="grpo")) == []
+    assert names(select(groups, preset="grpo", distillation_coef=0.1)) == [(0, 0), (0, 1)]
+    assert not Algorithm(AlgorithmConfig(preset="grpo")).needs_ref_logprobs
+    assert Algorithm(AlgorithmConfig(preset="grpo", distillation_coef=0.1)).needs_ref_logprobs
+
+
 def test_needs_and_loss_follow_the_config():
     raft = Algorithm(AlgorithmConfig(preset="raft"))
     assert not raft.needs_old_logprobs

@@ -45,6 +45,7 @@ def test_the_table_is_the_documented_one():
         "gspo": ("all", "group_norm", "gspo", "sequence_mean"),
         "sapo": ("all", "group_norm", "sapo", "sequence_mean"),
         "ppo": ("all", "gae", *clipped),
+        "distillation": ("all", "distillation", "clipped_ratio", "token_mean"),
         "iterative_dpo": ("best_and_worst", "preference", "dpo", "pair_mean"),
     }
 
@@ -125,6 +126,23 @@ def test_overrides_replace_their_part_of_the_row():
         ({"advantage": "reward_over_std"}, "std 0"),
         ({"train_on_everything": True, "kl_coef": 0.1}, "nothing is compared"),
         ({"train_on_everything": True, "advantage": "batch_norm"}, "whitening"),
+        ({"train_on_everything": True, "distillation_coef": 0.5}, "nothing is compared"),
+        ({"preset": "distillation", "train_on_everything": True}, "nothing is compared"),
+        ({"preset": "distillation", "distillation_coef": 0.0}, "all advantages would be 0"),
+        (
+            {"preset": "distillation", "objective": "likelihood"},
+            "advantage='distillation': advantages per token need an objective with a ratio",
+        ),
+        (
+            {"preset": "gspo", "distillation_coef": 0.5},
+            "distillation_coef='0.5': gives every token an advantage, and gspo a response one",
+        ),
+        ({"preset": "ppo", "objective": "gspo"}, "advantage='gae': gives every token"),
+        (
+            {"preset": "iterative_dpo", "distillation_coef": 0.5},
+            "whose loss is not about tokens",
+        ),
+        ({"preset": "sft", "distillation_coef": 0.5}, "were not sampled"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(settings, message):

@@ -1,6 +1,7 @@
 """Bad models and prompts are named before any model is built, together with a bad recipe."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -115,6 +116,54 @@ def test_a_critic_of_another_shape_is_refused(case, model_copy):
     case.change(model={"path": own}, algorithm={"preset": "ppo"}, critic={"path": str(other)})
     problem = only(case.input_problems())
     assert problem.startswith(f"critic.path={str(other)!r}: its config.json describes another")
+
+
+@pytest.fixture
+def teacher(case, model_dir, model_copy):
+    """A copy of the model under other config entries, as the reference of a distillation."""
+
+    def copy(**config):
+        directory = model_copy(**config)
+        case.change(
+            model={"path": str(model_dir)},
+            algorithm={"preset": "distillation"},
+            reference={"path": str(directory)},
+        )
+        return directory
+
+    return copy
+
+
+def test_a_reference_is_a_model_of_its_own(case, teacher):
+    directory = teacher(rms_norm_eps=1e-3)
+    inputs = case.read()
+    source, arch = inputs.reference
+    assert source.config_dir == directory
+    assert arch != inputs.arch
+
+
+def test_a_reference_with_few_positions_is_refused(case, teacher):
+    directory = teacher(max_position_embeddings=16)
+    problem = only(case.input_problems())
+    assert problem.startswith(f"reference.path={str(directory)!r}: it has 16 positions, and")
+
+
+def test_a_reference_with_other_token_ids_is_refused(case, teacher):
+    directory = teacher()
+    file = directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second, *_ = list(vocabulary)
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    problem = only(case.input_problems())
+    assert problem.startswith(f"reference.path={str(directory)!r}: tokenizer or embedding lack ids")
+
+
+def test_a_reference_whose_weights_are_not_there_is_refused(case, teacher):
+    directory = teacher()
+    (directory / "model.safetensors").unlink()
+    assert str(directory) in only(case.input_problems())
 
 
 def test_a_critic_with_another_value_head_is_refused(case, model_copy):

@@ -6,6 +6,7 @@ from bad_input import only
 
 from megatron_rl.config import load_config
 from megatron_rl.objectives.clipped_ratio import ClippedRatio
+from megatron_rl.objectives.correction import RolloutCorrection
 from megatron_rl.objectives.dpo import Dpo
 from megatron_rl.objectives.likelihood import Likelihood
 
@@ -102,6 +103,58 @@ def test_a_flat_key_works_and_says_what_to_write(case, algorithm, expected, noti
     assert config.notices == (notice,)
 
 
+def test_the_former_cap_is_a_correction_and_says_what_to_write(case):
+    case.settings["algorithm"] = {"preset": "grpo", "rollout_is_cap": 1.5}
+    config = load_config(case.write(), []).algorithm
+    assert config.rollout_correction == RolloutCorrection(high=1.5)
+    assert config.shared_terms.correction == ("token", "truncate", 0.0, 1.5)
+    said = "algorithm.rollout_is_cap goes away: write algorithm.rollout_correction.high=1.5"
+    assert config.notices == (said,)
+    override = said.partition("write ")[2]
+    case.settings["algorithm"] = {"preset": "grpo"}
+    again = load_config(case.write(), [override]).algorithm
+    assert again.shared_terms == config.shared_terms
+
+
+def test_a_former_cap_of_null_is_no_correction(case):
+    case.settings["algorithm"] = {"preset": "grpo", "rollout_is_cap": None}
+    config = load_config(case.write(), []).algorithm
+    assert config.shared_terms.correction is None
+    assert config.notices == ("algorithm.rollout_is_cap goes away: leave it out",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "term"),
+    [
+        ({}, ("token", "truncate", 0.0, 2.0)),
+        ({"level": "sequence", "mode": "mask"}, ("sequence", "mask", 0.0, 2.0)),
+        ({"level": "geometric"}, ("geometric", "truncate", 0.0, 1.001)),
+        ({"low": 0.5, "high": 3.0}, ("token", "truncate", 0.5, 3.0)),
+    ],
+)
+def test_defaults_of_a_correction(settings, term):
+    assert RolloutCorrection(**settings).term == term
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"algorithm": {"preset": "iterative_dpo"}}, "rollout.temperature=0.7: the log-probs of"),
+        (
+            {"model": {"dtype": "float64"}, "optimizer": {"clip_grad": 0}},
+            "model.dtype=float64: every rank keeps a whole",
+        ),
+        ({}, None),
+    ],
+)
+def test_what_is_done_in_another_way_is_said(case, changes, said):
+    case.settings["rollout"] |= {"temperature": 0.7, "group_size": 2}
+    for section, settings in changes.items():
+        case.change(**{section: settings})
+    notices = load_config(case.write(), []).notices
+    assert [text[: len(said or "")] for text in notices] == ([said] if said else [])
+
+
 def test_the_new_form_says_nothing(case):
     case.settings["algorithm"] = {"preset": "grpo", "objective": {"eps_low": 0.1}}
     assert load_config(case.write(), []).algorithm.notices == ()
@@ -118,6 +171,10 @@ def test_the_new_form_says_nothing(case):
             {"preset": "raft", "eps_high": 0.3},
             "algorithm.eps_high=0.3: has no effect under an objective other than clipped_ratio. "
             "Set algorithm.objective=clipped_ratio or leave it out",
+        ),
+        (
+            {"preset": "grpo", "rollout_is_cap": 2.0, "rollout_correction": {"low": 0.5}},
+            "algorithm.rollout_is_cap=2.0: stands beside algorithm.rollout_correction. Keep the",
         ),
         (
             {"preset": "grpo", "objective": {"eps_lo": 0.1}},
