@@ -41,6 +41,7 @@ SECONDS_OF_A_START = 300.0
 MOST_FAULTS_OF_A_CHAIN = 8
 SFT = {"algorithm": {"preset": "sft"}}
 BESIDE = {"async_save": True}
+COIN = {"reward": {"kind": "tests.e2e.coin_reward:is_even"}}  # the model knows nothing yet
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ CASES = (
     Case("supervised, DP 2", 2, SFT),
     Case("supervised, PP 2", 2, {**SFT, **_parallel(1, 2)}),
     Case("supervised, TP 2 x DP 2", 4, {**SFT, **_parallel(2, 1)}),
-    Case("PPO, DP 2", 2, {"algorithm": {"preset": "ppo"}, "rollout": {"group_size": 1}}),
-    Case("iterative DPO, DP 2", 2, {"algorithm": {"preset": "iterative_dpo"}}),
+    Case("PPO, DP 2", 2, {"algorithm": {"preset": "ppo"}, "rollout": {"group_size": 1}, **COIN}),
+    Case("iterative DPO, DP 2", 2, {"algorithm": {"preset": "iterative_dpo"}, **COIN}),
     Case("supervised, TP 2, saves beside", 2, {**SFT, **_parallel(2, 1), "checkpoint": BESIDE}),
 )
 FAULTS = {  # name: signal, and whom it strikes

@@ -1,4 +1,4 @@
-"""PPO and iterative DPO, sampled by the engine, interrupted and resumed: bit for bit the same."""
+"""PPO, iterative DPO and a student of a teacher, sampled by the engine, resumed: the same bits."""
 
 import json
 import os
@@ -36,12 +36,22 @@ KINDS: dict[str, dict[str, Any]] = {
         "algorithm": {"preset": "iterative_dpo"},
         "rollout": {"group_size": 4},
     },
+    "distillation": {
+        "algorithm": {
+            "preset": "distillation",
+            "rollout_correction": {"level": "sequence", "mode": "mask", "low": 0.5},
+        },
+        "rollout": {"group_size": 2},
+        "parallel": {"pipeline_model_parallel_size": 2},
+    },
 }
 
 
 def recipe_of(kind: str, model_dir: Path, output_dir: Path) -> dict[str, Any]:
     """Four iterations of two updates and two epochs each; two ranks."""
-    part = KINDS[kind]
+    part = dict(KINDS[kind])
+    if kind == "distillation":
+        part["reference"] = {"path": str(model_dir.with_name("teacher"))}
     return {
         "run": {"output_dir": str(output_dir), "num_iterations": 4, "seed": 5},
         "model": {"path": str(model_dir), "dtype": "float32"},
@@ -54,7 +64,7 @@ def recipe_of(kind: str, model_dir: Path, output_dir: Path) -> dict[str, Any]:
         "optimizer": {"lr": 3e-3, "prompts_per_update": 6, "epochs": 2},
         "checkpoint": {"save_every": 2},
         "debug": {"record": 2},
-        "metrics": {"kl_every": 1, "kl_rollouts": 8},
+        "metrics": {"kl_every": 1, "kl_rollouts": 8, "entropy_every": 1},
         **part,
         "rollout": {"max_response_tokens": 12, **part["rollout"]},
     }
@@ -65,6 +75,8 @@ def runs(request, tmp_path_factory):
     """Folders of a run straight to its end, and of one that was killed before its last save."""
     folder = tmp_path_factory.mktemp(request.param)
     write_model("qwen2_tied", folder / "model")
+    if request.param == "distillation":
+        write_model("llama", folder / "teacher")
     train(request.param, folder, "straight")
     shutil.copytree(folder / "straight", folder / "stopped")
     for lost in ("hf", "checkpoints/iteration_000004"):
@@ -149,6 +161,11 @@ def test_it_trained(runs):
         assert all(0.1 < row["algorithms/kept_responses_frac"] < 0.6 for row in rows)
         # Exactly 0 in each iteration's first update, whose reference is the policy itself.
         assert all(row["policy/pair_margin_mean"] > 1 for row in rows)
+    if kind == "distillation":
+        assert rows[-1]["policy/kl_ref_k1"] < 0.9 * rows[0]["policy/kl_ref_k1"]
+        assert all(0.99 < row["policy/correction_mean"] < 1.01 for row in rows)
+        assert all(row["algorithms/kept_responses_frac"] == 1 for row in rows)
+    assert all(0 < row["policy/entropy_sampled"] < 5 for row in rows)
 
 
 def test_the_critic_learns_first_and_its_coefficient_follows(runs):
