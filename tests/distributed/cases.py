@@ -272,8 +272,8 @@ class Case:
 
 TIGHT = {"eps_low": 0.01, "eps_high": 0.02}  # the mean over a response moves less than a token
 FEW_PRESETS = (
-    "sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo", "gspo", "ppo",
-    "distillation", "iterative_dpo",
+    "sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo", "dapo", "cispo", "gspo",
+    "sapo", "ppo", "distillation", "iterative_dpo",
 )  # fmt: skip
 GROUPS_OF = {"sft": "gold", "iterative_dpo": "ranked"}  # else graded
 EVERY_TERM = Recipe(
@@ -327,6 +327,8 @@ def cases_of(layout: Layout) -> Iterator[Case]:
     )
     yield Case(question=question_of("iterative_dpo", dpo_beta=0.7), row_tokens=PAIR_ROWS)
     yield Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
+    of_responses = Recipe(preset="grpo", correction=CORRECTIONS[3], kl_coef=0.1)
+    yield Case(question=Question(recipe=of_responses, has_old=False), row_tokens=MANY_ROWS)
     if not layout.has_every_preset:
         return
     for row_tokens in (ONE_ROW, MANY_ROWS):
