@@ -208,8 +208,9 @@ def _of_response(values: Tensor, lengths: Tensor, reduction: str) -> Tensor:
     """
     if not len(lengths):
         return values.clone()
-    reduced = torch.segment_reduce(values.contiguous(), reduction, lengths=lengths)
-    return reduced.repeat_interleave(lengths)
+    # Unsafe and with its size: else a GPU would wait to look at the lengths.
+    reduced = torch.segment_reduce(values.contiguous(), reduction, lengths=lengths, unsafe=True)
+    return reduced.repeat_interleave(lengths, output_size=len(values))
 
 
 def metrics_from(sums: Tensor, extrema: Tensor) -> dict[str, float]:

@@ -17,7 +17,7 @@ from megatron_rl.ops.group_stats import (
 )
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
-from megatron_rl.ops.loss_spec import SharedTerms
+from megatron_rl.ops.loss_spec import Correction, SharedTerms
 from megatron_rl.ops.native_loss import loss_arguments
 from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.types import LossTokens
@@ -37,6 +37,8 @@ FULL = (ClippedRatio(eps_high=0.28), SharedTerms(kl_coef=0.1, entropy_coef=0.05)
 PLAIN = (ClippedRatio(), SharedTerms())
 CUT = (Cispo(eps_low=0.1, eps_high=0.2), SharedTerms())
 SOFT = (Sapo(), SharedTerms())
+MASKED = (ClippedRatio(), SharedTerms(correction=Correction("token", "mask", 0.8, 1.2)))
+LOSSES = {"entropy": FULL, "plain": PLAIN, "cispo": CUT, "sapo": SOFT, "masked": MASKED}
 
 
 def problem(rows, vocab, dtype):
@@ -72,9 +74,7 @@ def run(logits, tokens, loss):
 
 @pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "loss", [FULL, PLAIN, CUT, SOFT], ids=["entropy", "plain", "cispo", "sapo"]
-)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("is_whole", [True, False], ids=["one pass", "two passes"])
 def test_loss_and_gradient_equal_float64(monkeypatch, vocab, dtype, loss, is_whole):
     logits, tokens = problem(5, vocab, dtype)
