@@ -68,8 +68,22 @@ def follow_launcher() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != launcher:  # it died before the kernel was asked
+    # It may have died before the kernel was asked, or while this rank imported its modules.
+    if os.getppid() != launcher or not _has_torch(launcher):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _has_torch(pid: int) -> bool:
+    """Whether a process has loaded torch, as every torchrun has; an orphan's new parent has not.
+
+    A process of another user, whose libraries one may not see, is no launcher of ours.
+    """
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    except PermissionError:
+        return False
+    except OSError:  # without /proc nothing is known, and a launcher that has just died is noticed
+        return True
 
 
 def seconds_to_stop() -> float | None:

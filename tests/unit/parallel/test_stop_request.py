@@ -56,6 +56,39 @@ def test_the_time_that_torchrun_gives_is_read_from_its_command_line(
         launcher.stdin.close()
 
 
+RANK = """
+import os, sys, time
+launcher = int(sys.argv[1])
+from megatron_rl.parallel.stop import follow_launcher
+while sys.argv[2] == "dies" and os.getppid() == launcher:
+    time.sleep(0.01)
+print("follows", flush=True)
+follow_launcher()
+print("goes on", flush=True)
+"""
+LAUNCHER = """
+import os, subprocess, sys
+if sys.argv[2] == "lives":
+    import torch
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid()), sys.argv[2]])
+sys.exit(rank.wait() if sys.argv[2] == "lives" else 0)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel has no such signal")
+@pytest.mark.parametrize(("fate", "said"), [("lives", "follows goes on"), ("dies", "follows")])
+def test_a_rank_whose_launcher_died_while_it_imported_ends_too(fate, said):
+    """The other parent that it then has is no launcher, however long that lives."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, RANK, fate],
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "1"},
+        stdout=subprocess.PIPE,  # open until the rank has ended
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == said.split()
+
+
 def test_without_torchrun_nobody_kills(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert seconds_to_stop() is None
