@@ -7,10 +7,12 @@ A chain is one run: it is started with torchrun, a fault strikes, the same comma
 until the run ends by itself. Who is struck, by what and when is drawn from the seed. Then the chain
 must equal its twin, which nobody disturbed: metrics, exported weights, and every file of the newest
 checkpoint but random states and the index, bit for bit; and no process may be left. Finished chains
-are kept in FOLDER/chains.jsonl, and the same command goes on behind them.
+are kept in FOLDER/chains.jsonl, and the same command goes on behind them; a line that is taken out
+is run again.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -90,8 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.folder / "chains.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     while sum(len(chain["faults"]) for chain in done) < options.faults:
-        case = CASES[len(done) % len(CASES)]
-        chain = run_chain(case, model, options.folder, f"{options.seed}/{len(done)}")
+        numbers = {chain["number"] for chain in done}
+        number = next(number for number in itertools.count() if number not in numbers)
+        case = CASES[number % len(CASES)]
+        chain = run_chain(case, model, options.folder, f"{options.seed}/{number}")
+        chain["number"] = number
         done.append(chain)
         with path.open("a") as file:
             file.write(json.dumps(chain) + "\n")
