@@ -33,6 +33,7 @@ train() {  # method seed
   "$python" -m megatron_rl train "$recipe" algorithm.preset="$1" run.seed="$2" \
     run.output_dir="$run" model.path="$output/sft/hf" metrics.console=plain > "$run/log.txt" 2>&1 \
     || { echo "$1, seed $2: failed, see $run/log.txt"; return 1; }
+  grep -q '^done: ' "$run/log.txt" || { echo "$1, seed $2: stopped"; return 1; }
   touch "$run/finished"
   echo "$1, seed $2: $(grep -c iteration "$run/metrics.jsonl") records"
 }
