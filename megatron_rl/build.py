@@ -22,6 +22,7 @@ from megatron_rl.megatron.groups import join
 from megatron_rl.megatron.transformer_config import DTYPES
 from megatron_rl.memory import longest_in_engine
 from megatron_rl.metrics.meter import Meter
+from megatron_rl.metrics.profiler import Profiler
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
@@ -64,7 +65,9 @@ def build_run(
     groups = join(platform, config.parallel, rollout_tp)
     _check_same_prompts(inputs, groups)
     say(choose_ops(config.ops.backend, groups))
-    meter = Meter(groups, watchdog)
+    output_dir = Path(config.run.output_dir)
+    profiler = Profiler(config.run.profile, output_dir, groups, say, watchdog)
+    meter = Meter(groups, watchdog, profiler)
     algorithm = Algorithm(config.algorithm)
     passes = plan_passes(
         algorithm,
@@ -84,13 +87,13 @@ def build_run(
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, run_updates)
     packer = _build_packer(config, algorithm, groups, policy.dtype)
-    output_dir = Path(config.run.output_dir)
     stop = StopRequest()
     return Run(
         config=config,
         inputs=inputs,
         groups=groups,
         meter=meter,
+        profiler=profiler,
         prompts=inputs.prompts,
         rollouts=build_sampled(config, inputs, groups, meter, stop, say, load_weights=False)
         if config.has_engine

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
@@ -49,6 +49,11 @@ class RunSettings(Settings):
 
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest good checkpoint in output_dir; never: it must hold none."""
+
+    profile: tuple[Annotated[int, Field(strict=True, ge=1)], ...] = ()
+    """Iterations, counted from 1, of which each rank writes a trace to profile/ in output_dir, for
+    Perfetto or chrome://tracing. It changes no result and takes time. On a GPU the allocations of
+    these iterations are recorded too, and written there where its memory runs out."""
 
 
 class RunConfig(Settings):
@@ -164,6 +169,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     """Every problem that settings of different sections have with each other."""
     yield from algorithm_problems(config.algorithm)
     yield from config_problems(config.model, config.parallel)
+    yield from _run_problems(config.run)
     yield from _rollout_problems(config)
     yield from _checkpoint_problems(config)
     yield from _reward_problems(config)
@@ -205,6 +211,17 @@ def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
             config.rollout.tensor_model_parallel_size,
             f"must divide the {world_size} ranks of this run",
             "Choose a divisor",
+        )
+
+
+def _run_problems(run: RunSettings) -> Iterator[ConfigError]:
+    if run.profile and max(run.profile) > run.num_iterations:
+        yield ConfigError(
+            "run.profile",
+            list(run.profile),
+            f"iteration {max(run.profile)} would never come, run.num_iterations="
+            f"{run.num_iterations}",
+            "Name iterations up to that, or raise it",
         )
 
 

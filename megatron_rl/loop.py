@@ -107,10 +107,11 @@ def train(run: Run, record: Record) -> bool:
     if run.owed and not end_iteration(run, run.done_iterations, record, spikes):
         return run.leave(run.done_iterations)
     for iteration in range(run.done_iterations + 1, config.run.num_iterations + 1):
-        if not run_iteration(run, iteration):
-            return run.leave(iteration - 1)
-        if not end_iteration(run, iteration, record, spikes):
-            return run.leave(iteration)
+        with run.profiler.iteration(iteration):  # metrics/: a trace, where the recipe asks for it
+            if not run_iteration(run, iteration):
+                return run.leave(iteration - 1)
+            if not end_iteration(run, iteration, record, spikes):
+                return run.leave(iteration)
         if iteration < config.run.num_iterations and run.stop.agreed(run.groups.world):
             return run.leave(iteration)
     run.finish_save()

@@ -19,6 +19,7 @@ from megatron_rl.evaluation.report import untrained
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.metrics.grace import Grace
 from megatron_rl.metrics.meter import Meter
+from megatron_rl.metrics.profiler import Profiler
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.parallel.groups import Groups
@@ -41,6 +42,7 @@ class Run:
     inputs: Inputs
     groups: Groups
     meter: Meter
+    profiler: Profiler
     prompts: PromptStream
     rollouts: Rollouts
     rollout_log: RolloutLog
@@ -102,8 +104,8 @@ class Run:
         self.prompts.load_state_dict(state["prompts"])
         self.trainer.load_state_dict(state["trainer"])
         self.say(f"resumed after iteration {self.done_iterations}")
-        for change in changes(saved, now):
-            self.say(change)
+        for line in (*changes(saved, now), *self.profiler.resumed_lines(self.done_iterations)):
+            self.say(line)
         if self.config.run.num_iterations <= self.done_iterations:
             self.say(
                 f"run.num_iterations={self.config.run.num_iterations}: {self.done_iterations} "
@@ -123,6 +125,7 @@ class Run:
 
     def leave(self, iteration: int) -> Literal[False]:
         """Save what is done by the end of this iteration, because a signal asks to stop."""
+        self.profiler.drop()
         if not iteration:
             self.say("told to stop before the first iteration was done: there is nothing to save")
         elif self.saves.iteration == iteration:

@@ -353,6 +353,7 @@ def _start_lines(run: "Run") -> list[str]:
         *run.config.notices,
         *run.rollouts.describe(),
         *(["checkpoints: none"] if run.config.checkpoint.save_every == 0 else []),
+        *run.profiler.start_lines(),
     ]
 
 

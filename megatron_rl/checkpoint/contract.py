@@ -158,9 +158,9 @@ CONTRACT = (
         "DPO only. Its network must be the checkpoint's",
     ),
     _clause(
-        "run.output_dir run.resume parallel.world_size weights.bucket_mib weights.verify_one_in "
-        "checkpoint.save_every checkpoint.save_minutes checkpoint.async_save checkpoint.keep_last "
-        "checkpoint.keep_every checkpoint.keep_best checkpoint.export_hf "
+        "run.output_dir run.resume run.profile parallel.world_size weights.bucket_mib "
+        "weights.verify_one_in checkpoint.save_every checkpoint.save_minutes checkpoint.async_save "
+        "checkpoint.keep_last checkpoint.keep_every checkpoint.keep_best checkpoint.export_hf "
         "checkpoint.export_file_mib "
         "watchdog.enabled watchdog.min_s watchdog.start_s watchdog.factor debug.record "
         "evaluation.every evaluation.at_start evaluation.at_end "

@@ -5,7 +5,7 @@ Exit codes of every command:
   1    verify: they are not the same. Every command: a fault of the program, with its traceback;
        train: a run that must not go on, told as `megatron-rl: error: ...`
   2    a problem in recipe, data, model, files or arguments, told the same way; train: all
-       iterations are done, and none took an optimizer step
+       iterations are done, and none took an optimizer step; doctor: a check failed
   75   train, evaluate: a rank stood still; the message names it
   130  stopped by Ctrl-C
 Under torchrun these are the codes of the ranks, and torchrun's own is 0, or 1 for any of them.
@@ -30,6 +30,7 @@ DENIED = (  # what only another path, other rights or more room can mend
 COMMANDS = {  # name: the file of this room that has it, and what it does
     "train": ("recipe", "train a policy; start it with torchrun for more than one rank"),
     "evaluate": ("recipe", "measure model.path on the recipe's benchmarks"),
+    "doctor": ("doctor", "look at this machine: what works, what does not, and the way out"),
     "plan": ("recipe", "print layout, memory, passes, bytes and the first prompt; runs nothing"),
     "grade": ("grade", "verify the responses of a file; needs no model"),
     "convert": ("convert", "convert a checkpoint, Hugging Face to Megatron-Core or back"),

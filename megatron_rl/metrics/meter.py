@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 from megatron_rl.metrics import tally
 from megatron_rl.metrics.names import meaning
+from megatron_rl.metrics.profiler import Profiler
 from megatron_rl.metrics.timers import PhaseTimer
 from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups
@@ -26,9 +27,14 @@ class Meter:
     reported twice keeps the later value.
     """
 
-    def __init__(self, groups: Groups, watchdog: Watchdog | None = None) -> None:
-        """watchdog: is told of every phase."""
-        self._groups, self._watchdog = groups, watchdog
+    def __init__(
+        self,
+        groups: Groups,
+        watchdog: Watchdog | None = None,
+        profiler: Profiler | None = None,
+    ) -> None:
+        """watchdog, profiler: are told of every phase."""
+        self._groups, self._watchdog, self._profiler = groups, watchdog, profiler
         self._timer = PhaseTimer(synchronize=groups.platform.synchronize)
         self._values: dict[str, float] = {}
         self.verdicts: Counter[Verdict] = Counter()
@@ -38,7 +44,8 @@ class Meter:
     def phase(self, name: str) -> Iterator[None]:
         """Bill the time inside to a phase of metrics/names.PHASES."""
         watched = self._watchdog.phase(name) if self._watchdog else nullcontext()
-        with watched, self._timer.phase(name):
+        traced = self._profiler.phase(name) if self._profiler else nullcontext()
+        with watched, traced, self._timer.phase(name):
             yield
 
     def begin(self, iteration: int) -> None:

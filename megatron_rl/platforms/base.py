@@ -5,14 +5,17 @@ import random
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from megatron_rl.errors import InputError
 from megatron_rl.platforms import host_memory
+
+ALLOCATIONS_KEPT = 100_000  # of a memory history, the newest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,27 @@ class Platform:
         if self.device_type == "cuda":
             return int(torch.cuda.device_count())
         return os.cpu_count() or 1
+
+    @contextmanager
+    def memory_history(self, file: Path) -> Iterator[None]:
+        """Record the allocations inside, and write them to file where they exhaust the device.
+
+        Nothing is done on a CPU, whose kernel ends a process without asking.
+        """
+        if self.device_type != "cuda":
+            yield
+            return
+        torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS_KEPT)
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            with suppress(OSError):  # the error itself matters more
+                file.parent.mkdir(parents=True, exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(file))
+                error.add_note(f"the allocations before it: {file}")
+            raise
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def give_back_memory(self) -> None:
         """Give back host memory that was freed; on a CPU activations have left much of it."""

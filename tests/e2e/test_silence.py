@@ -24,7 +24,7 @@ SAMPLED = (
     "reward.num_workers=1",
 )
 CASES = {
-    "one rank": ("qwen2", 1, ()),
+    "one rank, traced": ("qwen2", 1, ("run.profile=[2]",)),
     "sampled by an engine": ("qwen2_tied", 1, SAMPLED),
     "experts in bfloat16": ("qwen3_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
     "interleaved": ("qwen2_tied", 2, VPP),
@@ -62,5 +62,5 @@ OURS = (
     "ops: ", "layout: ", "model: ", "layers: ", "prompts: ", "first prompt, ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
     "run.num_iterations 2 -> 3", "done: ", "rollout: ", "engine probe: ", "packed row: ",
-    "key/value cache: ", "memory: ", "a stop would lose its iteration: ", "  ",
+    "key/value cache: ", "memory: ", "profile: ", "a stop would lose its iteration: ", "  ",
 )  # fmt: skip

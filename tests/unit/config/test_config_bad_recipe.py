@@ -35,7 +35,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(case, section, key, meant):
 def test_an_unknown_key_like_no_other_lists_what_is_known(case):
     case.change(run={"zzz": 1})
     assert only(case.config_problems()) == (
-        "run.zzz: unknown key. Known here: num_iterations, output_dir, resume, seed"
+        "run.zzz: unknown key. Known here: num_iterations, output_dir, profile, resume, seed"
     )
 
 
@@ -53,6 +53,7 @@ def test_unknown_sections_and_keys_of_a_benchmark_are_named(case):
     [
         ("run", "num_iterations", "many", "should be a valid integer"),
         ("run", "num_iterations", 1.5, "should be a valid integer"),
+        ("run", "profile", 2, "should be a valid tuple"),
         ("run", "num_iterations", 0, "greater than or equal to 1"),
         ("rollout", "temperature", 0, "greater than or equal to 0.01"),
         ("rollout", "temperature", float("nan"), "finite number"),
@@ -286,3 +287,19 @@ def test_the_critics_learning_rate_may_not_end_above_where_it_starts(case):
     assert only(case.config_problems()).startswith(
         "optimizer.min_lr=0.0001: must not exceed critic.lr=1e-05"
     )
+
+
+def test_an_iteration_that_would_never_come_cannot_be_traced(case):
+    case.change(run={"num_iterations": 4, "profile": [1, 5, 4]})
+    assert only(case.config_problems()) == (
+        "run.profile=[1, 5, 4]: iteration 5 would never come, run.num_iterations=4. Name "
+        "iterations up to that, or raise it"
+    )
+
+
+@pytest.mark.parametrize(("number", "rule"), [(0, "than or equal to 1"), (True, "valid integer")])
+def test_iterations_to_trace_are_numbers_from_one_on(case, number, rule):
+    case.change(run={"profile": [1, number]})
+    problem = only(case.config_problems())
+    assert problem.startswith(f"run.profile={number}: ")
+    assert rule in problem
