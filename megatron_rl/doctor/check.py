@@ -163,6 +163,7 @@ def _environment(given: Mapping[str, str]) -> dict[str, str]:
     """That of a lone process which finds this package, whatever the working directory holds."""
     ours = {name: value for name, value in given.items() if not name.startswith(OF_TORCHRUN)}
     path = [str(PACKAGE.parent), *filter(None, [given.get("PYTHONPATH")])]
+    ours.setdefault("OMP_NUM_THREADS", "1")  # as torchrun has it: the work is small
     return ours | {"PYTHONPATH": os.pathsep.join(path)}
 
 
