@@ -1,5 +1,6 @@
 """Traces of whole iterations, where run.profile names them; elsewhere nothing is done."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.watchdog import Watchdog
 
 FOLDER = "profile"  # of a run, in its directory
+QUIET = ("KINETO_LOG_LEVEL", "99")  # a build for CUDA tells of its start, and of a missing GPU
 
 
 class Profiler:
@@ -66,6 +68,7 @@ class Profiler:
         if number not in self._iterations:
             yield
             return
+        os.environ.setdefault(*QUIET)
         is_cuda = self._groups.platform.device_type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
         trace = torch.profiler.profile(activities=activities)
