@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from megatron_rl.metrics.unsaid import unsaid
 from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.watchdog import Watchdog
 
 FOLDER = "profile"  # of a run, in its directory
+SAID = b"USDT:"  # that a trace begins, and that it ends; at a level above errors
 
 
 class Profiler:
@@ -69,7 +71,9 @@ class Profiler:
         is_cuda = self._groups.platform.device_type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
         trace = torch.profiler.profile(activities=activities)
-        with self._groups.platform.memory_history(self._file(number, "_memory.pickle")), trace:
+        with self._groups.platform.memory_history(self._file(number, "_memory.pickle")):
+            with unsaid(SAID):
+                trace.start()
             self._is_tracing = True
             try:
                 with torch.profiler.record_function(f"iteration {number}"):
@@ -77,6 +81,8 @@ class Profiler:
                 is_whole = self._is_tracing
             finally:
                 self._is_tracing = False
+                with unsaid(SAID):
+                    trace.stop()
         if is_whole:
             with self._watchdog.phase("profile") if self._watchdog else nullcontext():
                 self._write(trace, number)

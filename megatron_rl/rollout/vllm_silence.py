@@ -1,13 +1,12 @@
 """What vLLM says in C++ whenever it builds an engine, and what asks nothing of a user."""
 
-import os
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from megatron_rl.metrics.unsaid import unsaid
 
 SAID = b"NUMA binding: "
 """On a CPU: which memory the process is bound to. torch writes it to the descriptor, by no logger
@@ -35,21 +34,3 @@ def quiet_binding() -> Iterator[None]:
         yield
     finally:
         ops.init_cpu_memory_env = stock
-
-
-@contextmanager
-def unsaid(part: bytes) -> Iterator[None]:
-    """Keep lines with this part off stderr, whoever writes them; the others come at the end."""
-    sys.stderr.flush()
-    descriptor = os.dup(2)
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(descriptor, 2)
-            os.close(descriptor)
-            caught.seek(0)
-            for line in caught.read().splitlines(keepends=True):
-                if part not in line:
-                    os.write(2, line)

@@ -33,7 +33,7 @@ def one_iteration(meter):
         torch.ones(3).sigmoid()
 
 
-def test_the_iterations_that_are_named_are_traced_with_their_phases(groups, tmp_path):
+def test_the_iterations_that_are_named_are_traced_with_their_phases(groups, tmp_path, capfd):
     said = []
     profiler = Profiler([3, 1], tmp_path, groups, said.append)
     meter = Meter(groups, profiler=profiler)
@@ -50,6 +50,7 @@ def test_the_iterations_that_are_named_are_traced_with_their_phases(groups, tmp_
         assert {f"iteration {number}", "rollout", "update", "aten::cumsum"} <= found
         assert "iteration 2" not in found
     assert said == []
+    assert capfd.readouterr().err == ""  # kineto tells of each
 
 
 def test_without_iterations_nothing_is_marked_written_or_said(groups, tmp_path, monkeypatch):

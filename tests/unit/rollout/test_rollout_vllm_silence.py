@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from megatron_rl.rollout.vllm_silence import SAID, unsaid
+from megatron_rl.metrics.unsaid import unsaid
+from megatron_rl.rollout.vllm_silence import SAID
 
 
 def test_only_lines_with_the_part_are_kept_off_the_descriptor(capfd):
