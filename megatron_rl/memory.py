@@ -108,7 +108,7 @@ def need_of(
         )
         held |= dict(zip(ENGINE, parts, strict=True))
     if keeps_initial_weights(config):
-        held["reference weights"] = float(params * itemsize(config.model.dtype))
+        held["first weights"] = float(params * itemsize(config.model.dtype))
     instead = {}
     if saves and config.optimizer.use_distributed_optimizer:
         instead["copies for a checkpoint"] = params * 4.0 * SAVED_COPIES

@@ -118,6 +118,9 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
     )
     yield "advantage", choice.advantage
     yield "objective", f"{choice.objective}, {choice.loss_aggregation}"
+    if (correction := config.algorithm.shared_terms.correction) is not None:
+        level, mode, low, high = correction
+        yield "rollout correction", f"by {level}, {mode} outside of {low:g} to {high:g}"
     yield from plan_passes(
         algorithm,
         num_updates=config.num_updates,
@@ -152,7 +155,7 @@ def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
     if device_type != "cpu" and keeps_initial_weights(config):
         params = sum(busiest_rank(arch, layout))
         nbytes = params * itemsize(config.model.dtype)
-        yield "reference weights", f"{nbytes / GIB:.3f} GiB of host memory"
+        yield "first weights", f"{nbytes / GIB:.3f} GiB of host memory"
     yield "this machine", _compared(config, arch, found, layout.world_size, device_type)
     if found.share <= 1:
         yield from (("", line) for line in found.lines())

@@ -96,3 +96,29 @@ def test_bfloat16_is_taken_to_be_meant_for_gpus_where_nothing_else_is_said(plann
     said = planned(400, dtype="bfloat16")
     assert "device                             cpu\n" in said
     assert "it fits: 400.0 GiB" in said
+
+
+def test_a_teacher_is_counted_beside_the_policy_by_its_own_size(planned, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "config.json").write_text(json.dumps(SIZES | {"num_hidden_layers": 60}))
+    save_file({"x": torch.zeros(1)}, teacher / "model.safetensors")
+    text = planned(100, algorithm={"preset": "distillation"}, reference={"path": str(teacher)})
+    rows = dict(line.rsplit(None, 2)[:2] for line in text.splitlines() if line.endswith(" GiB"))
+    layer = 576 * (576 + 2 * 192 + 576 + 3 * 1536) + 2 * 576  # attention, MLP, norms
+    counts = {layers: 49152 * 576 + layers * layer + 576 for layers in (30, 60)}
+    sizes = {name.strip(): float(gib) for name, gib in rows.items()}
+    assert sizes["weights"] == pytest.approx(counts[30] * 4 / GIB, abs=1e-3)
+    assert sizes["reference model"] == pytest.approx(counts[60] * 4 / GIB, abs=1e-3)
+    assert "first weights" not in sizes
+    assert "first weights" in planned(100, algorithm={"preset": "grpo", "kl_coef": 0.1})
+
+
+def test_a_correction_is_among_the_passes(planned, capsys, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "builtins.print", lambda *words, **_: said.append(" ".join(map(str, words)))
+    )
+    planned(100, algorithm={"preset": "grpo", "rollout_correction": {"mode": "mask", "low": 0.5}})
+    (line,) = (line for line in said if "rollout correction" in line)
+    assert line.endswith("by token, mask outside of 0.5 to 2")
