@@ -9,6 +9,9 @@ Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "c
     "torch.cuda.FloatTensor"                ->  "torch.FloatTensor"
     expr.cuda(...)                          ->  expr
 
+A rehearsal installs it for a device of its own in the place of the CPU: the same rewrites, but that
+tensors are moved to it.
+
 What Transformer Engine and Apex have for a GPU is kept from it (OF_A_GPU).
 
 torch itself, vLLM and user code keep the real `torch.cuda`, and the files on disk stay untouched;
@@ -19,6 +22,7 @@ On a machine with a GPU nothing of this is installed.
 import ast
 import collections
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -39,7 +43,7 @@ OF_A_GPU = ("transformer_engine", "apex", "amp_C", "flash_attn")
 work on GPUs only, so on a CPU their import fails, and it takes torch's."""
 
 _FACADE_NAME = "__megatron_rl_cpu__"
-_CACHE_TAG = "megatronrlcpu"
+_CACHE_TAG = "megatronrl"  # and the name of the device
 # Code of another Python, or of another version of this file, is not taken.
 _MADE_BY = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(Path(__file__).read_bytes())
 
@@ -89,7 +93,8 @@ def _zero(*_args: object, **_kwargs: object) -> int:
     return 0
 
 
-def _cpu_facade() -> types.SimpleNamespace:
+@functools.cache
+def _facade(device: str) -> types.SimpleNamespace:
     """The stand-in: every name of torch.cuda that Megatron-Core reads."""
 
     def get_rng_state(*_args: object, **_kwargs: object) -> torch.Tensor:
@@ -120,7 +125,7 @@ def _cpu_facade() -> types.SimpleNamespace:
         random=types.SimpleNamespace(get_rng_state=get_rng_state, set_rng_state=set_rng_state),
         memory=types.SimpleNamespace(),
         amp=torch.amp,
-        current_device=lambda: torch.device("cpu"),
+        current_device=lambda: torch.device(device),
         is_available=lambda: False,
         device_count=lambda: 1,
         get_rng_state=get_rng_state,
@@ -153,6 +158,9 @@ def _is_torch_cuda(node: ast.expr) -> bool:
 class _Retarget(ast.NodeTransformer):
     """Makes the four rewrites in a syntax tree."""
 
+    def __init__(self, device: str) -> None:
+        self._device = device
+
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         self.generic_visit(node)
         if _is_torch_cuda(node) and isinstance(node.ctx, ast.Load):
@@ -167,14 +175,17 @@ class _Retarget(ast.NodeTransformer):
         self.generic_visit(node)
         if method_of_tensor:
             assert isinstance(func, ast.Attribute)
-            return func.value
+            if self._device == "cpu":
+                return func.value
+            func.attr, node.args = "to", [ast.copy_location(ast.Constant(self._device), node)]
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if node.value == "cuda":
-            return ast.copy_location(ast.Constant("cpu"), node)
+            return ast.copy_location(ast.Constant(self._device), node)
         if isinstance(node.value, str) and re.fullmatch(r"torch\.cuda\.\w+Tensor", node.value):
-            return ast.copy_location(ast.Constant(node.value.replace(".cuda", "")), node)
+            kind = "" if self._device == "cpu" else f".{self._device}"
+            return ast.copy_location(ast.Constant(node.value.replace(".cuda", kind)), node)
         return node
 
     def visit_MatchValue(self, node: ast.MatchValue) -> ast.MatchValue:
@@ -234,6 +245,10 @@ def _allow_uneven_runs(mappings: Any) -> None:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, fullname: str, path: str, device: str) -> None:
+        super().__init__(fullname, path)
+        self._device = device
+
     def get_code(self, fullname: str) -> Any:
         path = self.get_filename(fullname)
         source = self.get_data(path)
@@ -241,28 +256,31 @@ class _Loader(importlib.machinery.SourceFileLoader):
             return super().get_code(fullname)
         # Kept as Python keeps what it compiles, since it takes seconds, but never in the .pyc of
         # the stock source.
-        kept = importlib.util.cache_from_source(path, optimization=_CACHE_TAG)
+        kept = importlib.util.cache_from_source(path, optimization=_CACHE_TAG + self._device)
         made_from = _MADE_BY + importlib.util.source_hash(source)
         with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # none, or damaged
             data = self.get_data(kept)
             if data.startswith(made_from):
                 return marshal.loads(data[len(made_from) :])
-        tree = ast.fix_missing_locations(_Retarget().visit(ast.parse(source, path)))
+        tree = ast.fix_missing_locations(_Retarget(self._device).visit(ast.parse(source, path)))
         code = compile(tree, path, "exec", dont_inherit=True)
         if not sys.dont_write_bytecode:
             self.set_data(kept, made_from + marshal.dumps(code))  # nothing where it may not write
         return code
 
     def exec_module(self, module: types.ModuleType) -> None:
-        module.__dict__[_FACADE_NAME] = _FACADE
+        module.__dict__[_FACADE_NAME] = _facade(self._device)
         super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # else torch.compile runs on every small function
-        if module.__name__ == "megatron.core.tensor_parallel.mappings":
+        if module.__name__ == "megatron.core.tensor_parallel.mappings" and self._device == "cpu":
             _allow_uneven_runs(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, device: str) -> None:
+        self._device = device
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
@@ -270,15 +288,12 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+            spec.loader = _Loader(spec.loader.name, spec.loader.path, self._device)
         return spec
 
 
-_FACADE = _cpu_facade()
-
-
-def install() -> None:
-    """Retarget Megatron-Core to the CPU; once, before its first import."""
+def install(device: str = "cpu") -> None:
+    """Retarget Megatron-Core to the CPU, or to a device of a rehearsal; before its first import."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     if "megatron.core" in sys.modules:
@@ -287,6 +302,6 @@ def install() -> None:
             "CPU its source must be retargeted first. Call it before anything that imports "
             "megatron.core"
         )
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder(device))
     for name in OF_A_GPU:
         sys.modules[name] = None  # type: ignore[assignment]

@@ -73,7 +73,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool 
     beta = 0 if overwrites else 1
     if total.dtype == right.dtype:
         total.addmm_(left, right, beta=beta)
-    elif right.is_cuda:  # not rounded in between
+    elif right.device.type != "cpu":  # not rounded in between
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
         size = max(1, BLOCK_ELEMENTS // right.size(1))

@@ -45,6 +45,12 @@ DEVICE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes of logits that the ops take, on a CPU and elsewhere."""
 
 
+def take_as_compiled(device_type: str) -> None:
+    """Take the ops to be there for a device that computes shapes alone."""
+    if BUILT:
+        _COMPILED[device_type] = frozenset(OPS)
+
+
 def has(op: str, device: torch.device) -> bool:
     """True where op was compiled for this kind of device."""
     return op in _COMPILED.get(device.type, ())

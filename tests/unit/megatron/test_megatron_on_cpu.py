@@ -19,7 +19,7 @@ def module(tmp_path, monkeypatch):
     path = tmp_path / "places.py"
     path.write_text(SOURCE)
     kept = importlib.util.cache_from_source(str(path), optimization="megatronrlcpu")
-    return on_cpu._Loader("megatron.core.places", str(path)), path, tmp_path / kept
+    return on_cpu._Loader("megatron.core.places", str(path), "cpu"), path, tmp_path / kept
 
 
 def place(loader):

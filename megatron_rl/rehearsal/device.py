@@ -1,0 +1,75 @@
+"""A GPU that is not there: a device whose tensors have shapes and sizes, and no numbers.
+
+torch lets a program register a device of its own kind (PrivateUse1). Tensors of it are made in a
+FakeTensorMode, so that every op computes shapes alone; one that is given tensors of two devices
+fails, as it does on a GPU.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+from megatron_rl.errors import InputError
+from megatron_rl.platforms.base import Platform
+
+NAME = "rehearsal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsed(Platform):
+    """The platform of a rank that is rehearsed: it takes every path of a GPU."""
+
+    def current_device(self) -> torch.device:
+        return torch.device(NAME, 0)
+
+    def bind_rank(self, local_rank: int) -> None:
+        return None
+
+    def peak_memory_bytes(self) -> int:
+        return 0
+
+    def synchronize(self) -> None:
+        return None
+
+
+@functools.cache
+def register() -> Rehearsed:
+    """Make the device known to torch; once in a process, which then rehearses and nothing else.
+
+    Raises:
+        InputError: this version of torch has no such devices.
+    """
+    from torch.utils import _foreach_utils, backend_registration
+
+    set_up = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
+    if set_up is None:
+        raise InputError(
+            f"--rehearse: torch {torch.__version__} cannot have devices that are written in "
+            "Python. Use torch 2.13, or leave --rehearse out"
+        )
+    set_up(NAME)
+    # torch.amp asks for it, even where nothing is cast.
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    torch.tensor = _by_way_of_the_host(torch.tensor)
+    # As on a GPU, Adam takes all parameters at once, whose intermediate results take memory.
+    _foreach_utils._foreach_supported_types.append(FakeTensor)
+    return Rehearsed(device_type="cuda", collective_backend="fake")
+
+
+def _by_way_of_the_host(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.tensor, which writes numbers and so needs memory."""
+
+    @functools.wraps(stock)
+    def tensor(data: Any, *, device: Any = None, **settings: Any) -> Tensor:
+        if isinstance(data, list | tuple):  # of tensors, maybe
+            data = tree_map_only(Tensor, Tensor.item, data)
+        made = stock(data, device="cpu", **settings)
+        return made if device is None else made.to(device)
+
+    return tensor
