@@ -8,7 +8,7 @@ weights, with gradient), `old_logprobs` (trainer, before this iteration's first 
 `rollout_logprobs` (engine, at sampling time), `ref_logprobs` (frozen reference policy).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -186,6 +186,16 @@ class MiniBatch:
     totals: UpdateTotals  # over all ranks
     num_samples: int  # with a gradient, over all ranks; 0: nothing to learn from, it is skipped
     microbatches: tuple[MicroBatch, ...]  # at least one, possibly empty
+
+    def with_loss(self, name: str, values: Sequence[Tensor] | None) -> "MiniBatch":
+        """The mini-batch with [N] constants of each row's loss; as it is where there are none.
+
+        The loss is computed on the last stage only, so other stages have none.
+        """
+        if values is None:
+            return self
+        rows = zip(self.microbatches, values, strict=True)
+        return replace(self, microbatches=tuple(row.with_loss(**{name: v}) for row, v in rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,6 @@
 """The forward passes and optimizer steps of an iteration."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -48,12 +47,12 @@ class Trainer:
             trained = [batch.update for batch in _trained(batches)]
             for update in trained if self.passes.old_first else trained[1:]:
                 values = self.policy.logprobs(result[update].microbatches)
-                result[update] = _with(result[update], "old_logprobs", values)
+                result[update] = result[update].with_loss("old_logprobs", values)
         if self.passes.ref and (compared := list(_trained(batches))):
             assert self._reference is not None
             of_batches = self._reference.logprobs(compared)
             for batch, values in zip(compared, of_batches, strict=True):
-                result[batch.update] = _with(result[batch.update], "ref_logprobs", values)
+                result[batch.update] = result[batch.update].with_loss("ref_logprobs", values)
         return result
 
     def add_advantages(self, batches: Sequence[MiniBatch]) -> list[MiniBatch]:
@@ -99,7 +98,7 @@ class Trainer:
                 history.append(result.metrics)
                 updates += not result.metrics.get("policy/nonfinite_updates")
                 if self._keeps_own_as_old(is_first=is_first):
-                    trained[0] = _with(batch, "old_logprobs", result.logprobs)
+                    trained[0] = batch.with_loss("old_logprobs", result.logprobs)
         skipped = (len(batches) - len(trained)) * self._epochs
         self._report(
             {
@@ -181,14 +180,6 @@ def _measurable(batch: MicroBatch, *, is_first: bool) -> MicroBatch:
     if is_first or batch.loss.old_logprobs is not None:
         return batch
     return batch.with_loss(rollout_logprobs=None)
-
-
-def _with(batch: MiniBatch, name: str, values: Sequence[Tensor] | None) -> MiniBatch:
-    """The mini-batch with [N] constants of each row's loss; as it is where there are none."""
-    if values is None:  # the loss is computed on the last stage only
-        return batch
-    rows = zip(batch.microbatches, values, strict=True)
-    return replace(batch, microbatches=tuple(row.with_loss(**{name: v}) for row, v in rows))
 
 
 def _over_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,20 @@ from megatron_rl.config import RunConfig
 from megatron_rl.megatron import rehearsed
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
+from megatron_rl.memory import reference_arch
 from megatron_rl.ops import native
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.policy.passes import PassPlan, plan_passes
 from megatron_rl.rehearsal.device import NAME, register
 from megatron_rl.rehearsal.ledger import Ledger
 from megatron_rl.rehearsal.world import World
 from megatron_rl.types import LossTokens, MicroBatch, MiniBatch, Sample, UpdateTotals
 from megatron_rl.weights.arch import ModelArch
+
+if TYPE_CHECKING:  # they import Megatron-Core, which must be adapted first
+    from megatron_rl.policy.policy import Policy
+    from megatron_rl.policy.reference import Reference
+    from megatron_rl.policy.trainer import Trainer
 
 
 @dataclass(kw_only=True)
@@ -76,35 +84,98 @@ class _Rank:
     def run(self) -> Rehearsal:
         from megatron_rl.policy.critic import Critic
         from megatron_rl.policy.policy import Policy
+        from megatron_rl.policy.trainer import Trainer
 
         rehearsed.adapt(self._shape_of_messages)
-        device = self.groups.platform.current_device()
-        config = self.config
+        config, passes = self.config, self._passes()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, self.ledger:
-            with self._made("weights"), rehearsed.on(device):
-                policy = Policy(
-                    self.arch,
-                    config.model,
-                    config.parallel,
-                    config.optimizer,
-                    self.groups,
-                    temperature=config.rollout.temperature,
-                    run_updates=config.run.num_iterations,
-                )
-            with self._made("gradients and main weights"), rehearsed.on(device):
-                policy.prepare_training()
+            policy = self._model(Policy, self.arch, "", temperature=config.rollout.temperature)
+            self.reference = self._reference(policy) if passes.ref else None
+            self._prepare(policy, "")
+            critic = None
+            if config.algorithm.resolved.needs_critic:
+                critic = self._model(Critic, self.arch, "critic's ")
+                self._prepare(critic, "critic's ")
+            trainer = Trainer(
+                policy,
+                self.algorithm,
+                passes,
+                report=lambda _: None,
+                epochs=1,
+                reference=self.reference,
+                critic=critic,
+            )
             batch = self._on_device(mode)
-            with self._phase("log-prob pass"), self.ledger.looking_for_waits():
-                policy.logprobs(batch.microbatches)
-            for step in ("first update", "update"):
-                with self._phase(step):
-                    policy.update(batch.microbatches, self.algorithm.loss())
-                if step == "first update":
-                    self.result.held["Adam's moments"] = self.ledger.held - sum(
-                        self.result.held.values()
-                    )
+            for update in ("first update", "update"):
+                self._update(trainer, batch, update)
             self.result.waits = dict(self.ledger.waits)
         return self.result
+
+    def _passes(self) -> PassPlan:
+        config = self.config
+        return plan_passes(
+            self.algorithm,
+            num_updates=config.num_updates,
+            epochs=config.optimizer.epochs,
+            critic_warmup=config.critic.warmup_updates,
+        )
+
+    def _model(self, kind: Any, arch: ModelArch, whose: str, **settings: Any) -> Any:
+        """A model of this rank whose passes are looked at."""
+        config = self.config
+        parallel = config.parallel if arch.mixture else config.parallel.without_experts
+        with self._made(f"{whose}weights"), rehearsed.on(self.groups.platform.current_device()):
+            model = kind(
+                arch,
+                config.model,
+                parallel,
+                config.optimizer,
+                self.groups,
+                run_updates=config.run.num_iterations,
+                **settings,
+            )
+        run = model._run
+
+        def looked_at(*args: Any, **settings: Any) -> None:
+            with self.ledger.looking_for_waits():
+                run(*args, **settings)
+
+        model._run = looked_at
+        return model
+
+    def _prepare(self, model: Any, whose: str) -> None:
+        with self._made(f"{whose}gradients and main weights"):
+            with rehearsed.on(self.groups.platform.current_device()):
+                model.prepare_training()
+
+    def _reference(self, policy: "Policy") -> "Reference":
+        from megatron_rl.policy.reference import FirstWeights, OtherModel
+
+        arch = reference_arch(self.config)
+        if arch is None:
+            return FirstWeights(policy, policy.snapshot())
+        temperature = self.config.rollout.temperature
+        return OtherModel(self._model(type(policy), arch, "reference's ", temperature=temperature))
+
+    def _update(self, trainer: "Trainer", batch: MiniBatch, name: str) -> None:
+        """The passes and the step of one mini-batch."""
+        policy, rows = trainer.policy, batch.microbatches
+        if trainer.passes.old:
+            with self._phase("old-log-prob pass"):
+                batch = batch.with_loss("old_logprobs", policy.logprobs(rows))
+        if self.reference is not None:
+            with self._phase("reference pass"):
+                (values,) = self.reference.logprobs([batch])
+                batch = batch.with_loss("ref_logprobs", values)
+        if trainer.critic is not None:
+            with self._phase("value pass"):
+                values = trainer.critic.values(rows)
+                batch = batch.with_loss("old_values", values).with_loss("returns", values)
+        held = self.ledger.held
+        with self._phase(name):
+            trainer.update([batch])
+        if name == "first update":
+            self.result.held["Adam's moments"] = self.ledger.held - held
 
     @contextmanager
     def _made(self, name: str) -> Iterator[None]:
