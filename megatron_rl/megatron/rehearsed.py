@@ -25,6 +25,7 @@ def adapt(shape_of_messages: Callable[[], tuple[int, ...]]) -> None:
     """
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+    from megatron.core.transformer.moe import token_dispatcher
 
     from megatron_rl.megatron import layers, schedule
 
@@ -53,6 +54,22 @@ def adapt(shape_of_messages: Callable[[], tuple[int, ...]]) -> None:
             places=torch.empty(plan.places.shape, dtype=torch.int64, device=device),
         )
 
+    stock = token_dispatcher.MoEAlltoAllTokenDispatcher.preprocess
+
+    def preprocess(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
+        # Which experts a token goes to are numbers, and how many go to each are sizes.
+        tokens, experts = routing_map.shape
+        gather = token_dispatcher.gather_from_sequence_parallel_region
+        token_dispatcher.gather_from_sequence_parallel_region = _of_equals
+        try:
+            with unset_fake_temporarily(), torch.device("cpu"):
+                even = _even(tokens, experts, self.config.moe_router_topk)
+                counts: torch.Tensor = stock(self, even)
+        finally:
+            token_dispatcher.gather_from_sequence_parallel_region = gather
+        return counts
+
+    token_dispatcher.MoEAlltoAllTokenDispatcher.preprocess = preprocess
     schedule.packed_rows = packed_rows
     CudaRNGStatesTracker.fork = fork
     P2PCommunicator._communicate_shapes = communicate_shapes
@@ -71,6 +88,17 @@ def on(device: torch.device) -> Iterator[None]:
     finally:
         for name, method in former.items():
             setattr(stay, name, method)
+
+
+def _of_equals(counts: torch.Tensor, group: Any) -> torch.Tensor:
+    """What a group of ranks gathers of which all have the same."""
+    return counts.repeat(group.size())
+
+
+def _even(tokens: int, experts: int, top_k: int) -> torch.Tensor:
+    """[tokens, experts] bool: a routing that gives all experts as many tokens."""
+    chosen = torch.arange(tokens * top_k).view(tokens, top_k) % experts
+    return torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, chosen, value=True)
 
 
 class _OnHost:

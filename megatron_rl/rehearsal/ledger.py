@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +32,7 @@ class Ledger(TorchDispatchMode):
         self.held = 0  # bytes of the device now
         self.peak = 0  # most of them since the last mark
         self.waits: Counter[str] = Counter()  # place -> times, where the host waits for the device
+        self.share_selected = 1.0  # of a mask's entries, those that are taken to be set
         self._device_type = device_type
         self._sizes: dict[int, int] = {}
         self._counts_waits = False
@@ -60,7 +61,7 @@ class Ledger(TorchDispatchMode):
             return _one(args[0].dtype)
         if name == "aten::masked_select":  # its size would be asked of the device
             self._wait(args[0])
-            return args[0].new_empty(self.selected(args[1]))
+            return args[0].new_empty(round(args[1].numel() * self.share_selected))
         if name == "aten::_to_copy":
             if self._leaves_device(args[0], kwargs):
                 self._wait(args[0])
@@ -72,15 +73,15 @@ class Ledger(TorchDispatchMode):
             non_blocking = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
             if not non_blocking:
                 self._wait(args[1])
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+            with unset_fake_temporarily():  # the host's own numbers stay numbers
+                return func(*args, **kwargs)
         results = func(*args, **kwargs)
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
                 self._see(result)
         return results
-
-    def selected(self, mask: Tensor) -> int:
-        """How many entries of a mask are taken to be set."""
-        return mask.numel()
 
     def _see(self, tensor: Tensor) -> None:
         if not self._is_here(tensor) or tensor.layout != torch.strided:

@@ -72,6 +72,8 @@ class _Rank:
         self.config, self.arch, self.groups, self.world = config, arch, groups, world
         self.algorithm = Algorithm(config.algorithm)
         self.ledger = Ledger(NAME)
+        if arch.mixture is not None:
+            self.ledger.share_selected = arch.mixture.top_k / arch.mixture.num_experts
         self.rows, rows_of_recipe = self._rows()
         self.result = Rehearsal(
             rank=world.rank,
