@@ -1,11 +1,11 @@
 """`plan`: what a recipe means, before any rank is started; no GPU and no process group."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig, world_problems
-from megatron_rl.errors import ConfigErrors
+from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.fit import Fit, Free, fit, free_here, refuse_what_cannot_fit
 from megatron_rl.input_report import input_lines
 from megatron_rl.megatron.refusals import model_problems
@@ -13,6 +13,7 @@ from megatron_rl.memory import GIB, busiest_rank, itemsize, keeps_initial_weight
 from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_data
+from megatron_rl.rehearsal.report import ranks_that_differ, rehearsal_lines
 from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
@@ -44,9 +45,25 @@ def print_plan(config: RunConfig) -> None:
         ("memory per rank", _memory(config, arch, layout)),
         ("weight sync", _sync(config, arch, layout)),
     ):
-        print(section)
-        for name, value in lines:
-            print(f"  {name:34s} {value}")
+        _print_section(section, lines)
+
+
+def print_rehearsal(config: RunConfig, rank: int | None) -> None:
+    """Rehearse a rank of the recipe's layout, or the ranks that hold most, and print what they did.
+
+    Raises:
+        InputError: there is no such rank, or torch cannot rehearse here.
+        RunError: what is rehearsed fails.
+    """
+    world = _world_size(config)
+    if rank is not None and not 0 <= rank < world:
+        raise InputError(f"--rank {rank}: the layout has ranks 0 to {world - 1}")
+    model_dir = find_model(config.model.path, "model.path").config_dir
+    arch = read_model_config(model_dir, config.model.ignore_config_fields)
+    layout = config.parallel.layout(world)
+    ranks = ranks_that_differ(layout) if rank is None else [rank]
+    for title, lines in rehearsal_lines(config, arch, layout, ranks):
+        _print_section(title, lines)
 
 
 def print_inputs(config: RunConfig) -> None:
@@ -59,6 +76,12 @@ def print_inputs(config: RunConfig) -> None:
     print("inputs")
     for line in input_lines(config, tokenizer, prompts, benchmarks):
         print(f"  {line}")
+
+
+def _print_section(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    print(title)
+    for name, value in lines:
+        print(f"  {name:34s} {value}", flush=True)
 
 
 def _world_size(config: RunConfig) -> int:

@@ -146,17 +146,18 @@ class LossTokens:
 
     def constants(self, dtype: torch.dtype) -> "LossTokens":
         """The tokens with every constant detached, contiguous and of this dtype."""
-        return self._each(
+        return self.each(
             lambda x: (x.detach().to(dtype) if x.is_floating_point() else x).contiguous()
         )
 
     def to(self, device: torch.device) -> "LossTokens":
-        return self._each(lambda x: x.to(device))
+        return self.each(lambda x: x.to(device))
 
     def __getitem__(self, rows: slice) -> "LossTokens":
-        return self._each(lambda x: x[rows])
+        return self.each(lambda x: x[rows])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "LossTokens":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "LossTokens":
+        """The tokens with every tensor changed."""
         held = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {n: None if v is None else change(v) for n, v in held.items()}
         return LossTokens(**changed)

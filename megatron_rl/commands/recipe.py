@@ -9,15 +9,30 @@ from megatron_rl.config import load_config
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    if parser.prog.endswith(" plan"):
+        parser.add_argument(
+            "--rehearse",
+            action="store_true",
+            help="run an update of one rank of the layout without numbers: exact memory and bytes "
+            "of a GPU that need not be there",
+        )
+        parser.add_argument(
+            "--rank",
+            type=int,
+            metavar="R",
+            help="the rank to rehearse (default: one of the first and one of the last stage)",
+        )
 
 
 def run(options: argparse.Namespace) -> int:
     """Read the recipe first: its problems are told before anything slow is imported."""
     config = load_config(options.recipe, options.overrides)
     if options.command == "plan":
-        from megatron_rl.plan import print_inputs, print_plan
+        from megatron_rl.plan import print_inputs, print_plan, print_rehearsal
 
         print_plan(config)
+        if options.rehearse:
+            print_rehearsal(config, options.rank)
         print_inputs(config)
         return 0
     from megatron_rl.session import evaluate_session, train_session

@@ -43,7 +43,8 @@ def adapt(shape_of_messages: Callable[[], tuple[int, ...]]) -> None:
         # What the host computes has numbers, and the angles are of the device.
         with unset_fake_temporarily(), torch.device("cpu"):
             own = torch.zeros(int(row.cu_seqlens[-1]), dtype=torch.int64)
-            plan = layers.packed_rows(replace(row, position_ids=own), _OnHost() if rope else None)
+            no_angles: Any = _OnHost() if rope else None
+            plan = layers.packed_rows(replace(row, position_ids=own), no_angles)
         if rope is None:
             return plan
         device = row.tokens.device
@@ -70,7 +71,7 @@ def adapt(shape_of_messages: Callable[[], tuple[int, ...]]) -> None:
         return counts
 
     token_dispatcher.MoEAlltoAllTokenDispatcher.preprocess = preprocess
-    schedule.packed_rows = packed_rows
+    vars(schedule)["packed_rows"] = packed_rows
     CudaRNGStatesTracker.fork = fork
     P2PCommunicator._communicate_shapes = communicate_shapes
 

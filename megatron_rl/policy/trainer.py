@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import Tensor
-
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.gae import adapted_kl_coef
 from megatron_rl.policy.config import CriticConfig

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
@@ -56,6 +57,7 @@ def register() -> Rehearsed:
     set_up(NAME)
     # torch.amp asks for it, even where nothing is cast.
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    functional.scaled_dot_product_attention = _attention
     torch.tensor = _by_way_of_the_host(torch.tensor)
     # As on a GPU, Adam takes all parameters at once, whose intermediate results take memory.
     _foreach_utils._foreach_supported_types.append(FakeTensor)
@@ -73,3 +75,20 @@ def _by_way_of_the_host(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return made if device is None else made.to(device)
 
     return tensor
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float | None
+) -> Tensor:
+    """Causal attention as a GPU has it; for a device that torch does not know it would have none.
+
+    By flash attention, or where numbers have more than 16 bits by the memory-efficient one.
+    """
+    if query.element_size() == 2:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        out: Tensor = flash(query, key, value, 0.0, is_causal, scale=scale)[0]
+        return out
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    keeps = torch.is_grad_enabled()
+    out = efficient(query, key, value, None, keeps, 0.0, is_causal, scale=scale)[0]
+    return out

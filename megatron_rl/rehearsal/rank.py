@@ -23,8 +23,8 @@ from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.passes import PassPlan, plan_passes
 from megatron_rl.rehearsal.device import NAME, register
 from megatron_rl.rehearsal.ledger import Ledger
-from megatron_rl.rehearsal.world import World
-from megatron_rl.types import LossTokens, MicroBatch, MiniBatch, Sample, UpdateTotals
+from megatron_rl.rehearsal.world import Collective, World
+from megatron_rl.types import MicroBatch, MiniBatch, Sample, UpdateTotals
 from megatron_rl.weights.arch import ModelArch
 
 if TYPE_CHECKING:  # they import Megatron-Core, which must be adapted first
@@ -44,7 +44,8 @@ class Rehearsal:
     row_tokens: int
     memory: dict[str, int] = field(default_factory=dict)  # phase -> most bytes held in it
     held: dict[str, int] = field(default_factory=dict)  # what was made -> its bytes
-    collectives: dict[str, tuple[int, int]] = field(default_factory=dict)  # -> calls, bytes
+    collectives: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """Phase -> kind and group -> calls, and bytes of the largest buffer of each."""
     waits: dict[str, int] = field(default_factory=dict)  # place -> times
     seconds: float = 0.0
 
@@ -108,8 +109,8 @@ class _Rank:
                 critic=critic,
             )
             batch = self._on_device(mode)
-            for update in ("first update", "update"):
-                self._update(trainer, batch, update)
+            for _ in range(2):  # the first one makes Adam's moments
+                self._update(trainer, batch)
             self.result.waits = dict(self.ledger.waits)
         return self.result
 
@@ -146,9 +147,9 @@ class _Rank:
         return model
 
     def _prepare(self, model: Any, whose: str) -> None:
-        with self._made(f"{whose}gradients and main weights"):
-            with rehearsed.on(self.groups.platform.current_device()):
-                model.prepare_training()
+        device = self.groups.platform.current_device()
+        with self._made(f"{whose}gradients and main weights"), rehearsed.on(device):
+            model.prepare_training()
 
     def _reference(self, policy: "Policy") -> "Reference":
         from megatron_rl.policy.reference import FirstWeights, OtherModel
@@ -159,7 +160,7 @@ class _Rank:
         temperature = self.config.rollout.temperature
         return OtherModel(self._model(type(policy), arch, "reference's ", temperature=temperature))
 
-    def _update(self, trainer: "Trainer", batch: MiniBatch, name: str) -> None:
+    def _update(self, trainer: "Trainer", batch: MiniBatch) -> None:
         """The passes and the step of one mini-batch."""
         policy, rows = trainer.policy, batch.microbatches
         if trainer.passes.old:
@@ -174,10 +175,9 @@ class _Rank:
                 values = trainer.critic.values(rows)
                 batch = batch.with_loss("old_values", values).with_loss("returns", values)
         held = self.ledger.held
-        with self._phase(name):
+        with self._phase("update"):
             trainer.update([batch])
-        if name == "first update":
-            self.result.held["Adam's moments"] = self.ledger.held - held
+        self.result.held.setdefault("Adam's moments", self.ledger.held - held)
 
     @contextmanager
     def _made(self, name: str) -> Iterator[None]:
@@ -191,13 +191,30 @@ class _Rank:
         self.world.forget()
         yield
         self.result.memory[name] = self.ledger.peak
-        self.result.collectives |= {
-            f"{name}: {kind.name} over {len(kind.group)} ranks": (
-                self.world.calls[kind],
-                self.world.bytes[kind],
-            )
+        self.result.collectives[name] = {
+            self._named(kind): (self.world.calls[kind], self.world.bytes[kind])
             for kind in self.world.calls
         }
+
+    def _named(self, kind: Collective) -> str:
+        """A collective and its ranks, by the axis of the layout that they lie on."""
+        layout, ranks = self.groups.layout, kind.group
+        if len(ranks) == 1:
+            return f"{kind.name}, rank {ranks[0]}"
+        mine = layout.coordinates(self.world.rank)
+        alike = {
+            "TP": lambda there: (there.dp_rank, there.pp_rank),
+            "DP": lambda there: (there.tp_rank, there.pp_rank),
+            "PP": lambda there: (there.tp_rank, there.dp_rank),
+            "EP": lambda there: (there.etp_rank, there.pp_rank),
+            "expert TP": lambda there: (there.ep_rank, there.pp_rank),
+        }
+        everyone = range(self.world.world_size)
+        for axis, key in alike.items():
+            on_axis = [r for r in everyone if key(layout.coordinates(r)) == key(mine)]
+            if set(ranks) <= set(on_axis) and len(ranks) > 1:
+                return f"{kind.name}, {axis} {len(ranks)}"
+        return f"{kind.name}, {len(ranks)} ranks"
 
     def _rows(self) -> tuple[list[MicroBatch], int]:
         """Rows of the longest sequences, as many as a stage has at hand, and one more."""
@@ -251,13 +268,7 @@ class _Rank:
                 position_ids=moved(row.position_ids),
                 cu_seqlens=row.cu_seqlens,
                 max_seqlen=row.max_seqlen,
-                loss=LossTokens(
-                    **{
-                        name: None if value is None else moved(value)
-                        for name in row.loss.__dataclass_fields__
-                        for value in [getattr(row.loss, name)]
-                    }
-                ),
+                loss=row.loss.each(moved),
                 samples=row.samples,
             )
             for row in self.rows
