@@ -165,14 +165,27 @@ class LossTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
-    """One packed row, and what its loss is about."""
+    """One packed row, and what its loss is about.
+
+    What the host has to know is here as numbers, so that nothing asks the device for it.
+    """
 
     tokens: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [sequences + 1] int32 bounds; the padding tail is a sequence, too
-    max_seqlen: int
+    lengths: tuple[int, ...]  # of the sequences
     loss: LossTokens
+    response_lengths: Tensor  # [samples] int64, on the device
+    group_of: Tensor  # [samples] int64, on the device: 0 for the first group of the row, then 1
     samples: tuple[Sample, ...]  # in row order
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def num_groups(self) -> int:
+        return len({sample.group_id for sample in self.samples})
 
     def with_loss(self, **constants: Tensor | None) -> "MicroBatch":
         """The row with other constants of its loss."""

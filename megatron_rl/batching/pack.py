@@ -38,12 +38,17 @@ def pack(
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     sequences = [torch.cat([s.prompt_tokens, s.response_tokens]) for s in samples]
     tokens = torch.cat([*sequences, torch.zeros(padding, dtype=torch.int64)])
+    groups: dict[int, int] = {}
+    group_of = [groups.setdefault(sample.group_id, len(groups)) for sample in samples]
+    responses = [len(sample.response_tokens) for sample in samples]
     return MicroBatch(
         tokens=tokens.to(device),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).to(device),
         cu_seqlens=bounds.to(device, torch.int32),
-        max_seqlen=max(lengths),
+        lengths=tuple(lengths),
         loss=_loss_tokens(samples, bounds.tolist(), weight_of, dtype, device),
+        response_lengths=torch.tensor(responses, dtype=torch.int64).to(device),
+        group_of=torch.tensor(group_of, dtype=torch.int64).to(device),
         samples=tuple(samples),
     )
 

@@ -6,11 +6,11 @@ the feed-forward network; one number is one element per token:
     kept                                          local layers        Transformer Engine's
     input and output of both norms                4 H                 4 H
     their inputs, normalised (or cast, twice)     2 H  (on a CPU)
-    queries, keys, values, output of attention    5 Q  (keys repeated)  3 Q + 3 K
+    queries, keys, values, output of attention    5 Q, or 2 Q + 2 K   3 Q + 3 K
     up and gate, and of them silu, +0, product    5 F                 3 F
 
-Keys and values are repeated to as many heads as queries have, and sequences padded to blocks, since
-a CPU has no attention of packed rows. A mixture has this of the feed-forward network once for every
+The attention of 16 bits on a GPU takes packed rows as they are. Elsewhere keys and values are
+repeated to as many heads as queries have, and sequences padded to blocks. A mixture has this of the feed-forward network once for every
 expert of a token, and the tokens as they were sent to the experts.
 """
 
@@ -59,15 +59,17 @@ class Activations:
     def of_layer(self, layer: int) -> float:
         """Bytes a token keeps in a layer, counted over the whole model."""
         arch, size = self.arch, self.itemsize
-        is_local = not self.model.uses_transformer_engine(self.device_type)
+        kind = self.model.attention(self.device_type, arch.head_dim)
+        is_local = kind != "transformer_engine"
         tp, hidden = self.parallel.tensor_model_parallel_size, arch.hidden_size
         queries, keys = arch.query_rows / tp, arch.key_rows / tp
         # Outputs of both norms, and their inputs or, of 16 bits on a CPU, casts and normalised.
         shared = 2.0 * hidden * size + 2 * self._of_norm(hidden)
-        if is_local:
-            attention = 5.0 * queries * size + 4 * arch.num_attention_heads / tp
-        else:
+        if kind == "transformer_engine":
             attention = 3.0 * (queries + keys) * size
+        else:
+            attended = 5.0 * queries if kind == "blocks" else 2.0 * (queries + keys)
+            attention = attended * size + 4 * arch.num_attention_heads / tp
         if arch.qk_norm:
             attention += self._of_norm(queries + keys)
             if self._is_unfused and size > 2:  # the product that both were cut from

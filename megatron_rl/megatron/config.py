@@ -1,11 +1,17 @@
 """The model that is trained, and how its weights are updated."""
 
+import importlib.metadata
 import importlib.util
 from typing import Any, Literal
 
 from pydantic import Field
 
 from megatron_rl.settings import Settings
+
+Attention = Literal["transformer_engine", "flash", "blocks"]
+
+FLASH_TORCH = (2, 12)  # the first version whose varlen_attn takes grouped queries
+FLASH_HEAD = 256  # the widest head of its kernel, which wants a multiple of 8
 
 
 class ModelConfig(Settings):
@@ -46,6 +52,23 @@ class ModelConfig(Settings):
             has = importlib.util.find_spec("transformer_engine") is not None
             return has and device_type == "cuda"
         return self.layer_spec == "transformer_engine"
+
+    def attention(self, device_type: str, head_dim: int) -> Attention:
+        """Which attention layers have: one for the whole run.
+
+        Flash attention without Transformer Engine is torch's, for 16 bits on a GPU.
+        """
+        if self.uses_transformer_engine(device_type):
+            return "transformer_engine"
+        version = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
+        has_kernel = (
+            device_type == "cuda"
+            and self.dtype == "bfloat16"
+            and head_dim % 8 == 0
+            and head_dim <= FLASH_HEAD
+            and version >= FLASH_TORCH
+        )
+        return "flash" if has_kernel else "blocks"
 
 
 class OptimizerConfig(Settings):

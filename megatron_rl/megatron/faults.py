@@ -128,7 +128,7 @@ FAULTS = {
             versions=SUPPORTED_VERSIONS,
             wrong="has no attention of packed rows without Transformer Engine",
             action="fitted",
-            by="layers.PackedAttention",
+            by="attention.PackedAttention",
             probes=ALONE,
         ),
         Fault(

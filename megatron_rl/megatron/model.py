@@ -62,17 +62,19 @@ class TrainedModel:
         device_type = groups.platform.device_type
         self.config = transformer_config(arch, model, parallel, device_type=device_type)
         self.config.finalize_model_grads_func = finalize_without_dividing
-        use_te = model.uses_transformer_engine(device_type)
+        attention = model.attention(device_type, arch.head_dim)
+        use_te = attention == "transformer_engine"
         self.layers = layers_in_use(model.megatron, use_te=use_te)
         self.chunks: list[Any] = build_chunks(
             arch,
             self.config,
             groups,
-            use_te=use_te,
+            attention=attention,
             chunk_class=ValueModel if self.has_value_head else HiddenStatesModel,
         )
         device = groups.platform.current_device()
         self._rope = None if use_te else Rope(arch, self.dtype, device)
+        self._in_blocks = attention == "blocks"
         self.pieces: list[Piece] = self._pieces()
         self.version = 0  # optimizer steps taken
         self._optimizer_config = optimizer
@@ -224,12 +226,13 @@ class TrainedModel:
 
     def _gradient_is_finite(self) -> bool:
         """Whether it is on all ranks: what is not is found before the optimizer has used it."""
-        is_bad = any(
-            not buffer.grad_data.isfinite().all()
+        looks = [
+            buffer.grad_data.isfinite().all()
             for chunk in self._trainable
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
-        )
-        return not max_over([float(is_bad)], self.groups.world)[0]
+        ]
+        is_good = bool(torch.stack(looks).all())  # the host waits for the device once
+        return not max_over([float(not is_good)], self.groups.world)[0]
 
     def summed(self, sums: Tensor) -> Tensor:
         """[n] float64 sums over data-parallel replicas, in place; one rank of each counts."""
@@ -254,5 +257,6 @@ class TrainedModel:
             measure,
             forward_only=forward_only,
             rope=self._rope,
+            in_blocks=self._in_blocks,
             settings=self._chunk_settings,
         )

@@ -13,6 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
+from megatron_rl.megatron.config import Attention
 from megatron_rl.megatron.spec import block_spec
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
@@ -84,14 +85,14 @@ def build_chunks(
     config: TransformerConfig,
     groups: Groups,
     *,
-    use_te: bool,
+    attention: Attention,
     chunk_class: type[HiddenStatesModel] = HiddenStatesModel,
 ) -> list[HiddenStatesModel]:
     """This rank's model chunks (one without interleaving), weights not yet loaded."""
     tensor_parallel.model_parallel_cuda_manual_seed(1)  # weights are loaded, dropout is 0
     vpp = groups.layout.vpp
     return [
-        _build_chunk(arch, config, groups, chunk if vpp > 1 else None, use_te, chunk_class)
+        _build_chunk(arch, config, groups, chunk if vpp > 1 else None, attention, chunk_class)
         for chunk in range(vpp)
     ]
 
@@ -101,14 +102,15 @@ def _build_chunk(
     config: TransformerConfig,
     groups: Groups,
     chunk: int | None,
-    use_te: bool,
+    attention: Attention,
     chunk_class: type[HiddenStatesModel],
 ) -> HiddenStatesModel:
     stage: dict[str, Any] = {} if chunk is None else {"vp_stage": chunk}
+    use_te = attention == "transformer_engine"
     where: dict[str, Any] = {} if chunk is None else {"ignore_virtual": False, **stage}
     model = chunk_class(
         config,
-        block_spec(config, use_te=use_te, vp_stage=chunk),
+        block_spec(config, attention=attention, vp_stage=chunk),
         vocab_size=padded_vocab_size(arch.vocab_size, groups.layout.tp),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**where),

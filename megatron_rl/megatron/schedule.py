@@ -9,7 +9,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rl.megatron.layers import PackedRows, packed_rows
+from megatron_rl.megatron.attention import PackedRows, packed_rows
 from megatron_rl.megatron.rope import Rope
 from megatron_rl.types import MicroBatch
 
@@ -25,16 +25,17 @@ def run_schedule(
     *,
     forward_only: bool,
     rope: Rope | None,
+    in_blocks: bool,
     settings: Mapping[str, object],
 ) -> None:
     """Run the rows through the model chunks of this rank; every rank calls it, with its own rows.
 
-    rope: of local layers. settings: keyword arguments of the chunks, besides the row.
+    rope: of local layers. in_blocks: their attention pads sequences into blocks. settings: keyword arguments of the chunks, besides the row.
     """
     planned: dict[int, PackedRows] = {}  # those that a later chunk of this rank will use
 
     def plan(batch: MicroBatch, model: Any) -> PackedRows:
-        rows = planned.pop(id(batch), None) or packed_rows(batch, rope)
+        rows = planned.pop(id(batch), None) or packed_rows(batch, rope, in_blocks=in_blocks)
         if model is not models[-1]:
             planned[id(batch)] = rows
         return rows

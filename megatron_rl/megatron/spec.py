@@ -9,32 +9,35 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_rl.megatron.layers import Norm, PackedAttention
+from megatron_rl.megatron.attention import ATTENTIONS, PackedAttention
+from megatron_rl.megatron.config import Attention
+from megatron_rl.megatron.layers import Norm
 
 
 def block_spec(
-    config: TransformerConfig, *, use_te: bool, vp_stage: int | None
+    config: TransformerConfig, *, attention: Attention, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk of this rank: Transformer Engine's, or local ones.
 
     Megatron-Core picks dense and mixture layers by config.moe_layer_freq.
     """
+    use_te = attention == "transformer_engine"
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if not use_te:
         spec.layer_norm = Norm
         for layer in spec.layer_specs:
-            _make_local(layer, has_head_norms=config.qk_layernorm)
+            _make_local(layer, ATTENTIONS[attention], has_head_norms=config.qk_layernorm)
     return spec
 
 
-def _make_local(layer: Any, *, has_head_norms: bool) -> None:
+def _make_local(layer: Any, core_attention: type[PackedAttention], *, has_head_norms: bool) -> None:
     """Put our norm and attention into a stock layer; layers of one kind share their spec."""
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = core_attention
     if has_head_norms:
         attention.q_layernorm = attention.k_layernorm = Norm
     if _is_mixture(parts.mlp):

@@ -47,7 +47,7 @@ class TokenLoss:
 
     def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
         is_of_response = self.objective.ratio_of == "response" or self.shared.needs_responses
-        responses = _lengths(batch) if is_of_response else None
+        responses = batch.response_lengths if is_of_response else None
         return linear_policy_loss(
             head, batch.loss, self.objective, self.shared, responses=responses
         )
@@ -68,7 +68,10 @@ class PairLoss:
 
     def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
         logprobs, entropy = linear_logprobs(head, batch.loss.targets)
-        loss, pair_sums = self.objective.pair_loss(logprobs, batch.loss, *_pairs(batch))
+        pair_of = batch.group_of.repeat_interleave(
+            batch.response_lengths, output_size=len(batch.loss.at)
+        )
+        loss, pair_sums = self.objective.pair_loss(logprobs, batch.loss, pair_of, batch.num_groups)
         with torch.no_grad():  # what is measured of tokens is the same under any objective
             tokens = token_loss(logprobs, entropy, batch.loss, Likelihood(), SharedTerms())
             tokens.sums[SUMS.index("loss")] = loss.double()
@@ -83,23 +86,6 @@ class PairLoss:
         return metrics_from(sums[: len(SUMS)], extrema) | pair_metrics(sums[len(SUMS) :])
 
 
-def no_extrema() -> Tensor:
+def no_extrema(device: torch.device) -> Tensor:
     """[len(EXTREMA)] zeros, from which maxima start."""
-    return torch.zeros(len(EXTREMA), dtype=torch.float64)
-
-
-def _lengths(batch: MicroBatch) -> Tensor:
-    """int64 lengths of the responses of a row, in the order of its tokens."""
-    lengths = [len(sample.response_tokens) for sample in batch.samples]
-    return torch.tensor(lengths, dtype=torch.int64, device=batch.loss.at.device)
-
-
-def _pairs(batch: MicroBatch) -> tuple[Tensor, int]:
-    """([N] number of the pair of each token, how many pairs)."""
-    numbers: dict[int, int] = {}
-    of_sample = [numbers.setdefault(s.group_id, len(numbers)) for s in batch.samples]
-    lengths = [len(sample.response_tokens) for sample in batch.samples]
-    pair_of = torch.tensor(of_sample, dtype=torch.int64).repeat_interleave(
-        torch.tensor(lengths, dtype=torch.int64)
-    )
-    return pair_of.to(batch.loss.at.device), len(numbers)
+    return torch.zeros(len(EXTREMA), dtype=torch.float64, device=device)

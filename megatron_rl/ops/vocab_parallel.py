@@ -78,9 +78,9 @@ def shard_stats_definition(logits: Tensor, targets: Tensor, shard: Shard) -> Ten
     """The same in PyTorch: the native op must equal it, and it runs where there is none."""
     dtype, num_valid = compute_dtype(logits.dtype), shard.num_valid(logits.size(1))
     if num_valid == 0:
-        return torch.tensor(
-            [-torch.inf, 0.0, 0.0, -torch.inf], dtype=dtype, device=logits.device
-        ).expand(len(logits), 4)
+        nothing = logits.new_zeros(len(logits), 4, dtype=dtype)
+        nothing[:, ::3] = -torch.inf
+        return nothing
     scaled = logits[:, :num_valid].to(dtype) * (1.0 / shard.temperature)
     row_max = scaled.amax(dim=1)
     local_targets = targets - shard.vocab_start

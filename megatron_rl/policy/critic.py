@@ -63,7 +63,8 @@ class Critic(TrainedModel):
             num_tokens: response tokens of the mini-batch over all ranks, which the loss divides by.
             clip: largest move of a value away from old_values that the loss rewards.
         """
-        sums = torch.zeros(len(VALUE_SUMS), dtype=torch.float64)
+        device = self.groups.platform.current_device()
+        sums = torch.zeros(len(VALUE_SUMS), dtype=torch.float64, device=device)
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
             tokens = batch.loss
@@ -76,11 +77,11 @@ class Critic(TrainedModel):
                 weight=1.0 / num_tokens,
                 clip=clip,
             )
-            sums.add_(result.sums.cpu())
+            sums.add_(result.sums)
             return result.loss
 
         self.backward(microbatches, measure)
-        metrics = value_metrics(self.summed(sums))
+        metrics = value_metrics(self.summed(sums.cpu()))  # the host waits here, and only here
         return metrics | self.step(metrics["critic/loss"])
 
     def _values(self, hidden: Tensor, batch: MicroBatch) -> Tensor:

@@ -78,18 +78,21 @@ class Policy(TrainedModel):
 
     def update(self, microbatches: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         """One optimizer step on a mini-batch whose weights are shares of the global loss."""
-        sums = torch.zeros(loss.num_sums, dtype=torch.float64)
-        extrema = no_extrema()
+        device = self.groups.platform.current_device()
+        sums = torch.zeros(loss.num_sums, dtype=torch.float64, device=device)
+        extrema = no_extrema(device)
         collected: list[Tensor] = []
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
             result = loss(self._head(hidden, batch, is_trained=True), batch)
-            sums.add_(result.sums.cpu())
-            torch.maximum(extrema, result.extrema.cpu(), out=extrema)
+            sums.add_(result.sums)
+            torch.maximum(extrema, result.extrema, out=extrema)
             collected.append(result.logprobs)
             return result.loss
 
         self.backward(microbatches, measure)
+        # The host waits for the device here, and not once for each micro-batch.
+        sums, extrema = torch.cat([sums, extrema]).cpu().split([len(sums), len(extrema)])
         metrics = loss.metrics(self.summed(sums), self.largest(extrema))
         metrics |= self.step(metrics["policy/loss"])
         return UpdateResult(

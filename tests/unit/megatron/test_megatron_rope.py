@@ -2,15 +2,12 @@
 
 import importlib
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.rope import Rope, frequencies
-from megatron_rl.platforms.base import detect
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.registry import FAMILIES
 
@@ -151,13 +148,3 @@ def test_nothing_is_written_to_and_only_the_angles_are_kept():
     assert torch.equal(inputs, before)
     assert turned.data_ptr() != inputs.data_ptr()
     assert sorted(kept) == sorted([rotation.cos.data_ptr(), rotation.sin.data_ptr()])
-
-
-def test_transformer_engine_takes_a_row_as_it_is():
-    enter(detect())
-    from megatron_rl.megatron.layers import packed_rows
-
-    row = SimpleNamespace(cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32), max_seqlen=3)
-    rows = packed_rows(row, None)
-    assert rows.cu_seqlens_q is rows.cu_seqlens_kv is row.cu_seqlens
-    assert (rows.rotation, rows.blocks, rows.tokens.numel()) == (None, (), 0)

@@ -18,8 +18,10 @@ def batch_of(**constants):
         tokens=torch.tensor([7, 3, 4]),
         position_ids=torch.arange(3),
         cu_seqlens=torch.tensor([0, 3], dtype=torch.int32),
-        max_seqlen=3,
+        lengths=(3,),
         loss=tokens,
+        response_lengths=torch.tensor([2]),
+        group_of=torch.tensor([0]),
         samples=(),
     )
     totals = UpdateTotals(

@@ -1,0 +1,191 @@
+"""Rope and causal attention of packed rows, which local layers have in place of Megatron's.
+
+Two kinds: torch's flash attention of sequences of any length, and blocks of padded sequences where
+that has no kernel. ModelConfig.attention says which one a model has.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from megatron_rl.megatron.rope import Rope, Rotation
+from megatron_rl.types import MicroBatch
+
+MAX_WASTE = 1.25
+"""Sequences padded to a common length differ from it by at most this factor, plus 16 tokens."""
+
+CAUSAL = (-1, 0)  # the window of varlen_attn: everything before a token, nothing behind it
+
+
+def _no_index() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """Megatron's parameters of a packed row, its rotation, and how it is padded into blocks.
+
+    All of it is computed once per row and used by every local layer; Transformer Engine's take the
+    row as it is. P: entries of all blocks, of which flash attention has none.
+    """
+
+    rotation: Rotation | None = None
+    blocks: tuple[tuple[int, int], ...] = ()  # (sequences, length) each
+    tokens: Tensor = field(default_factory=_no_index)  # [P] int64 into the row; tails are repeated
+    places: Tensor = field(default_factory=_no_index)  # [T] int64: tokens[places[t]] = t
+
+
+def packed_rows(row: MicroBatch, rope: Rope | None, *, in_blocks: bool) -> PackedRows:
+    """Plan the attention of one row, without a word from its device.
+
+    rope: of local layers, without which nothing is planned.
+    """
+    plan = PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=row.cu_seqlens,
+        cu_seqlens_kv=row.cu_seqlens,
+        max_seqlen_q=row.max_seqlen,
+        max_seqlen_kv=row.max_seqlen,
+    )
+    if rope is None:
+        return plan
+    plan.rotation = rope.rotation(row.position_ids)
+    if in_blocks:
+        _plan_blocks(plan, row.lengths, row.tokens.device)
+    return plan
+
+
+def _plan_blocks(plan: PackedRows, lengths: tuple[int, ...], device: torch.device) -> None:
+    """Pad sequences of like length to a common one.
+
+    Indices are made where they are used: a copy from the host would wait for the device.
+    """
+    bounds = itertools.pairwise(itertools.accumulate(lengths, initial=0))
+    # By length, so that sequences of like length are neighbours and share a block.
+    order = sorted(enumerate(bounds), key=lambda s: s[1][1] - s[1][0])
+    groups: list[list[tuple[int, tuple[int, int]]]] = []
+    for number, (start, end) in order:
+        shortest = lengths[groups[-1][0][0]] if groups else 0
+        if not groups or end - start > MAX_WASTE * shortest + 16:
+            groups.append([])
+        groups[-1].append((number, (start, end)))
+    tokens: list[Tensor] = []
+    places: dict[int, Tensor] = {}
+    at = 0
+    for group in groups:
+        length = lengths[group[-1][0]]
+        for number, (start, end) in group:
+            tokens.append(torch.arange(start, start + length, device=device).clamp_(max=end - 1))
+            places[number] = torch.arange(at, at + end - start, device=device)
+            at += length
+    plan.blocks = tuple((len(group), lengths[group[-1][0]]) for group in groups)
+    plan.tokens = torch.cat(tokens)
+    plan.places = torch.cat([places[number] for number in range(len(lengths))])
+
+
+class PackedAttention(torch.nn.Module):
+    """Rope, and causal core attention of packed rows by one of the kinds below."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **_: object,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedRows | None = None,
+    ) -> Tensor:
+        """query [T, heads/tp, d], key and value [T, groups/tp, d] -> [T, heads/tp * d]."""
+        assert packed_seq_params is not None
+        assert packed_seq_params.rotation is not None
+        assert attention_bias is None
+        query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
+        return self.attend(query, key, value, packed_seq_params)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        """The same, of queries and keys that are turned already."""
+        raise NotImplementedError
+
+
+class FlashAttention(PackedAttention):
+    """torch's flash attention of sequences of any length: nothing is padded or repeated."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        bounds, longest = rows.cu_seqlens_q, rows.max_seqlen_q
+        attended = varlen_attn(
+            query,
+            key,
+            value.contiguous(),  # a view would keep the product that it was cut from
+            bounds,
+            bounds,
+            longest,
+            longest,
+            scale=self.scale,
+            window_size=CAUSAL,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        assert isinstance(attended, Tensor)
+        return attended.flatten(1)
+
+
+class _Pad(torch.autograd.Function):
+    """[T, ...] -> [P, ...], for an attention of whose padding nothing is read.
+
+    So the padding's gradient is 0, and a token's is that of its own place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return row.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return gradients[0].index_select(0, places), None, None
+
+
+class BlockAttention(PackedAttention):
+    """torch's scaled_dot_product_attention of sequences that are padded into blocks.
+
+    Under a causal mask no token sees the padding behind it, and the padded outputs are not read.
+    """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        repeats = query.size(1) // key.size(1)
+        sizes = [sequences * length for sequences, length in rows.blocks]
+        padded = [_Pad.apply(x, rows.tokens, rows.places).split(sizes) for x in (query, key, value)]
+        outputs = []
+        for shape, *parts in zip(rows.blocks, *padded, strict=True):
+            q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
+            if repeats > 1:
+                k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(outputs).index_select(0, rows.places)
+
+
+ATTENTIONS: dict[str, type[PackedAttention]] = {"flash": FlashAttention, "blocks": BlockAttention}
+"""By the names that ModelConfig.attention gives."""

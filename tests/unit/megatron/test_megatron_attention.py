@@ -1,0 +1,60 @@
+"""Attention of packed rows: by formula, for every kind, and which kind a model has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_rl.megatron.config import ModelConfig
+
+BOUND = 1e-6  # our angles are float32, as in transformers
+
+
+@pytest.fixture(scope="module")
+def told():
+    """In a fresh process: here Megatron-Core must not be imported before it is prepared."""
+    script = Path(__file__).parent / "attention_alone.py"
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["flash", "blocks"])
+def test_each_kind_is_softmax_of_every_sequence_alone(told, kind):
+    errors = {name: error for name, error in told["errors"].items() if name.startswith(kind)}
+    assert len(errors) == 5
+    assert all(error < BOUND for error in errors.values()), errors
+
+
+def test_flash_attention_keeps_what_is_counted_and_not_the_product(told):
+    kept, counted = told["kept"]
+    assert kept == counted
+
+
+def test_transformer_engine_takes_a_row_as_it_is(told):
+    assert told["te"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "torch", "kind"),
+    [
+        ("cuda", "bfloat16", 128, "2.13.0+cu130", "flash"),
+        ("cuda", "bfloat16", 256, "2.12.1", "flash"),
+        ("cuda", "bfloat16", 128, "2.11.0", "blocks"),
+        ("cuda", "bfloat16", 320, "2.13.0", "blocks"),
+        ("cuda", "bfloat16", 100, "2.13.0", "blocks"),
+        ("cuda", "float32", 128, "2.13.0", "blocks"),
+        ("cpu", "bfloat16", 128, "2.13.0", "blocks"),
+    ],
+)
+def test_the_kind_is_chosen_once_from_device_dtype_and_head(device, dtype, head_dim, torch, kind):
+    model = ModelConfig(path="any", dtype=dtype, layer_spec="local")
+    with mock.patch("importlib.metadata.version", lambda _: torch):
+        assert model.attention(device, head_dim) == kind
+
+
+def test_transformer_engine_has_its_own():
+    model = ModelConfig(path="any", layer_spec="transformer_engine")
+    assert model.attention("cuda", 128) == "transformer_engine"
