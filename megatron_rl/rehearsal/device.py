@@ -57,7 +57,7 @@ def register() -> Rehearsed:
     set_up(NAME)
     # torch.amp asks for it, even where nothing is cast.
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    functional.scaled_dot_product_attention = _attention
+    vars(functional)["scaled_dot_product_attention"] = _attention
     torch.tensor = _by_way_of_the_host(torch.tensor)
     # As on a GPU, Adam takes all parameters at once, whose intermediate results take memory.
     _foreach_utils._foreach_supported_types.append(FakeTensor)
@@ -86,9 +86,10 @@ def _attention(
     """
     if query.element_size() == 2:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out: Tensor = flash(query, key, value, 0.0, is_causal, scale=scale)[0]
-        return out
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    keeps = torch.is_grad_enabled()
-    out = efficient(query, key, value, None, keeps, 0.0, is_causal, scale=scale)[0]
-    return out
+        attended, *_ = flash(query, key, value, 0.0, is_causal, scale=scale)
+    else:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        keeps = torch.is_grad_enabled()
+        attended, *_ = efficient(query, key, value, None, keeps, 0.0, is_causal, scale=scale)
+    assert isinstance(attended, Tensor)
+    return attended

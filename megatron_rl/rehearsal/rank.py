@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,10 +58,14 @@ def rehearse(config: RunConfig, arch: ModelArch, world_size: int, rank: int) -> 
     rehearsed.install(NAME)
     world = World(world_size, rank)
     world.join()
-    enter(platform)
-    rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
-    groups = join(platform, config.parallel, rollout_tp)
-    result = _Rank(config, arch, groups, world).run()
+    try:
+        enter(platform)
+        rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
+        groups = join(platform, config.parallel, rollout_tp)
+        result = _Rank(config, arch, groups, world).run()
+    finally:
+        rehearsed.leave()
+        world.leave()
     result.seconds = time.monotonic() - began
     return result
 
@@ -89,7 +93,7 @@ class _Rank:
         from megatron_rl.policy.policy import Policy
         from megatron_rl.policy.trainer import Trainer
 
-        rehearsed.adapt(self._shape_of_messages)
+        rehearsed.adapt()
         config, passes = self.config, self._passes()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, self.ledger:
             policy = self._model(Policy, self.arch, "", temperature=config.rollout.temperature)
@@ -137,6 +141,7 @@ class _Rank:
                 run_updates=config.run.num_iterations,
                 **settings,
             )
+        rehearsed.expect_equal_rows(model)
         run = model._run
 
         def looked_at(*args: Any, **settings: Any) -> None:
@@ -244,7 +249,7 @@ class _Rank:
             keep_groups_whole=self.algorithm.objective.trains_pairs,
         )
         least = 2 if layout.pp == 1 else layout.pp * (2 if layout.vpp > 1 else 1) + layout.pp
-        return [
+        rows = [
             pack(
                 part,
                 weight_of=lambda _: 1.0,
@@ -253,7 +258,9 @@ class _Rank:
                 device=torch.device("cpu"),
             )
             for part in parts[:least]
-        ], len(parts)
+        ]
+        longest = max(len(row.tokens) for row in rows)
+        return [row for row in rows if len(row.tokens) == longest], len(parts)
 
     def _on_device(self, mode: FakeTensorMode) -> MiniBatch:
         device = self.groups.platform.current_device()
@@ -263,13 +270,12 @@ class _Rank:
             return there
 
         rows = tuple(
-            MicroBatch(
+            replace(
+                row,
                 tokens=moved(row.tokens),
                 position_ids=moved(row.position_ids),
-                cu_seqlens=row.cu_seqlens,
-                max_seqlen=row.max_seqlen,
+                cu_seqlens=moved(row.cu_seqlens),
                 loss=row.loss.each(moved),
-                samples=row.samples,
             )
             for row in self.rows
         )
@@ -278,9 +284,3 @@ class _Rank:
             kept_sequences=1, kept_tokens=tokens, collected_sequences=1, collected_tokens=tokens
         )
         return MiniBatch(update=0, totals=totals, num_samples=1, microbatches=rows)
-
-    def _shape_of_messages(self) -> tuple[int, ...]:
-        tokens = self.result.row_tokens
-        if self.config.parallel.sequence_parallel:
-            tokens //= self.groups.layout.tp
-        return tokens, 1, self.arch.hidden_size

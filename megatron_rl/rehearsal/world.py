@@ -173,13 +173,13 @@ def _gather_object(item: Any, outputs: list[Any] | None = None, *_: Any, **__: A
         outputs[:] = [item] * len(outputs)
 
 
-def _send(tensor: Tensor, peer: int, *_: Any, **__: Any) -> _Done:
-    _world[0].count_message("send", tensor, peer)
+def _send(tensor: Tensor, dst: int, *_: Any, **__: Any) -> _Done:
+    _world[0].count_message("send", tensor, dst)
     return _Done()
 
 
-def _receive(tensor: Tensor, peer: int, *_: Any, **__: Any) -> _Done:
-    _world[0].count_message("receive", tensor, peer)
+def _receive(tensor: Tensor, src: int, *_: Any, **__: Any) -> _Done:
+    _world[0].count_message("receive", tensor, src)
     return _Done()
 
 
