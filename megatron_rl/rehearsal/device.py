@@ -6,14 +6,14 @@ fails, as it does on a GPU.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from megatron_rl.errors import InputError
@@ -57,7 +57,9 @@ def register() -> Rehearsed:
     set_up(NAME)
     # torch.amp asks for it, even where nothing is cast.
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    # What torch has one kernel for on a GPU, and takes apart on a device that it does not know.
     vars(functional)["scaled_dot_product_attention"] = _attention
+    vars(functional)["rms_norm"] = _norm
     torch.tensor = _by_way_of_the_host(torch.tensor)
     # As on a GPU, Adam takes all parameters at once, whose intermediate results take memory.
     _foreach_utils._foreach_supported_types.append(FakeTensor)
@@ -93,3 +95,11 @@ def _attention(
         attended, *_ = efficient(query, key, value, None, keeps, 0.0, is_causal, scale=scale)
     assert isinstance(attended, Tensor)
     return attended
+
+
+def _norm(
+    values: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    normed, _ = torch.ops.aten._fused_rms_norm(values, list(shape), weight, eps)
+    assert isinstance(normed, Tensor)
+    return normed

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -269,18 +269,15 @@ class _Rank:
             there: Tensor = mode.from_tensor(tensor).to(device)
             return there
 
-        rows = tuple(
-            replace(
-                row,
-                tokens=moved(row.tokens),
-                position_ids=moved(row.position_ids),
-                cu_seqlens=moved(row.cu_seqlens),
-                loss=row.loss.each(moved),
-            )
-            for row in self.rows
-        )
+        rows = []
+        for row in self.rows:
+            held = {of.name: getattr(row, of.name) for of in fields(row)}
+            there: dict[str, Any] = {
+                name: moved(value) for name, value in held.items() if isinstance(value, Tensor)
+            }
+            rows.append(replace(row, loss=row.loss.each(moved), **there))
         tokens = sum(len(row.loss.at) for row in self.rows)
         totals = UpdateTotals(
             kept_sequences=1, kept_tokens=tokens, collected_sequences=1, collected_tokens=tokens
         )
-        return MiniBatch(update=0, totals=totals, num_samples=1, microbatches=rows)
+        return MiniBatch(update=0, totals=totals, num_samples=1, microbatches=tuple(rows))
