@@ -21,26 +21,70 @@ BLOCK = 512
 OWN = Path(__file__).parent
 
 
-class Ledger(TorchDispatchMode):
-    """Sees every op inside: tensors of the device that come and go, and numbers read from them.
-
-    A number that the host reads is 1, since there are none; on a GPU the host would wait for it.
-    """
+class Storages(TorchDispatchMode):
+    """The memory of tensors of one kind of device, as they come and go."""
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.held = 0  # bytes of the device now
         self.peak = 0  # most of them since the last mark
-        self.waits: Counter[str] = Counter()  # place -> times, where the host waits for the device
-        self.share_selected = 1.0  # of a mask's entries, those that are taken to be set
         self._device_type = device_type
         self._sizes: dict[int, int] = {}
-        self._counts_waits = False
 
     def mark(self) -> int:
         """Begin to look for a peak; returns what is held."""
         self.peak = self.held
         return self.held
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._see(result)
+        return results
+
+    def look_again(self, storage: torch.UntypedStorage) -> None:
+        """Take note that a storage was resized, which is no op."""
+        key = storage._cdata
+        if key in self._sizes:
+            former, self._sizes[key] = self._sizes[key], _rounded(storage)
+            self._change(self._sizes[key] - former)
+
+    def _see(self, tensor: Tensor) -> None:
+        if not self._is_here(tensor) or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        former = self._sizes.get(key, 0)
+        if key not in self._sizes:
+            weakref.finalize(storage, self._forget, key)
+        self._sizes[key] = _rounded(storage)
+        self._change(self._sizes[key] - former)
+
+    def _forget(self, key: int) -> None:
+        self._change(-self._sizes.pop(key))
+
+    def _change(self, nbytes: int) -> None:
+        self.held += nbytes
+        self.peak = max(self.peak, self.held)
+
+    def _is_here(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device.type == self._device_type
+
+
+class Ledger(Storages):
+    """The memory of a device that has no numbers, and where the host would wait for them.
+
+    A number that the host reads is 1. Numbers of the host's own stay what they are.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__(device_type)
+        self.waits: Counter[str] = Counter()  # place -> times, where the host waits for the device
+        self.share_selected = 1.0  # of a mask's entries, those that are taken to be set
+        self._counts_waits = False
 
     @contextmanager
     def looking_for_waits(self) -> Iterator[None]:
@@ -75,43 +119,9 @@ class Ledger(TorchDispatchMode):
                 self._wait(args[1])
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
-            with unset_fake_temporarily():  # the host's own numbers stay numbers
+            with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        results = func(*args, **kwargs)
-        for result in tree_leaves(results):
-            if isinstance(result, Tensor):
-                self._see(result)
-        return results
-
-    def _see(self, tensor: Tensor) -> None:
-        if not self._is_here(tensor) or tensor.layout != torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        former = self._sizes.get(key)
-        if former is None:
-            weakref.finalize(storage, self._forget, key)
-        self._sizes[key] = size
-        self._change(size - (former or 0))
-
-    def look_again(self, storage: torch.UntypedStorage) -> None:
-        """Take note that a storage was resized, which is no op."""
-        key = storage._cdata
-        if key in self._sizes:
-            size = -(-storage.nbytes() // BLOCK) * BLOCK
-            self._change(size - self._sizes[key])
-            self._sizes[key] = size
-
-    def _forget(self, key: int) -> None:
-        self._change(-self._sizes.pop(key))
-
-    def _change(self, nbytes: int) -> None:
-        self.held += nbytes
-        self.peak = max(self.peak, self.held)
-
-    def _is_here(self, value: Any) -> bool:
-        return isinstance(value, FakeTensor) and value.device.type == self._device_type
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _leaves_device(self, source: Any, settings: Any) -> bool:
         leaves = settings.get("device") is not None and not self._is_own(settings["device"])
@@ -123,6 +133,10 @@ class Ledger(TorchDispatchMode):
     def _wait(self, tensor: Any) -> None:
         if self._counts_waits and self._is_here(tensor):
             self.waits[_place()] += 1
+
+
+def _rounded(storage: torch.UntypedStorage) -> int:
+    return -(-storage.nbytes() // BLOCK) * BLOCK
 
 
 def _is_unknown(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ from megatron_rl.megatron.groups import join
 from megatron_rl.memory import reference_arch
 from megatron_rl.ops import native
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.policy.passes import PassPlan, plan_passes
 from megatron_rl.rehearsal.device import NAME, register
 from megatron_rl.rehearsal.ledger import Ledger
@@ -79,7 +80,7 @@ class _Rank:
         self.ledger = Ledger(NAME)
         if arch.mixture is not None:
             self.ledger.share_selected = arch.mixture.top_k / arch.mixture.num_experts
-        self.rows, rows_of_recipe = self._rows()
+        self.rows, rows_of_recipe = longest_rows(config, self.algorithm, groups.layout)
         self.result = Rehearsal(
             rank=world.rank,
             world_size=world.world_size,
@@ -206,6 +207,8 @@ class _Rank:
         layout, ranks = self.groups.layout, kind.group
         if len(ranks) == 1:
             return f"{kind.name}, rank {ranks[0]}"
+        if len(ranks) == self.world.world_size:
+            return f"{kind.name}, all ranks"
         mine = layout.coordinates(self.world.rank)
         alike = {
             "TP": lambda there: (there.dp_rank, there.pp_rank),
@@ -220,47 +223,6 @@ class _Rank:
             if set(ranks) <= set(on_axis) and len(ranks) > 1:
                 return f"{kind.name}, {axis} {len(ranks)}"
         return f"{kind.name}, {len(ranks)} ranks"
-
-    def _rows(self) -> tuple[list[MicroBatch], int]:
-        """Rows of the longest sequences, as many as a stage has at hand, and one more."""
-        config, layout = self.config, self.groups.layout
-        prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
-        group = 1 if config.is_supervised else config.rollout.group_size
-        prompt = torch.ones(config.prompts.max_prompt_tokens, dtype=torch.int64)
-        response = torch.ones(config.rollout.max_response_tokens, dtype=torch.int64)
-        own = max(1, prompts // layout.dp)
-        samples = [
-            Sample(
-                group_id=number,
-                index=index,
-                update=0,
-                prompt_tokens=prompt,
-                response_tokens=response,
-                advantage=float(1 - 2 * (index % 2)),
-                rollout_logprobs=None if config.is_supervised else torch.zeros(len(response)),
-            )
-            for number in range(own)
-            for index in range(group)
-        ]
-        parts = rows_of(
-            samples,
-            config.row_tokens,
-            count_multiple=layout.pp if layout.vpp > 1 else 1,
-            keep_groups_whole=self.algorithm.objective.trains_pairs,
-        )
-        least = 2 if layout.pp == 1 else layout.pp * (2 if layout.vpp > 1 else 1) + layout.pp
-        rows = [
-            pack(
-                part,
-                weight_of=lambda _: 1.0,
-                multiple=layout.tp if config.parallel.sequence_parallel else 1,
-                dtype=torch.float64 if config.model.dtype == "float64" else torch.float32,
-                device=torch.device("cpu"),
-            )
-            for part in parts[:least]
-        ]
-        longest = max(len(row.tokens) for row in rows)
-        return [row for row in rows if len(row.tokens) == longest], len(parts)
 
     def _on_device(self, mode: FakeTensorMode) -> MiniBatch:
         device = self.groups.platform.current_device()
@@ -281,3 +243,48 @@ class _Rank:
             kept_sequences=1, kept_tokens=tokens, collected_sequences=1, collected_tokens=tokens
         )
         return MiniBatch(update=0, totals=totals, num_samples=1, microbatches=tuple(rows))
+
+
+def longest_rows(
+    config: RunConfig, algorithm: Algorithm, layout: Layout
+) -> tuple[list[MicroBatch], int]:
+    """Rows of the longest sequences, and how many the recipe's update has on a rank.
+
+    They are as many as a stage has at hand, and two at least, on the CPU and of one length.
+    """
+    prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
+    group = 1 if config.is_supervised else config.rollout.group_size
+    prompt = torch.ones(config.prompts.max_prompt_tokens, dtype=torch.int64)
+    response = torch.ones(config.rollout.max_response_tokens, dtype=torch.int64)
+    samples = [
+        Sample(
+            group_id=number,
+            index=index,
+            update=0,
+            prompt_tokens=prompt,
+            response_tokens=response,
+            advantage=float(1 - 2 * (index % 2)),
+            rollout_logprobs=None if config.is_supervised else torch.zeros(len(response)),
+        )
+        for number in range(max(1, prompts // layout.dp))
+        for index in range(group)
+    ]
+    parts = rows_of(
+        samples,
+        config.row_tokens,
+        count_multiple=layout.pp if layout.vpp > 1 else 1,
+        keep_groups_whole=algorithm.objective.trains_pairs,
+    )
+    at_hand = layout.pp * (3 if layout.vpp > 1 else 1)
+    rows = [
+        pack(
+            part,
+            weight_of=lambda _: 1.0,
+            multiple=layout.tp if config.parallel.sequence_parallel else 1,
+            dtype=torch.float64 if config.model.dtype == "float64" else torch.float32,
+            device=torch.device("cpu"),
+        )
+        for part in parts[: max(2, at_hand)]
+    ]
+    longest = max(len(row.tokens) for row in rows)
+    return [row for row in rows if len(row.tokens) == longest], len(parts)
