@@ -1,0 +1,102 @@
+"""Rehearsals in a process of its own: every preset, every family, layouts of 8 to 1,024 ranks.
+
+Models have their published widths, and few layers, since those are what a rehearsal takes time for.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_rl.algorithms.presets import PRESETS
+from megatron_rl.config import RunConfig
+from megatron_rl.rehearsal.rank import Rehearsal, rehearse
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.families.hf_config import read_arch
+from megatron_rl.weights.families.tables import FAMILIES
+
+PUBLISHED = Path(__file__).parents[1] / "data" / "published_configs.yaml"
+LAYERS = 2
+SMALL = "Qwen2.5-0.5B-Instruct"
+
+# Model, ranks, the rank that is rehearsed, layers, sizes of `parallel`.
+LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
+    ("Qwen2.5-Math-7B", 8, 0, 2, {"tp": 4, "sequence_parallel": True}),
+    ("Llama-3.1-8B", 16, 15, 4, {"tp": 2, "pp": 2}),
+    ("Qwen3-8B", 64, 8, 8, {"tp": 4, "pp": 2, "vpp": 2, "sequence_parallel": True}),
+    ("Mistral-7B-Instruct-v0.3", 128, 0, 2, {"tp": 8, "sequence_parallel": True}),
+    ("Mixtral-8x7B-Instruct-v0.1", 32, 0, 2, {"tp": 2, "sequence_parallel": True, "ep": 8}),
+    ("Qwen3-30B-A3B", 256, 255, 4, {"pp": 2, "ep": 16}),
+    ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),
+)
+NAMES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+}
+
+
+def main() -> None:
+    published = {row["name"]: row["config"] for row in yaml.safe_load(PUBLISHED.read_text())}
+    for model, world_size, rank, layers, sizes in LAYOUTS:
+        arch = _arch(published[model], layers)
+        found = _rehearsed("grpo", arch, world_size, rank, sizes)
+        _check_weights(found, arch, sizes)
+    for preset in PRESETS:
+        _rehearsed(preset, _arch(published[SMALL], LAYERS), 8, 0, {"tp": 2})
+
+
+def _arch(config: dict[str, Any], layers: int) -> ModelArch:
+    return read_arch(FAMILIES[config["model_type"]], config | {"num_hidden_layers": layers}, "", ())
+
+
+def _rehearsed(
+    preset: str, arch: ModelArch, world_size: int, rank: int, sizes: dict[str, Any]
+) -> Rehearsal:
+    parallel = {NAMES.get(name, name): size for name, size in sizes.items()}
+    if "ep" in sizes:
+        parallel["expert_tensor_parallel_size"] = 1
+    config = RunConfig.model_validate(
+        {
+            "model": {"path": "none", "dtype": "bfloat16"},
+            "algorithm": {"preset": preset},
+            "prompts": {
+                "path": "none.jsonl",
+                "prompts_per_iteration": 2048,
+                "max_prompt_tokens": 128,
+            },
+            "rollout": {"max_response_tokens": 384, "group_size": 1 if preset == "ppo" else 4},
+            "batching": {"max_tokens_per_microbatch": 2048},
+            "reward": {"kind": "math"},
+            "run": {"num_iterations": 1, "output_dir": "none"},
+            "parallel": parallel,
+        }
+    )
+    found = rehearse(config, arch, world_size, rank)
+    sys.stdout.write(f"{preset}, {arch.model_type}, rank {rank} of {world_size}: {found}\n")
+    own = [place for place in found.waits if place.startswith("megatron_rl/")]
+    assert not own, f"the host waits for the device: {own}"
+    return found
+
+
+def _check_weights(found: Rehearsal, arch: ModelArch, sizes: dict[str, Any]) -> None:
+    """Against the model's parameters, by hand: 2 bytes each, of which the rank has its share."""
+    experts = 0
+    if arch.mixture is not None:
+        mixture = arch.mixture
+        experts = 3 * arch.hidden_size * mixture.ffn_hidden_size * mixture.num_experts
+    tp, pp, ep = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("ep", 1)
+    attention = arch.hidden_size * (2 * arch.query_rows + 2 * arch.key_rows)
+    dense = 0 if experts else 3 * arch.hidden_size * arch.ffn_hidden_size
+    layer = (attention + dense) / tp + experts / ep
+    vocabulary = arch.vocab_size * arch.hidden_size / tp
+    stage = found.rank // (found.world_size // pp)
+    on_ends = (stage == 0) + (stage == pp - 1)
+    expected = 2 * (arch.num_layers / pp * layer + on_ends * vocabulary)
+    assert abs(found.held["weights"] / expected - 1) < 0.01, (found.held, expected)
+
+
+if __name__ == "__main__":
+    main()
