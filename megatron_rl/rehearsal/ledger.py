@@ -45,8 +45,25 @@ class Storages(TorchDispatchMode):
                 self._see(result)
         return results
 
-    def look_again(self, storage: torch.UntypedStorage) -> None:
-        """Take note that a storage was resized, which is no op."""
+    def __enter__(self) -> "Storages":
+        storages: Any = torch.UntypedStorage
+        stock = self._stock_resize = storages.resize_
+
+        def resize_(storage: torch.UntypedStorage, nbytes: int) -> torch.UntypedStorage:
+            resized: torch.UntypedStorage = stock(storage, nbytes)
+            self._look_again(storage)
+            return resized
+
+        storages.resize_ = resize_  # which is no op, and so goes by unseen
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        storages: Any = torch.UntypedStorage
+        storages.resize_ = self._stock_resize
+        super().__exit__(*error)
+
+    def _look_again(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._sizes:
             former, self._sizes[key] = self._sizes[key], _rounded(storage)

@@ -3,14 +3,19 @@
 Models have their published widths, and few layers, since those are what a rehearsal takes time for.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_rl.algorithms.presets import PRESETS
 from megatron_rl.config import RunConfig
+from megatron_rl.rehearsal.device import NAME, register
+from megatron_rl.rehearsal.ledger import Ledger
 from megatron_rl.rehearsal.rank import Rehearsal, rehearse
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.hf_config import read_arch
@@ -39,6 +44,7 @@ NAMES = {
 
 
 def main() -> None:
+    _check_what_is_found()
     published = {row["name"]: row["config"] for row in yaml.safe_load(PUBLISHED.read_text())}
     for model, world_size, rank, layers, sizes in LAYOUTS:
         arch = _arch(published[model], layers)
@@ -46,6 +52,29 @@ def main() -> None:
         _check_weights(found, arch, sizes)
     for preset in PRESETS:
         _rehearsed(preset, _arch(published[SMALL], LAYERS), 8, 0, {"tp": 2})
+
+
+def _check_what_is_found() -> None:
+    """Tensors of two devices, a number that the host reads, and memory as it comes and goes."""
+    device = register().current_device()
+    with FakeTensorMode(allow_non_fake_inputs=True), Ledger(NAME) as ledger:
+        one = torch.ones(1024, device=device)
+        assert (ledger.held, ledger.peak) == (4096, 4096)
+        two = one * 2
+        del one
+        assert (ledger.held, ledger.peak) == (4096, 8192)
+        assert ledger.mark() == ledger.peak == 4096
+        two.untyped_storage().resize_(0)  # as an offload does
+        assert ledger.held == 0
+        with contextlib.suppress(RuntimeError):
+            _ = torch.ones(1024, device=device) + torch.ones(1024)
+            raise AssertionError("tensors of two devices were added")
+        assert not ledger.waits
+        with ledger.looking_for_waits():
+            read = [float(torch.ones(3, device=device).sum()), torch.ones(2, device=device).cpu()]
+            torch.ones(2, device=device).to("cpu", non_blocking=True)
+        assert read[0] == 1.0
+        assert sum(ledger.waits.values()) == 2, ledger.waits
 
 
 def _arch(config: dict[str, Any], layers: int) -> ModelArch:
