@@ -32,8 +32,13 @@ GresTypes=gpu
 NodeName={names} CPUs=2 RealMemory=4000 Gres=gpu:1
 PartitionName=all Nodes={names} Default=YES MaxTime=INFINITE State=UP
 """
-# Without a device file, so that a "GPU" is no more than a number of ranks.
-GPUS = "Name=gpu Count=1\n"
+# A device that is everywhere: a "GPU" is no more than a number of ranks.
+GPUS = "AutoDetect=off\nName=gpu File=/dev/null\n"
+# The daemons want to see control groups, though nothing here asks for one.
+CONTROL_GROUPS = {
+    True: "CgroupPlugin=cgroup/v1\nCgroupMountpoint={folder}/cgroup\n",
+    False: "CgroupPlugin=cgroup/v2\nIgnoreSystemd=yes\n",
+}
 
 
 class Slurm:
@@ -55,6 +60,10 @@ class Slurm:
             SETTINGS.format(controller=self.nodes[0].name, folder=self.folder, names=names)
         )
         (self.folder / "gres.conf").write_text(GPUS)
+        (self.folder / "cgroup").mkdir()
+        is_old = len(Path("/proc/self/cgroup").read_text().splitlines()) > 1
+        groups = CONTROL_GROUPS[is_old].format(folder=self.folder)
+        (self.folder / "cgroup.conf").write_text(groups)
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -71,7 +80,7 @@ class Slurm:
         self._daemon(self.nodes[0], "slurmctld", "-D")
         for node in self.nodes:
             self._daemon(node, "slurmd", "-D", "-N", node.name)
-        wait_until(lambda: self.node_states() == {"idle"}, 60, "nodes do not come up")
+        wait_until(lambda: self.node_states() == {"idle"}, 120, "nodes do not come up")
 
     def _daemon(self, node: Node, name: str, *options: str) -> None:
         log = self.folder / f"{node.name}.{name}.log"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from engine_models import QUICKSTART, write_model
-from nodes import INTERFACE, Node, Nodes
+from nodes import Node, Nodes
 from training_runs import ROOT
 
 START_S = 1500.0  # until the first iteration is done, on a busy machine
@@ -143,7 +143,7 @@ def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(cluster):
         cluster.wait_for_records("disturbed", records)
         node = cluster.nodes[which]
         seconds, reason = cluster.lose(node)
-        print(f"{node.name} lost: the other ended after {seconds:.1f} s\n{reason}")
+        sys.stdout.write(f"{node.name} lost: the other ended after {seconds:.1f} s\n{reason}\n")
         assert seconds < END_S, reason
         assert "megatron-rl: error:" in reason
         if which == 1:
