@@ -124,3 +124,53 @@ def test_a_recipe_that_cannot_work_is_not_repeated(slurm):
     assert slurm.shown(job.number)["ExitCode"] == "2:0", job.said()
     assert "no_such_setting" in job.said()
     assert slurm.shown(job.number)["Restarts"] == "0"
+
+
+# Stands in for torchrun and its ranks: waits to be told to stop, saves for a while, and is done when
+# it is started again. The nodes take different times to save.
+LAUNCHER = """#!/usr/bin/env bash
+echo "node $NODE_RANK of $NUM_NODES, first $FIRST_NODE" >> "$FOLDER/starts"
+if [[ -e "$FOLDER/saved1" ]]; then echo 0 > "$MEGATRON_RL_END_FILE"; exit 0; fi
+if [[ $NODE_RANK == 0 ]]; then # where the other node looks whether the first is there
+    python3 -c 'import os, socket, time
+with socket.create_server(("0.0.0.0", int(os.environ["PORT"]))):
+    time.sleep(120)' &
+fi
+trap 'STOP=1' TERM
+while [[ -z "${STOP:-}" ]]; do sleep 0.2; done
+sleep $((1 + 4 * NODE_RANK))
+touch "$FOLDER/saved$NODE_RANK"
+kill $(jobs -p)
+echo 143 > "$MEGATRON_RL_END_FILE"
+exit 1
+"""
+
+
+@pytest.mark.parametrize("reason", ["time limit", "pre-emption"])
+def test_slurm_tells_every_node_and_starts_the_job_again(slurm, tmp_path, reason):
+    """The same without training, so that only Slurm and the scripts take part: a minute."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text(LAUNCHER)
+    launcher.chmod(0o755)
+    log = tmp_path / "job.out"
+    number = slurm.ask(
+        *("sbatch", "--parsable", *ON_THIS_MACHINE, "--time=60", f"--output={log}"),
+        *(SCRIPT, "recipe.yaml"),
+        cwd=ROOT,
+        PYTHON=str(launcher),
+        FOLDER=str(tmp_path),
+    ).strip()
+    starts = tmp_path / "starts"
+
+    def num_starts() -> int:
+        return len(starts.read_text().splitlines()) if starts.exists() else 0
+
+    wait_until(lambda: num_starts() == 2, 120, "the job does not start")
+    if reason == "time limit":
+        slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=1")
+    else:
+        slurm.ask("scancel", "--signal=TERM", number)
+    wait_until(lambda: slurm.state(number) == "COMPLETED", 300, log.read_text())
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
+    assert slurm.shown(number)["Restarts"] == "1"
