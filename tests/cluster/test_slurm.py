@@ -126,21 +126,27 @@ def test_a_recipe_that_cannot_work_is_not_repeated(slurm):
     assert slurm.shown(job.number)["Restarts"] == "0"
 
 
-# Stands in for torchrun and its ranks: waits to be told to stop, saves for a while, and is done when
+# Stands in for torchrun and its ranks: waits to be told to stop, saves for a while, is done when
 # it is started again. The nodes take different times to save.
 LAUNCHER = """#!/usr/bin/env bash
 echo "node $NODE_RANK of $NUM_NODES, first $FIRST_NODE" >> "$FOLDER/starts"
-if [[ -e "$FOLDER/saved1" ]]; then echo 0 > "$MEGATRON_RL_END_FILE"; exit 0; fi
 if [[ $NODE_RANK == 0 ]]; then # where the other node looks whether the first is there
     python3 -c 'import os, socket, time
 with socket.create_server(("0.0.0.0", int(os.environ["PORT"]))):
     time.sleep(120)' &
 fi
+if [[ -e "$FOLDER/saved1" ]]; then
+    touch "$FOLDER/done$NODE_RANK"
+    until [[ -e "$FOLDER/done1" ]]; do sleep 0.2; done
+    kill $(jobs -p) 2> /dev/null
+    echo 0 > "$MEGATRON_RL_END_FILE"
+    exit 0
+fi
 trap 'STOP=1' TERM
 while [[ -z "${STOP:-}" ]]; do sleep 0.2; done
 sleep $((1 + 4 * NODE_RANK))
 touch "$FOLDER/saved$NODE_RANK"
-kill $(jobs -p)
+kill $(jobs -p) 2> /dev/null
 echo 143 > "$MEGATRON_RL_END_FILE"
 exit 1
 """
@@ -170,7 +176,9 @@ def test_slurm_tells_every_node_and_starts_the_job_again(slurm, tmp_path, reason
         slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=1")
     else:
         slurm.ask("scancel", "--signal=TERM", number)
-    wait_until(lambda: slurm.state(number) == "COMPLETED", 300, log.read_text())
+    wait_until(lambda: slurm.state(number) == "PENDING", 180, log.read_text())
+    slurm.ask("scontrol", "update", f"JobId={number}", "TimeLimit=60")
+    wait_until(lambda: slurm.state(number) == "COMPLETED", 180, log.read_text())
     assert (tmp_path / "saved0").exists()
     assert (tmp_path / "saved1").exists()
     assert slurm.shown(number)["Restarts"] == "1"
