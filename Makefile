@@ -9,7 +9,7 @@ TESTS ?=
 RUN := $(VENV)/bin/python -m
 export MEGATRON_RL_VENV := $(VENV)
 
-.PHONY: install quickstart test test-fast test-other lint types lock clean
+.PHONY: install quickstart test test-fast test-cluster test-other lint types lock clean
 
 install:
 	@python3 tools/install.py $(PYTHON)
@@ -22,7 +22,11 @@ test: install
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-fast: install
-	$(RUN) pytest -m "not slow and not gpu"
+	$(RUN) pytest -m "not slow and not gpu and not cluster"
+
+# Machines, networks and a scheduler, set up on this machine: as root, with Debian's slurm-wlm and munge.
+test-cluster: install
+	$(RUN) pytest -m cluster tests/cluster
 
 # The share that depends on Megatron-Core, with Python 3.11 and its older version.
 OTHER := tests/architecture tests/unit/megatron tests/distributed/test_faults.py \

@@ -12,6 +12,12 @@ FAILED = 2
 BROKEN = 1
 """The exit code of a fault of the program, and of a run that must not go on."""
 
+STOPPED = 143
+"""Where ranks write how they ended: stopped on request. As a shell says it of SIGTERM."""
+
+END_FILE = "MEGATRON_RL_END_FILE"
+"""The environment variable that names the file for note_end."""
+
 
 class ConfigError(ValueError):
     """One setting that cannot work: field, value, rule, way out."""
@@ -40,6 +46,17 @@ class RunError(RuntimeError):
 
 class NonFiniteError(RunError):
     """The loss or the gradient of an update is not finite; raised on all ranks."""
+
+
+def note_end(code: int) -> None:
+    """Have the script that started torchrun know how the run ended; torchrun itself says 0 or 1.
+
+    The first of a node's ranks to end counts.
+    """
+    path = os.environ.get(END_FILE)
+    if path:
+        with contextlib.suppress(OSError), open(path, "x") as file:
+            file.write(f"{code}\n")
 
 
 def tell_torchrun(message: str) -> None:

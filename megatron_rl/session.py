@@ -23,9 +23,11 @@ from megatron_rl.config import RunConfig
 from megatron_rl.errors import (
     BROKEN,
     FAILED,
+    STOPPED,
     ConfigErrors,
     InputError,
     RunError,
+    note_end,
     tell_torchrun,
 )
 from megatron_rl.fit import (
@@ -119,6 +121,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
         recorder.close("done" if is_done else "stopped", run.policy.version, exported)
         if is_done:
             run.check_trained()
+        note_end(0 if is_done else STOPPED)
         _leave(run.rollouts.close, watchdog)
 
 
@@ -248,8 +251,9 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
                 traceback.print_exc()
             sys.stderr.write(hidden(f"megatron-rl: error: {text}\n  ({where})\n"))
             tell_torchrun(hidden(f"{text} ({where})"))
-        is_mendable = isinstance(error, ConfigErrors | InputError)
-        raise _Over(FAILED if is_mendable else BROKEN) from error
+        code = FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN
+        note_end(code)
+        raise _Over(code) from error
 
 
 def _is_full_disk(error: BaseException) -> bool:

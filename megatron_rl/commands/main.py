@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
-from megatron_rl.errors import FAILED, ConfigErrors, InputError, tell_torchrun
+from megatron_rl.errors import FAILED, ConfigErrors, InputError, note_end, tell_torchrun
 from megatron_rl.references import hidden
 
 STOPPED = 130  # as a shell says it
@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(error: Exception) -> int:
     say(f"error: {error}")
     tell_torchrun(hidden(str(error)))
+    note_end(FAILED)
     return FAILED
 
 
@@ -100,6 +101,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         say(f"error: {message}. `{self.prog} --help` lists what there is")
+        note_end(FAILED)
         sys.exit(FAILED)
 
 

@@ -97,9 +97,12 @@ class SampledRollouts:
 
     def describe(self) -> list[str]:
         engines, stats = self.groups.engines, self.sync.stats
+        num_nodes = len(set(self.groups.nodes))
+        between = f", {stats.between_nodes / 2**20:.2f} MiB of them between {num_nodes} nodes"
         return [
             f"rollout: {engines.num_engines} engines of TP {engines.tp}; weight sync moves "
             f"{stats.wire_total / 2**20:.2f} MiB in {stats.num_buckets} buckets"
+            + (between if num_nodes > 1 else "")
         ]
 
     def close(self) -> None:

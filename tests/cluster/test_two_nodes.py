@@ -1,0 +1,159 @@
+"""Runs over two machines: what crosses the network, and a machine that is lost."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from engine_models import QUICKSTART, write_model
+from nodes import Node, Nodes
+from training_runs import ROOT
+
+START_S = 1500.0  # until the first iteration is done, on a busy machine
+END_S = 45.0  # until a machine has noticed that the other one is gone, and ended
+LAUNCH = ["bash", "examples/multi_node/torchrun.sh"]
+NOT_COMPARED = ("time/", "memory/", "tokens_per_s", "weights/verified_tensors")
+RANKS_PER_NODE = 2
+
+
+def recipe_of(folder: Path, name: str, **parallel: int) -> dict[str, Any]:
+    return {
+        "run": {"output_dir": str(folder / name), "num_iterations": 20, "seed": 5},
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "prompts": {
+            "path": str(QUICKSTART / "data" / "train.jsonl"),
+            "prompts_per_iteration": 4,
+            "max_prompt_tokens": 64,
+        },
+        "rollout": {"max_response_tokens": 12, "group_size": 4},
+        "reward": {"kind": "coin_reward:is_even", "num_workers": 1},
+        "algorithm": {"preset": "grpo"},
+        "optimizer": {"lr": 3e-3, "prompts_per_update": 4},
+        "parallel": parallel,
+        "checkpoint": {"save_every": 3},
+        "metrics": {"console": "plain"},
+    }
+
+
+class Cluster:
+    """Two nodes, and runs on them."""
+
+    def __init__(self, nodes: Nodes, folder: Path) -> None:
+        self.nodes, self.folder = nodes.all, folder
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._starts = 0
+
+    def start(self, name: str, launch: list[str] = LAUNCH, **parallel: int) -> None:
+        """Start the same command on every node, as an operator does."""
+        recipe = self.folder / f"{name}.yaml"
+        recipe.write_text(yaml.safe_dump(recipe_of(self.folder, name, **parallel)))
+        self._starts += 1
+        environment = os.environ | {
+            "FIRST_NODE": self.nodes[0].name,
+            "NUM_NODES": str(len(self.nodes)),
+            "GPUS_PER_NODE": str(RANKS_PER_NODE),
+            "PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "e2e")]),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.running = {
+            node.name: node.start([*launch, str(recipe)], self.log(node), cwd=ROOT, env=environment)
+            for node in self.nodes
+        }
+
+    def log(self, node: Node) -> Path:
+        return self.folder / f"{node.name}.start{self._starts}.log"
+
+    def said(self) -> str:
+        """What this start has printed, on all nodes."""
+        return "\n".join(f"--- {node.name}\n{self.log(node).read_text()}" for node in self.nodes)
+
+    def finish(self) -> str:
+        deadline = time.monotonic() + START_S
+        for process in self.running.values():
+            code = process.wait(timeout=deadline - time.monotonic())
+            assert code == 0, self.said()
+        return self.said()
+
+    def wait_for_records(self, name: str, count: int) -> None:
+        self._wait(lambda: self.num_records(name) >= count)
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_S
+        while not condition():
+            ended = [name for name, process in self.running.items() if process.poll() is not None]
+            assert not ended, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
+
+    def num_records(self, name: str) -> int:
+        path = self.folder / name / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Metrics, without what a clock or the machine says."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in json.loads(line).items() if not any(c in k for c in NOT_COMPARED)}
+            for line in lines
+        ]
+
+    def lose(self, node: Node) -> tuple[float, str]:
+        """A node is gone; gives the seconds until the other has ended, and what that one says."""
+        (survivor,) = [other for other in self.nodes if other is not node]
+        lost = time.monotonic()
+        node.kill()
+        code = self.running[survivor.name].wait(timeout=START_S)
+        seconds = time.monotonic() - lost
+        assert code != 0, self.said()
+        return seconds, self.log(survivor).read_text()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    write_model("qwen2_tied", folder / "model")
+    nodes = Nodes(folder)
+    try:
+        nodes.connect()
+        yield Cluster(nodes, folder)
+    except PermissionError as reason:
+        pytest.skip(f"no network of its own can be set up here: {reason}")
+    finally:
+        nodes.close()
+
+
+def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(cluster):
+    layout = {"tensor_model_parallel_size": 2}
+    cluster.start("straight", **layout)
+    said = cluster.finish()
+    assert "TP 2 x PP 1 x DP 2" in said
+    assert ", 0.00 MiB of them between 2 nodes" in said  # each node holds the model
+
+    for which, records in ((1, 4), (0, 11)):  # the first node keeps torchrun's store
+        cluster.start("disturbed", **layout)
+        cluster.wait_for_records("disturbed", records)
+        node = cluster.nodes[which]
+        seconds, reason = cluster.lose(node)
+        sys.stdout.write(f"{node.name} lost: the other ended after {seconds:.1f} s\n{reason}\n")
+        assert seconds < END_S, reason
+        assert "megatron-rl: error:" in reason
+        if which == 1:
+            assert re.search(r"rank [23] on node1", reason)
+
+    cluster.start("disturbed", **layout)
+    assert "resumed after iteration" in cluster.finish()
+    assert cluster.records("disturbed") == cluster.records("straight")
+    weights = [
+        (cluster.folder / name / "hf" / "model.safetensors").read_bytes()
+        for name in ("disturbed", "straight")
+    ]
+    assert weights[0] == weights[1]
