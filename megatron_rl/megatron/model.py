@@ -152,9 +152,9 @@ class TrainedModel:
         self.optimizer = build_optimizer(config, self._trainable, self.dtype, is_sharded=is_sharded)
         if self.config.fp16:
             self.config.grad_scale_func = self.optimizer.scale_loss
-        buffers = self._trainable[0].buffers
+        gradients = self._trainable[0].buffers[0].grad_data
         self.in_use += [
-            precision_in_use(self.dtype, buffers[0].grad_dtype, self.loss_scale()),
+            precision_in_use(self.dtype, gradients.dtype, self.loss_scale()),
             optimizer_in_use(
                 self.optimizer.chained_optimizers[0].optimizer,
                 shards=self.groups.layout.dp if is_sharded else 1,

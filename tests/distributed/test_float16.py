@@ -63,6 +63,8 @@ def train(problems: dict[str, Path], layouts: list[Layout], folder: Path) -> Non
             dist.barrier()
             writer = writer_of(policy, directory, policy.groups)
             writer.write()
+            writer.gather()
+            writer.finish()
         with policy_at(layout, problem, usual, "float16") as policy:
             load_model(policy, directory)
             resumed = policy.loss_scale()
