@@ -49,7 +49,7 @@ from megatron_rl.run import Run
 from megatron_rl.types import Draw
 from megatron_rl.weights.sync import WeightSync
 
-DEFAULT_GAP = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.5}
+DEFAULT_GAP = {"float64": 1e-3, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 """Default of rollout.max_logprob_gap by the engine's dtype, in nats."""
 
 
@@ -64,7 +64,7 @@ def build_run(
     rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
     groups = join(platform, config.parallel, rollout_tp)
     _check_same_prompts(inputs, groups)
-    say(choose_ops(config.ops.backend, groups))
+    ops = choose_ops(config.ops.backend, groups)
     output_dir = Path(config.run.output_dir)
     profiler = Profiler(config.run.profile, output_dir, groups, say, watchdog)
     meter = Meter(groups, watchdog, profiler)
@@ -92,6 +92,7 @@ def build_run(
         config=config,
         inputs=inputs,
         groups=groups,
+        ops=ops,
         meter=meter,
         profiler=profiler,
         prompts=inputs.prompts,
@@ -151,7 +152,7 @@ def _without_engine(config: RunConfig, groups: Groups, meter: Meter) -> Rollouts
 def _build_packer(
     config: RunConfig, algorithm: Algorithm, groups: Groups, dtype: torch.dtype
 ) -> Packer:
-    """The packer of samples; a policy of dtype bfloat16 has its loss in float32, too."""
+    """The packer of samples; a policy of 16 bits has its loss in float32, too."""
     return Packer(
         groups,
         algorithm,

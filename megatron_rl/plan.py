@@ -187,16 +187,17 @@ def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
 def _planned_device(config: RunConfig) -> tuple[str, str]:
     """The kind of device that a recipe is planned for, and why it is not this machine's.
 
-    A recipe in bfloat16, or with Transformer Engine's layers, is taken to be meant for GPUs where
+    A recipe in 16 bits, or with Transformer Engine's layers, is taken to be meant for GPUs where
     nothing else is said: a plan is made on a laptop, too.
     """
     here = detect().device_type
     if here != "cpu" or os.environ.get("MEGATRON_RL_DEVICE") or "LOCAL_RANK" in os.environ:
         return here, ""
     te = config.model.layer_spec == "transformer_engine"
-    if config.model.dtype != "bfloat16" and not te:
+    dtype = config.model.dtype
+    if dtype not in ("bfloat16", "float16") and not te:
         return here, ""
-    setting = "layer_spec=transformer_engine" if te else "dtype=bfloat16"
+    setting = "layer_spec=transformer_engine" if te else f"dtype={dtype}"
     return "cuda", (
         f", of which there is none here: taken from model.{setting}. With MEGATRON_RL_DEVICE=cpu "
         "the plan is for a CPU"

@@ -41,6 +41,8 @@ class Run:
     config: RunConfig
     inputs: Inputs
     groups: Groups
+    ops: str
+    """Which implementation of the ops runs, in one line."""
     meter: Meter
     profiler: Profiler
     prompts: PromptStream

@@ -349,7 +349,8 @@ def _start_lines(run: "Run") -> list[str]:
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
-        f"layers: {run.policy.layers}",
+        *run.policy.in_use,
+        run.ops,
         *_reference_lines(run),
         *(_input_lines(run) if run.groups.is_main else ()),  # golds are tried for them, once
         f"algorithm: {run.config.algorithm.preset} {run.selector.algorithm.choice}",

@@ -112,7 +112,7 @@ CONTRACT = (
         "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
         "parallel.virtual_pipeline_model_parallel_size parallel.context_parallel_size "
         "parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size "
-        "parallel.sequence_parallel",
+        "parallel.sequence_parallel parallel.overlap_grad_reduce",
         "may change",
         "a checkpoint loads at any layout, but random states belong to ranks: at another layout "
         "they are not restored",
@@ -150,6 +150,11 @@ CONTRACT = (
         "model.dtype optimizer.use_distributed_optimizer",
         "must not change",
         "the state of the optimizer is kept in another form",
+    ),
+    _clause(
+        "optimizer.initial_loss_scale",
+        "lies in the checkpoint",
+        "the loss scale that it was adapted to goes on",
     ),
     _clause(
         "model.path critic.path",

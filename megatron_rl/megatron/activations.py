@@ -10,8 +10,9 @@ the feed-forward network; one number is one element per token:
     up and gate, and of them silu, +0, product    5 F                 3 F
 
 The attention of 16 bits on a GPU takes packed rows as they are. Elsewhere keys and values are
-repeated to as many heads as queries have, and sequences padded to blocks. A mixture has this of the feed-forward network once for every
-expert of a token, and the tokens as they were sent to the experts.
+repeated to as many heads as queries have, and sequences padded to blocks. A mixture has this of the
+feed-forward network once for every expert of a token, and the tokens as they were sent to the
+experts.
 """
 
 from dataclasses import dataclass

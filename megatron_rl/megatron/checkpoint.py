@@ -31,6 +31,7 @@ EXPERT = "is_expert_parallel"
 GROUP_STATE = ("params", "step")
 # Entries of the state of a distributed optimizer.
 TENSORS, KIND = "param_state", "param_state_sharding_type"
+LOSS_SCALE = "grad_scaler"  # of float16
 
 
 def writer_of(model: TrainedModel, directory: Path, groups: Groups) -> CheckpointWriter:
@@ -99,6 +100,7 @@ def _part(
     for own in optimizer.optimizer.param_groups:
         fitting.append({**_alike(groups, own, ALIKE), **_settings(own)})
     return {
+        **{name: saved[name] for name in (LOSS_SCALE,) if name in saved},
         KIND: saved[KIND],
         "optimizer": {**saved["optimizer"], "param_groups": fitting},
         TENSORS: tensors,

@@ -24,8 +24,9 @@ class ModelConfig(Settings):
     """Fields of config.json that this program does not know and that change nothing in the network:
     those of another tool, for example. A field that is known is never ignored."""
 
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """Dtype of weights and activations. bfloat16 keeps float32 main weights in the optimizer."""
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
+    """Dtype of weights and activations. Those of 16 bits have float32 main weights in the
+    optimizer, and float16 a loss scale, too: see optimizer.initial_loss_scale."""
 
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers of Megatron-Core to build: Transformer Engine's on a GPU where it is installed."""
@@ -63,7 +64,7 @@ class ModelConfig(Settings):
         version = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
         has_kernel = (
             device_type == "cuda"
-            and self.dtype == "bfloat16"
+            and self.dtype in ("bfloat16", "float16")
             and head_dim % 8 == 0
             and head_dim <= FLASH_HEAD
             and version >= FLASH_TORCH
@@ -111,6 +112,12 @@ class OptimizerConfig(Settings):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens where the loss or the gradient is not finite: the run stops, or the update is
     left out and counted. To skip costs one look at all gradients of every update."""
+
+    initial_loss_scale: float = Field(default=2.0**16, ge=1, le=2.0**32)
+    """What Megatron's scaler of float16 multiplies the loss by at first, so that small gradients
+    are not lost. An update whose gradient overflows is left out, and the scale is halved after the
+    second one; after 1000 without an overflow it is doubled. Megatron itself begins at 2**32, for
+    which here a dozen rollouts would be thrown away."""
 
     use_distributed_optimizer: bool = True
     """Megatron's: optimizer state and main weights are sharded over data-parallel ranks."""

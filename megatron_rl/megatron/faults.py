@@ -99,6 +99,15 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="loss_scales_apart",
+            versions=SUPPORTED_VERSIONS,
+            wrong="has a loss scale of its own for experts under expert parallelism, which moves "
+            "apart from the other: wrong gradients in float16 without an error",
+            action="refused",
+            by="refusals.config_problems",
+            probes=ALONE,
+        ),
+        Fault(
             name="experts_without_sequence_parallelism",
             versions=SUPPORTED_VERSIONS,
             wrong="does not train experts under tensor parallelism without sequence parallelism",

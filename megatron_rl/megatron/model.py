@@ -12,16 +12,20 @@ from torch import Tensor
 
 from megatron_rl.errors import InputError, NonFiniteError
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.in_use import layers_in_use, optimizer_in_use, precision_in_use
 from megatron_rl.megatron.network import (
     HiddenStatesModel,
     ValueModel,
     build_chunks,
     in_training_precision,
 )
-from megatron_rl.megatron.optimizer import build_optimizer, build_scheduler
+from megatron_rl.megatron.optimizer import (
+    LEAST_LOSS_SCALE,
+    build_optimizer,
+    build_scheduler,
+)
 from megatron_rl.megatron.rope import Rope
 from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, run_schedule
-from megatron_rl.megatron.settable import layers_in_use
 from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.megatron.stored_names import local_name
 from megatron_rl.megatron.transformer_config import DTYPES, transformer_config
@@ -64,7 +68,7 @@ class TrainedModel:
         self.config.finalize_model_grads_func = finalize_without_dividing
         attention = model.attention(device_type, arch.head_dim)
         use_te = attention == "transformer_engine"
-        self.layers = layers_in_use(model.megatron, use_te=use_te)
+        self.in_use = [layers_in_use(model.megatron, attention)]
         self.chunks: list[Any] = build_chunks(
             arch,
             self.config,
@@ -75,6 +79,7 @@ class TrainedModel:
         device = groups.platform.current_device()
         self._rope = None if use_te else Rope(arch, self.dtype, device)
         self._in_blocks = attention == "blocks"
+        self._overlaps_reduction = parallel.overlaps_reduction(device_type)
         self.pieces: list[Piece] = self._pieces()
         self.version = 0  # optimizer steps taken
         self._optimizer_config = optimizer
@@ -132,14 +137,30 @@ class TrainedModel:
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=self.dtype != torch.float64,
             use_distributed_optimizer=is_sharded,
+            overlap_grad_reduce=self._overlaps_reduction,
         )
         modules = in_training_precision(self.config, self.chunks)
         self._trainable = [
             DistributedDataParallel(self.config, ddp_config, module) for module in modules
         ]
-        if self.config.bf16:
-            self._chunk_settings = {"fp32_output": False}  # hidden states stay in bfloat16
+        if self._overlaps_reduction:
+            # Only the last micro-batch's backward may start to reduce.
+            no_sync = [module.no_sync for module in self._trainable]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        if self.config.bf16 or self.config.fp16:
+            self._chunk_settings = {"fp32_output": False}  # hidden states stay in 16 bits
         self.optimizer = build_optimizer(config, self._trainable, self.dtype, is_sharded=is_sharded)
+        if self.config.fp16:
+            self.config.grad_scale_func = self.optimizer.scale_loss
+        gradients = self._trainable[0].buffers[0].grad_data
+        self.in_use += [
+            precision_in_use(self.dtype, gradients.dtype, self.loss_scale()),
+            optimizer_in_use(
+                self.optimizer.chained_optimizers[0].optimizer,
+                shards=self.groups.layout.dp if is_sharded else 1,
+                overlaps=self._overlaps_reduction,
+            ),
+        ]
         self.scheduler = build_scheduler(config, self.optimizer, self.run_updates)
 
     @contextmanager
@@ -195,16 +216,23 @@ class TrainedModel:
         self.optimizer.zero_grad()
         self._run(microbatches, measure, forward_only=False)
 
+    def loss_scale(self) -> float:
+        """What the backward begins with: 1, but in float16. The host waits for the device."""
+        return self.optimizer.get_loss_scale().item() if self.config.fp16 else 1.0
+
     def step(self, loss: float) -> dict[str, float]:
         """Take the optimizer step on the gradients of this loss; metrics, equal on all ranks.
 
         Where the loss or the gradient is not finite and the recipe says to skip, nothing changes.
+        Nor does it where a gradient overflows in float16, but for the loss scale.
 
         Raises:
             NonFiniteError: they are not finite, and the recipe says to stop.
         """
         skips = self._optimizer_config.on_nonfinite == "skip"
-        if skips and not (math.isfinite(loss) and self._gradient_is_finite()):
+        scale = self.loss_scale()
+        is_scaled = scale > LEAST_LOSS_SCALE  # else an overflow is not the scale's
+        if skips and not (math.isfinite(loss) and (is_scaled or self._gradient_is_finite())):
             return {f"{self.name}/nonfinite_updates": 1.0}
         if not math.isfinite(loss):
             raise NonFiniteError(
@@ -213,6 +241,8 @@ class TrainedModel:
             )
         learning_rate = self.optimizer.param_groups[0]["lr"]
         succeeded, grad_norm, _ = self.optimizer.step()
+        if is_scaled and not succeeded:
+            return {f"{self.name}/scaler_skipped": 1.0, f"{self.name}/loss_scale": scale}
         norm = float(grad_norm or 0.0)
         if not succeeded or not math.isfinite(norm):
             raise NonFiniteError(
@@ -222,6 +252,8 @@ class TrainedModel:
         self.scheduler.step(increment=1)
         self.version += 1
         counted = {f"{self.name}/nonfinite_updates": 0.0} if skips else {}
+        if self.config.fp16:
+            counted |= {f"{self.name}/scaler_skipped": 0.0, f"{self.name}/loss_scale": scale}
         return {f"{self.name}/grad_norm": norm, f"{self.name}/lr": learning_rate, **counted}
 
     def _gradient_is_finite(self) -> bool:

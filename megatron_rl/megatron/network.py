@@ -129,7 +129,7 @@ def _build_chunk(
 def in_training_precision(
     config: TransformerConfig, chunks: list[HiddenStatesModel]
 ) -> list[torch.nn.Module]:
-    """The chunks, in bfloat16 where the config asks for it."""
-    if not config.bf16:
+    """The chunks, in 16 bits where the config asks for it."""
+    if not (config.bf16 or config.fp16):
         return list(chunks)
     return [Float16Module(config, chunk) for chunk in chunks]

@@ -11,6 +11,8 @@ from megatron_rl.megatron.config import OptimizerConfig
 
 # Constant schedules never reach the end of their decay.
 FOREVER = 1 << 60
+LEAST_LOSS_SCALE = 1.0
+"""Of float16: where a gradient overflows even so, it is not the scale that is wrong."""
 
 
 def build_optimizer(
@@ -27,6 +29,9 @@ def build_optimizer(
         adam_eps=config.adam_eps,
         clip_grad=config.clip_grad,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        initial_loss_scale=config.initial_loss_scale,
+        min_loss_scale=LEAST_LOSS_SCALE,
         params_dtype=dtype,
         use_distributed_optimizer=is_sharded,
     )

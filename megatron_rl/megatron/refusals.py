@@ -35,6 +35,12 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
             f"{reason}",
             "Leave it out",
         )
+    if (
+        model.dtype == "float16"
+        and parallel.expert_model_parallel_size > 1
+        and (reason := faults.reason("loss_scales_apart"))
+    ):
+        yield ConfigError("model.dtype", "float16", reason, "Set bfloat16")
     if parallel.sequence_parallel and tp == 1:
         yield ConfigError(
             "parallel.sequence_parallel",

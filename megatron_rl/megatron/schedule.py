@@ -30,7 +30,8 @@ def run_schedule(
 ) -> None:
     """Run the rows through the model chunks of this rank; every rank calls it, with its own rows.
 
-    rope: of local layers. in_blocks: their attention pads sequences into blocks. settings: keyword arguments of the chunks, besides the row.
+    rope: of local layers. in_blocks: their attention pads sequences into blocks. settings: keyword
+    arguments of the chunks, besides the row.
     """
     planned: dict[int, PackedRows] = {}  # those that a later chunk of this rank will use
 

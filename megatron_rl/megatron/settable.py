@@ -4,7 +4,7 @@ Every field that a tested version has is decided here, once. A field that is not
 neither network nor routing, nor anything that this package relies on, is not settable.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from megatron_rl.parallel.config import ParallelConfig
 
@@ -200,15 +200,3 @@ REFUSED = by_field(
 )
 DECIDED = (*SETTABLE, *SETTABLE_OF_TE, *VALUES, *FAULTY, *REFUSED)
 """Every field of the tested versions, and sizes that Megatron-Core keeps elsewhere."""
-
-
-def layers_in_use(overrides: Iterable[str], *, use_te: bool) -> str:
-    """Which layers a model has, for the start of a run; overrides: names of model.megatron.
-
-    A recipe for GPUs is rehearsed on a CPU as it is, so what local layers do not read is said there
-    and not refused.
-    """
-    if use_te:
-        return "Transformer Engine's"
-    unread = [f"model.megatron.{name}" for name in overrides if name in OF_TE]
-    return "local" + (f", which do not read {', '.join(unread)}" if unread else "")

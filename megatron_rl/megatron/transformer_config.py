@@ -13,7 +13,12 @@ from megatron_rl.megatron.enter import config_fields
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.weights.arch import MixtureArch, ModelArch
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 def _leave(weight: Tensor) -> Tensor:
@@ -46,6 +51,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "use_cpu_initialization": device_type == "cpu",
         "init_method": _leave,  # every weight is loaded
         "output_layer_init_method": _leave,

@@ -66,6 +66,12 @@ METRICS: dict[str, str] = {
     "policy/updates": "optimizer steps taken in this iteration",
     "policy/nonfinite_updates": "optimizer steps left out, since loss or gradient was not finite",
     "critic/nonfinite_updates": "the same of the critic",
+    "policy/scaler_skipped": "optimizer steps left out, since gradients times the loss scale "
+    "overflowed in float16",
+    "critic/scaler_skipped": "the same of the critic",
+    "policy/loss_scale": "what the loss of the iteration's last update was multiplied by, in "
+    "float16",
+    "critic/loss_scale": "the same of the critic",
     "policy/skipped_updates": "optimizer steps left out, since nothing was kept for them",
     "policy/tokens_per_s": "tokens trained per second of update, all ranks together",
     "weights/sync_bytes": "bytes sent between ranks to bring the engine up to date",

@@ -21,8 +21,11 @@ class Head:
     shard: Shard
     gradient_buffer: GradientBuffer | None = None
     """Memory for the gradient of head_weight, in all losses of a step or in none; None: autograd
-    carries it. A loss with a buffer must be backpropagated exactly once, unscaled: native ops add
-    the gradient in the forward, and a gradient of the loss other than 1 turns the buffer to NaN."""
+    carries it. A loss with a buffer must be backpropagated exactly once, from a gradient of
+    loss_scale: native ops add to the buffer in the forward, and any other turns it to NaN."""
+    loss_scale: float = 1.0
+    """The gradient of the loss that its backward will begin with. Native ops write the gradient of
+    the logits in their 16 bits before that, and float16 would lose the small ones."""
 
     def chunk_size(self, targets: Tensor, chunk_rows: int | None) -> int:
         """Rows of a chunk: chunks are as few as may be, and of about the same size.

@@ -33,8 +33,17 @@ class HeadGradient:
     takes no memory.
     """
 
-    def __init__(self, weight: Tensor, *, num_chunks: int, buffer: GradientBuffer | None) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        *,
+        num_chunks: int,
+        buffer: GradientBuffer | None,
+        loss_scale: float = 1.0,
+    ) -> None:
+        """loss_scale: of native ops, as in Head."""
         self._weight, self._num_chunks, self._buffer = weight, num_chunks, buffer
+        self._loss_scale = loss_scale
         self._total = None if buffer is None else buffer.total
 
     def add(self, logits_grad: Tensor, hidden: Tensor) -> None:
@@ -49,7 +58,9 @@ class HeadGradient:
         add_product(self._total, logits_grad.T, hidden, overwrites=is_first)
 
     def rescale(self, grad: Tensor) -> None:
-        """Multiply by grad [], which almost always is 1; then nothing is done. Native ops only.
+        """Bring from loss_scale to grad [], which it almost always is; then nothing is done.
+
+        Native ops only.
 
         A buffer holds gradients of other losses too, which must not be scaled, so there any other
         number turns it to NaN.
@@ -57,8 +68,8 @@ class HeadGradient:
         if self._total is None:
             return
         if self._buffer is not None:
-            grad = grad.where(grad == 1, torch.nan)
-        torch.ops.megatron_rl.rescale_if_(self._total, grad.contiguous(), 1.0)
+            grad = grad.where(grad == self._loss_scale, torch.nan)
+        torch.ops.megatron_rl.rescale_if_(self._total, grad.contiguous(), self._loss_scale)
 
     def hand_over(self) -> Tensor | None:
         """The gradient of weight that a backward returns."""

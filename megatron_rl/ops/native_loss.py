@@ -1,6 +1,6 @@
 """The loss of tokens by the compiled ops: LM head and loss in one, the gradient in the forward."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ def native_policy_loss(
         head.shard,
         head.chunk_size(tokens.targets, chunk_rows),
         head.gradient_buffer,
+        head.loss_scale,
         torch.is_grad_enabled(),
     )
     return MeasuredLoss(*results)
@@ -66,6 +67,13 @@ def loss_arguments(
     )
 
 
+class _Scale(NamedTuple):
+    """The gradient of the loss, for the host and on the device."""
+
+    number: float
+    tensor: Tensor  # [], in the compute dtype
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     """LM head and loss in row chunks: three products, the gradient written in the forward.
 
@@ -83,15 +91,18 @@ class _LinearPolicyLoss(torch.autograd.Function):
         shard: Shard,
         chunk_size: int,
         buffer: GradientBuffer | None,
+        loss_scale: float,
         has_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = (has_grad and wants for wants in ctx.needs_input_grad[:2])
+        wants = wants_hidden or wants_weight
         dtype = compute_dtype(hidden.dtype)
+        scale = _Scale(loss_scale, hidden.new_full((), loss_scale, dtype=dtype))
         tokens = tokens.constants(dtype)
         chunks = row_slices(len(hidden), chunk_size)
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
         head_grad = (
-            HeadGradient(head_weight, num_chunks=len(chunks), buffer=buffer)
+            HeadGradient(head_weight, num_chunks=len(chunks), buffer=buffer, loss_scale=loss_scale)
             if wants_weight
             else None
         )
@@ -102,7 +113,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         for rows in chunks:
             logits = torch.mm(hidden[rows], head_weight.T, out=memory[: rows.stop - rows.start])
             logprobs[rows], sums, extrema = _turn_into_gradient(
-                logits, tokens[rows], terms, shard, wants=wants_hidden or wants_weight
+                logits, tokens[rows], terms, shard, scale if wants else None
             )
             parts.append((sums, extrema))
             if hidden_grad is not None:
@@ -112,6 +123,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         sums = torch.stack([part[0] for part in parts]).sum(0)
         extrema = torch.stack([part[1] for part in parts]).amax(0)
         ctx.hidden_grad, ctx.head_grad, ctx.is_spent = hidden_grad, head_grad, False
+        ctx.loss_scale = loss_scale
         ctx.mark_non_differentiable(logprobs, sums, extrema)
         return sums[-1].to(dtype), logprobs, sums, extrema  # SUMS ends with the loss
 
@@ -127,11 +139,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx.hidden_grad, ctx.head_grad, ctx.is_spent = None, None, True
         weight_grad = None
         if hidden_grad is not None:
-            torch.ops.megatron_rl.rescale_if_(hidden_grad, grad.contiguous(), 1.0)
+            torch.ops.megatron_rl.rescale_if_(hidden_grad, grad.contiguous(), ctx.loss_scale)
         if head_grad is not None:
             head_grad.rescale(grad)
             weight_grad = head_grad.hand_over()
-        return hidden_grad, weight_grad, None, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None, None
 
 
 def _turn_into_gradient(
@@ -139,14 +151,13 @@ def _turn_into_gradient(
     tokens: LossTokens,
     terms: tuple[NativeTerm, SharedTerms],
     shard: Shard,
-    *,
-    wants: bool,
+    scale: "_Scale | None",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, sums, extrema) of a chunk; logits turn into their gradient, if it is wanted."""
+    """(logprobs, sums, extrema) of a chunk; logits turn into their gradient, if scale is given."""
     arguments, inv_temp = loss_arguments(tokens, *terms), 1.0 / shard.temperature
-    if wants and shard.is_whole:
+    if scale is not None and shard.is_whole:
         logprobs, _, _, sums, extrema = torch.ops.megatron_rl.policy_loss_onepass_(
-            logits, tokens.targets, *arguments, shard.valid_vocab, inv_temp, 1.0
+            logits, tokens.targets, *arguments, shard.valid_vocab, inv_temp, scale.number
         )
         return logprobs, sums, extrema
     columns = (shard.vocab_start, shard.valid_vocab, inv_temp)
@@ -154,6 +165,6 @@ def _turn_into_gradient(
     logprobs, _, params, _, sums, extrema = torch.ops.megatron_rl.token_loss(
         gather_stats(stats, shard.tp_group), *arguments, inv_temp
     )
-    if wants:
-        torch.ops.megatron_rl.dlogits_(logits, tokens.targets, params, None, *columns)
+    if scale is not None:
+        torch.ops.megatron_rl.dlogits_(logits, tokens.targets, params, scale.tensor, *columns)
     return logprobs, sums, extrema

@@ -51,6 +51,10 @@ class ParallelConfig(Settings):
     sequence_parallel: bool = False
     """Split the sequence over the tensor-parallel ranks between the matrix products."""
 
+    overlap_grad_reduce: bool | None = None
+    """Megatron's: gradients are reduced over data-parallel ranks while the backward goes on, bucket
+    by bucket. None: on a GPU, where communication does not take the processor's time."""
+
     world_size: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Ranks in all. None: what torchrun started, or, in `plan`, the smallest world that fits."""
 
@@ -59,6 +63,12 @@ class ParallelConfig(Settings):
         """The same for a model that has none, beside one that has."""
         none = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": None}
         return self.model_copy(update=none)
+
+    def overlaps_reduction(self, device_type: str) -> bool:
+        """True where gradients are reduced during the backward."""
+        if self.overlap_grad_reduce is None:
+            return device_type == "cuda"
+        return self.overlap_grad_reduce
 
     def layout(self, world_size: int) -> Layout:
         """The same sizes over a number of ranks that they divide."""

@@ -1,7 +1,7 @@
 """The policy: log-probabilities and updates over packed micro-batches, at any layout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,9 +82,10 @@ class Policy(TrainedModel):
         sums = torch.zeros(loss.num_sums, dtype=torch.float64, device=device)
         extrema = no_extrema(device)
         collected: list[Tensor] = []
+        scale = self.loss_scale()
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            result = loss(self._head(hidden, batch, is_trained=True), batch)
+            result = loss(self._trained_head(hidden, batch, scale), batch)
             sums.add_(result.sums)
             torch.maximum(extrema, result.extrema, out=extrema)
             collected.append(result.logprobs)
@@ -99,14 +100,13 @@ class Policy(TrainedModel):
             metrics=metrics, logprobs=collected if self.groups.is_last_stage else None
         )
 
-    def _head(self, hidden: Tensor, batch: MicroBatch, *, is_trained: bool = False) -> Head:
-        weight = self.head_weight
-        return Head(
-            hidden=self.head_input(hidden, batch.loss.at),
-            head_weight=weight,
-            shard=self._shard(),
-            gradient_buffer=MainGrad(weight) if is_trained else None,
-        )
+    def _head(self, hidden: Tensor, batch: MicroBatch) -> Head:
+        rows = self.head_input(hidden, batch.loss.at)
+        return Head(hidden=rows, head_weight=self.head_weight, shard=self._shard())
+
+    def _trained_head(self, hidden: Tensor, batch: MicroBatch, loss_scale: float) -> Head:
+        head, buffer = self._head(hidden, batch), MainGrad(self.head_weight)
+        return replace(head, gradient_buffer=buffer, loss_scale=loss_scale)
 
     def _shard(self) -> Shard:
         tp = self.groups.layout.tp

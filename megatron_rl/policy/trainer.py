@@ -12,6 +12,9 @@ from megatron_rl.policy.reference import Reference
 from megatron_rl.policy.token_advantages import Estimated, estimate, with_distillation
 from megatron_rl.types import MicroBatch, MiniBatch, Report
 
+UNMADE = ("nonfinite_updates", "scaler_skipped")
+"""Metrics of updates that were computed and not made."""
+
 
 class Trainer:
     """Runs the passes and the optimizer steps of an iteration."""
@@ -94,7 +97,7 @@ class Trainer:
                     self.algorithm.loss(),
                 )
                 history.append(result.metrics)
-                updates += not result.metrics.get("policy/nonfinite_updates")
+                updates += not any(result.metrics.get(f"policy/{why}") for why in UNMADE)
                 if self._keeps_own_as_old(is_first=is_first):
                     trained[0] = batch.with_loss("old_logprobs", result.logprobs)
         skipped = (len(batches) - len(trained)) * self._epochs
@@ -186,9 +189,9 @@ def _over_steps(history: Sequence[dict[str, float]]) -> dict[str, float]:
         values = [step[name] for step in history if name in step]
         if name.endswith("_max"):
             merged[name] = max(values)
-        elif name == "policy/trained_tokens" or name.endswith("/nonfinite_updates"):
+        elif name == "policy/trained_tokens" or name.endswith(UNMADE):
             merged[name] = sum(values)
-        elif name.endswith("/lr"):
+        elif name.endswith(("/lr", "/loss_scale")):
             merged[name] = values[-1]
         else:
             merged[name] = sum(values) / len(values)

@@ -44,7 +44,7 @@ class RolloutConfig(Settings):
     """Ranks of one engine, which must divide its heads; more ranks make more engines, each with
     prompts of its own."""
 
-    dtype: Literal["model", "bfloat16", "float32"] = "model"
+    dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
     """Dtype of the engine; `model`: as model.dtype."""
 
     max_num_seqs: int = Field(default=256, ge=1, le=2**16)
@@ -63,4 +63,5 @@ class RolloutConfig(Settings):
 
     max_logprob_gap: float = Field(default=0.0, ge=0)
     """Largest |policy - engine| log-prob of a sampled token in the start-up probe; more stops the
-    run, since then the engine samples from other weights. 0: 1e-3 for float32, 0.5 for bfloat16."""
+    run, since then the engine samples from other weights. 0: 1e-3 for float32, 0.1 for float16, 0.5
+    for bfloat16."""

@@ -105,6 +105,7 @@ def _parallel(layout: Layout) -> ParallelConfig:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
         sequence_parallel=layout.sequence_parallel,
+        overlap_grad_reduce=layout.overlaps_reduction,
     )
 
 
@@ -189,7 +190,7 @@ def _model_at(
         arch = read_model_config(problem.model_dir)
         model = build(arch, settings, parallel, optimizer, groups, run_updates=10)
         model.load(ModelSource(config_dir=model_dir))
-        with _overlapped_reduction(model) if layout.overlaps_reduction else nullcontext():
+        with small_buckets() if layout.overlaps_reduction else nullcontext():
             model.prepare_training()
         yield model
 
@@ -214,18 +215,11 @@ def _small_chunks(layout: Layout) -> AbstractContextManager[Any]:
     return mock.patch.object(head_module, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
 
 
-@contextmanager
-def _overlapped_reduction(model: TrainedModel) -> Iterator[None]:
-    """Megatron's overlap_grad_reduce: a bucket is reduced when the last of its gradients is there.
-
-    Buckets are small, so that those of the head do not wait for any other gradient.
-    """
+def small_buckets() -> AbstractContextManager[Any]:
+    """Gradients in many buckets, so that those of the head do not wait for any other gradient."""
     stock = model_module.DistributedDataParallelConfig
-    overlapped = partial(stock, overlap_grad_reduce=True, bucket_size=1000)
-    with mock.patch.object(model_module, "DistributedDataParallelConfig", overlapped):
-        yield
-    no_sync = [module.no_sync for module in model._trainable]
-    model.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    small = partial(stock, bucket_size=1000)
+    return mock.patch.object(model_module, "DistributedDataParallelConfig", small)
 
 
 def algorithm_of(recipe: Recipe, *, train_on_everything: bool = False) -> Algorithm:

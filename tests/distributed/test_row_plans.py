@@ -74,6 +74,64 @@ def count_calls(model_dir: Path, out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
+@pytest.mark.parametrize("preset", ["grpo", "gspo", "iterative_dpo"])
+def test_the_loop_over_micro_batches_reads_nothing(tmp_path, preset):
+    """With the loss, by the native ops and by their definitions; the ways to read are below."""
+    write_model("qwen2", tmp_path / "model")
+    run_on_ranks(1, update, tmp_path / "model", preset)
+
+
+def update(model_dir: Path, preset: str) -> None:
+    from policy_on_ranks import algorithm_of, policy_at
+    from reference import Recipe
+
+    from megatron_rl.megatron.config import OptimizerConfig
+
+    for ops in ("auto", "reference"):
+        problem: Any = SimpleNamespace(model_dir=model_dir)
+        layout = Layout(name="one rank", world=1, ops=ops)
+        with policy_at(layout, problem, OptimizerConfig(clip_grad=0.0)) as policy:
+            rows = [row_of(lengths, policy) for lengths in LENGTHS]
+            policy.update(rows, algorithm_of(Recipe(preset=preset)).loss())
+            with reads_of_the_loop() as reads:
+                policy.update(rows, algorithm_of(Recipe(preset=preset)).loss())
+        assert reads == {"loops": 1}, reads
+
+
+WAYS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+@contextmanager
+def reads_of_the_loop() -> Iterator[Counter[str]]:
+    """Count what the host asks of tensors between the first micro-batch and the last gradient."""
+    from megatron_rl.megatron import schedule
+
+    counts: Counter[str] = Counter()
+    stock = schedule.get_forward_backward_func
+
+    def asking(name: str) -> Any:
+        own = getattr(torch.Tensor, name)
+
+        def call(*args: Any, **settings: Any) -> Any:
+            counts[name] += 1
+            return own(*args, **settings)
+
+        return call
+
+    def watched() -> Any:
+        def loop(**settings: Any) -> Any:
+            counts["loops"] += 1
+            with ExitStack() as stack:
+                for name in WAYS:
+                    stack.enter_context(mock.patch.object(torch.Tensor, name, asking(name)))
+                return stock()(**settings)
+
+        return loop
+
+    with mock.patch.object(schedule, "get_forward_backward_func", watched):
+        yield counts
+
+
 def summed(hidden: torch.Tensor, _: Any) -> torch.Tensor:
     return hidden.sum()
 

@@ -27,6 +27,7 @@ CASES = {
     "one rank, traced": ("qwen2", 1, ("run.profile=[2]",)),
     "sampled by an engine": ("qwen2_tied", 1, SAMPLED),
     "experts in bfloat16": ("qwen3_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
+    "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),
 }
 
@@ -59,7 +60,8 @@ def test_an_evaluation_says_no_more_than_its_table(runs):
 
 
 OURS = (
-    "ops: ", "layout: ", "model: ", "layers: ", "prompts: ", "first prompt, ", "algorithm: ",
+    "ops: ", "layout: ", "model: ", "layers: ", "precision: ", "optimizer: ",
+    "prompts: ", "first prompt, ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
     "run.num_iterations 2 -> 3", "done: ", "rollout: ", "engine probe: ", "packed row: ",
     "key/value cache: ", "memory: ", "profile: ", "a stop would lose its iteration: ", "  ",

@@ -58,7 +58,7 @@ def test_unknown_sections_and_keys_of_a_benchmark_are_named(case):
         ("rollout", "temperature", 0, "greater than or equal to 0.01"),
         ("rollout", "temperature", float("nan"), "finite number"),
         ("rollout", "enforce_eager", "maybe", "valid boolean"),
-        ("model", "dtype", "fp8", "'bfloat16', 'float32' or 'float64'"),
+        ("model", "dtype", "fp8", "'bfloat16', 'float16', 'float32' or 'float64'"),
         ("prompts", "path", "", "at least 1"),
         ("optimizer", "lr", None, "valid number"),
     ],

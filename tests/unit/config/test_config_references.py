@@ -74,7 +74,8 @@ def test_a_short_value_is_hidden_where_it_is_the_setting_and_not_inside_of_words
     case.change(model={"dtype": "${oc.env:TOKEN}"})
     problem = only(case.config_problems())
     assert problem == (
-        "model.dtype='${oc.env:TOKEN}': Input should be 'bfloat16', 'float32' or 'float64'"
+        "model.dtype='${oc.env:TOKEN}': Input should be 'bfloat16', 'float16', 'float32' or "
+        "'float64'"
     )
     assert hidden("what data") == "what data"
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -34,6 +35,35 @@ def cuda_in_its_source() -> bool:
 def auxiliary_losses_times_tokens() -> bool:
     per_token, per_row = _router_gradient(per_token=True), _router_gradient(per_token=False)
     return torch.allclose(per_token, TOKENS * per_row)
+
+
+def loss_scales_apart() -> bool:
+    """Of two optimizers of one model one overflows: does its scale fall alone?"""
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, MixedPrecisionOptimizer
+
+    _lone_rank()
+
+    class Part(MixedPrecisionOptimizer):
+        __abstractmethods__: frozenset[str] = frozenset()
+
+    def part(gradient: float) -> Any:
+        one = Part.__new__(Part)
+        one.config, one.is_stub_optimizer = SimpleNamespace(timers=None), False
+        one.grad_scaler, one.found_inf = (
+            DynamicGradScaler(4.0, 1.0, 2.0, 0.5, 10, 1),
+            torch.zeros(1),
+        )
+        one._copy_model_grads_to_main_grads = lambda: None
+        one._collect_main_grad_data_for_unscaling = lambda: [torch.tensor([gradient])]
+        one.get_grad_stats_parallel_group = lambda: dist.group.WORLD
+        return one
+
+    both = ChainedOptimizer.__new__(ChainedOptimizer)
+    both.chained_optimizers = [part(1.0), part(torch.inf)]
+    both.prepare_grads()
+    of_shared, of_experts = (one.get_loss_scale().item() for one in both.chained_optimizers)
+    return bool(of_shared != of_experts)
 
 
 def norm_of_torch() -> bool:

@@ -51,7 +51,7 @@ def test_transformer_engine_takes_a_row_as_it_is(told):
 )
 def test_the_kind_is_chosen_once_from_device_dtype_and_head(device, dtype, head_dim, torch, kind):
     model = ModelConfig(path="any", dtype=dtype, layer_spec="local")
-    with mock.patch("importlib.metadata.version", lambda _: torch):
+    with mock.patch("importlib.metadata.version", return_value=torch):
         assert model.attention(device, head_dim) == kind
 
 
