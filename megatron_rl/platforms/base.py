@@ -94,6 +94,12 @@ class Platform:
         if self.device_type == "cpu":
             host_memory.give_back()
 
+    def give_back_device_memory(self) -> None:
+        """Give a GPU's freed memory back, for an engine that does not take it from torch."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
     def synchronize(self) -> None:
         """Wait for the device, so that a timer measures work and not its launch."""
         if self.device_type == "cuda":
