@@ -62,6 +62,17 @@ class Platform:
             return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
         return host_memory.available_bytes()
 
+    def used_memory_bytes(self) -> int:
+        """Memory of this rank's device that is in use, by all that it runs; on a CPU what this
+        process holds.
+
+        torch's own count would have the memory of an engine that sleeps, too.
+        """
+        if self.device_type == "cuda":
+            free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
+            return int(total - free)
+        return host_memory.own_bytes()
+
     def most_ranks(self) -> int:
         """Ranks that this machine can have: one for each GPU, or for each core of a CPU."""
         if self.device_type == "cuda":

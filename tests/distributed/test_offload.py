@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cases import LAYOUTS, MANY_ROWS, TEMPERATURE, owned
 from harness import run_on_ranks
 from reference import Recipe
+from tiny_models import graded_groups, write_model
 
 RECIPE = Recipe(preset="ppo", gamma=0.95, gae_lambda=0.9, kl_reward_coef=0.3)
 LR, ITERATIONS = 1e-2, 3
@@ -25,6 +26,9 @@ class Run:
     dtype: str
     is_sharded: bool = True  # the optimizer, over data-parallel ranks
 
+    def __str__(self) -> str:
+        return f"{self.layout} {self.dtype}" + (" sharded" if self.is_sharded else "")
+
 
 RUNS = {
     1: (Run("one rank", "float32", is_sharded=False), Run("one rank", "bfloat16")),
@@ -37,61 +41,78 @@ RUNS = {
     ),
     4: (Run("TP2 DP2", "bfloat16"),),
 }
-NAMES = [str(run) for runs in RUNS.values() for run in runs]
+EVERY_RUN = [run for runs in RUNS.values() for run in runs]
+NAMES = [run.layout for run in EVERY_RUN]
+
 
 @pytest.fixture(scope="module")
-def found(problems, tmp_path_factory):
+def models(tmp_path_factory):
+    """The folder of the models, by their names."""
+    folder = tmp_path_factory.mktemp("models")
+    for model in {layout.model for layout in LAYOUTS if layout.name in str(NAMES)}:
+        write_model(model, folder / model)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(models):
+    """Run -> what was found of it; the runs of a world are made when one is asked for."""
     told = {}
-    for world in RUNS:
-        out = tmp_path_factory.mktemp("offload") / f"{world}.json"
-        run_on_ranks(world, train_on_ranks, problems, out)
-        told |= json.loads(out.read_text())
-    return told
+
+    def of(run):
+        world = next(world for world, runs in RUNS.items() if run in runs)
+        if str(run) not in told:
+            out = models / f"{world}.json"
+            run_on_ranks(world, train_on_ranks, models, out)
+            told.update(json.loads(out.read_text()))
+        return told[str(run)]
+
+    return of
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("run", EVERY_RUN, ids=str)
 @pytest.mark.parametrize("offload", ["optimizer", "weights"])
-def test_every_bit_is_the_same(found, name, offload):
+def test_every_bit_is_the_same(found, run, offload):
     """Weights, the optimizer's state and metrics, after three iterations of two updates."""
-    assert found[name]["moved"]
-    assert found[name][offload]["differing"] == []
+    assert found(run)["moved"]
+    assert found(run)[offload]["differing"] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("run", EVERY_RUN, ids=str)
 @pytest.mark.parametrize("offload", ["optimizer", "weights"])
-def test_memory_is_really_freed(found, name, offload):
+def test_memory_is_really_freed(found, run, offload):
     """What storages hold, of all tensors that are alive, by which number of parameters says it."""
-    for freed, expected in found[name][offload]["freed"]:
+    for freed, expected in found(run)[offload]["freed"]:
         assert expected > 100_000
         assert freed == pytest.approx(expected, rel=0.02)
 
 
-def test_what_does_not_come_back_with_its_values_is_noticed(problems, tmp_path):
+def test_what_does_not_come_back_with_its_values_is_noticed(models, tmp_path):
     out = tmp_path / "found.json"
-    run_on_ranks(1, train_without_values, problems, out)
+    run_on_ranks(1, train_without_values, models, out)
     (told,) = json.loads(out.read_text()).values()
     assert len(told["optimizer"]["differing"]) > 10
 
 
-def train_without_values(problems: dict[str, Path], out: Path) -> None:
+def train_without_values(models: Path, out: Path) -> None:
     """The memory is there again, with whatever it holds."""
     from megatron_rl.platforms.host_bytes import HostBytes
 
     HostBytes.give = lambda self, parts: [part.fill_(1) for part in parts]  # type: ignore
     RUNS[1] = RUNS[1][1:]
-    train_on_ranks(problems, out)
+    train_on_ranks(models, out)
 
 
-def train_on_ranks(problems: dict[str, Path], out: Path) -> None:
+def train_on_ranks(models: Path, out: Path) -> None:
     from megatron_rl.platforms import host_bytes
 
     host_bytes.PIECE = 2**12  # so that tensors lie across pieces, and several in one
     told = {}
     for run in RUNS[dist.get_world_size()]:
-        plain, moved, _ = train(run, problems, "none")
+        plain, moved, _ = train(run, models, "none")
         told[str(run)] = {"moved": moved}
         for offload in ("optimizer", "weights"):
-            result, _, freed = train(run, problems, offload)
+            result, _, freed = train(run, models, offload)
             differing = [n for n, value in plain.items() if not torch.equal(value, result[n])]
             told[str(run)][offload] = {"differing": everywhere(differing), "freed": freed}
             assert plain.keys() == result.keys()
@@ -99,7 +120,7 @@ def train_on_ranks(problems: dict[str, Path], out: Path) -> None:
         out.write_text(json.dumps(told))
 
 
-def train(run: Run, problems: dict[str, Path], offload: str) -> tuple[dict[str, Any], bool, Any]:
+def train(run: Run, models: Path, offload: str) -> tuple[dict[str, Any], bool, Any]:
     """What the models and metrics are in the end, whether they moved, and (freed, expected)."""
     from policy_on_ranks import algorithm_of, groups_at, pack
 
@@ -114,17 +135,17 @@ def train(run: Run, problems: dict[str, Path], offload: str) -> tuple[dict[str, 
     from megatron_rl.weights.model_source import ModelSource
 
     layout = next(one for one in LAYOUTS if one.name == run.layout)
-    problem = torch.load(problems[layout.model], weights_only=False)
+    model_dir, graded = models / layout.model, graded_groups()
     config = OptimizerConfig(
         lr=LR, clip_grad=0.0, use_distributed_optimizer=run.is_sharded, offload=offload
     )
-    settings = ModelConfig(path=str(problem.model_dir), dtype=run.dtype)
+    settings = ModelConfig(path=str(model_dir), dtype=run.dtype)
     with groups_at(layout) as (parallel, groups):
-        arch = read_model_config(problem.model_dir)
+        arch = read_model_config(model_dir)
 
         def made(kind: Any, **more: Any) -> Any:
             model = kind(arch, settings, parallel, config, groups, run_updates=10, **more)
-            model.load(ModelSource(config_dir=problem.model_dir))
+            model.load(ModelSource(config_dir=model_dir))
             return model
 
         policy, other = (made(Policy, temperature=TEMPERATURE) for _ in range(2))
@@ -143,8 +164,8 @@ def train(run: Run, problems: dict[str, Path], offload: str) -> tuple[dict[str, 
             critic=critic,
         )
         away = OffloadedTrainer(offload, [policy, critic, other], groups)
-        mine = owned(problem.groups["graded"], "by turns", dist.get_rank(), dist.get_world_size())
-        numbers = {g.prompt.group_id: k % 2 for k, g in enumerate(problem.groups["graded"])}
+        mine = owned(graded, "by turns", dist.get_rank(), dist.get_world_size())
+        numbers = {g.prompt.group_id: k % 2 for k, g in enumerate(graded)}
         freed = []
         for _ in range(ITERATIONS):
             batches = pack(policy, algorithm, mine, update_of=numbers, row_tokens=MANY_ROWS)
