@@ -19,6 +19,7 @@ from megatron_rl.errors import ConfigErrors
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.votes import MathEquality
 from megatron_rl.megatron.groups import join
+from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.megatron.transformer_config import DTYPES
 from megatron_rl.memory import longest_in_engine
 from megatron_rl.metrics.meter import Meter
@@ -33,6 +34,7 @@ from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform
 from megatron_rl.policy.before_selection import BeforeSelection
 from megatron_rl.policy.critic import Critic
+from megatron_rl.policy.offload import OffloadedTrainer
 from megatron_rl.policy.passes import plan_passes
 from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.reference import FirstWeights, OtherModel, Reference
@@ -86,6 +88,7 @@ def build_run(
     initial = policy.snapshot() if kl_every or (passes.ref and not has_own_reference) else None
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, run_updates)
+    reference = _build_reference(config, inputs, policy, initial) if passes.ref else None
     packer = _build_packer(config, algorithm, groups, policy.dtype)
     stop = StopRequest()
     return Run(
@@ -96,9 +99,9 @@ def build_run(
         meter=meter,
         profiler=profiler,
         prompts=inputs.prompts,
-        rollouts=build_sampled(config, inputs, groups, meter, stop, say, load_weights=False)
-        if config.has_engine
-        else _without_engine(config, groups, meter),
+        rollouts=_build_rollouts(
+            config, inputs, groups, meter, stop, say, _offloaded(config, policy, critic, reference)
+        ),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         record=RolloutRecord(output_dir, groups, num_iterations=config.debug.record),
         selector=Selector(
@@ -116,7 +119,7 @@ def build_run(
             passes,
             meter.report,
             epochs=config.optimizer.epochs,
-            reference=_build_reference(config, inputs, policy, initial) if passes.ref else None,
+            reference=reference,
             critic=critic,
             critic_config=config.critic,
         ),
@@ -142,7 +145,31 @@ def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:
     )
 
 
-def _without_engine(config: RunConfig, groups: Groups, meter: Meter) -> Rollouts:
+def _offloaded(
+    config: RunConfig, policy: Policy, critic: Critic | None, reference: Reference | None
+) -> OffloadedTrainer:
+    models: list[TrainedModel] = [policy]
+    if critic is not None:
+        models.append(critic)
+    if isinstance(reference, OtherModel):
+        models.append(reference.model)
+    device_type = policy.groups.platform.device_type
+    return OffloadedTrainer(config.offload_on(device_type), models, policy.groups)
+
+
+def _build_rollouts(
+    config: RunConfig,
+    inputs: Inputs,
+    groups: Groups,
+    meter: Meter,
+    stop: StopRequest,
+    say: Callable[[str], None],
+    trainer: OffloadedTrainer,
+) -> Rollouts:
+    if config.has_engine:
+        return build_sampled(
+            config, inputs, groups, meter, stop, say, load_weights=False, trainer=trainer
+        )
     if config.debug.replay is None:
         return GoldRollouts(groups, meter)
     parts = tuple(config.reward.parts)
@@ -195,7 +222,8 @@ def _build_reference(
         run_updates=1,  # none is taken
     )
     model.load(source)
-    return OtherModel(model)
+    device_type = policy.groups.platform.device_type
+    return OtherModel(model, leaves=config.offload_on(device_type) == "weights")
 
 
 def _build_critic(
@@ -281,10 +309,21 @@ def build_sampled(
     say: Callable[[str], None],
     *,
     load_weights: bool,
+    trainer: OffloadedTrainer | None = None,
 ) -> SampledRollouts:
-    """The engine and all that hangs on it; load_weights: the engine reads model.path itself."""
+    """The engine and all that hangs on it.
+
+    Args:
+        load_weights: the engine reads model.path itself.
+        trainer: on the same device; it leaves while the engine is built, which then sleeps until
+            the first weights come.
+    """
+    trainer = trainer or OffloadedTrainer("none", [], groups)
     scorer = RewardScorer(config.reward)
+    trainer.leaves()
     engine = build_engine(config, inputs, groups, load_weights=load_weights)
+    if trainer.offload != "none":
+        engine.sleep()
     dtype = DTYPES[config.engine_dtype]
     return SampledRollouts(
         engine=engine,
@@ -305,6 +344,7 @@ def build_sampled(
             temperature=config.rollout.temperature,
             max_response_tokens=config.rollout.max_response_tokens,
         ),
+        trainer=trainer,
         max_logprob_gap=config.rollout.max_logprob_gap or DEFAULT_GAP[config.engine_dtype],
         groups=groups,
         meter=meter,

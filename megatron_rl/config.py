@@ -16,7 +16,7 @@ from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.explain import explain, takes_only_text
-from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.config import ModelConfig, Offload, OptimizerConfig
 from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.ops.config import OpsConfig
@@ -135,6 +135,14 @@ class RunConfig(Settings):
         each = self.optimizer.prompts_per_update or self.prompts.prompts_per_iteration
         return -(-self.prompts.prompts_per_iteration // each)
 
+    def offload_on(self, device_type: str) -> Offload:
+        """What of the trainer leaves a device of this type while the engine generates."""
+        if not self.has_engine:
+            return "none"
+        if self.optimizer.offload == "auto":
+            return "optimizer" if device_type == "cuda" else "none"
+        return self.optimizer.offload
+
     @property
     def engine_dtype(self) -> str:
         return self.model.dtype if self.rollout.dtype == "model" else self.rollout.dtype
@@ -153,6 +161,11 @@ class RunConfig(Settings):
             told.append(
                 "model.dtype=float64: every rank keeps a whole optimizer, since Megatron's "
                 "distributed one would round to float32"
+            )
+        if self.optimizer.offload in ("optimizer", "weights") and not self.has_engine:
+            told.append(
+                f"optimizer.offload={self.optimizer.offload}: nothing leaves the device, since no "
+                "engine generates there"
             )
         return tuple(told)
 

@@ -4,6 +4,7 @@ A row whose length the recipe leaves open becomes shorter, then the cache of an 
 still does not fit is refused before anything is built, with the settings that would make it fit.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,19 +15,26 @@ import torch.distributed as dist
 
 from megatron_rl.config import RunConfig, problems, world_problems
 from megatron_rl.errors import ConfigErrors
+from megatron_rl.megatron.refusals import model_problems
 from megatron_rl.memory import GIB, Need, kv_bytes_of_sequence, need_of, wanted_kv_mib
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.platforms.base import Platform
 from megatron_rl.platforms.host_memory import own_bytes
 from megatron_rl.rollout.kv_cache import LEAST_MIB
+from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import ModelArch
 
 MARGIN = 1.25
 """A run is refused where it needs so many times what is free: the estimate may be that far off."""
 
+RESERVED = 2.5 * GIB
+"""What CUDA, NCCL and the allocator take of a GPU beside tensors. Not measured by us."""
+
 UNCHECKED = "MEGATRON_RL_UNCHECKED_MEMORY"
 """The variable that starts a run all the same, set to 1."""
 
+MOST_CHANGES, MOST_WAYS = 3, 3  # of a way out, and of them, on a GPU
+ROW = "batching.max_tokens_per_microbatch"
 RECOMPUTED = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -42,12 +50,15 @@ class Free:
     ranks: int
     device_type: str
     of_device: float = 0.0  # bytes of a GPU, free or not
+    is_here: bool = True  # False: the GPU is one that a plan is made for
 
     @property
     def per_rank(self) -> float:
         return self.nbytes / self.ranks
 
     def __str__(self) -> str:
+        if not self.is_here:
+            return f"a GPU of {_gib(self.of_device)} has {_gib(self.nbytes)} for it"
         if self.device_type == "cuda":
             return f"{_gib(self.nbytes)} of this GPU are free"
         others = "" if self.ranks == 1 else f" for it ({_gib(self.nbytes)} for {self.ranks} ranks)"
@@ -70,6 +81,12 @@ class Fit:
     def share(self) -> float:
         """What is needed, by what is free."""
         return 0.0 if self.free is None else self.need.total / max(self.free.per_rank, 1.0)
+
+    @property
+    def is_too_much_without_a_row(self) -> bool:
+        """True where the engine of a GPU needs more than there is: no row is short enough."""
+        free = 0.0 if self.free is None else self.free.per_rank
+        return self.need.generation > free and self.need.update <= free
 
     def lines(self) -> Iterator[str]:
         """What a user is told of it."""
@@ -127,6 +144,18 @@ def free_here(platform: Platform, ranks: int, *, are_started: bool) -> Free | No
     return Free(nbytes=nbytes + taken, ranks=ranks, device_type=platform.device_type)
 
 
+def free_on_planned(gib: float) -> Free:
+    """What a run has of a GPU of so many GiB that is not here."""
+    of_device = gib * GIB
+    return Free(
+        nbytes=max(of_device - RESERVED, 0.0),
+        ranks=1,
+        device_type="cuda",
+        of_device=of_device,
+        is_here=False,
+    )
+
+
 def fit(
     config: RunConfig,
     arch: ModelArch,
@@ -167,7 +196,7 @@ def fit(
                 wanted_kv_mib=caches[0],
                 former_row=former_row,
             )
-            if found.share <= 1:
+            if found.share <= 1 or found.is_too_much_without_a_row:
                 return found
     assert found is not None
     return found
@@ -192,14 +221,11 @@ def refuse_what_cannot_fit(found: Fit, config: RunConfig, arch: ModelArch, world
     """Raise ConfigErrors where a run needs far more than is free."""
     if found.share <= MARGIN or os.environ.get(UNCHECKED) == "1":
         return
-    parts = {**found.need.held, **found.need.passing}
-    largest = sorted(parts, key=lambda name: -parts[name])[:4]
-    told = ", ".join(f"{name} {_gib(parts[name])}" for name in largest)
     ways = [f"`{way}`" for way in ways_out(found, config, arch, world)]
     raise ConfigErrors(
         [
-            f"memory: a rank needs some {_gib(found.need.total)} at its peak ({told}), and "
-            f"{found.free}. "
+            f"memory: a rank needs some {_gib(found.need.total)} at its peak "
+            f"({found.need.largest}), and {found.free}. "
             + (f"It would fit with {', or '.join(ways)}" if ways else HOPELESS)
             + f". {UNCHECKED}=1 starts it all the same"
         ]
@@ -215,6 +241,9 @@ HOPELESS = (
 def ways_out(found: Fit, config: RunConfig, arch: ModelArch, world: int) -> Iterator[str]:
     """Overrides, and a number of ranks, with which the run fits here."""
     assert found.free is not None
+    if found.free.device_type == "cuda":
+        yield from _ways_on_a_gpu(found.free, config, arch, world)
+        return
 
     def fits(changed: RunConfig, ranks: int = world, free: Free = found.free) -> bool:
         is_valid = not any(problems(changed)) and not any(world_problems(changed, ranks))
@@ -236,6 +265,92 @@ def ways_out(found: Fit, config: RunConfig, arch: ModelArch, world: int) -> Iter
             if fits(config, ranks, replace(found.free, ranks=ranks)):
                 yield f"torchrun --nproc-per-node {ranks}"
                 return
+
+
+def _ways_on_a_gpu(free: Free, config: RunConfig, arch: ModelArch, world: int) -> Iterator[str]:
+    """Overrides with which the run fits: single changes where one does, else two or three."""
+    changes = list(_changes(config, arch, world))
+    for count in range(1, MOST_CHANGES + 1):
+        ways = []
+        for chosen in itertools.combinations(changes, count):
+            settings = dict(itertools.chain.from_iterable(change.items() for change in chosen))
+            if len(settings) < sum(map(len, chosen)):  # two of them set the same
+                continue
+            changed = config
+            for name, value in settings.items():
+                section, _, field = name.partition(".")
+                changed = _with(changed, section, **{field: value})
+            if not _is_possible(changed, arch, world):
+                continue
+            fitted = fit(changed, arch, world, "cuda", free)
+            if fitted.share <= 1:
+                settings |= {name: fitted.row_tokens for name in settings if name == ROW}
+                ways.append(" ".join(f"{name}={_typed(value)}" for name, value in settings.items()))
+            if len(ways) == MOST_WAYS:
+                break
+        yield from ways
+        if ways:
+            return
+
+
+def _changes(config: RunConfig, arch: ModelArch, world: int) -> Iterator[dict[str, Any]]:
+    """What may make a run smaller on a GPU, the cheapest first; each is one change."""
+    if config.batching.max_tokens_per_microbatch is not None:
+        yield {ROW: None}
+    order = ("none", "optimizer", "weights")
+    for offload in order[order.index(config.offload_on("cuda")) + 1 :]:
+        if config.has_engine:
+            yield {"optimizer.offload": offload}
+    if config.model.recompute_granularity != "full":
+        yield {f"model.{name}": value for name, value in RECOMPUTED.items()}
+    if config.has_engine:
+        yield from (
+            {"rollout.gpu_memory_utilization": share}
+            for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+            if share != config.rollout.gpu_memory_utilization
+        )
+        yield from (
+            {"rollout.tensor_model_parallel_size": ranks}
+            for ranks in (2, 4, 8)
+            if config.rollout.tensor_model_parallel_size < ranks
+        )
+    yield from _layouts(config, arch, world)
+
+
+def _layouts(config: RunConfig, arch: ModelArch, world: int) -> Iterator[dict[str, Any]]:
+    """Ways to cut the model further."""
+    parallel = config.parallel
+    for tp in (2, 4, 8):
+        if parallel.tensor_model_parallel_size < tp:
+            yield {
+                "parallel.tensor_model_parallel_size": tp,
+                "parallel.sequence_parallel": True,
+            }
+    for pp in (2, 4, 8):
+        if parallel.pipeline_model_parallel_size < pp <= world:
+            yield {"parallel.pipeline_model_parallel_size": pp}
+    if arch.mixture is not None:
+        for ep in (2, 4, 8):
+            if parallel.expert_model_parallel_size < ep:
+                yield {
+                    "parallel.expert_model_parallel_size": ep,
+                    "parallel.expert_tensor_parallel_size": 1,
+                }
+
+
+def _is_possible(config: RunConfig, arch: ModelArch, world: int) -> bool:
+    found: list[Iterator[Any]] = [
+        problems(config),
+        world_problems(config, world),
+        model_problems(arch, config.parallel),
+    ]
+    if config.has_engine:
+        found.append(engine_problems(arch, config.rollout.tensor_model_parallel_size))
+    return next(itertools.chain.from_iterable(found), None) is None
+
+
+def _typed(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _rows(config: RunConfig, former: int | None) -> Iterator[int]:

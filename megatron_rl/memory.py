@@ -1,13 +1,15 @@
 """What a rank holds in memory at its peak, from sizes alone.
 
-On a GPU it is what tensors take of the device. On a CPU it is the resident memory of the process,
-which also has the libraries and what the allocator keeps: benchmarks/results/memory.md compares it
-with what was measured.
+On a GPU it is what tensors take of the device, in two sums which never live together: of an update,
+and of the engine that generates beside what stays of the trainer. On a CPU it is the resident
+memory of the process, which also has the libraries and what the allocator keeps:
+benchmarks/results/memory.md compares it with what was measured.
 """
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -44,16 +46,22 @@ PROMPT_TOKENS_PER_STEP = 8192  # of an engine on a CPU
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes of one rank; what is not needed at the same time counts once."""
+    """Bytes of one rank, by name; what is not needed at the same time counts once."""
 
     held: Mapping[str, float]
-    """Held all the time, by name."""
+    """Held all the time."""
 
     passing: Mapping[str, float]
-    """Held during an update, by name."""
+    """Held during an update, until its gradients are there."""
 
     instead: Mapping[str, float]
-    """Held at other times, each alone, by name."""
+    """Held at other times, each alone."""
+
+    stepping: Mapping[str, float] = field(default_factory=dict)
+    """Held in the optimizer's step, in the place of what is passing; none: no more than that."""
+
+    generating: Mapping[str, float] = field(default_factory=dict)
+    """Held while the engine of a GPU generates."""
 
     @property
     def engine_alone(self) -> float:
@@ -61,9 +69,27 @@ class Need:
         return sum(self.held[name] for name in (PROCESS, *ENGINE) if name in self.held)
 
     @property
+    def update(self) -> float:
+        """The sum while the policy is updated."""
+        most = max(sum(self.passing.values()), sum(self.stepping.values()))
+        return sum(self.held.values()) + most
+
+    @property
+    def generation(self) -> float:
+        """The sum while the engine generates."""
+        return sum(self.held.values()) + sum(self.generating.values())
+
+    @property
     def total(self) -> float:
-        update = sum(self.passing.values())
-        return sum(self.held.values()) + max(update, *self.instead.values(), 0.0)
+        alone = sum(self.held.values()) + max(self.instead.values(), default=0.0)
+        return max(self.update, self.generation, alone)
+
+    @property
+    def largest(self) -> str:
+        """Of what the update holds at its peak, the largest parts."""
+        parts = {**self.held, **self.passing, **self.stepping}
+        names = sorted(parts, key=lambda name: -parts[name])[:4]
+        return ", ".join(f"{name} {parts[name] / GIB:.1f} GiB" for name in names)
 
 
 def need_of(
@@ -87,16 +113,12 @@ def need_of(
         kv_mib: size of a CPU engine's cache, in the place of wanted_kv_mib.
         device_bytes: of a GPU, of which the engine takes a share.
     """
-    params = sum(busiest_rank(arch, layout))
-    held = _models(config, arch, layout)
-    passing = _passing(config, arch, layout, device_type, row_tokens)
     if device_type != "cpu":
-        instead = {}
-        if config.has_engine:  # asleep during an update
-            share = config.rollout.gpu_memory_utilization * device_bytes
-            weights = _engine_weights(config, arch, is_cpu=False)
-            instead["the engine's share while it samples"] = max(weights, share)
-        return Need(held=held, passing=passing, instead=instead)
+        return _on_a_gpu(config, arch, layout, row_tokens, device_bytes)
+    params = sum(busiest_rank(arch, layout))
+    parts = _models(config, arch, layout)
+    held = {part.name: part.nbytes for part in parts}
+    passing = _passing(config, arch, layout, device_type, row_tokens)
     saves = config.checkpoint.save_every != 0
     held = {PROCESS: PROCESS_BYTES + (SAVING_BYTES if saves else 0.0)} | held
     if config.has_engine:
@@ -107,12 +129,67 @@ def need_of(
             float(mib << 20),
         )
         held |= dict(zip(ENGINE, parts, strict=True))
+    if copied := host_bytes_of_offload(config, arch, layout, "cpu"):
+        held["copies of what leaves"] = copied  # of the trainer, which are kept
     if keeps_initial_weights(config):
         held["first weights"] = float(params * itemsize(config.model.dtype))
     instead = {}
     if saves and config.optimizer.use_distributed_optimizer:
         instead["copies for a checkpoint"] = params * 4.0 * SAVED_COPIES
     return Need(held=held, passing=passing, instead=instead)
+
+
+def _on_a_gpu(
+    config: RunConfig,
+    arch: ModelArch,
+    layout: Layout,
+    row_tokens: int | None,
+    device_bytes: float,
+) -> Need:
+    offload, parts = config.offload_on("cuda"), _models(config, arch, layout)
+    passing = _passing(config, arch, layout, "cuda", row_tokens)
+    stays, leaves, comes_late = {}, {}, {}
+    instead = {}
+    for part in parts:
+        if offload == "none" or (offload == "optimizer" and part.kind in ("weights", "frozen")):
+            stays[part.name] = part.nbytes
+        elif part.kind == "frozen":  # on the device with the weights, for its own passes
+            weights = sum(p.nbytes for p in parts if p.kind == "weights")
+            instead["reference model, beside weights"] = part.nbytes + weights
+        elif part.kind == "optimizer":
+            comes_late[part.name] = part.nbytes
+        else:
+            leaves[part.name] = part.nbytes
+    stepping = {}
+    # An optimizer that has left comes back for its step, when activations are free, and stays until
+    # the next rollout: beside those of another step.
+    steps = config.num_updates * config.optimizer.epochs
+    if comes_late and steps == 1 and not config.algorithm.resolved.needs_critic:
+        stepping, passing = {**leaves, **comes_late}, {**leaves, **passing}
+    else:
+        passing = {**leaves, **comes_late, **passing}
+    generating = {}
+    if config.has_engine:  # asleep during an update
+        weights = _engine_weights(config, arch, is_cpu=False)
+        share = config.rollout.gpu_memory_utilization * device_bytes
+        least = float(kv_bytes_of_sequence(config, arch))
+        generating = {
+            "engine weights": weights,
+            "key/value cache and buffers": max(share - weights, least),
+        }
+    return Need(
+        held=stays, passing=passing, stepping=stepping, generating=generating, instead=instead
+    )
+
+
+def host_bytes_of_offload(
+    config: RunConfig, arch: ModelArch, layout: Layout, device_type: str
+) -> float:
+    """Bytes of host memory that a rank keeps for what leaves its device."""
+    offload = config.offload_on(device_type)
+    kinds = {"none": (), "optimizer": ("optimizer",), "weights": ("optimizer", "weights", "frozen")}
+    parts = _models(config, arch, layout)
+    return sum(part.nbytes for part in parts if part.kind in kinds[offload])
 
 
 def keeps_initial_weights(config: RunConfig) -> bool:
@@ -170,25 +247,47 @@ def longest_row(config: RunConfig, layout: Layout, row_tokens: int | None = None
     return max(1, min(row_tokens or config.row_tokens, share))
 
 
-def _models(config: RunConfig, arch: ModelArch, layout: Layout) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A part of the trainer."""
+
+    name: str
+    kind: Literal["weights", "gradients", "optimizer", "frozen"]
+    nbytes: float
+
+
+def _models(config: RunConfig, arch: ModelArch, layout: Layout) -> list[_Part]:
     """Weights, gradients and optimizers of the busiest rank."""
     shared, experts = busiest_rank(arch, layout)
     params, nbytes = shared + experts, itemsize(config.model.dtype)
     stepped = params
     if config.optimizer.use_distributed_optimizer:
         stepped = shared // layout.dp + experts // layout.expert_dp
-    parts = {
-        "weights": float(params * nbytes),
-        "gradients": float(params * (4 if nbytes == 2 else nbytes)),
+    parts = [
+        _Part(name="weights", kind="weights", nbytes=float(params * nbytes)),
+        _Part(
+            name="gradients",
+            kind="gradients",
+            nbytes=float(params * (4 if nbytes == 2 else nbytes)),
+        ),
         # Adam's two moments; 16-bit weights have float32 main weights and moments.
-        "optimizer": float(stepped * (12 if nbytes == 2 else 2 * nbytes)),
-    }
-    if (reference := reference_arch(config)) is not None:
-        parts["reference model"] = float(sum(busiest_rank(reference, layout)) * nbytes)
+        _Part(
+            name="optimizer",
+            kind="optimizer",
+            nbytes=float(stepped * (12 if nbytes == 2 else 2 * nbytes)),
+        ),
+    ]
     if config.algorithm.resolved.needs_critic:
         # Without the LM head; what is alive of one row at a time is counted once.
         head = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp * arch.hidden_size
-        parts["critic, with its optimizer"] = (params - head) / params * sum(parts.values())
+        share = (params - head) / params
+        parts += [
+            replace(part, name=f"critic's {part.name}", nbytes=share * part.nbytes)
+            for part in parts
+        ]
+    if (reference := reference_arch(config)) is not None:
+        held = float(sum(busiest_rank(reference, layout)) * nbytes)
+        parts.append(_Part(name="reference model", kind="frozen", nbytes=held))
     return parts
 
 

@@ -1,15 +1,30 @@
 """`plan`: what a recipe means, before any rank is started; no GPU and no process group."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors, InputError
-from megatron_rl.fit import Fit, Free, fit, free_here, refuse_what_cannot_fit
+from megatron_rl.fit import (
+    HOPELESS,
+    Fit,
+    Free,
+    fit,
+    free_here,
+    free_on_planned,
+    refuse_what_cannot_fit,
+    ways_out,
+)
 from megatron_rl.input_report import input_lines
 from megatron_rl.megatron.refusals import model_problems
-from megatron_rl.memory import GIB, busiest_rank, itemsize, keeps_initial_weights
+from megatron_rl.memory import (
+    GIB,
+    busiest_rank,
+    host_bytes_of_offload,
+    itemsize,
+    keeps_initial_weights,
+)
 from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_data
@@ -21,10 +36,12 @@ from megatron_rl.weights.model_source import find_model
 from megatron_rl.weights.sync import plan_sync
 
 RANKS_PER_NODE = 8
+H100_GIB = 79.6
+"""Memory of a GPU that is sold as one of 80 GB."""
 
 
-def print_plan(config: RunConfig) -> None:
-    """Print every derived value.
+def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
+    """Print every derived value; gpu_gib: memory of the GPU that a plan is for, where none is here.
 
     Raises:
         ConfigErrors: the layout does not fit the model or the number of ranks.
@@ -42,7 +59,7 @@ def print_plan(config: RunConfig) -> None:
         ("layout", _layout(config, arch, layout)),
         ("iteration", _iteration(config)),
         ("passes", _passes(config)),
-        ("memory per rank", _memory(config, arch, layout)),
+        ("memory per rank", _memory(config, arch, layout, gpu_gib)),
         ("weight sync", _sync(config, arch, layout)),
     ):
         _print_section(section, lines)
@@ -162,26 +179,64 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _memory(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
+def _memory(
+    config: RunConfig, arch: ModelArch, layout: Layout, gpu_gib: float
+) -> Iterator[tuple[str, str]]:
     """Estimates from sizes; on a GPU, what allocators and libraries add is not in them."""
     device_type, why = _planned_device(config)
     yield "device", device_type + why
     free = _free_here(layout, device_type)
+    if free is None and device_type == "cuda":
+        free = free_on_planned(gpu_gib)
     found = fit(config, arch, layout.world_size, device_type, free)
     need = found.need
-    parts = {**need.held, **need.passing}
-    for name, nbytes in parts.items():
-        yield name, f"{nbytes / GIB:.3f} GiB"
-    for name, nbytes in need.instead.items():
-        yield name, f"{nbytes / GIB:.3f} GiB, in the place of what an update takes"
-    yield "sum", f"{need.total / GIB:.3f} GiB at its peak"
-    if device_type != "cpu" and keeps_initial_weights(config):
-        params = sum(busiest_rank(arch, layout))
-        nbytes = params * itemsize(config.model.dtype)
-        yield "first weights", f"{nbytes / GIB:.3f} GiB of host memory"
+    yield from _parts(need.held)
+    yield from _parts(need.passing)
+    if device_type == "cuda":
+        yield from _parts(need.stepping, ", in the optimizer's step only", besides=need.passing)
+        yield from _sum("update", need.update, found)
+        if need.generating:
+            yield from _parts(need.generating, ", while the engine generates")
+            stays = sum(need.held.values()) / GIB
+            yield "stays of the trainer then", f"{stays:.3f} GiB"
+            yield from _sum("rollout", need.generation, found)
+    yield from _parts(need.instead, ", in the place of what an update takes")
+    if device_type == "cpu":
+        yield "sum", f"{need.total / GIB:.3f} GiB at its peak"
+    else:
+        yield from _host(config, arch, layout)
     yield "this machine", _compared(config, arch, found, layout.world_size, device_type)
     if found.share <= 1:
         yield from (("", line) for line in found.lines())
+
+
+def _parts(
+    parts: Mapping[str, float], where: str = "", *, besides: Collection[str] = ()
+) -> Iterator[tuple[str, str]]:
+    for name, nbytes in parts.items():
+        if name not in besides:
+            yield name, f"{nbytes / GIB:.3f} GiB{where}"
+
+
+def _sum(name: str, nbytes: float, found: Fit) -> Iterator[tuple[str, str]]:
+    """One of the two sums of a GPU, and how far it is from what there is."""
+    assert found.free is not None
+    left = found.free.per_rank - nbytes
+    told = f"{left / GIB:.1f} GiB are left" if left >= 0 else f"{-left / GIB:.1f} GiB too much"
+    yield f"sum of the {name}", f"{nbytes / GIB:.3f} GiB: {told}"
+
+
+def _host(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
+    """Host memory that ranks on GPUs keep, which is pinned."""
+    kept = {"state that left": host_bytes_of_offload(config, arch, layout, "cuda")}
+    if keeps_initial_weights(config):
+        params = sum(busiest_rank(arch, layout))
+        kept["first weights"] = float(params * itemsize(config.model.dtype))
+    ranks = min(RANKS_PER_NODE, layout.world_size)
+    for name, nbytes in kept.items():
+        if nbytes:
+            both = f"{nbytes / GIB:.3f} GiB of host memory, {nbytes * ranks / GIB:.1f} GiB"
+            yield name, f"{both} of a node of {ranks}"
 
 
 def _planned_device(config: RunConfig) -> tuple[str, str]:
@@ -217,12 +272,11 @@ def _compared(
 ) -> str:
     """How the run would fare here; never an error, since a plan may be for another machine."""
     if found.free is None:
-        if detect().device_type != device_type:
-            return "not compared: this machine has no GPU"
         if world_size <= detect().most_ranks():
             return "not compared: nothing here says how much memory is free"
-        kind = "a CPU" if device_type == "cpu" else "GPUs"
-        return f"not compared: this machine has no room for {world_size} ranks on {kind}"
+        return f"not compared: this machine has no room for {world_size} ranks on a CPU"
+    if not found.free.is_here:
+        return _on_planned(config, arch, found, world_size)
     if found.share <= 1:
         return f"it fits: {found.free}"
     try:
@@ -230,6 +284,17 @@ def _compared(
     except ConfigErrors as refused:
         return f"train would refuse it here: {refused.problems[0]}"
     return f"it may not do: {found.free}"
+
+
+def _on_planned(config: RunConfig, arch: ModelArch, found: Fit, world_size: int) -> str:
+    """How the run would fare on a GPU that is not here, and what would make it fit."""
+    where = f"not compared, since it has no such GPUs; {found.free}"
+    if found.share <= 1:
+        return f"{where}, and it fits"
+    ways = [f"`{way}`" for way in ways_out(found, config, arch, world_size)]
+    return f"{where}, and it does not fit. " + (
+        f"It would with {', or '.join(ways)}" if ways else HOPELESS
+    )
 
 
 def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:

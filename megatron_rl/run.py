@@ -143,19 +143,16 @@ class Run:
     def save(self, iteration: int) -> None:
         """Write a checkpoint of the run after this iteration."""
         self.groups.platform.give_back_memory()  # the copies that are written need some
-        self.store.save(
-            iteration,
-            self.models,
-            {
-                "iteration": iteration,
-                "prompts": self.prompts.state_dict(),
-                "trainer": self.trainer.state_dict(),
-                RECIPE: kept_recipe(self.config),
-                **({} if self.owed is None else {OWED: self.owed}),
-                **({} if self.saves.score is None else {SCORE: self.saves.score}),
-            },
-            self._model_files,
-        )
+        state = {
+            "iteration": iteration,
+            "prompts": self.prompts.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            RECIPE: kept_recipe(self.config),
+            **({} if self.owed is None else {OWED: self.owed}),
+            **({} if self.saves.score is None else {SCORE: self.saves.score}),
+        }
+        with self.rollouts.paused():
+            self.store.save(iteration, self.models, state, self._model_files)
         self.saves.saved(iteration)
 
     def finish_save(self) -> None:
@@ -165,7 +162,7 @@ class Run:
 
     def export(self) -> Path | None:
         """Write the policy as a Hugging Face directory; None where no export is asked for."""
-        with self.meter.phase("checkpoint"):
+        with self.meter.phase("checkpoint"), self.rollouts.paused(only_weights=True):
             return self._model_files.export_to(Path(self.config.run.output_dir))
 
     def check_trained(self) -> None:

@@ -174,6 +174,11 @@ CONTRACT = (
         "no matter",
         "what is written and shown, and when",
     ),
+    _clause(
+        "optimizer.offload",
+        "no matter",
+        "where state lies while the engine generates",
+    ),
 )
 
 _CLAUSES = {setting: clause for clause in CONTRACT for setting in clause.settings}

@@ -22,15 +22,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             metavar="R",
             help="the rank to rehearse (default: one of the first and one of the last stage)",
         )
+        parser.add_argument(
+            "--gpu-memory",
+            type=_gib,
+            metavar="GIB",
+            help="GiB of the GPU that the plan is for, where none is here (default: 79.6, as one "
+            "of 80 GB has)",
+        )
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 2**20:
+        raise argparse.ArgumentTypeError(f"{text}: name the GiB of a GPU, for example 79.6")
+    return value
 
 
 def run(options: argparse.Namespace) -> int:
     """Read the recipe first: its problems are told before anything slow is imported."""
     config = load_config(options.recipe, options.overrides)
     if options.command == "plan":
-        from megatron_rl.plan import print_inputs, print_plan, print_rehearsal
+        from megatron_rl.plan import H100_GIB, print_inputs, print_plan, print_rehearsal
 
-        print_plan(config)
+        print_plan(config, gpu_gib=options.gpu_memory or H100_GIB)
         if options.rehearse:
             print_rehearsal(config, options.rank)
         print_inputs(config)

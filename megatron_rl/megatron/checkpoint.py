@@ -57,6 +57,8 @@ def load_model(model: TrainedModel, directory: Path) -> None:
 
 def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
     """Megatron's description of what this rank holds of weights and optimizer."""
+    model.residence.bring_weights()
+    model.residence.bring_state()
     chunks = {
         f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(model.chunks)
     }

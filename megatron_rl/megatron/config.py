@@ -13,6 +13,10 @@ Attention = Literal["transformer_engine", "flash", "blocks"]
 FLASH_TORCH = (2, 12)  # the first version whose varlen_attn takes grouped queries
 FLASH_HEAD = 256  # the widest head of its kernel, which wants a multiple of 8
 
+Offload = Literal["none", "optimizer", "weights"]
+"""What of the trainer leaves the device: nothing, gradients and all that the optimizer has, or the
+weights too."""
+
 
 class ModelConfig(Settings):
     """The model, its precision, and how Megatron-Core runs it."""
@@ -121,6 +125,12 @@ class OptimizerConfig(Settings):
 
     use_distributed_optimizer: bool = True
     """Megatron's: optimizer state and main weights are sharded over data-parallel ranks."""
+
+    offload: Offload | Literal["auto"] = "auto"
+    """What leaves the device while an engine generates there. `optimizer`: gradients, main weights
+    and optimizer state; `weights`: the weights too, those of a reference.path among them; `auto`:
+    `optimizer` on a GPU, on a CPU `none`, since there the engine has the same memory. Results are
+    the same, bit for bit."""
 
     prompts_per_update: int | None = Field(default=None, gt=0, le=2**20)
     """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration, of which

@@ -208,6 +208,15 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="optimizer_offload_by_copies",
+            versions=SUPPORTED_VERSIONS,
+            wrong="takes an optimizer's tensors off the device by copies that are not pinned, from "
+            "which float32 weights do not come back as views of their buffer; on a CPU none leaves",
+            action="fitted",
+            by="residence.Residence",
+            probes=ALONE,
+        ),
+        Fault(
             name="optimizers_of_a_mixture",
             versions=SUPPORTED_VERSIONS,
             wrong="has two optimizers for a mixture under expert parallelism, whose state the one "

@@ -24,6 +24,7 @@ from megatron_rl.megatron.optimizer import (
     build_optimizer,
     build_scheduler,
 )
+from megatron_rl.megatron.residence import Residence
 from megatron_rl.megatron.rope import Rope
 from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, run_schedule
 from megatron_rl.megatron.stored_files import open_weights
@@ -32,6 +33,7 @@ from megatron_rl.megatron.transformer_config import DTYPES, transformer_config
 from megatron_rl.parallel.collectives import all_gather_objects, max_over
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.platforms.host_bytes import host_copies
 from megatron_rl.types import MicroBatch
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.finite import first_not_finite
@@ -85,6 +87,7 @@ class TrainedModel:
         self._optimizer_config = optimizer
         self.run_updates = run_updates
         self._trainable: list[Any] = []
+        self.residence = Residence(self.chunks, device_type)
         self._chunk_settings: dict[str, object] = {}
 
     def _pieces(self) -> list[Piece]:
@@ -95,6 +98,7 @@ class TrainedModel:
 
     def named_parameters(self) -> dict[str, Tensor]:
         """This rank's parameters under the names of weights/layouts."""
+        self.residence.bring_weights()
         vpp = self.groups.layout.vpp
         return {
             (f"chunk{chunk}." if vpp > 1 else "") + local_name(name): parameter.data
@@ -162,12 +166,13 @@ class TrainedModel:
             ),
         ]
         self.scheduler = build_scheduler(config, self.optimizer, self.run_updates)
+        self.residence.trains(self._trainable, self.optimizer)
 
     @contextmanager
     def weights_replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run with other weights of the same names, maybe from host memory; then restore ours."""
         params = self.named_parameters()
-        own = {name: param.cpu().clone() for name, param in params.items()}
+        own = host_copies(params, self.groups.platform.device_type)
         try:
             for name, param in params.items():
                 param.copy_(weights[name])
@@ -177,8 +182,8 @@ class TrainedModel:
                 param.copy_(own[name])
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of this rank's weights in host memory."""
-        return {name: param.cpu().clone() for name, param in self.named_parameters().items()}
+        """A copy of this rank's weights in host memory, pinned beside a GPU."""
+        return host_copies(self.named_parameters(), self.groups.platform.device_type)
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs besides weights and optimizer, as JSON."""
@@ -194,6 +199,7 @@ class TrainedModel:
     @property
     def head_weight(self) -> Tensor:
         """[V/tp, H] rows of the LM head on this rank, or [1, H] value head; last stage only."""
+        self.residence.bring_weights()
         weight: Tensor = self.chunks[-1].head_weight()
         return weight
 
@@ -211,6 +217,7 @@ class TrainedModel:
 
     def backward(self, microbatches: Sequence[MicroBatch], measure: Measure) -> None:
         """Gradients of the mini-batch, reduced over data-parallel ranks, in main_grad."""
+        self.residence.bring_gradients()
         for module in self._trainable:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -240,6 +247,7 @@ class TrainedModel:
                 "lower its learning rate, or look for non-finite rewards or log-probs"
             )
         learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.residence.bring_state()  # so late, when no activation is left
         succeeded, grad_norm, _ = self.optimizer.step()
         if is_scaled and not succeeded:
             return {f"{self.name}/scaler_skipped": 1.0, f"{self.name}/loss_scale": scale}
@@ -283,6 +291,7 @@ class TrainedModel:
     def _run(
         self, microbatches: Sequence[MicroBatch], measure: Measure, *, forward_only: bool
     ) -> None:
+        self.residence.bring_weights()
         run_schedule(
             self._trainable or self.chunks,
             microbatches,

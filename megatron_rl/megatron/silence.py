@@ -14,6 +14,8 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     (r"megatron\.core\.models\.mimo\.", UserWarning, r"MimoModelConfig is experimental"),
     # Its optimizer asks for the gradient of a view, of which it says that there is none.
     (r"megatron\.core\.optimizer\.", UserWarning, r"The \.grad attribute of a Tensor that is not"),
+    # Its own call, when it frees gradients.
+    (r"megatron\.core\.distributed\.", UserWarning, r"TypedStorage is deprecated"),
     # Experts of tensor parallelism 1 in a model of more.
     (
         r"megatron\.core\.tensor_parallel\.",

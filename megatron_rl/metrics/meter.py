@@ -37,6 +37,7 @@ class Meter:
         self._groups, self._watchdog, self._profiler = groups, watchdog, profiler
         self._timer = PhaseTimer(synchronize=groups.platform.synchronize)
         self._values: dict[str, float] = {}
+        self._memory: dict[str, int] = {}  # in use at the end of a phase
         self.verdicts: Counter[Verdict] = Counter()
         """How often each was passed since the start of this process, over all ranks."""
 
@@ -47,6 +48,8 @@ class Meter:
         traced = self._profiler.phase(name) if self._profiler else nullcontext()
         with watched, traced, self._timer.phase(name):
             yield
+        used = self._groups.platform.used_memory_bytes()
+        self._memory[name] = max(used, self._memory.get(name, 0))
 
     def begin(self, iteration: int) -> None:
         """Phases belong to this iteration from now on."""
@@ -89,19 +92,21 @@ class Meter:
         """All metrics since the last take, with times of the slowest rank; every rank calls it."""
         times = self._timer.take()
         peak = float(self._groups.platform.peak_memory_bytes())
-        *slowest, largest = max_over([*times.values(), peak], self._groups.world)
+        memory = {f"memory/{name}_gib": float(used) for name, used in self._memory.items()}
+        memory["memory/peak_gib"] = peak
+        largest = max_over([*times.values(), *memory.values()], self._groups.world)
         values = {
             **self._values,
-            **dict(zip(times, slowest, strict=True)),
-            "memory/peak_gib": largest / 2**30,
+            **dict(zip(times, largest[: len(times)], strict=True)),
+            **{n: v / 2**30 for n, v in zip(memory, largest[len(times) :], strict=True)},
         }
-        self._values = {}
+        self._values, self._memory = {}, {}
         return values | _derived(values)
 
     def restart(self) -> None:
         """Forget what was measured so far: start-up is not part of the first iteration."""
         self._timer.take()
-        self._values = {}
+        self._values, self._memory = {}, {}
 
 
 def _derived(values: Mapping[str, float]) -> dict[str, float]:

@@ -81,6 +81,11 @@ METRICS: dict[str, str] = {
     "after the one before",
     "memory/peak_gib": "highest accelerator memory in use on any rank, on a CPU its largest "
     "resident memory, GiB",
+    **{
+        f"memory/{phase}_gib": f"accelerator memory in use at the end of the {phase} phase on any "
+        "rank, with what torch keeps of it for itself; on a CPU what the process holds, GiB"
+        for phase in PHASES
+    },
     "evaluation/<benchmark>/average_at_k": "held-out accuracy, mean over k responses per question",
     "evaluation/<benchmark>/pass_at_k": "share of held-out questions with a right response among k",
     "evaluation/<benchmark>/majority_at_k": "share of held-out questions that k responses solve by "

@@ -62,6 +62,17 @@ class Platform:
             return int(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0])
         return host_memory.available_bytes()
 
+    def used_memory_bytes(self) -> int:
+        """Memory of this rank's device that is in use, by all that it runs; on a CPU what this
+        process holds.
+
+        torch's own count would have the memory of an engine that sleeps, too.
+        """
+        if self.device_type == "cuda":
+            free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))
+            return int(total - free)
+        return host_memory.own_bytes()
+
     def most_ranks(self) -> int:
         """Ranks that this machine can have: one for each GPU, or for each core of a CPU."""
         if self.device_type == "cuda":
@@ -93,6 +104,12 @@ class Platform:
         """Give back host memory that was freed; on a CPU activations have left much of it."""
         if self.device_type == "cpu":
             host_memory.give_back()
+
+    def give_back_device_memory(self) -> None:
+        """Give a GPU's freed memory back, for an engine that does not take it from torch."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         """Wait for the device, so that a timer measures work and not its launch."""

@@ -30,11 +30,14 @@ class FirstWeights:
 
 
 class OtherModel:
-    """A network of its own, which stays on the device."""
+    """A network of its own."""
 
-    def __init__(self, model: Policy) -> None:
-        """model: never trained."""
-        self._model = model
+    def __init__(self, model: Policy, *, leaves: bool = False) -> None:
+        """model: never trained. leaves: it is on the device for its own passes only."""
+        self.model, self._leaves = model, leaves
 
     def logprobs(self, batches: Sequence[MiniBatch]) -> list[list[Tensor] | None]:
-        return [self._model.logprobs(batch.microbatches) for batch in batches]
+        values = [self.model.logprobs(batch.microbatches) for batch in batches]
+        if self._leaves:
+            self.model.residence.weights_leave()
+        return values

@@ -23,11 +23,10 @@ def rehearsal_lines(
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """(title, [(name, value)]) of each rank, as soon as it was rehearsed."""
     need = need_of(config, arch, layout, "cuda")
-    planned = sum(need.held.values()) + sum(need.passing.values())
     for rank in ranks:
         found = rehearse_apart(config, layout.world_size, rank)
         title = f"rehearsal of rank {rank} of {layout.world_size}"
-        yield title, list(_lines(found, planned))
+        yield title, list(_lines(found, need.update))
 
 
 def _lines(found: Rehearsal, planned: float) -> Iterator[tuple[str, str]]:

@@ -52,8 +52,18 @@ class Engine(Protocol):
         """
         ...
 
-    def sleep(self) -> None:
-        """Give the device memory to the trainer, where the engine can."""
+    def sleep(self, *, keeps_weights: bool = False) -> None:
+        """Give the device memory to the trainer, where the engine can.
+
+        keeps_weights: they wait in host memory, and `wake` brings them back.
+        """
+        ...
+
+    @property
+    def is_awake(self) -> bool: ...
+
+    def wake(self) -> None:
+        """Take all memory again, after a sleep that kept the weights."""
         ...
 
     def wake_for_weights(self) -> None: ...

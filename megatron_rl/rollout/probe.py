@@ -1,6 +1,7 @@
 """The start-up check that the engine samples from the very weights that are trained."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,11 @@ def check_engine(
     prompts: Sequence[Prompt],
     *,
     bound: float,
+    scoring: AbstractContextManager[None] | None = None,
 ) -> tuple[float, int]:
     """Sample a little and score it; (largest |policy - engine| in nats, responses). Every rank.
+
+    scoring: the policy is asked inside.
 
     Raises:
         RunError: on all ranks, if a sampled token's log-probs differ by more than the bound.
@@ -64,7 +68,8 @@ def check_engine(
         asked, short, iteration=0, policy_version=policy.version, grader=NoGrader()
     )
     batches = packer.pack_for_measuring(measured_samples(groups))
-    scored = policy.logprobs(batches) or []
+    with scoring or nullcontext():
+        scored = policy.logprobs(batches) or []
     own = max((_gap(b, v) for b, v in zip(batches, scored, strict=False)), default=0.0)
     gap = max_over([own], policy.groups.world)[0]
     if not gap <= bound:

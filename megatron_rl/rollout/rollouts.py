@@ -1,6 +1,7 @@
 """The side of a run that brings responses: the interface that the loop uses."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_rl.batching.packer import Packer
@@ -58,6 +59,13 @@ class Rollouts(Protocol):
         """The result on the recipe's benchmarks; an empty one where there are none.
 
         None on all ranks where any was told to stop meanwhile.
+        """
+        ...
+
+    def paused(self, *, only_weights: bool = False) -> AbstractContextManager[None]:
+        """The device is the trainer's inside; then the engine has it again, with its weights.
+
+        only_weights: those of the trainer are all that is needed of it inside.
         """
         ...
 

@@ -1,6 +1,7 @@
 """Responses that the engine of this rank samples, their grading, and the sync of its weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.collectives import sum_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
+from megatron_rl.policy.offload import OffloadedTrainer
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach, check_failures
 from megatron_rl.rollout.engine import Engine
@@ -34,6 +36,7 @@ class SampledRollouts:
     evaluator: Evaluator
     reward: RewardConfig
     draw: Draw  # of training
+    trainer: OffloadedTrainer  # on the same device
     max_logprob_gap: float  # nats; the probe stops a run that exceeds it
     groups: Groups
     meter: Meter
@@ -62,8 +65,10 @@ class SampledRollouts:
         check_failures(verdicts, self.reward, self.scorer.failures)
 
     def receive(self, policy: "Policy") -> None:
+        self.trainer.state_leaves()
         self.engine.wake_for_weights()
         report = self.sync.push(policy.named_parameters())
+        self.trainer.leaves()
         self.engine.wake_for_generation()
         self.meter.report(
             {
@@ -74,7 +79,13 @@ class SampledRollouts:
 
     def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
         gap, num_responses = check_engine(
-            self.sampler, self.draw, policy, packer, prompts, bound=self.max_logprob_gap
+            self.sampler,
+            self.draw,
+            policy,
+            packer,
+            prompts,
+            bound=self.max_logprob_gap,
+            scoring=self.paused(only_weights=True),
         )
         self.say(f"engine probe: largest log-prob gap {gap:.1e} over {num_responses} responses")
 
@@ -95,6 +106,19 @@ class SampledRollouts:
 
         return self.evaluator.run(drawn, iteration=iteration, policy_version=policy_version)
 
+    @contextmanager
+    def paused(self, *, only_weights: bool = False) -> Iterator[None]:
+        is_away = self.trainer.offload == "weights" or (
+            self.trainer.offload == "optimizer" and not only_weights
+        )
+        was_awake = self.engine.is_awake
+        if is_away:
+            self.engine.sleep(keeps_weights=True)
+        yield
+        if is_away and was_awake:
+            self.trainer.leaves()
+            self.engine.wake()
+
     def describe(self) -> list[str]:
         engines, stats = self.groups.engines, self.sync.stats
         num_nodes = len(set(self.groups.nodes))
@@ -102,7 +126,8 @@ class SampledRollouts:
         return [
             f"rollout: {engines.num_engines} engines of TP {engines.tp}; weight sync moves "
             f"{stats.wire_total / 2**20:.2f} MiB in {stats.num_buckets} buckets"
-            + (between if num_nodes > 1 else "")
+            + (between if num_nodes > 1 else ""),
+            self.trainer.line(),
         ]
 
     def close(self) -> None:

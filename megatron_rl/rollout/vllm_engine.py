@@ -61,6 +61,7 @@ class VllmEngine:
         """
         require_vllm()
         self._platform, self._stop_ids = groups.platform, list(eos_ids)
+        self.is_awake = True
         is_cpu = groups.platform.device_type == "cpu"
         kv_cache = config.kv_cache_mib or (LEAST_MIB if is_cpu else None)
         settings: dict[str, Any] = {
@@ -137,9 +138,15 @@ class VllmEngine:
                     engine.abort_request(list(key_of))
                     return
 
-    def sleep(self) -> None:
+    def sleep(self, *, keeps_weights: bool = False) -> None:
+        if self.is_awake and self._platform.device_type == "cuda":
+            self._llm.sleep(level=1 if keeps_weights else 2)
+        self.is_awake = False
+
+    def wake(self) -> None:
         if self._platform.device_type == "cuda":
-            self._llm.sleep(level=2)
+            self._llm.wake_up()
+        self.is_awake = True
 
     def wake_for_weights(self) -> None:
         if self._platform.device_type == "cuda":
@@ -148,6 +155,7 @@ class VllmEngine:
     def wake_for_generation(self) -> None:
         if self._platform.device_type == "cuda":
             self._llm.wake_up(tags=["kv_cache"])
+        self.is_awake = True
 
     def shutdown(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

@@ -1,6 +1,7 @@
 """What rollouts have in common that no engine samples."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from megatron_rl.batching.packer import Packer
@@ -25,6 +26,9 @@ class WithoutEngine:
 
     def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation:
         return Evaluation.empty()
+
+    def paused(self, *, only_weights: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def close(self) -> None:
         pass

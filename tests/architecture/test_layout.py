@@ -21,9 +21,9 @@ CONFIGS = sorted(PACKAGE.glob("*/config.py"))
 ROOMS = [
     "__main__", "commands", "doctor", "session", "plan", "rehearsal", "grade", "build", "loop",
     "run", "input_report", "preflight", "fit", "memory", "config", "recipe", "explain",
-    "checkpoint", "conversion", "rollout", "evaluation", "policy", "megatron", "weights", "batching", "prompts",
-    "reward", "algorithms", "objectives", "metrics", "parallel", "ops", "platforms", "types",
-    "settings", "files", "references", "errors",
+    "checkpoint", "conversion", "rollout", "evaluation", "policy", "megatron", "weights",
+    "batching", "prompts", "reward", "algorithms", "objectives", "metrics", "parallel", "ops",
+    "platforms", "types", "settings", "files", "references", "errors",
 ]  # fmt: skip
 
 # What only somebody knows who has read Megatron-Core: names of its classes, of its marks on

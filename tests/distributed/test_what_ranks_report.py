@@ -22,7 +22,10 @@ def world_of(peak_bytes: int) -> SimpleNamespace:
         world=dist.group.WORLD,
         layout=SimpleNamespace(world_size=dist.get_world_size()),
         platform=SimpleNamespace(
-            synchronize=lambda: None, peak_memory_bytes=lambda: peak_bytes, device_type="cpu"
+            synchronize=lambda: None,
+            peak_memory_bytes=lambda: peak_bytes,
+            used_memory_bytes=lambda: 2 * peak_bytes,
+            device_type="cpu",
         ),
     )
 

@@ -141,6 +141,20 @@ def adam_step_shared() -> bool:
     return steps[0] is steps[1]
 
 
+def optimizer_offload_by_copies() -> bool:
+    """Nothing leaves a CPU, and nothing in the source pins, or keeps a view one."""
+    import inspect
+
+    _, optimizer = _stepped()
+    inner = optimizer.chained_optimizers[0]
+    optimizer.offload_to_cpu()
+    stays = all(
+        state["exp_avg"].untyped_storage().nbytes() for state in inner.optimizer.state.values()
+    )
+    source = inspect.getsource(type(inner).offload_to_cpu)
+    return stays and "p.data = p.data.cpu()" in source and "pin_memory" not in source
+
+
 def name_of_a_mixtures_norm() -> bool:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
