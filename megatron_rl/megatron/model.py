@@ -87,7 +87,7 @@ class TrainedModel:
         self._optimizer_config = optimizer
         self.run_updates = run_updates
         self._trainable: list[Any] = []
-        self.residence = Residence(self.chunks, device_type)
+        self.residence = Residence(self.chunks, groups.platform.current_device().type)
         self._chunk_settings: dict[str, object] = {}
 
     def _pieces(self) -> list[Piece]:
@@ -172,7 +172,7 @@ class TrainedModel:
     def weights_replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """Run with other weights of the same names, maybe from host memory; then restore ours."""
         params = self.named_parameters()
-        own = host_copies(params, self.groups.platform.device_type)
+        own = host_copies(params, self.groups.platform.current_device().type)
         try:
             for name, param in params.items():
                 param.copy_(weights[name])
@@ -183,7 +183,7 @@ class TrainedModel:
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of this rank's weights in host memory, pinned beside a GPU."""
-        return host_copies(self.named_parameters(), self.groups.platform.device_type)
+        return host_copies(self.named_parameters(), self.groups.platform.current_device().type)
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs besides weights and optimizer, as JSON."""

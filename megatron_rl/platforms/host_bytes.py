@@ -90,13 +90,13 @@ class StorageAway:
         On a GPU the copies are queued, and what reuses the memory is queued behind them.
         """
         assert not self._away
-        staying = {storage.data_ptr() for storage in map(_storage, besides)}
+        staying = {storage._cdata for storage in map(_storage, besides)}
         found: dict[int, torch.UntypedStorage] = {}
         for tensor in tensors:
             storage = _storage(tensor)
             is_here = tensor.device.type == self._device_type and storage.nbytes()
-            if is_here and storage.data_ptr() not in staying:
-                found.setdefault(storage.data_ptr(), storage)
+            if is_here and storage._cdata not in staying:
+                found.setdefault(storage._cdata, storage)
         storages = list(found.values())
         self._host.keep([_whole(storage) for storage in storages])
         self._away = [(storage, storage.nbytes()) for storage in storages]

@@ -38,6 +38,9 @@ class Rehearsed(Platform):
     def synchronize(self) -> None:
         return None
 
+    def give_back_device_memory(self) -> None:
+        return None
+
 
 @functools.cache
 def register() -> Rehearsed:

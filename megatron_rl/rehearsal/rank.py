@@ -1,7 +1,7 @@
 """One rank of a run, rehearsed: its model, its passes and its optimizer steps, without numbers."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from megatron_rl.memory import reference_arch
 from megatron_rl.ops import native
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.layout import Layout
+from megatron_rl.policy.offload import OffloadedTrainer
 from megatron_rl.policy.passes import PassPlan, plan_passes
 from megatron_rl.rehearsal.device import NAME, register
 from megatron_rl.rehearsal.ledger import Ledger
@@ -29,6 +30,7 @@ from megatron_rl.types import MicroBatch, MiniBatch, Sample, UpdateTotals
 from megatron_rl.weights.arch import ModelArch
 
 if TYPE_CHECKING:  # they import Megatron-Core, which must be adapted first
+    from megatron_rl.megatron.model import TrainedModel
     from megatron_rl.policy.policy import Policy
     from megatron_rl.policy.reference import Reference
     from megatron_rl.policy.trainer import Trainer
@@ -48,6 +50,7 @@ class Rehearsal:
     collectives: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     """Phase -> kind and group -> calls, and bytes of the largest buffer of each."""
     waits: dict[str, int] = field(default_factory=dict)  # place -> times
+    stays: int = 0  # bytes that are held while the engine generates
     seconds: float = 0.0
 
 
@@ -77,6 +80,7 @@ class _Rank:
     def __init__(self, config: RunConfig, arch: ModelArch, groups: Groups, world: World) -> None:
         self.config, self.arch, self.groups, self.world = config, arch, groups, world
         self.algorithm = Algorithm(config.algorithm)
+        self.reference: Reference | None = None
         self.ledger = Ledger(NAME)
         if arch.mixture is not None:
             self.ledger.share_selected = arch.mixture.top_k / arch.mixture.num_experts
@@ -92,13 +96,17 @@ class _Rank:
     def run(self) -> Rehearsal:
         from megatron_rl.policy.critic import Critic
         from megatron_rl.policy.policy import Policy
+        from megatron_rl.policy.reference import FirstWeights, OtherModel
         from megatron_rl.policy.trainer import Trainer
 
         rehearsed.adapt()
         config, passes = self.config, self._passes()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, self.ledger:
             policy = self._model(Policy, self.arch, "", temperature=config.rollout.temperature)
-            self.reference = self._reference(policy) if passes.ref else None
+            other = self._other_reference(Policy) if passes.ref else None
+            if passes.ref:
+                first = FirstWeights(policy, policy.snapshot())
+                self.reference = first if other is None else OtherModel(other)
             self._prepare(policy, "")
             critic = None
             if config.algorithm.resolved.needs_critic:
@@ -114,10 +122,17 @@ class _Rank:
                 critic=critic,
             )
             batch = self._on_device(mode)
+            away = self._offload([policy, critic, other])
             for _ in range(2):  # the first one makes Adam's moments
                 self._update(trainer, batch)
+                away.leaves()
+                self.result.stays = self.ledger.held
             self.result.waits = dict(self.ledger.waits)
         return self.result
+
+    def _offload(self, models: Sequence["TrainedModel | None"]) -> OffloadedTrainer:
+        here = [model for model in models if model is not None]
+        return OffloadedTrainer(self.config.offload_on("cuda"), here, self.groups)
 
     def _passes(self) -> PassPlan:
         config = self.config
@@ -157,14 +172,14 @@ class _Rank:
         with self._made(f"{whose}gradients and main weights"), rehearsed.on(device):
             model.prepare_training()
 
-    def _reference(self, policy: "Policy") -> "Reference":
-        from megatron_rl.policy.reference import FirstWeights, OtherModel
-
+    def _other_reference(self, kind: Any) -> "Policy | None":
+        """The reference where it is another model than the policy."""
         arch = reference_arch(self.config)
         if arch is None:
-            return FirstWeights(policy, policy.snapshot())
+            return None
         temperature = self.config.rollout.temperature
-        return OtherModel(self._model(type(policy), arch, "reference's ", temperature=temperature))
+        model: Policy = self._model(kind, arch, "reference's ", temperature=temperature)
+        return model
 
     def _update(self, trainer: "Trainer", batch: MiniBatch) -> None:
         """The passes and the step of one mini-batch."""

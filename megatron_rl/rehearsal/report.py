@@ -38,6 +38,7 @@ def _lines(found: Rehearsal, planned: float) -> Iterator[tuple[str, str]]:
         yield f"most held, {phase}", f"{nbytes / GIB:.3f} GiB"
     peak = max(found.memory.values())
     yield "planned for the update", f"{planned / GIB:.3f} GiB, {planned / peak:.2f} of what it is"
+    yield "stays while the engine generates", f"{found.stays / GIB:.3f} GiB"
     for phase, kinds in found.collectives.items():
         for kind, (calls, nbytes) in kinds.items():
             yield f"{phase}, {kind}", f"{calls} times, {nbytes / 2**20:.3f} MiB"
