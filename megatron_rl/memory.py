@@ -7,6 +7,7 @@ benchmarks/results/memory.md compares it with what was measured.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -346,9 +347,14 @@ def _engine_step(config: RunConfig, arch: ModelArch) -> float:
     return tokens + 3 * 4 * sequences * arch.vocab_size
 
 
-@functools.cache
 def busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
     """Parameters of the rank that holds most: those outside of experts, and those of experts."""
+    one_copy = math.lcm(layout.tp * layout.pp, layout.etp * layout.ep * layout.pp)
+    return _busiest_rank(arch, replace(layout, world_size=one_copy))
+
+
+@functools.cache
+def _busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
     held = [
         (
             shared_pieces(arch, layout, tp_rank=0, pp_rank=stage),

@@ -95,6 +95,8 @@ class StorageAway:
         for tensor in tensors:
             storage = _storage(tensor)
             is_here = tensor.device.type == self._device_type and storage.nbytes()
+            # numpy has seen it, on a CPU: then its memory is no longer torch's to free.
+            is_here = is_here and storage.resizable()
             if is_here and storage.data_ptr() not in staying:
                 found.setdefault(storage.data_ptr(), storage)
         storages = list(found.values())
