@@ -11,6 +11,8 @@ from megatron_rl.rollout.sampled import SampledRollouts
 STATE = ["policy state leaves", "critic state leaves", "memory is given back"]
 WEIGHTS = ["policy weights leave", "critic weights leave", "memory is given back"]
 
+END = ["all are here", "engine's cache wakes"]
+
 
 @pytest.fixture
 def turns(monkeypatch):
@@ -78,13 +80,11 @@ class Engine:
         ("none", ["engine's weights wake", "sync", "engine's cache wakes"]),
         (
             "optimizer",
-            [*STATE, "engine's weights wake", "sync", *STATE, "all are here"]
-            + ["engine's cache wakes"],
+            [*STATE, "engine's weights wake", "sync", *STATE, *END],
         ),
         (
             "weights",
-            [*STATE, "engine's weights wake", "sync", *STATE, *WEIGHTS, "all are here"]
-            + ["engine's cache wakes"],
+            [*STATE, "engine's weights wake", "sync", *STATE, *WEIGHTS, *END],
         ),
     ],
 )
