@@ -17,6 +17,7 @@ import torch
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig
 from megatron_rl.megatron.activations import Activations
+from megatron_rl.megatron.config import Offload
 from megatron_rl.ops import native
 from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
@@ -149,8 +150,10 @@ def _on_a_gpu(
 ) -> Need:
     offload, parts = config.offload_on("cuda"), _models(config, arch, layout)
     passing = _passing(config, arch, layout, "cuda", row_tokens)
-    stays, leaves, comes_late = {}, {}, {}
-    instead = {}
+    stays: dict[str, float] = {}
+    leaves: dict[str, float] = {}
+    comes_late: dict[str, float] = {}
+    instead: dict[str, float] = {}
     for part in parts:
         if offload == "none" or (offload == "optimizer" and part.kind in ("weights", "frozen")):
             stays[part.name] = part.nbytes
@@ -161,7 +164,7 @@ def _on_a_gpu(
             comes_late[part.name] = part.nbytes
         else:
             leaves[part.name] = part.nbytes
-    stepping = {}
+    stepping: dict[str, float] = {}
     # An optimizer that has left comes back for its step, when activations are free, and stays until
     # the next rollout: beside those of another step.
     steps = config.num_updates * config.optimizer.epochs
@@ -169,7 +172,7 @@ def _on_a_gpu(
         stepping, passing = {**leaves, **comes_late}, {**leaves, **passing}
     else:
         passing = {**leaves, **comes_late, **passing}
-    generating = {}
+    generating: dict[str, float] = {}
     if config.has_engine:  # asleep during an update
         weights = _engine_weights(config, arch, is_cpu=False)
         share = config.rollout.gpu_memory_utilization * device_bytes
@@ -187,10 +190,13 @@ def host_bytes_of_offload(
     config: RunConfig, arch: ModelArch, layout: Layout, device_type: str
 ) -> float:
     """Bytes of host memory that a rank keeps for what leaves its device."""
-    offload = config.offload_on(device_type)
-    kinds = {"none": (), "optimizer": ("optimizer",), "weights": ("optimizer", "weights", "frozen")}
-    parts = _models(config, arch, layout)
-    return sum(part.nbytes for part in parts if part.kind in kinds[offload])
+    kinds: dict[Offload, tuple[str, ...]] = {
+        "none": (),
+        "optimizer": ("optimizer",),
+        "weights": ("optimizer", "weights", "frozen"),
+    }
+    kept = kinds[config.offload_on(device_type)]
+    return sum(part.nbytes for part in _models(config, arch, layout) if part.kind in kept)
 
 
 def keeps_initial_weights(config: RunConfig) -> bool:

@@ -55,7 +55,8 @@ class HostBytes:
 
 def host_copies(tensors: Mapping[str, Tensor], device_type: str) -> dict[str, Tensor]:
     """Copies of tensors in host memory, several in a piece; one larger than a piece has its own."""
-    is_pinned, copies = device_type == "cuda", {}
+    is_pinned = device_type == "cuda"
+    copies: dict[str, Tensor] = {}
     piece, at = torch.empty(0, dtype=torch.uint8), 0
     left = sum(_size(tensor) + ALIGNMENT for tensor in tensors.values())
     for name, tensor in tensors.items():
