@@ -22,6 +22,7 @@ from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import MixtureArch, ModelArch
 
 OFFLOADS = ("none", "optimizer", "weights")
+LARGEST_SHARD, SMALLEST_SHARD = 36 * GIB, 4 * GIB  # of an engine's weights on a GPU
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 
 
@@ -141,11 +142,14 @@ def recipe(
 
 
 def candidates(arch: ModelArch, world: int, offload: str) -> Iterator[RunConfig]:
-    experts = (1, 2, 4, 8, 16, 32) if arch.mixture else (1,)
-    for tp, pp, ep, engine, recompute in itertools.product(
+    experts = (8, 16, 32) if arch.mixture else (1,)
+    for pp, tp, ep, engine, recompute in itertools.product(
         (1, 2, 4, 8), (1, 2, 4, 8), experts, (1, 2, 4, 8), (False, True)
     ):
         if tp * pp > world or (ep > 1 and pp * ep > world):
+            continue
+        is_shard = engine == 8 or arch.num_parameters * 2 / engine < LARGEST_SHARD
+        if not is_shard or (engine < 8 and arch.num_parameters * 4 / engine < SMALLEST_SHARD):
             continue
         config = RunConfig.model_validate(recipe(offload, tp, pp, ep, engine, recompute=recompute))
         found = itertools.chain(
@@ -191,14 +195,16 @@ HEAD = f"""# What fits how many H100, by the two sums of `plan`
 python benchmarks/sizes.py --output benchmarks/results/sizes.md
 ```
 
-From sizes alone: **nothing of this has run on a GPU**. GiB of the busiest rank, of {H100_GIB} that a GPU of 80 GB has
-and {free_on_planned(H100_GIB).nbytes / GIB:.1f} that are counted on (the rest is taken to be CUDA's, NCCL's and the
-allocator's; that is not measured). bfloat16, Transformer Engine's layers, distributed optimizer, `grpo` with 512
-prompts of 8 responses of up to 8,192 tokens after prompts of up to 1,024, one update an iteration, rows of 16,384
-tokens, `rollout.gpu_memory_utilization=0.5`. Of all TP, PP up to 8 and EP up to 32, engine TP up to 8, with and
-without recompute, the layout is shown that fits without recompute, with the shortest pipeline and the smallest cut;
-where none fits, the one with the smallest larger sum. A model is listed up to the first number of ranks, beyond one
-node, at which it fits without offload. Host GiB are those of a node of {RANKS_PER_NODE} ranks for what left.
+From sizes alone: **nothing of this has run on a GPU**. GiB of the busiest rank, of {H100_GIB} that
+a GPU of 80 GB has and {free_on_planned(H100_GIB).nbytes / GIB:.1f} that are counted on (the rest is
+taken to be CUDA's, NCCL's and the allocator's; that is not measured). bfloat16, Transformer
+Engine's layers, distributed optimizer, `grpo` with 512 prompts of 8 responses of up to 8,192 tokens
+after prompts of up to 1,024, one update an iteration, rows of 16,384 tokens,
+`rollout.gpu_memory_utilization=0.5`. Of TP and PP up to 8, EP up to 32 and engine TP up to 8, with
+and without recompute, the layout is shown that fits without recompute, with the shortest pipeline
+and the smallest cut; where none fits, the one with the smallest larger sum. A model is listed up to
+the first number of GPUs, beyond one node, that it fits without offload. Host GiB are those that a
+node of {RANKS_PER_NODE} ranks keeps for what left.
 
 | model | GPUs | optimizer.offload | layout | update | rollout | host GiB | |
 |---|---|---|---|---|---|---|---|

@@ -7,6 +7,7 @@ benchmarks/results/memory.md compares it with what was measured.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -16,6 +17,7 @@ import torch
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig
 from megatron_rl.megatron.activations import Activations
+from megatron_rl.megatron.config import Offload
 from megatron_rl.ops import native
 from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
@@ -148,8 +150,10 @@ def _on_a_gpu(
 ) -> Need:
     offload, parts = config.offload_on("cuda"), _models(config, arch, layout)
     passing = _passing(config, arch, layout, "cuda", row_tokens)
-    stays, leaves, comes_late = {}, {}, {}
-    instead = {}
+    stays: dict[str, float] = {}
+    leaves: dict[str, float] = {}
+    comes_late: dict[str, float] = {}
+    instead: dict[str, float] = {}
     for part in parts:
         if offload == "none" or (offload == "optimizer" and part.kind in ("weights", "frozen")):
             stays[part.name] = part.nbytes
@@ -160,7 +164,7 @@ def _on_a_gpu(
             comes_late[part.name] = part.nbytes
         else:
             leaves[part.name] = part.nbytes
-    stepping = {}
+    stepping: dict[str, float] = {}
     # An optimizer that has left comes back for its step, when activations are free, and stays until
     # the next rollout: beside those of another step.
     steps = config.num_updates * config.optimizer.epochs
@@ -168,7 +172,7 @@ def _on_a_gpu(
         stepping, passing = {**leaves, **comes_late}, {**leaves, **passing}
     else:
         passing = {**leaves, **comes_late, **passing}
-    generating = {}
+    generating: dict[str, float] = {}
     if config.has_engine:  # asleep during an update
         weights = _engine_weights(config, arch, is_cpu=False)
         share = config.rollout.gpu_memory_utilization * device_bytes
@@ -186,10 +190,13 @@ def host_bytes_of_offload(
     config: RunConfig, arch: ModelArch, layout: Layout, device_type: str
 ) -> float:
     """Bytes of host memory that a rank keeps for what leaves its device."""
-    offload = config.offload_on(device_type)
-    kinds = {"none": (), "optimizer": ("optimizer",), "weights": ("optimizer", "weights", "frozen")}
-    parts = _models(config, arch, layout)
-    return sum(part.nbytes for part in parts if part.kind in kinds[offload])
+    kinds: dict[Offload, tuple[str, ...]] = {
+        "none": (),
+        "optimizer": ("optimizer",),
+        "weights": ("optimizer", "weights", "frozen"),
+    }
+    kept = kinds[config.offload_on(device_type)]
+    return sum(part.nbytes for part in _models(config, arch, layout) if part.kind in kept)
 
 
 def keeps_initial_weights(config: RunConfig) -> bool:
@@ -346,9 +353,14 @@ def _engine_step(config: RunConfig, arch: ModelArch) -> float:
     return tokens + 3 * 4 * sequences * arch.vocab_size
 
 
-@functools.cache
 def busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
     """Parameters of the rank that holds most: those outside of experts, and those of experts."""
+    one_copy = math.lcm(layout.tp * layout.pp, layout.etp * layout.ep * layout.pp)
+    return _busiest_rank(arch, replace(layout, world_size=one_copy))
+
+
+@functools.cache
+def _busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
     held = [
         (
             shared_pieces(arch, layout, tp_rank=0, pp_rank=stage),

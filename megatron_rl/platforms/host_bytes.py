@@ -55,7 +55,8 @@ class HostBytes:
 
 def host_copies(tensors: Mapping[str, Tensor], device_type: str) -> dict[str, Tensor]:
     """Copies of tensors in host memory, several in a piece; one larger than a piece has its own."""
-    is_pinned, copies = device_type == "cuda", {}
+    is_pinned = device_type == "cuda"
+    copies: dict[str, Tensor] = {}
     piece, at = torch.empty(0, dtype=torch.uint8), 0
     left = sum(_size(tensor) + ALIGNMENT for tensor in tensors.values())
     for name, tensor in tensors.items():
@@ -95,6 +96,8 @@ class StorageAway:
         for tensor in tensors:
             storage = _storage(tensor)
             is_here = tensor.device.type == self._device_type and storage.nbytes()
+            # numpy has seen it, on a CPU: then its memory is no longer torch's to free.
+            is_here = is_here and storage.resizable()
             if is_here and storage._cdata not in staying:
                 found.setdefault(storage._cdata, storage)
         storages = list(found.values())

@@ -5,6 +5,7 @@ little-endian, then a JSON header, then the tensors. Nothing is mapped into memo
 count as resident until they are dropped, which doubles the peak of a conversion.
 """
 
+import ctypes
 import errno
 import json
 import math
@@ -140,8 +141,14 @@ class TensorFileWriter:
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, in place."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    """The bytes of a contiguous CPU tensor, in place.
+
+    An array of numpy would do, but its tensor could never leave its memory again.
+    """
+    assert tensor.is_contiguous()
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    array.of = tensor  # type: ignore[attr-defined]  # it lives as long as the view
+    return memoryview(array)
 
 
 def _read_header(path: Path, file: int) -> dict[str, Entry]:

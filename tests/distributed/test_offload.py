@@ -226,7 +226,7 @@ def live_bytes() -> int:
     kept = {id(piece) for one in alive if type(one) is HostBytes for piece in one._pieces}
     storages = {}
     for one in alive:
-        if isinstance(one, torch.Tensor) and id(one) not in kept and not one.is_sparse:
+        if issubclass(type(one), torch.Tensor) and id(one) not in kept and not one.is_sparse:
             storages[one.untyped_storage()._cdata] = one.untyped_storage().nbytes()
     return sum(storages.values())
 

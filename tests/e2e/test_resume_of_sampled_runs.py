@@ -149,6 +149,44 @@ def test_recorded_rollouts_train_to_the_same_bits_without_an_engine(runs):
         assert found == {k: v for k, v in expected.items() if not k.startswith("weights/")}
 
 
+def test_a_trainer_that_leaves_the_device_ends_at_the_same_bits(runs):
+    """All of it, with a save in the middle; then resumed from there, and nothing leaves."""
+    kind, folder = runs
+    if kind != "ppo":
+        pytest.skip("one kind is enough, and this has two models")
+    recipe = recipe_of(kind, folder / "model", folder / "away")
+    recipe["optimizer"]["offload"] = "weights"
+    said = launch(recipe, folder / "away.yaml", ranks=2)
+    assert "offload: weights, gradients, main weights and optimizer state go to host memory" in said
+    assert same_ends(folder / "away", folder / "straight")
+    shutil.copytree(folder / "away", folder / "back")
+    for lost in ("hf", "checkpoints/iteration_000004"):
+        shutil.rmtree(folder / "back" / lost)
+    said = train(kind, folder, "back")
+    assert "resumed after iteration 2" in said
+    assert "offload: nothing of the trainer leaves the device" in said
+    assert same_ends(folder / "back", folder / "straight")
+
+
+def same_ends(one: Path, other: Path) -> bool:
+    """Exports, metrics, and every tensor of the checkpoint."""
+    exports = ("hf/model.safetensors", "hf/critic/value_head.safetensors")
+    return (
+        all((one / name).read_bytes() == (other / name).read_bytes() for name in exports)
+        and records(one) == records(other)
+        and tensors_of(one) == tensors_of(other)
+    )
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    """Digests of the files of the last checkpoint that hold tensors, of both models."""
+    manifest = folder / "checkpoints" / "iteration_000004" / "MANIFEST.json"
+    files = json.loads(manifest.read_text())["files"]
+    found = {name: entry for name, entry in files.items() if name.endswith(".distcp")}
+    assert {name.partition("/")[0] for name in found} == {"policy", "critic"}
+    return found
+
+
 def test_it_trained(runs):
     kind, folder = runs
     rows = records(folder / "straight")

@@ -64,5 +64,6 @@ OURS = (
     "prompts: ", "first prompt, ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
     "run.num_iterations 2 -> 3", "done: ", "rollout: ", "engine probe: ", "packed row: ",
-    "key/value cache: ", "offload: ", "memory: ", "profile: ", "a stop would lose its iteration: ", "  ",
+    "key/value cache: ", "offload: ", "memory: ", "profile: ", "  ",
+    "a stop would lose its iteration: ",
 )  # fmt: skip

@@ -45,7 +45,7 @@ def planned(monkeypatch, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
 
-    def plan(gib, dtype="float32", **sections):
+    def plan(gib, dtype="float32", gpu_gib=79.6, **sections):
         monkeypatch.setattr(host_memory, "available_bytes", lambda: gib * GIB)
         recipe = {
             "run": {"output_dir": "runs/a", "num_iterations": 3},
@@ -55,7 +55,7 @@ def planned(monkeypatch, tmp_path, capsys):
             "algorithm": {"preset": "grpo"},
             **sections,
         }
-        print_plan(RunConfig.model_validate(recipe))
+        print_plan(RunConfig.model_validate(recipe), gpu_gib=gpu_gib)
         text = capsys.readouterr().out
         return text.partition("memory per rank\n")[2].partition("weight sync")[0]
 
@@ -91,11 +91,59 @@ def test_bfloat16_is_taken_to_be_meant_for_gpus_where_nothing_else_is_said(plann
     said = planned(400, dtype="bfloat16")
     assert "device                             cuda, of which there is none here" in said
     assert "process and libraries" not in said
-    assert "not compared: this machine has no GPU" in said
+    assert "not compared, since it has no such GPUs; a GPU of 79.6 GiB has 77.1 GiB for it" in said
+    assert "it fits" in said
     monkeypatch.setenv("MEGATRON_RL_DEVICE", "cpu")
     said = planned(400, dtype="bfloat16")
     assert "device                             cpu\n" in said
     assert "it fits: 400.0 GiB" in said
+
+
+def test_a_plan_for_a_gpu_has_two_sums_which_never_live_together(planned):
+    """134,515,008 parameters: gradients of 4 bytes, main weights and moments of 12."""
+    params = 134_515_008
+    said = planned(400, "bfloat16")
+    sizes = sizes_in(said)
+    assert sizes["weights"] == sizes["stays of the trainer then"]
+    assert sizes["weights"] == pytest.approx(2 * params / GIB, abs=1e-3)
+    assert sizes["sum of the rollout"] == pytest.approx(2 * params / GIB + 39.8, abs=2e-3)
+    in_step = (2 + 4 + 12) * params / GIB
+    row = next(value for name, value in sizes.items() if name.startswith("activations"))
+    in_backward = sizes["weights"] + sizes["gradients"] + row + sizes["logits of one chunk"]
+    assert sizes["sum of the update"] == pytest.approx(max(in_step, in_backward), abs=3e-3)
+    assert "in the optimizer's step only" in said
+    assert sizes["state that left"] == pytest.approx(12 * params / GIB, abs=1e-3)
+
+    stays = sizes_in(planned(400, "bfloat16", optimizer={"offload": "none"}))
+    assert stays["stays of the trainer then"] == pytest.approx(in_step, abs=3e-3)
+    assert stays["sum of the rollout"] == pytest.approx(in_step + 39.8, abs=4e-3)
+    assert stays["sum of the update"] == pytest.approx(in_backward + 12 * params / GIB, abs=5e-3)
+    assert "state that left" not in stays
+
+    gone = sizes_in(planned(400, "bfloat16", optimizer={"offload": "weights"}))
+    assert gone["stays of the trainer then"] == 0
+    assert gone["sum of the rollout"] == pytest.approx(39.8, abs=1e-3)
+
+
+def test_two_updates_have_the_optimizer_beside_activations(planned):
+    one = sizes_in(planned(400, "bfloat16"))
+    two = sizes_in(planned(400, "bfloat16", optimizer={"epochs": 2}))
+    row = next(value for name, value in one.items() if name.startswith("activations"))
+    parts = one["weights"] + one["gradients"] + one["optimizer"] + row + one["logits of one chunk"]
+    assert two["sum of the update"] == pytest.approx(parts, abs=3e-3)
+    assert two["sum of the rollout"] == one["sum of the rollout"]
+
+
+def test_a_gpu_that_is_too_small_is_named_with_what_would_help(planned):
+    said = planned(400, "bfloat16", gpu_gib=8, optimizer={"offload": "none"})
+    assert "GiB too much" in said
+    assert "it does not fit. It would with `" in said
+    assert "`optimizer.offload=optimizer`" in said
+
+
+def sizes_in(said):
+    rows = (line[2:].split("  ", 1) for line in said.splitlines() if " GiB" in line[34:50])
+    return {name.strip(): float(value.split()[0]) for name, value in rows}
 
 
 def test_a_teacher_is_counted_beside_the_policy_by_its_own_size(planned, tmp_path):

@@ -10,7 +10,15 @@ import yaml
 from megatron_rl import fit as module
 from megatron_rl.config import RunConfig, load_config
 from megatron_rl.errors import ConfigErrors
-from megatron_rl.fit import Free, fit, free_here, kv_mib_alone, refuse_what_cannot_fit
+from megatron_rl.fit import (
+    Free,
+    fit,
+    free_here,
+    free_on_planned,
+    kv_mib_alone,
+    refuse_what_cannot_fit,
+    ways_out,
+)
 from megatron_rl.memory import GIB, longest_row, need_of, wanted_kv_mib
 from megatron_rl.platforms import host_memory
 from megatron_rl.platforms.base import CPU
@@ -202,6 +210,38 @@ def test_an_engine_alone_takes_the_cache_that_fits():
     assert kv_mib_alone(config, SMOLLM, 2, None) is None
     gpu = replace(free(100), device_type="cuda")
     assert kv_mib_alone(config, SMOLLM, 2, gpu) is None
+
+
+@pytest.mark.parametrize("gib", [30, 16])
+def test_ways_out_on_a_gpu_work_as_typed(tmp_path, gib):
+    """Of a model ten times as large, on eight ranks."""
+    config = recipe(
+        model={"dtype": "bfloat16"},
+        optimizer={"offload": "none"},
+        parallel={"tensor_model_parallel_size": 1},
+        batching={"max_tokens_per_microbatch": 16384},
+        rollout={"gpu_memory_utilization": 0.9},
+    )
+    arch = replace(SMOLLM, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=16,
+                   num_query_groups=8, head_dim=128)  # fmt: skip
+    planned = free_on_planned(gib)
+    found = fit(config, arch, 8, "cuda", planned)
+    assert found.share > 1
+    with pytest.raises(ConfigErrors, match=rf"a GPU of {gib}\.0 GiB has {gib - 2.5} GiB for it"):
+        refuse_what_cannot_fit(found, config, arch, 8)
+    ways = list(ways_out(found, config, arch, 8))
+    assert ways
+    for way in ways:
+        changed = as_typed(config, way, tmp_path)
+        assert fit(changed, arch, 8, "cuda", planned).share <= 1, way
+    assert any("optimizer.offload=" in way for way in ways)
+
+
+def test_a_row_is_not_shortened_for_an_engine_that_is_too_large():
+    config = recipe(model={"dtype": "bfloat16"}, rollout={"gpu_memory_utilization": 0.99})
+    found = fit(config, SMOLLM, 1, "cuda", free_on_planned(40))
+    assert found.need.generation > found.free.per_rank
+    assert found.row_tokens == 16384
 
 
 def test_on_a_gpu_the_engines_share_and_the_update_take_turns():
