@@ -71,14 +71,8 @@ def build_run(
     profiler = Profiler(config.run.profile, output_dir, groups, say, watchdog)
     meter = Meter(groups, watchdog, profiler)
     algorithm = Algorithm(config.algorithm)
-    passes = plan_passes(
-        algorithm,
-        num_updates=config.num_updates,
-        epochs=config.optimizer.epochs,
-        critic_warmup=config.critic.warmup_updates,
-    )
-    run_updates = config.run.num_iterations * config.num_updates * config.optimizer.epochs
-    policy = build_policy(config, inputs, groups, run_updates)
+    passes = plan_passes(algorithm, **config.steps_of_iteration)
+    policy = build_policy(config, inputs, groups, config.most_steps)
     # Where all responses go through the reference pass, the loss or the reward measures this KL.
     is_measured_anyway = (
         passes.ref and inputs.reference is None and algorithm.choice.selection == ("all",)
@@ -87,7 +81,7 @@ def build_run(
     has_own_reference = passes.ref and inputs.reference is not None
     initial = policy.snapshot() if kl_every or (passes.ref and not has_own_reference) else None
     policy.prepare_training()
-    critic = _build_critic(config, inputs, groups, run_updates)
+    critic = _build_critic(config, inputs, groups, config.most_steps)
     reference = _build_reference(config, inputs, policy, initial) if passes.ref else None
     packer = _build_packer(config, algorithm, groups, policy.dtype)
     stop = StopRequest()

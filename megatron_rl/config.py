@@ -135,6 +135,20 @@ class RunConfig(Settings):
         each = self.optimizer.prompts_per_update or self.prompts.prompts_per_iteration
         return -(-self.prompts.prompts_per_iteration // each)
 
+    @property
+    def most_steps(self) -> int:
+        """Optimizer steps of the whole run, if no mini-batch is skipped."""
+        return self.run.num_iterations * self.num_updates * self.optimizer.epochs
+
+    @property
+    def steps_of_iteration(self) -> dict[str, int]:
+        """What the forward passes of an iteration depend on, as plan_passes wants it."""
+        return {
+            "num_updates": self.num_updates,
+            "epochs": self.optimizer.epochs,
+            "critic_warmup": self.critic.warmup_updates,
+        }
+
     def offload_on(self, device_type: str) -> Offload:
         """What of the trainer leaves a device of this type while the engine generates."""
         if not self.has_engine:

@@ -125,12 +125,12 @@ def need_of(
     held = {PROCESS: PROCESS_BYTES + (SAVING_BYTES if saves else 0.0)} | held
     if config.has_engine:
         mib = wanted_kv_mib(config, arch, layout) if kv_mib is None else kv_mib
-        parts = (
+        sizes = (
             ENGINE_PROCESS_BYTES,
             _engine_weights(config, arch, is_cpu=True),
             float(mib << 20),
         )
-        held |= dict(zip(ENGINE, parts, strict=True))
+        held |= dict(zip(ENGINE, sizes, strict=True))
     if copied := host_bytes_of_offload(config, arch, layout, "cpu"):
         held["copies of what leaves"] = copied  # of the trainer, which are kept
     if keeps_initial_weights(config):

@@ -141,8 +141,10 @@ def _iteration(config: RunConfig) -> Iterator[tuple[str, str]]:
         "optimizer steps",
         f"{config.num_updates} mini-batches of {each} prompts x {config.optimizer.epochs} epochs",
     )
-    steps = config.run.num_iterations * config.num_updates * config.optimizer.epochs
-    yield "whole run", f"{config.run.num_iterations} iterations, at most {steps} optimizer steps"
+    yield (
+        "whole run",
+        f"{config.run.num_iterations} iterations, at most {config.most_steps} optimizer steps",
+    )
 
 
 def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -161,12 +163,7 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
     if (correction := config.algorithm.shared_terms.correction) is not None:
         level, mode, low, high = correction
         yield "rollout correction", f"by {level}, {mode} outside of {low:g} to {high:g}"
-    yield from plan_passes(
-        algorithm,
-        num_updates=config.num_updates,
-        epochs=config.optimizer.epochs,
-        critic_warmup=config.critic.warmup_updates,
-    ).reasons
+    yield from plan_passes(algorithm, **config.steps_of_iteration).reasons
     if config.metrics.kl_every and not config.is_supervised:
         yield (
             "KL measurement",

@@ -22,7 +22,7 @@ from megatron_rl.ops import native
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.policy.offload import OffloadedTrainer
-from megatron_rl.policy.passes import PassPlan, plan_passes
+from megatron_rl.policy.passes import plan_passes
 from megatron_rl.rehearsal.device import NAME, register
 from megatron_rl.rehearsal.ledger import Ledger
 from megatron_rl.rehearsal.world import Collective, World
@@ -100,7 +100,8 @@ class _Rank:
         from megatron_rl.policy.trainer import Trainer
 
         rehearsed.adapt()
-        config, passes = self.config, self._passes()
+        config = self.config
+        passes = plan_passes(self.algorithm, **config.steps_of_iteration)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, self.ledger:
             policy = self._model(Policy, self.arch, "", temperature=config.rollout.temperature)
             other = self._other_reference(Policy) if passes.ref else None
@@ -133,15 +134,6 @@ class _Rank:
     def _offload(self, models: Sequence["TrainedModel | None"]) -> OffloadedTrainer:
         here = [model for model in models if model is not None]
         return OffloadedTrainer(self.config.offload_on("cuda"), here, self.groups)
-
-    def _passes(self) -> PassPlan:
-        config = self.config
-        return plan_passes(
-            self.algorithm,
-            num_updates=config.num_updates,
-            epochs=config.optimizer.epochs,
-            critic_warmup=config.critic.warmup_updates,
-        )
 
     def _model(self, kind: Any, arch: ModelArch, whose: str, **settings: Any) -> Any:
         """A model of this rank whose passes are looked at."""
