@@ -25,14 +25,15 @@ CASES = (
     ("Qwen3-30B-A3B", 32, 4, 1, 8, 2, True),
     ("Qwen3-235B-A22B", 512, 4, 2, 32, 8, True),
 )
-HEAD = """# Rehearsed
+COLUMNS = "model|ranks|layout|rank|update, GiB|planned|stays while the engine generates|took"
+HEAD = f"""# Rehearsed
 
-`python benchmarks/rehearsed.py`: bytes of the device that a rank holds at its peak in an update, rehearsed on a CPU,
-and what `plan` says of the same from sizes alone (local layers, bfloat16, offload of the optimizer's state).
-No GPU has run these.
+`python benchmarks/rehearsed.py --output benchmarks/results/rehearsed.md`: what a rank holds of its
+GPU at the peak of an update, rehearsed on a CPU, and what `plan` has for it from sizes alone (local
+layers, bfloat16, optimizer state offloaded). No GPU has run these.
 
-| model | ranks | layout | rank | update, GiB | planned | stays while the engine generates | took |
-|---|---|---|---|---|---|---|---|
+| {COLUMNS.replace("|", " | ")} |
+{"|---" * 8}|
 """
 
 

@@ -22,7 +22,7 @@ from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.tables import FAMILIES
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published_configs.yaml"
-LAYERS = 2
+LAYERS = 1
 SMALL = "Qwen2.5-0.5B-Instruct"
 
 # Model, ranks, the rank that is rehearsed, layers, sizes of `parallel`.

@@ -24,9 +24,7 @@ from megatron_rl.rehearsal.ledger import Storages
 from megatron_rl.rehearsal.rank import longest_rows
 from megatron_rl.weights.families.registry import read_model_config
 
-PLAIN = "model_type: qwen2"
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one rank": (1, {}),
     "one rank, layers anew": (
         1,
         {
@@ -37,7 +35,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
             }
         },
     ),
-    "TP 2": (2, {"parallel": {"tensor_model_parallel_size": 2}}),
     "TP 2, sequence parallel": (
         2,
         {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
