@@ -118,6 +118,14 @@ EVERY_LAYOUT = (
         has_least=True,
     ),
     Layout(name="DP4 EP2", world=4, ep=2, model="qwen3_moe", has_least=True),
+    Layout(
+        name="DP4 EP2, overlapped",
+        world=4,
+        ep=2,
+        model="qwen3_moe",
+        has_least=True,
+        overlaps_reduction=True,
+    ),
     Layout(name="DP4 EP2 ETP2", world=4, ep=2, expert_tp=2, model="qwen3_moe", has_least=True),
     Layout(
         name="TP2 SP EP2",

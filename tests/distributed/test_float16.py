@@ -38,10 +38,15 @@ def train(problems: dict[str, Path], layouts: list[Layout], folder: Path) -> Non
     from megatron_rl.megatron.config import OptimizerConfig
 
     told = {}
+    # All of them first: after a checkpoint was loaded, a process unpickles nothing any more.
+    read = {
+        layout.model: torch.load(problems[layout.model], weights_only=False) for layout in layouts
+    }
     for layout in layouts:
-        problem = torch.load(problems[layout.model], weights_only=False)
+        problem = read[layout.model]
         case = next(iter(cases_of(layout)))
-        usual = OptimizerConfig(lr=1e-3, clip_grad=0.0)
+        # At the default of 2**16 the gradient of this tied embedding overflows.
+        usual = OptimizerConfig(lr=1e-3, clip_grad=0.0, initial_loss_scale=2.0**12)
         high = usual.model_copy(update={"initial_loss_scale": 2.0**32})
         with policy_at(layout, problem, usual, "float16") as policy:
             exact = measure(policy, case, problem, layout=layout)

@@ -1,4 +1,8 @@
-"""Gradients that are reduced during the backward: the same weights, bit for bit, as after it."""
+"""Gradients that are reduced during the backward: the same weights, bit for bit, as after it.
+
+That is so with two replicas, whose sum has one order. With more, a sum is rounded by where a bucket
+ends, and the gradient table has such a layout.
+"""
 
 import json
 from dataclasses import replace
@@ -15,7 +19,7 @@ LAYOUTS = (
     Layout(name="DP2, experts", world=2, model="qwen3_moe"),
     Layout(name="PP2 DP2, tied", world=4, pp=2, model="qwen2_tied"),
     Layout(name="PP2 VPP2 DP2", world=4, pp=2, vpp=2),
-    Layout(name="DP4 EP2", world=4, ep=2, model="qwen3_moe"),
+    Layout(name="DP2 EP2", world=2, ep=2, model="qwen3_moe"),
 )
 UPDATES = 3  # Megatron learns in the first one which gradients a bucket waits for
 
