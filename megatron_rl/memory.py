@@ -88,8 +88,10 @@ class Need:
 
     @property
     def largest(self) -> str:
-        """Of what the update holds at its peak, the largest parts."""
+        """The largest parts of what is held at the peak."""
         parts = {**self.held, **self.passing, **self.stepping}
+        if self.generation > self.update:
+            parts = {**self.held, **self.generating}
         names = sorted(parts, key=lambda name: -parts[name])[:4]
         return ", ".join(f"{name} {parts[name] / GIB:.1f} GiB" for name in names)
 
@@ -177,6 +179,8 @@ def _on_a_gpu(
         weights = _engine_weights(config, arch, is_cpu=False)
         share = config.rollout.gpu_memory_utilization * device_bytes
         least = float(kv_bytes_of_sequence(config, arch))
+        if config.rollout.kv_cache_mib is not None:
+            share, least = 0.0, float(config.rollout.kv_cache_mib << 20)
         generating = {
             "engine weights": weights,
             "key/value cache and buffers": max(share - weights, least),

@@ -1,6 +1,7 @@
 """What `plan` says of memory: of the device it is for, and of this machine, never as an error."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -142,8 +143,8 @@ def test_a_gpu_that_is_too_small_is_named_with_what_would_help(planned):
 
 
 def sizes_in(said):
-    rows = (line[2:].split("  ", 1) for line in said.splitlines() if " GiB" in line[34:50])
-    return {name.strip(): float(value.split()[0]) for name, value in rows}
+    rows = (re.match(r"  (\S.*?) +(\d+\.\d{3}) GiB", line) for line in said.splitlines())
+    return {row[1]: float(row[2]) for row in rows if row}
 
 
 def test_a_teacher_is_counted_beside_the_policy_by_its_own_size(planned, tmp_path):

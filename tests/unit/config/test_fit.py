@@ -234,7 +234,7 @@ def test_ways_out_on_a_gpu_work_as_typed(tmp_path, gib):
     for way in ways:
         changed = as_typed(config, way, tmp_path)
         assert fit(changed, arch, 8, "cuda", planned).share <= 1, way
-    assert any("optimizer.offload=" in way for way in ways)
+    assert gib < 30 or any("optimizer.offload=" in way for way in ways)
 
 
 def test_a_row_is_not_shortened_for_an_engine_that_is_too_large():
