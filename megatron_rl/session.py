@@ -245,13 +245,14 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
         is_told = isinstance(error, ConfigErrors | InputError | RunError) or _is_full_disk(error)
         where = f"rank {dist.get_rank()}, {watchdog.place}"
         text = str(error) if is_told else f"{type(error).__name__}: {error}"
-        if watchdog.fail(text):
+        code = FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN
+        told = watchdog.fail(text, code)
+        if told is not None:
             recorder.abandon()
             if not is_told:
                 traceback.print_exc()
-            sys.stderr.write(hidden(f"megatron-rl: error: {text}\n  ({where})\n"))
-            tell_torchrun(hidden(f"{text} ({where})"))
-        code = FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN
+            sys.stderr.write(hidden(f"megatron-rl: error: {told}\n  ({where})\n"))
+            tell_torchrun(hidden(f"{told} ({where})"))
         note_end(code)
         raise _Over(code) from error
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -21,11 +20,12 @@ END_S = 45.0  # until a machine has noticed that the other one is gone, and ende
 LAUNCH = ["bash", "examples/multi_node/torchrun.sh"]
 NOT_COMPARED = ("time/", "memory/", "tokens_per_s", "weights/verified_tensors")
 RANKS_PER_NODE = 2
+NUM_ITERATIONS = 12
 
 
 def recipe_of(folder: Path, name: str, **parallel: int) -> dict[str, Any]:
     return {
-        "run": {"output_dir": str(folder / name), "num_iterations": 20, "seed": 5},
+        "run": {"output_dir": str(folder / name), "num_iterations": NUM_ITERATIONS, "seed": 5},
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "prompts": {
             "path": str(QUICKSTART / "data" / "train.jsonl"),
@@ -35,7 +35,7 @@ def recipe_of(folder: Path, name: str, **parallel: int) -> dict[str, Any]:
         "rollout": {"max_response_tokens": 12, "group_size": 4},
         "reward": {"kind": "coin_reward:is_even", "num_workers": 1},
         "algorithm": {"preset": "grpo"},
-        "optimizer": {"lr": 3e-3, "prompts_per_update": 4},
+        "optimizer": {"lr": 1e-3, "prompts_per_update": 4},
         "parallel": parallel,
         "checkpoint": {"save_every": 3},
         "metrics": {"console": "plain"},
@@ -136,9 +136,10 @@ def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(cluster):
     cluster.start("straight", **layout)
     said = cluster.finish()
     assert "TP 2 x PP 1 x DP 2" in said
+    assert f"done: {NUM_ITERATIONS} optimizer steps" in said  # it learns to the end
     assert ", 0.00 MiB of them between 2 nodes" in said  # each node holds the model
 
-    for which, records in ((1, 4), (0, 11)):  # the first node keeps torchrun's store
+    for which, records in ((1, 4), (0, 8)):  # the first node keeps torchrun's store
         cluster.start("disturbed", **layout)
         cluster.wait_for_records("disturbed", records)
         node = cluster.nodes[which]
@@ -146,8 +147,8 @@ def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(cluster):
         sys.stdout.write(f"{node.name} lost: the other ended after {seconds:.1f} s\n{reason}\n")
         assert seconds < END_S, reason
         assert "megatron-rl: error:" in reason
-        if which == 1:
-            assert re.search(r"rank [23] on node1", reason)
+        named = "No answer from ranks 2, 3 on node1" if which == 1 else "the first node is lost"
+        assert named in reason
 
     cluster.start("disturbed", **layout)
     assert "resumed after iteration" in cluster.finish()
