@@ -24,6 +24,7 @@ from megatron_rl.memory import longest_in_engine
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.profiler import Profiler
 from megatron_rl.metrics.rollouts import RolloutLog
+from megatron_rl.metrics.start_times import StartTimes
 from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
 from megatron_rl.parallel.collectives import agree_or_raise, same_or_raise
@@ -59,6 +60,7 @@ def build_run(
     platform: Platform,
     say: Callable[[str], None],
     watchdog: Watchdog | None = None,
+    times: StartTimes | None = None,
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
@@ -88,7 +90,9 @@ def build_run(
     critic = _build_critic(config, inputs, groups, run_updates)
     packer = _build_packer(config, algorithm, groups, policy.dtype)
     stop = StopRequest()
-    return Run(
+    times = times or StartTimes()
+    times.end("model")
+    run = Run(
         config=config,
         inputs=inputs,
         groups=groups,
@@ -127,6 +131,8 @@ def build_run(
         stop=stop,
         say=say,
     )
+    times.end("engine" if config.has_engine else "rest")
+    return run
 
 
 def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:
