@@ -21,12 +21,12 @@ END_S = 45.0  # until a machine has noticed that the other one is gone, and ende
 LAUNCH = ["bash", "examples/multi_node/torchrun.sh"]
 NOT_COMPARED = ("time/", "memory/", "tokens_per_s", "weights/verified_tensors")
 RANKS_PER_NODE = 2
-NUM_ITERATIONS = 9
 FEW = 3
 
 
 def recipe_of(folder: Path, name: str, num_iterations: int, **parallel: int) -> dict[str, Any]:
-    return {
+    """A run with engines, or, where its name says so, a supervised one."""
+    recipe: dict[str, Any] = {
         "run": {"output_dir": str(folder / name), "num_iterations": num_iterations, "seed": 5},
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "prompts": {
@@ -34,14 +34,18 @@ def recipe_of(folder: Path, name: str, num_iterations: int, **parallel: int) -> 
             "prompts_per_iteration": 4,
             "max_prompt_tokens": 64,
         },
-        "rollout": {"max_response_tokens": 12, "group_size": 4},
-        "reward": {"kind": "coin_reward:is_even", "num_workers": 1},
-        "algorithm": {"preset": "grpo"},
+        "rollout": {"max_response_tokens": 96},
+        "algorithm": {"preset": "sft"},
         "optimizer": {"lr": 3e-4, "prompts_per_update": 4},
         "parallel": parallel,
         "checkpoint": {"save_every": 3},
         "metrics": {"console": "plain"},
     }
+    if "supervised" not in name:
+        recipe["rollout"] = {"max_response_tokens": 12, "group_size": 4}
+        recipe["reward"] = {"kind": "coin_reward:is_even", "num_workers": 1}
+        recipe["algorithm"] = {"preset": "grpo"}
+    return recipe
 
 
 class Cluster:
@@ -52,7 +56,7 @@ class Cluster:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._starts = 0
 
-    def start(self, name: str, num_iterations: int = NUM_ITERATIONS, **parallel: int) -> None:
+    def start(self, name: str, num_iterations: int, **parallel: int) -> None:
         """Start the same command on every node, as an operator does."""
         recipe = self.folder / f"{name}.yaml"
         recipe.write_text(yaml.safe_dump(recipe_of(self.folder, name, num_iterations, **parallel)))
@@ -133,17 +137,24 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         nodes.close()
 
 
-def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(cluster):
-    layout = {"tensor_model_parallel_size": 2}
-    cluster.start("straight", **layout)
+@pytest.mark.parametrize(
+    ("kind", "num_iterations", "lost"),
+    [("supervised", 40, ((1, 4), (0, 25))), ("sampled", 9, ((1, 4), (0, 7)))],
+)
+def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(cluster, kind, num_iterations, lost):
+    """lost: which node, and after how many iterations; the first one keeps torchrun's store."""
+    settings = {"num_iterations": num_iterations, "tensor_model_parallel_size": 2}
+    straight, disturbed = f"{kind} straight", f"{kind} disturbed"
+    cluster.start(straight, **settings)
     said = cluster.finish()
     assert "TP 2 x PP 1 x DP 2" in said
-    assert f"done: {NUM_ITERATIONS} optimizer steps" in said  # it learns to the end
-    assert ", 0.00 MiB of them between 2 nodes" in said  # each node holds the model
+    assert f"done: {num_iterations} optimizer steps" in said  # it learns to the end
+    if kind == "sampled":
+        assert ", 0.00 MiB of them between 2 nodes" in said  # each node holds the model
 
-    for which, records in ((1, 4), (0, 7)):  # the first node keeps torchrun's store
-        cluster.start("disturbed", **layout)
-        cluster.wait_for_records("disturbed", records)
+    for which, records in lost:
+        cluster.start(disturbed, **settings)
+        cluster.wait_for_records(disturbed, records)
         node = cluster.nodes[which]
         seconds, reason = cluster.lose(node)
         sys.stdout.write(f"{node.name} lost: the other ended after {seconds:.1f} s\n{reason}\n")
@@ -152,12 +163,12 @@ def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(cluster):
         named = "No answer from ranks 2, 3 on node1" if which == 1 else "the first node is lost"
         assert named in reason
 
-    cluster.start("disturbed", **layout)
+    cluster.start(disturbed, **settings)
     assert "resumed after iteration" in cluster.finish()
-    assert cluster.records("disturbed") == cluster.records("straight")
+    assert cluster.records(disturbed) == cluster.records(straight)
     weights = [
         (cluster.folder / name / "hf" / "model.safetensors").read_bytes()
-        for name in ("disturbed", "straight")
+        for name in (disturbed, straight)
     ]
     assert weights[0] == weights[1]
 
