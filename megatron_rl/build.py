@@ -25,6 +25,7 @@ from megatron_rl.memory import longest_in_engine
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.profiler import Profiler
 from megatron_rl.metrics.rollouts import RolloutLog
+from megatron_rl.metrics.start_times import StartTimes
 from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
 from megatron_rl.parallel.collectives import agree_or_raise, same_or_raise
@@ -61,6 +62,7 @@ def build_run(
     platform: Platform,
     say: Callable[[str], None],
     watchdog: Watchdog | None = None,
+    times: StartTimes | None = None,
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
     rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
@@ -85,7 +87,9 @@ def build_run(
     reference = _build_reference(config, inputs, policy, initial) if passes.ref else None
     packer = _build_packer(config, algorithm, groups, policy.dtype)
     stop = StopRequest()
-    return Run(
+    times = times or StartTimes()
+    times.end("model")
+    run = Run(
         config=config,
         inputs=inputs,
         groups=groups,
@@ -125,6 +129,8 @@ def build_run(
         stop=stop,
         say=say,
     )
+    times.end("engine" if config.has_engine else "rest")
+    return run
 
 
 def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:

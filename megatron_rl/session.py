@@ -44,6 +44,7 @@ from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.console import Display, SilentDisplay, open_display
+from megatron_rl.metrics.start_times import StartTimes
 from megatron_rl.metrics.starts import write_start
 from megatron_rl.metrics.writers import (
     MetricsWriter,
@@ -84,6 +85,8 @@ def train_session(config: RunConfig) -> None:
 
 
 def _train(config: RunConfig, platform: Platform) -> None:
+    times = StartTimes()
+    times.end("imports")
     output = Path(config.run.output_dir)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_newer(output / CHECKPOINTS)
@@ -95,8 +98,10 @@ def _train(config: RunConfig, platform: Platform) -> None:
     if os.environ.get("RANK", "0") == "0":  # they may be long, and one rank appends to them
         for path in records:
             check_appendable(path, done)
+    times.end("inputs")
     enter(platform)
     init_distributed(platform)
+    times.end("other ranks")
     is_main = dist.get_rank() == 0
     found = found.agreed()
     config, inputs = found.applied(config), replace(inputs, kv_cache_mib=found.kv_mib)
@@ -111,9 +116,10 @@ def _train(config: RunConfig, platform: Platform) -> None:
     from megatron_rl.build import build_run
     from megatron_rl.loop import train
 
+    times.end("imports")
     with _watched(config, recorder) as watchdog:
-        run = build_run(config, inputs, platform, recorder.say, watchdog)
-        for line in (*_start_lines(run), *found.lines()):
+        run = build_run(config, inputs, platform, recorder.say, watchdog, times)
+        for line in (*_start_lines(run), *found.lines(), times.line(run.groups.world)):
             recorder.say(line)
         run.stop.listen()
         is_done = train(run, recorder.record)
@@ -245,13 +251,14 @@ def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
         is_told = isinstance(error, ConfigErrors | InputError | RunError) or _is_full_disk(error)
         where = f"rank {dist.get_rank()}, {watchdog.place}"
         text = str(error) if is_told else f"{type(error).__name__}: {error}"
-        if watchdog.fail(text):
+        code = FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN
+        told = watchdog.fail(text, code)
+        if told is not None:
             recorder.abandon()
             if not is_told:
                 traceback.print_exc()
-            sys.stderr.write(hidden(f"megatron-rl: error: {text}\n  ({where})\n"))
-            tell_torchrun(hidden(f"{text} ({where})"))
-        code = FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN
+            sys.stderr.write(hidden(f"megatron-rl: error: {told}\n  ({where})\n"))
+            tell_torchrun(hidden(f"{told} ({where})"))
         note_end(code)
         raise _Over(code) from error
 

@@ -14,7 +14,8 @@ The same thread ends its rank when another one has failed or is gone: then only 
     alarm           set once: a phase took too long; every rank answers
     answer/<rank>   its stack
     ended           the message is printed, everybody leaves
-    failed          set once, by the first rank that fails: who and why
+    failed          set once, by the first rank that fails: who, why, and its exit code
+    heard/<rank>    it knows of that
     bye/<rank>      it ended as it should
 """
 
@@ -35,6 +36,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
+from megatron_rl.errors import BROKEN, note_end
 from megatron_rl.parallel.config import WatchdogConfig
 from megatron_rl.parallel.stacks import Process, look_at, own_stack, this_process
 from megatron_rl.platforms.host_memory import OomKills
@@ -57,6 +59,11 @@ LESS_MEMORY = (
 )
 # What a rank says whose peer has ended, in a collective over gloo.
 COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+LOST = "Their machine or its network is lost, or they were killed; the same command goes on"
+STORE_IS_GONE = (
+    "torchrun's store does not answer either: the first node is lost, or its network; "
+    "the same command goes on"
+)
 
 
 @dataclass(kw_only=True)
@@ -120,21 +127,30 @@ class Watchdog:
         """The iteration and the phase at hand."""
         return f"iteration {self._beat.iteration}, {self._beat.phase}"
 
-    def fail(self, text: str) -> bool:
-        """Tell all ranks why this one ends; True where none had failed before, so that we print.
+    def fail(self, text: str, code: int = BROKEN) -> str | None:
+        """Tell all ranks why this one ends, and with which exit code, which is then theirs too.
 
         Where only the connection to another rank broke, that one is given time to say why.
+
+        Returns:
+            What to print, with the ranks that do not answer where a connection broke; None where
+            another rank had failed before, which says why itself.
         """
         if self._store is None:
-            return True
-        with contextlib.suppress(RuntimeError):
+            return text
+        is_broken = any(part in text for part in COLLATERAL)
+        try:
             deadline = time.monotonic() + SECONDS_TO_HEAR_OF_A_FAILURE
-            while any(part in text for part in COLLATERAL) and time.monotonic() < deadline:
-                if self._store.check(["failed"]):
-                    return False
+            while is_broken and time.monotonic() < deadline:
+                if self._has("failed"):
+                    return None
                 time.sleep(0.1)
-            return self._first("failed", {"rank": self._rank, "text": text})
-        return True
+            failed = {"text": text, "code": code, "asks": is_broken}
+            if not self._first("failed", {"rank": self._rank, **failed}):
+                return None
+            return text + (self._who_is_silent() if is_broken else "")
+        except RuntimeError:
+            return text + (f". {STORE_IS_GONE}" if is_broken else "")
 
     def close(self) -> None:
         """Say that this rank ends as it should."""
@@ -251,13 +267,32 @@ class Watchdog:
                 beat = self._all("beat").get(rank, {"iteration": 0, "phase": "start-up"})
                 place = f"iteration {beat['iteration']}, {beat['phase']}"
                 text = _loss_of(rank, process, place, self._oom_kills.risen())
-                if self._first("failed", {"rank": rank, "text": text}):
+                failed = {"text": text, "code": BROKEN, "asks": False}
+                if self._first("failed", {"rank": rank, **failed}):
                     _print(f"megatron-rl: error: {text}\n")
         if self._has("failed"):
             failed = json.loads(self._get("failed"))
             if failed["rank"] != self._rank:
+                self._set(f"heard/{self._rank}", {})
                 time.sleep(2 * SECONDS_BETWEEN_LOOKS)  # it prints, and a rank with news of its own
-                _leave(1)
+                time.sleep(SECONDS_TO_HEAR_OF_A_FAILURE if failed["asks"] else 0.0)
+                _leave(failed["code"])
+
+    def _who_is_silent(self) -> str:
+        """The ranks that do not hear of a failure: their machine is lost, for one."""
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        deadline = time.monotonic() + SECONDS_TO_HEAR_OF_A_FAILURE
+        while not self._has(*(f"heard/{rank}" for rank in others)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        heard, who = self._all("heard"), self._all("who")
+        by_host: dict[str, list[str]] = {}
+        for rank in others:
+            if rank not in heard and rank in who:
+                by_host.setdefault(who[rank]["host"], []).append(str(rank))
+        silent = [f"ranks {', '.join(ranks)} on {host}" for host, ranks in by_host.items()]
+        return f". No answer from {'; '.join(silent)}. {LOST}" if silent else ""
 
     def _local_without(self, kind: str) -> dict[int, Process]:
         """Ranks of this machine that have not set their key of this kind."""
@@ -275,14 +310,14 @@ class Watchdog:
         """The entries of a kind that are there, by rank."""
         assert self._store is not None
         ranks = range(self._world_size)
-        if not self._store.check([f"{kind}/{rank}" for rank in ranks]):
+        if not self._has(*(f"{kind}/{rank}" for rank in ranks)):
             ranks = [rank for rank in ranks if self._has(f"{kind}/{rank}")]  # type: ignore[assignment]
         found = self._store.multi_get([f"{kind}/{rank}" for rank in ranks])
         return {rank: json.loads(text) for rank, text in zip(ranks, found, strict=True)}
 
-    def _has(self, key: str) -> bool:
+    def _has(self, *keys: str) -> bool:
         assert self._store is not None
-        return bool(self._store.check([key]))
+        return bool(self._store.check(list(keys)))
 
     def _get(self, key: str) -> str:
         assert self._store is not None
@@ -363,4 +398,5 @@ def _print(text: str) -> None:
 def _leave(code: int) -> None:
     if sys.__stdout__ is not None and sys.__stdout__.isatty():
         os.write(sys.__stdout__.fileno(), SHOW_CURSOR)  # a progress display hides it
+    note_end(code)
     os._exit(code)

@@ -56,12 +56,10 @@ class Node:
             process.wait()
         self._running.clear()
 
-    def unplug(self) -> None:
-        """Nothing arrives here or leaves from now on, and nobody is told."""
-        command("ip", "-n", self.namespace, "link", "set", INTERFACE, "down")
-
-    def plug_in(self) -> None:
-        command("ip", "-n", self.namespace, "link", "set", INTERFACE, "up")
+    def bytes_sent(self) -> int:
+        """What has left by the cable so far."""
+        counter = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
+        return int(command("ip", "netns", "exec", self.namespace, "cat", counter))
 
 
 class Nodes:
@@ -99,8 +97,8 @@ class Nodes:
             subprocess.run(["ip", "netns", "delete", node.namespace], capture_output=True)
 
 
-def command(*words: str) -> None:
-    """Run a command of the system.
+def command(*words: str) -> str:
+    """Run a command of the system; gives what it prints.
 
     Raises:
         PermissionError: it may not be run here, or fails; the reason is in the message.
@@ -111,3 +109,4 @@ def command(*words: str) -> None:
         raise PermissionError(f"there is no command {words[0]!r}") from None
     if done.returncode != 0:
         raise PermissionError(f"`{' '.join(words)}`: {done.stderr.strip()}")
+    return done.stdout

@@ -3,6 +3,8 @@
 import pytest
 from training_runs import PP2, TP2
 
+from megatron_rl.errors import END_FILE
+
 pytestmark = pytest.mark.slow
 
 MIN_S = 5.0
@@ -35,6 +37,13 @@ FAILURES = {
 }
 
 
+@pytest.fixture
+def noted(monkeypatch, tmp_path):
+    """Where ranks say how they end, for the script that starts torchrun."""
+    monkeypatch.setenv(END_FILE, str(tmp_path / "end"))
+    return tmp_path / "end"
+
+
 def phase_of(place):
     return "rollout" if place == "engine step" else place
 
@@ -42,10 +51,11 @@ def phase_of(place):
 @pytest.mark.parametrize(
     ("fault", "place", "layout"), HANGS, ids=lambda part: part if isinstance(part, str) else ""
 )
-def test_a_rank_that_stands_still_is_named_with_its_stack(runs, fault, place, layout):
+def test_a_rank_that_stands_still_is_named_with_its_stack(runs, noted, fault, place, layout):
     name = f"{fault} {place}"
     code, said, seconds = runs.train_with_fault(fault, place, name, *SETTINGS, *layout)
     assert code == 1, said
+    assert noted.read_text() == "75\n"
     assert said.count("megatron-rl: error: ") == 1, said
     assert f"iteration 3, {phase_of(place)} (deadline 5 s" in said
     (line,) = [line for line in said.splitlines() if line.startswith("  stuck: ")]
@@ -60,10 +70,11 @@ def test_a_rank_that_stands_still_is_named_with_its_stack(runs, fault, place, la
 @pytest.mark.parametrize(
     ("fault", "place", "layout"), FAILURES, ids=lambda part: part if isinstance(part, str) else ""
 )
-def test_a_rank_that_fails_ends_all_with_its_own_words(runs, fault, place, layout):
+def test_a_rank_that_fails_ends_all_with_its_own_words(runs, noted, fault, place, layout):
     name = f"{fault} {place}"
     code, said, seconds = runs.train_with_fault(fault, place, name, *SETTINGS, *layout)
     assert code == 1, said
+    assert noted.read_text() == "1\n"
     assert said.count("megatron-rl: error: ") == 1, said
     assert FAILURES[fault, place, layout] in said
     assert f"iteration 3, {phase_of(place)}" in said

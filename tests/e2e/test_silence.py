@@ -65,5 +65,5 @@ OURS = (
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
     "run.num_iterations 2 -> 3", "done: ", "rollout: ", "engine probe: ", "packed row: ",
     "key/value cache: ", "offload: ", "memory: ", "profile: ", "  ",
-    "a stop would lose its iteration: ",
+    "a stop would lose its iteration: ", "start-up: ",
 )  # fmt: skip

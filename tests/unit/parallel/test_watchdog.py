@@ -1,5 +1,6 @@
 """What readers make of beats; whole jobs that hang are in tests/e2e/test_hangs.py."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch.distributed as dist
 
+from megatron_rl.errors import END_FILE
 from megatron_rl.parallel import watchdog as module
 from megatron_rl.parallel.config import WatchdogConfig
 from megatron_rl.parallel.stacks import Process
@@ -128,6 +130,36 @@ def test_a_broken_connection_waits_for_who_broke_it(pair, clock):
     assert clock.now - before >= module.SECONDS_TO_HEAR_OF_A_FAILURE
 
 
+def test_after_a_broken_connection_those_are_named_that_do_not_answer(clock):
+    store, ranks = dist.HashStore(), []
+    for number in range(4):
+        rank = Watchdog(WatchdogConfig(), number, 4)
+        rank._store = store
+        ranks.append(rank)
+        who = {"host": f"node{number // 2}", "pid": number, "stack_file": ""}
+        rank._set(f"who/{number}", who)
+    ranks[0]._set("heard/0", {})  # its thread has seen the failure; those of 2 and 3 have not
+    said = ranks[1].fail("RuntimeError: Connection reset by peer")
+    assert "Connection reset by peer. No answer from ranks 2, 3 on node1. " in said
+
+
+def test_after_a_broken_connection_nobody_is_blamed_where_all_answer(pair):
+    ranks, _ = pair
+    ranks[1]._set("heard/1", {})
+    assert ranks[0].fail("RuntimeError: Broken pipe") == "RuntimeError: Broken pipe"
+
+
+def test_a_store_that_is_gone_with_its_node_is_named(pair, monkeypatch):
+    ranks, _ = pair
+
+    class Gone:
+        def check(self, _):
+            raise RuntimeError("Broken pipe")
+
+    ranks[0]._store = Gone()
+    assert ranks[0].fail("RuntimeError: Connection reset by peer").endswith(module.STORE_IS_GONE)
+
+
 def test_the_message_names_the_one_that_is_behind_and_does_not_wait():
     def answer(number, is_waiting, *stack):
         return {"number": number, "iteration": 7, "phase": "update", "stack": list(stack)} | {
@@ -205,3 +237,40 @@ def test_a_kill_of_long_ago_is_not_held_against_a_rank_that_is_gone(monkeypatch,
         assert kills.risen() is not None
     kills.look()
     assert kills.risen() is None
+
+
+# A rank's process with its real thread, whose main thread waits for ever.
+RANK = """
+import sys, time
+import torch.distributed as dist
+from megatron_rl.parallel.config import WatchdogConfig
+from megatron_rl.parallel.watchdog import Watchdog
+
+ending, code = sys.argv[1:]
+store = dist.HashStore()
+config = WatchdogConfig(min_s=0.5, start_s=0.5 if ending == "stands still" else 1000.0)
+num_ranks = 1 if ending == "stands still" else 2
+Watchdog(config, 0, num_ranks).start(store)
+if ending == "another fails":
+    another = Watchdog(config, 1, 2)
+    another._store = store
+    another.fail("ValueError: of another node", int(code))
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("stands still", 75), ("another fails", 1), ("another fails", 2)]
+)
+def test_who_starts_torchrun_learns_how_a_rank_ended(tmp_path, ending, code):
+    """torchrun itself says 1 of all of them."""
+    noted = tmp_path / "end"
+    done = subprocess.run(
+        [sys.executable, "-c", RANK, ending, str(code)],
+        env=os.environ | {END_FILE: str(noted)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    assert noted.read_text() == f"{code}\n"
