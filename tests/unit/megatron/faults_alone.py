@@ -34,7 +34,8 @@ def cuda_in_its_source() -> bool:
 
 def auxiliary_losses_times_tokens() -> bool:
     per_token, per_row = _router_gradient(per_token=True), _router_gradient(per_token=False)
-    return torch.allclose(per_token, TOKENS * per_row)
+    # As a whole: how single small ones are rounded depends on the processor.
+    return bool((per_token - TOKENS * per_row).norm() < 1e-5 * per_token.norm())
 
 
 def loss_scales_apart() -> bool:
