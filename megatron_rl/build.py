@@ -90,9 +90,8 @@ def build_run(
     critic = _build_critic(config, inputs, groups, run_updates)
     packer = _build_packer(config, algorithm, groups, policy.dtype)
     stop = StopRequest()
-    times = times or StartTimes()
-    times.end("model")
-    run = Run(
+    (times or StartTimes()).end("model")
+    return Run(
         config=config,
         inputs=inputs,
         groups=groups,
@@ -131,8 +130,6 @@ def build_run(
         stop=stop,
         say=say,
     )
-    times.end("engine" if config.has_engine else "rest")
-    return run
 
 
 def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:
