@@ -80,12 +80,10 @@ def build_run(
     run_updates = config.run.num_iterations * config.num_updates * config.optimizer.epochs
     policy = build_policy(config, inputs, groups, run_updates)
     # Where all responses go through the reference pass, the loss or the reward measures this KL.
-    is_measured_anyway = (
-        passes.ref and inputs.reference is None and algorithm.choice.selection == ("all",)
-    )
+    refers_to_first = passes.ref and inputs.reference is None
+    is_measured_anyway = refers_to_first and algorithm.choice.selection == ("all",)
     kl_every = 0 if config.is_supervised or is_measured_anyway else config.metrics.kl_every
-    has_own_reference = passes.ref and inputs.reference is not None
-    initial = policy.snapshot() if kl_every or (passes.ref and not has_own_reference) else None
+    initial = policy.snapshot() if kl_every or refers_to_first else None
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, run_updates)
     packer = _build_packer(config, algorithm, groups, policy.dtype)
