@@ -76,20 +76,17 @@ def build_run(
     passes = plan_passes(algorithm, **config.steps_of_iteration)
     policy = build_policy(config, inputs, groups, config.most_steps)
     # Where all responses go through the reference pass, the loss or the reward measures this KL.
-    is_measured_anyway = (
-        passes.ref and inputs.reference is None and algorithm.choice.selection == ("all",)
-    )
+    refers_to_first = passes.ref and inputs.reference is None
+    is_measured_anyway = refers_to_first and algorithm.choice.selection == ("all",)
     kl_every = 0 if config.is_supervised or is_measured_anyway else config.metrics.kl_every
-    has_own_reference = passes.ref and inputs.reference is not None
-    initial = policy.snapshot() if kl_every or (passes.ref and not has_own_reference) else None
+    initial = policy.snapshot() if kl_every or refers_to_first else None
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, config.most_steps)
     reference = _build_reference(config, inputs, policy, initial) if passes.ref else None
     packer = _build_packer(config, algorithm, groups, policy.dtype)
     stop = StopRequest()
-    times = times or StartTimes()
-    times.end("model")
-    run = Run(
+    (times or StartTimes()).end("model")
+    return Run(
         config=config,
         inputs=inputs,
         groups=groups,
@@ -129,8 +126,6 @@ def build_run(
         stop=stop,
         say=say,
     )
-    times.end("engine" if config.has_engine else "rest")
-    return run
 
 
 def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:

@@ -119,6 +119,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
     times.end("imports")
     with _watched(config, recorder) as watchdog:
         run = build_run(config, inputs, platform, recorder.say, watchdog, times)
+        times.end("engine" if config.has_engine else "rest")
         for line in (*_start_lines(run), *found.lines(), times.line(run.groups.world)):
             recorder.say(line)
         run.stop.listen()
