@@ -75,7 +75,7 @@ def test_a_rehearsed_rank_holds_what_a_real_one_holds(layout, model_dir, tmp_pat
     world_size, changes = LAYOUTS[layout]
     config = recipe(model_dir, changes)
     run_on_ranks(world_size, train_and_look, config, tmp_path)
-    for rank in range(world_size):
+    for rank in range(world_size) if layout.startswith("PP") else [0]:  # else all are alike
         real = json.loads((tmp_path / f"{rank}.json").read_text())
         rehearsed = rehearse_apart(config, world_size, rank)
         assert rehearsed.memory["update"] == pytest.approx(real["update"], rel=0.05), rank
