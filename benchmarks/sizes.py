@@ -9,7 +9,7 @@ sum is smallest where none fits, else the one that cuts the model least. Nothing
 import argparse
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +26,57 @@ LARGEST_SHARD, SMALLEST_SHARD = 36 * GIB, 4 * GIB  # of an engine's weights on a
 WORLDS = (8, 16, 32, 64, 128, 256, 512)
 
 
-def qwen2_5(layers: int, hidden: int, ffn: int, heads: int, groups: int) -> ModelArch:
-    return ModelArch(
-        model_type="qwen2",
+QWEN = ModelArch(
+    model_type="qwen2",
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    num_query_groups=4,
+    head_dim=128,
+    vocab_size=152064,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    rope_scaling_factor=None,
+    max_position_embeddings=131072,
+    qkv_bias=True,
+    tied_embeddings=False,
+)
+
+
+def dense(layers: int, hidden: int, ffn: int, heads: int) -> ModelArch:
+    return replace(
+        QWEN,
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=128,
-        vocab_size=152064,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling_factor=None,
-        max_position_embeddings=131072,
-        qkv_bias=True,
-        tied_embeddings=False,
+        num_query_groups=8,
     )
 
 
-def qwen3_moe(layers: int, hidden: int, heads: int, expert: int) -> ModelArch:
-    return ModelArch(
+def experts(layers: int, hidden: int, heads: int, expert: int) -> ModelArch:
+    return replace(
+        QWEN,
         model_type="qwen3_moe",
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=3 * hidden,
         num_attention_heads=heads,
-        num_query_groups=4,
-        head_dim=128,
         vocab_size=151936,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling_factor=None,
         max_position_embeddings=40960,
         qkv_bias=False,
-        tied_embeddings=False,
         qk_norm=True,
         mixture=MixtureArch(num_experts=128, ffn_hidden_size=expert, top_k=8, renormalized=True),
     )
 
 
 MODELS = {  # by the config.json of their publisher
-    "Qwen2.5-7B": qwen2_5(28, 3584, 18944, 28, 4),
-    "Qwen2.5-32B": qwen2_5(64, 5120, 27648, 40, 8),
-    "Qwen2.5-72B": qwen2_5(80, 8192, 29568, 64, 8),
-    "Qwen3-30B-A3B": qwen3_moe(48, 2048, 32, 768),
-    "Qwen3-235B-A22B": qwen3_moe(94, 4096, 64, 1536),
+    "Qwen2.5-7B": QWEN,
+    "Qwen2.5-32B": dense(64, 5120, 27648, 40),
+    "Qwen2.5-72B": dense(80, 8192, 29568, 64),
+    "Qwen3-30B-A3B": experts(48, 2048, 32, 768),
+    "Qwen3-235B-A22B": experts(94, 4096, 64, 1536),
 }
 
 

@@ -12,8 +12,9 @@ FAILED = 2
 BROKEN = 1
 """The exit code of a fault of the program, and of a run that must not go on."""
 
-STOPPED = 143
-"""Where ranks write how they ended: stopped on request. As a shell says it of SIGTERM."""
+ASKED_TO_STOP = 143
+"""Where ranks write how they ended: they were asked to stop, and saved. As a shell says it of
+SIGTERM."""
 
 END_FILE = "MEGATRON_RL_END_FILE"
 """The environment variable that names the file for note_end."""

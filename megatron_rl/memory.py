@@ -250,12 +250,22 @@ def longest_in_engine(config: RunConfig, arch: ModelArch) -> int:
 
 def longest_row(config: RunConfig, layout: Layout, row_tokens: int | None = None) -> int:
     """Most tokens that a packed row can have: its limit, or all that a rank trains at a time."""
-    prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
-    responses = prompts * (1 if config.is_supervised else config.rollout.group_size)
     # Balanced over the replicas, so that none has more than its share and one unit.
-    share = responses * config.longest_sequence // layout.dp + config.longest_unit
-    share = min(share, responses * config.longest_sequence)
+    most = _tokens_of_update(config)
+    share = min(most // layout.dp + config.longest_unit, most)
     return max(1, min(row_tokens or config.row_tokens, share))
+
+
+def rows_of_update(config: RunConfig, layout: Layout, row_tokens: int) -> int:
+    """Rows of so many tokens that a rank trains in an update of the longest sequences."""
+    return max(1, -(-_tokens_of_update(config) // (layout.dp * row_tokens)))
+
+
+def _tokens_of_update(config: RunConfig) -> int:
+    """Tokens of all ranks in an update of the longest sequences."""
+    prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
+    group = 1 if config.is_supervised else config.rollout.group_size
+    return prompts * group * config.longest_sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,16 +329,13 @@ def _passing(
     """Activations and logits of the longest row; on a CPU, what is more than the logits later."""
     nbytes, is_cpu = itemsize(config.model.dtype), device_type == "cpu"
     tokens = longest_row(config, layout, row_tokens)
-    prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
-    group = 1 if config.is_supervised else config.rollout.group_size
-    num_rows = -(-prompts * group * config.longest_sequence // (layout.dp * tokens))
     activations = Activations(
         arch=arch,
         model=config.model,
         parallel=config.parallel,
         device_type=device_type,
         itemsize=nbytes,
-    ).kept(tokens, num_rows=max(1, num_rows))
+    ).kept(tokens, num_rows=rows_of_update(config, layout, tokens))
     vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
     logits = min(float(LOGITS_BYTES), tokens * vocab * nbytes)
     is_native = not is_cpu or native.has("dlogits", torch.device("cpu"))

@@ -21,9 +21,9 @@ from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.versions import refuse_newer
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import (
+    ASKED_TO_STOP,
     BROKEN,
     FAILED,
-    STOPPED,
     ConfigErrors,
     InputError,
     RunError,
@@ -128,7 +128,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
         recorder.close("done" if is_done else "stopped", run.policy.version, exported)
         if is_done:
             run.check_trained()
-        note_end(0 if is_done else STOPPED)
+        note_end(0 if is_done else ASKED_TO_STOP)
         _leave(run.rollouts.close, watchdog)
 
 

@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.batching.pack import pack
-from megatron_rl.batching.schedule import rows_of
 from megatron_rl.config import RunConfig
 from megatron_rl.megatron import rehearsed
+from megatron_rl.megatron.config import OptimizerConfig
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
-from megatron_rl.memory import reference_arch
+from megatron_rl.memory import longest_row, reference_arch, rows_of_update
 from megatron_rl.ops import native
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.layout import Layout
@@ -84,7 +84,7 @@ class _Rank:
         self.ledger = Ledger(NAME)
         if arch.mixture is not None:
             self.ledger.share_selected = arch.mixture.top_k / arch.mixture.num_experts
-        self.rows, rows_of_recipe = longest_rows(config, self.algorithm, groups.layout)
+        self.rows, rows_of_recipe = full_rows(config, self.algorithm, groups.layout)
         self.result = Rehearsal(
             rank=world.rank,
             world_size=world.world_size,
@@ -103,15 +103,16 @@ class _Rank:
         config = self.config
         passes = plan_passes(self.algorithm, **config.steps_of_iteration)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, self.ledger:
-            policy = self._model(Policy, self.arch, "", temperature=config.rollout.temperature)
+            policy = self._policy(Policy, self.arch, "")
             other = self._other_reference(Policy) if passes.ref else None
             if passes.ref:
                 first = FirstWeights(policy, policy.snapshot())
-                self.reference = first if other is None else OtherModel(other)
+                leaves = config.offload_on("cuda") == "weights"
+                self.reference = first if other is None else OtherModel(other, leaves=leaves)
             self._prepare(policy, "")
             critic = None
             if config.algorithm.resolved.needs_critic:
-                critic = self._model(Critic, self.arch, "critic's ")
+                critic = self._model(Critic, self.arch, "critic's ", config.critic_optimizer)
                 self._prepare(critic, "critic's ")
             trainer = Trainer(
                 policy,
@@ -135,7 +136,15 @@ class _Rank:
         here = [model for model in models if model is not None]
         return OffloadedTrainer(self.config.offload_on("cuda"), here, self.groups)
 
-    def _model(self, kind: Any, arch: ModelArch, whose: str, **settings: Any) -> Any:
+    def _policy(self, kind: Any, arch: ModelArch, whose: str) -> "Policy":
+        config = self.config
+        temperature = config.rollout.temperature
+        model: Policy = self._model(kind, arch, whose, config.optimizer, temperature=temperature)
+        return model
+
+    def _model(
+        self, kind: Any, arch: ModelArch, whose: str, optimizer: OptimizerConfig, **settings: Any
+    ) -> Any:
         """A model of this rank whose passes are looked at."""
         config = self.config
         parallel = config.parallel if arch.mixture else config.parallel.without_experts
@@ -144,9 +153,9 @@ class _Rank:
                 arch,
                 config.model,
                 parallel,
-                config.optimizer,
+                optimizer,
                 self.groups,
-                run_updates=config.run.num_iterations,
+                run_updates=config.most_steps,
                 **settings,
             )
         rehearsed.expect_equal_rows(model)
@@ -167,11 +176,7 @@ class _Rank:
     def _other_reference(self, kind: Any) -> "Policy | None":
         """The reference where it is another model than the policy."""
         arch = reference_arch(self.config)
-        if arch is None:
-            return None
-        temperature = self.config.rollout.temperature
-        model: Policy = self._model(kind, arch, "reference's ", temperature=temperature)
-        return model
+        return None if arch is None else self._policy(kind, arch, "reference's ")
 
     def _update(self, trainer: "Trainer", batch: MiniBatch) -> None:
         """The passes and the step of one mini-batch."""
@@ -224,10 +229,9 @@ class _Rank:
             "EP": lambda there: (there.etp_rank, there.pp_rank),
             "expert TP": lambda there: (there.ep_rank, there.pp_rank),
         }
-        everyone = range(self.world.world_size)
+        places = [layout.coordinates(rank) for rank in ranks]
         for axis, key in alike.items():
-            on_axis = [r for r in everyone if key(layout.coordinates(r)) == key(mine)]
-            if set(ranks) <= set(on_axis) and len(ranks) > 1:
+            if all(key(there) == key(mine) for there in places):
                 return f"{kind.name}, {axis} {len(ranks)}"
         return f"{kind.name}, {len(ranks)} ranks"
 
@@ -252,46 +256,44 @@ class _Rank:
         return MiniBatch(update=0, totals=totals, num_samples=1, microbatches=tuple(rows))
 
 
-def longest_rows(
+def full_rows(
     config: RunConfig, algorithm: Algorithm, layout: Layout
 ) -> tuple[list[MicroBatch], int]:
-    """Rows of the longest sequences, and how many the recipe's update has on a rank.
+    """Full rows of the longest sequences, on the CPU, and how many the recipe's update has.
 
-    They are as many as a stage has at hand, and two at least, on the CPU and of one length.
+    They are as many as a stage has at hand, and two at least, all of one length.
     """
-    prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
-    group = 1 if config.is_supervised else config.rollout.group_size
-    prompt = torch.ones(config.prompts.max_prompt_tokens, dtype=torch.int64)
-    response = torch.ones(config.rollout.max_response_tokens, dtype=torch.int64)
-    samples = [
-        Sample(
-            group_id=number,
-            index=index,
-            update=0,
-            prompt_tokens=prompt,
-            response_tokens=response,
-            advantage=float(1 - 2 * (index % 2)),
-            rollout_logprobs=None if config.is_supervised else torch.zeros(len(response)),
-        )
-        for number in range(max(1, prompts // layout.dp))
-        for index in range(group)
-    ]
-    parts = rows_of(
-        samples,
-        config.row_tokens,
-        count_multiple=layout.pp if layout.vpp > 1 else 1,
-        keep_groups_whole=algorithm.objective.trains_pairs,
+    tokens = longest_row(config, layout)
+    of_recipe = rows_of_update(config, layout, tokens)
+    count = min(of_recipe, max(2, layout.pp * (3 if layout.vpp > 1 else 1)))
+    if layout.vpp > 1:  # the interleaved schedule wants a multiple
+        count = -(-count // layout.pp) * layout.pp
+    row = pack(
+        _longest_samples(config, tokens, together=2 if algorithm.objective.trains_pairs else 1),
+        weight_of=lambda _: 1.0,
+        multiple=layout.tp if config.parallel.sequence_parallel else 1,
+        dtype=torch.float64 if config.model.dtype == "float64" else torch.float32,
+        device=torch.device("cpu"),
     )
-    at_hand = layout.pp * (3 if layout.vpp > 1 else 1)
-    rows = [
-        pack(
-            part,
-            weight_of=lambda _: 1.0,
-            multiple=layout.tp if config.parallel.sequence_parallel else 1,
-            dtype=torch.float64 if config.model.dtype == "float64" else torch.float32,
-            device=torch.device("cpu"),
-        )
-        for part in parts[: max(2, at_hand)]
-    ]
-    longest = max(len(row.tokens) for row in rows)
-    return [row for row in rows if len(row.tokens) == longest], len(parts)
+    return [row] * count, of_recipe
+
+
+def _longest_samples(config: RunConfig, tokens: int, *, together: int) -> list[Sample]:
+    """Samples of so many tokens in all, as long as they may be; together: of a group at a time."""
+    samples: list[Sample] = []
+    while (length := min(config.longest_sequence, tokens // together)) > 1:
+        response = min(config.rollout.max_response_tokens, length - 1)
+        samples += [
+            Sample(
+                group_id=len(samples),
+                index=index,
+                update=0,
+                prompt_tokens=torch.ones(length - response, dtype=torch.int64),
+                response_tokens=torch.ones(response, dtype=torch.int64),
+                advantage=float(1 - 2 * index),
+                rollout_logprobs=None if config.is_supervised else torch.zeros(response),
+            )
+            for index in range(together)
+        ]
+        tokens -= together * length
+    return samples

@@ -9,8 +9,6 @@ from megatron_rl.rehearsal.apart import rehearse_apart
 from megatron_rl.rehearsal.rank import Rehearsal
 from megatron_rl.weights.arch import ModelArch
 
-STOCK = "megatron/core/"
-
 
 def ranks_that_differ(layout: Layout) -> list[int]:
     """A rank of the first pipeline stage, and one of the last: these two hold most."""
@@ -42,9 +40,8 @@ def _lines(found: Rehearsal, planned: float) -> Iterator[tuple[str, str]]:
     for phase, kinds in found.collectives.items():
         for kind, (calls, nbytes) in kinds.items():
             yield f"{phase}, {kind}", f"{calls} times, {nbytes / 2**20:.3f} MiB"
-    own = {place: times for place, times in found.waits.items() if not place.startswith(STOCK)}
     if not found.waits:
         yield "host waits for the device", "never in a forward or backward pass"
-    for place, times in [*own.items(), *((p, t) for p, t in found.waits.items() if p not in own)]:
+    for place, times in found.waits.items():
         yield "host waits for the device", f"{times} times in {place}"
     yield "took", f"{found.seconds:.0f} s"

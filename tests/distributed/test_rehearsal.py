@@ -21,7 +21,7 @@ from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig
 from megatron_rl.rehearsal.apart import rehearse_apart
 from megatron_rl.rehearsal.ledger import Storages
-from megatron_rl.rehearsal.rank import longest_rows
+from megatron_rl.rehearsal.rank import full_rows
 from megatron_rl.weights.families.registry import read_model_config
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -94,7 +94,7 @@ def train_and_look(config: RunConfig, folder: Path) -> None:
     arch = read_model_config(Path(config.model.path), [])
     algorithm, held = Algorithm(config.algorithm), {}
     groups = join(CPU, config.parallel, 1)
-    rows, _ = longest_rows(config, algorithm, groups.layout)
+    rows, _ = full_rows(config, algorithm, groups.layout)
     with _groups_destroyed(), Storages("cpu") as storages, one_kernel_for_norms():
         policy = Policy(
             arch,

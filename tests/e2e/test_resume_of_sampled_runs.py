@@ -149,7 +149,6 @@ def test_recorded_rollouts_train_to_the_same_bits_without_an_engine(runs):
         assert found == {k: v for k, v in expected.items() if not k.startswith("weights/")}
 
 
-@pytest.mark.skip(reason="it was written and has not run to its end yet")
 def test_a_trainer_that_leaves_the_device_ends_at_the_same_bits(runs):
     """All of it, with a save in the middle; then resumed from there, and nothing leaves."""
     kind, folder = runs
