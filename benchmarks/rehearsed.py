@@ -28,9 +28,7 @@ HEAD = f"""# Rehearsed
 
 `python benchmarks/rehearsed.py --output benchmarks/results/rehearsed.md`: what a rank holds of its
 GPU at the peak of an update, rehearsed on a CPU, and what `plan` has for it from sizes alone (local
-layers, bfloat16, optimizer state offloaded). No GPU has run these. Rows are rehearsed with whole
-sequences of the greatest length, of which one of 9,216 tokens fits; the plan counts on full rows of
-16,384 tokens, so it has more where activations are most of it.
+layers, bfloat16, optimizer state offloaded). No GPU has run these.
 
 | {COLUMNS.replace("|", " | ")} |
 {"|---" * 8}|
