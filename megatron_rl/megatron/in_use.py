@@ -22,10 +22,10 @@ def layers_in_use(overrides: Iterable[str], attention: Attention) -> str:
     and not refused.
     """
     if attention == "transformer_engine":
-        return f"layers: Transformer Engine's, {ATTENTIONS[attention]}"
+        return f"layers: Transformer Engine's; {ATTENTIONS[attention]}"
     unread = [f"model.megatron.{name}" for name in overrides if name in OF_TE]
     told = f", which do not read {', '.join(unread)}" if unread else ""
-    return f"layers: local, {ATTENTIONS[attention]}{told}"
+    return f"layers: local{told}; {ATTENTIONS[attention]}"
 
 
 def precision_in_use(dtype: torch.dtype, gradients: torch.dtype, loss_scale: float) -> str:

@@ -127,6 +127,7 @@ def measure(run: Run) -> dict[str, Any]:
         "tokens": tokens,
         "bytes": everywhere(sent),
         "generate_left_rng": all(everywhere(left_rng)),
+        "has_shared_memory": hasattr(torch.ops._C, "init_shm_manager"),
         "shared_memory": everywhere(shared_memory()),
     }
 

@@ -10,18 +10,19 @@ from megatron_rl.megatron.settable import OF_TE
 @pytest.mark.parametrize(
     ("overrides", "attention", "said"),
     [
-        ((), "blocks", "layers: local, attention in padded blocks"),
-        (("bias_activation_fusion",), "flash", "layers: local, flash attention of torch"),
+        ((), "blocks", "layers: local; attention in padded blocks"),
+        (("bias_activation_fusion",), "flash", "layers: local; flash attention of torch"),
         (
             ("attention_backend", "bias_activation_fusion", "cpu_offloading"),
             "blocks",
-            "layers: local, attention in padded blocks, which do not read "
-            "model.megatron.attention_backend, model.megatron.cpu_offloading",
+            "layers: local, which do not read "
+            "model.megatron.attention_backend, model.megatron.cpu_offloading; "
+            "attention in padded blocks",
         ),
         (
             ("attention_backend",),
             "transformer_engine",
-            "layers: Transformer Engine's, its own attention",
+            "layers: Transformer Engine's; its own attention",
         ),
     ],
 )
