@@ -179,7 +179,7 @@ def _build_packer(
         groups,
         algorithm,
         row_tokens=config.row_tokens,
-        row_multiple=groups.layout.tp if config.parallel.sequence_parallel else 1,
+        sequence_parallel=config.parallel.sequence_parallel,
         max_response_tokens=config.rollout.max_response_tokens,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )

@@ -188,7 +188,7 @@ class RunConfig(Settings):
         """Fewest ranks that hold the layout and one engine."""
         one = self.parallel.layout(1)
         return math.lcm(
-            one.tp * one.pp, one.etp * one.ep * one.pp, self.rollout.tensor_model_parallel_size
+            one.tp * one.cp * one.pp, one.etp * one.ep * one.pp, self.rollout.tensor_model_parallel_size
         )
 
 
@@ -209,7 +209,8 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
 def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
     """Why the layouts do not fit this number of ranks."""
     parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    one = parallel.layout(1)
+    replica = one.tp * one.cp * one.pp
     if parallel.world_size not in (None, world_size):
         yield ConfigError(
             "parallel.world_size",
@@ -217,20 +218,21 @@ def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
             f"{world_size} ranks were started",
             f"Start torchrun with --nproc-per-node times --nnodes = {parallel.world_size}",
         )
-    if world_size % (tp * pp):
+    if world_size % replica:
+        sizes = "tensor_model_parallel_size * pipeline_model_parallel_size"
         yield ConfigError(
-            "parallel.tensor_model_parallel_size * pipeline_model_parallel_size",
-            tp * pp,
+            f"parallel.{sizes}" + (" * context_parallel_size" if one.cp > 1 else ""),
+            replica,
             f"must divide the {world_size} ranks of this run",
-            f"Start a multiple of {tp * pp} ranks, or change the layout",
+            f"Start a multiple of {replica} ranks, or change the layout",
         )
-    one = parallel.layout(1)
     if one.ep > 1 and world_size % (one.etp * one.ep * one.pp):
         yield ConfigError(
             "parallel.expert_model_parallel_size * expert_tensor_parallel_size",
             one.ep * one.etp,
-            f"must divide the {world_size // pp} ranks of a pipeline stage",
-            f"Start a multiple of {pp * math.lcm(tp, one.etp * one.ep)} ranks, or another layout",
+            f"must divide the {world_size // one.pp} ranks of a pipeline stage",
+            f"Start a multiple of {one.pp * math.lcm(one.tp * one.cp, one.etp * one.ep)} ranks, or "
+            "another layout",
         )
     if world_size % config.rollout.tensor_model_parallel_size:
         yield ConfigError(

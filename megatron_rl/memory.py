@@ -283,7 +283,7 @@ def _models(config: RunConfig, arch: ModelArch, layout: Layout) -> list[_Part]:
     params, nbytes = shared + experts, itemsize(config.model.dtype)
     stepped = params
     if config.optimizer.use_distributed_optimizer:
-        stepped = shared // layout.dp + experts // layout.expert_dp
+        stepped = shared // layout.copies + experts // layout.expert_dp
     parts = [
         _Part(name="weights", kind="weights", nbytes=float(params * nbytes)),
         _Part(
@@ -335,9 +335,9 @@ def _passing(
         parallel=config.parallel,
         device_type=device_type,
         itemsize=nbytes,
-    ).kept(tokens, num_rows=rows_of_update(config, layout, tokens))
+    ).kept(-(-tokens // layout.cp), num_rows=rows_of_update(config, layout, tokens))
     vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
-    logits = min(float(LOGITS_BYTES), tokens * vocab * nbytes)
+    logits = min(float(LOGITS_BYTES), tokens / layout.cp * vocab * nbytes)
     is_native = not is_cpu or native.has("dlogits", torch.device("cpu"))
     if config.ops.backend == "reference" or not is_native:
         logits *= 1 + DEFINITION_COPIES * 4 / nbytes

@@ -110,7 +110,7 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
     yield "model", f"{arch.model_type}, {arch.num_parameters:,} parameters"
     yield (
         "ranks",
-        f"{layout.world_size} = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
+        f"{layout.world_size} = {layout.axes}"
         + (f", {layout.vpp} chunks a rank" if layout.vpp > 1 else ""),
     )
     if arch.mixture is not None:

@@ -195,14 +195,13 @@ def check_resume(config: RunConfig, inputs: Inputs, world_size: int) -> int | No
 def start_terms(config: RunConfig, inputs: Inputs, world_size: int) -> Terms:
     """What this start brings, to be compared with a checkpoint."""
     data = inputs.prompts.state_dict()
-    layout = config.parallel.layout(world_size)
     has_critic = config.algorithm.resolved.needs_critic
     return Terms(
         recipe=kept_recipe(config),
         network=inputs.arch,
         data=(data["checksum"], data["num_rows"]),
         models=("policy", "critic") if has_critic else ("policy",),
-        layout=(layout.world_size, layout.tp, layout.pp, layout.vpp),
+        layout=config.parallel.layout(world_size).sizes,
     )
 
 

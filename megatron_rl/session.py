@@ -352,7 +352,7 @@ def _start(config: RunConfig) -> Platform:
 def _start_lines(run: "Run") -> list[str]:
     layout = run.groups.layout
     return [
-        f"layout: {layout.world_size} ranks = TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
+        f"layout: {layout.world_size} ranks = {layout.axes}"
         + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "

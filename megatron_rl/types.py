@@ -1,7 +1,8 @@
 """The frozen carriers of data that move between rooms, the folders of this package.
 
 Shape letters of the project: P prompt tokens, R response tokens, T packed tokens of one row on this
-rank, N tokens of a row that its loss is about, V vocabulary, H hidden.
+rank, N tokens of a row that its loss is about, n those of them that this rank predicts (all but
+under context parallelism), V vocabulary, H hidden.
 
 Log-probabilities are natural logarithms and always have one of four names: `logprobs` (current
 weights, with gradient), `old_logprobs` (trainer, before this iteration's first update),
@@ -164,10 +165,19 @@ class LossTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowPart:
+    """What of a row's loss is about tokens of this rank, where ranks share every sequence."""
+
+    loss: Tensor  # [n] int64, ascending: which of the row's N loss tokens this rank predicts
+    at: Tensor  # [n] int64, ascending: the entries of this rank's tokens that predict them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
     """One packed row, and what its loss is about.
 
-    What the host has to know is here as numbers, so that nothing asks the device for it.
+    What the host has to know is here as numbers, so that nothing asks the device for it. Under
+    context parallelism tokens and position_ids are this rank's; all else is of the whole row.
     """
 
     tokens: Tensor  # [T] int64
@@ -175,6 +185,7 @@ class MicroBatch:
     cu_seqlens: Tensor  # [sequences + 1] int32 bounds; the padding tail is a sequence, too
     lengths: tuple[int, ...]  # of the sequences
     loss: LossTokens
+    part: RowPart | None  # None: this rank has the whole row
     response_lengths: Tensor  # [samples] int64, on the device
     group_of: Tensor  # [samples] int64, on the device: 0 for the first group of the row, then 1
     samples: tuple[Sample, ...]  # in row order
@@ -182,6 +193,19 @@ class MicroBatch:
     @property
     def max_seqlen(self) -> int:
         return max(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole row."""
+        return sum(self.lengths)
+
+    @property
+    def own_loss(self) -> LossTokens:
+        """The loss tokens [n] that this rank predicts, `at` its own entries."""
+        part = self.part
+        if part is None:
+            return self.loss
+        return replace(self.loss.each(lambda x: x.index_select(0, part.loss)), at=part.at)
 
     @property
     def num_groups(self) -> int:

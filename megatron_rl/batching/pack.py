@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_rl.types import LossTokens, MicroBatch, Sample
+from megatron_rl.parallel.context import own_entries, padded
+from megatron_rl.types import LossTokens, MicroBatch, RowPart, Sample
 
 
 def pack(
@@ -19,34 +20,49 @@ def pack(
     multiple: int,
     dtype: torch.dtype,
     device: torch.device,
+    cp: int = 1,
+    cp_rank: int = 0,
 ) -> MicroBatch:
-    """One packed row of the samples, in their order.
+    """One packed row of the samples, in their order, or a context-parallel rank's part of it.
 
     Args:
         samples: may be empty: the row is then padding alone, for a rank that has nothing to do
             while others have.
         weight_of: share of the global loss of each response token of a sample.
-        multiple: the row's length is padded to a multiple of it (sequence parallelism).
+        multiple: the row's length is padded to a multiple of it (Layout.row_multiple).
         dtype: of weights, advantages and log-probs.
         device: of all tensors.
+        cp: ranks that share every sequence, whose lengths are padded so that they can be cut.
+        cp_rank: this rank's place among them.
     """
-    lengths = [sample.num_tokens for sample in samples]
+    lengths = list(padded([sample.num_tokens for sample in samples], cp))
     used = sum(lengths)
     padding = -used % multiple or (multiple if not used else 0)
     if padding:
         lengths.append(padding)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    sequences = [torch.cat([s.prompt_tokens, s.response_tokens]) for s in samples]
-    tokens = torch.cat([*sequences, torch.zeros(padding, dtype=torch.int64)])
+    tokens = torch.zeros(used + padding, dtype=torch.int64)
+    for sample, start in zip(samples, bounds.tolist(), strict=False):
+        tokens[start : start + sample.num_tokens] = torch.cat(
+            [sample.prompt_tokens, sample.response_tokens]
+        )
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    loss = _loss_tokens(samples, bounds.tolist(), weight_of, dtype)
+    part = None
+    if cp > 1:
+        own = own_entries(lengths, cp, cp_rank, torch.device("cpu"))
+        tokens, position_ids = tokens[own], position_ids[own]
+        part = _part(own, loss.at, used + padding, device)
     groups: dict[int, int] = {}
     group_of = [groups.setdefault(sample.group_id, len(groups)) for sample in samples]
     responses = [len(sample.response_tokens) for sample in samples]
     return MicroBatch(
         tokens=tokens.to(device),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        position_ids=position_ids.to(device),
         cu_seqlens=bounds.to(device, torch.int32),
         lengths=tuple(lengths),
-        loss=_loss_tokens(samples, bounds.tolist(), weight_of, dtype, device),
+        loss=loss.to(device),
+        part=part,
         response_lengths=torch.tensor(responses, dtype=torch.int64).to(device),
         group_of=torch.tensor(group_of, dtype=torch.int64).to(device),
         samples=tuple(samples),
@@ -58,7 +74,6 @@ def _loss_tokens(
     starts: Sequence[int],
     weight_of: Callable[[Sample], float],
     dtype: torch.dtype,
-    device: torch.device,
 ) -> LossTokens:
     counts = torch.tensor([len(sample.response_tokens) for sample in samples], dtype=torch.int64)
 
@@ -69,14 +84,21 @@ def _loss_tokens(
     firsts = [start + len(s.prompt_tokens) - 1 for s, start in zip(samples, starts, strict=False)]
     rollout = [s.rollout_logprobs for s in samples if s.rollout_logprobs is not None]
     at = [torch.arange(f, f + n) for f, n in zip(firsts, counts.tolist(), strict=True)]
-    tokens = LossTokens(
+    return LossTokens(
         at=_joined(at, torch.int64),
         targets=_joined([sample.response_tokens for sample in samples], torch.int64),
         weights=per_token([weight_of(sample) for sample in samples]),
         advantages=per_token([sample.advantage for sample in samples]),
         rollout_logprobs=_joined(rollout, dtype) if len(rollout) == len(samples) else None,
     )
-    return tokens.to(device)
+
+
+def _part(own: Tensor, at: Tensor, row_tokens: int, device: torch.device) -> RowPart:
+    """The loss tokens among a rank's own [T] entries of a row."""
+    entry_of = torch.full((row_tokens,), -1).scatter(0, own, torch.arange(len(own)))
+    entries = entry_of[at]
+    mine = torch.nonzero(entries >= 0)[:, 0]
+    return RowPart(loss=mine.to(device), at=entries[mine].to(device))
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -21,13 +21,13 @@ class Packer:
         algorithm: Algorithm,
         *,
         row_tokens: int,
-        row_multiple: int,
+        sequence_parallel: bool,
         max_response_tokens: int,
         dtype: torch.dtype,
     ) -> None:
-        """row_multiple: rows are padded to a multiple of it (sequence parallelism)."""
         self._groups, self._algorithm = groups, algorithm
-        self._row_tokens, self._row_multiple = row_tokens, row_multiple
+        self._row_tokens = row_tokens
+        self._row_multiple = groups.layout.row_multiple(sequence_parallel=sequence_parallel)
         self._max_response_tokens, self._dtype = max_response_tokens, dtype
         self._keep_groups_whole = algorithm.objective.trains_pairs
         # The interleaved schedule wants a multiple of the pipeline size.
@@ -84,6 +84,8 @@ class Packer:
                 multiple=self._row_multiple,
                 dtype=self._dtype,
                 device=self._groups.platform.current_device(),
+                cp=self._groups.layout.cp,
+                cp_rank=self._groups.here.cp_rank,
             )
             for row in rows
         )

@@ -200,7 +200,7 @@ class Terms:
     network: ModelArch | None = None
     data: tuple[str, int] | None = None  # checksum and number of rows in use
     models: tuple[str, ...] | None = None
-    layout: tuple[int, ...] | None = None  # ranks, TP, PP and virtual PP
+    layout: tuple[int, ...] | None = None  # Layout.sizes
 
 
 def newest_terms(directory: Path) -> tuple[Terms, int] | None:
@@ -407,6 +407,8 @@ def _typed(setting: str, value: Any) -> str:
 
 
 def _layout(terms: Terms) -> str:
-    ranks, tp, pp, *vpp = terms.layout or ()
-    interleaved = f" x {vpp[0]} chunks" if vpp and vpp[0] > 1 else ""
-    return f"{ranks} ranks (TP {tp}, PP {pp}{interleaved})"
+    ranks, tp, pp, *rest = terms.layout or ()
+    vpp, cp = [*rest, 1, 1][:2]
+    interleaved = f" x {vpp} chunks" if vpp > 1 else ""
+    shared = f", CP {cp}" if cp > 1 else ""
+    return f"{ranks} ranks (TP {tp}{shared}, PP {pp}{interleaved})"

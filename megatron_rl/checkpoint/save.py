@@ -63,11 +63,10 @@ class Save:
         attempt = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(attempt, src=0, group=groups.world)
         self._temporary = directory / f".{self.name}.{attempt[0]}"
-        layout = groups.layout
         self._state = {
             **state,
             "models": {model.name: model.state_dict() for model in models},
-            "layout": [layout.world_size, layout.tp, layout.pp, layout.vpp],
+            "layout": list(groups.layout.sizes),
             WRITTEN_BY: installed_version(),
         }
         self._random_states = random_states(files.groups.platform)

@@ -154,9 +154,8 @@ class CheckpointStore:
         for model in models:
             load_model(model, path / model.name)
             model.load_state_dict(state["models"][model.name])
-        layout = self._groups.layout
         # Random states belong to ranks, so they do not fit another layout.
-        if state["layout"] == [layout.world_size, layout.tp, layout.pp, layout.vpp]:
+        if state["layout"] == list(self._groups.layout.sizes):
             restore_random_states(path / f"rank_{self._groups.rank}.pt", self._groups.platform)
 
     def _retire(self, saved: str) -> None:

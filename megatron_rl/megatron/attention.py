@@ -9,16 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.megatron.rope import Rope, Rotation
+from megatron_rl.megatron.split_attention import Half, Split, attend_split, split_of
 from megatron_rl.types import MicroBatch
 
 MAX_WASTE = 1.25
 """Sequences padded to a common length differ from it by at most this factor, plus 16 tokens."""
+
+QUERIES_AT_A_TIME = 512
 
 CAUSAL = (-1, 0)  # the window of varlen_attn: everything before a token, nothing behind it
 
@@ -39,12 +44,15 @@ class PackedRows(PackedSeqParams):
     blocks: tuple[tuple[int, int], ...] = ()  # (sequences, length) each
     tokens: Tensor = field(default_factory=_no_index)  # [P] int64 into the row; tails are repeated
     places: Tensor = field(default_factory=_no_index)  # [T] int64: tokens[places[t]] = t
+    split: Split | None = None  # where ranks share every sequence; then there are no blocks
 
 
-def packed_rows(row: MicroBatch, rope: Rope | None, *, in_blocks: bool) -> PackedRows:
+def packed_rows(
+    row: MicroBatch, rope: Rope | None, *, in_blocks: bool, sharing: dist.ProcessGroup
+) -> PackedRows:
     """Plan the attention of one row, without a word from its device.
 
-    rope: of local layers, without which nothing is planned.
+    rope: of local layers, without which nothing is planned. sharing: the ranks that have the row.
     """
     plan = PackedRows(
         qkv_format="thd",
@@ -56,7 +64,9 @@ def packed_rows(row: MicroBatch, rope: Rope | None, *, in_blocks: bool) -> Packe
     if rope is None:
         return plan
     plan.rotation = rope.rotation(row.position_ids)
-    if in_blocks:
+    if row.part is not None:
+        plan.split = split_of(row.lengths, sharing, row.tokens.device)
+    elif in_blocks:
         _plan_blocks(plan, row.lengths, row.tokens.device)
     return plan
 
@@ -122,10 +132,20 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params.rotation is not None
         assert attention_bias is None
         query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
-        return self.attend(query, key, value, packed_seq_params)
+        if packed_seq_params.split is None:
+            return self.attend(query, key, value, packed_seq_params)
+        split = packed_seq_params.split
+        return attend_split(query, key, value, split, self.attend_half).flatten(1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         """The same, of queries and keys that are turned already."""
+        raise NotImplementedError
+
+    def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
+        """[Q, heads, d] attention of chunks to all that stands in their sequences up to their end.
+
+        query [Q, heads/tp, d], key and value [K, groups/tp, d].
+        """
         raise NotImplementedError
 
 
@@ -148,6 +168,23 @@ class FlashAttention(PackedAttention):
         )
         assert isinstance(attended, Tensor)
         return attended.flatten(1)
+
+    def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
+        # Where queries are fewer than keys, the last query is at the last key.
+        attended = varlen_attn(
+            query,
+            key,
+            value,
+            half.query_bounds,
+            half.key_bounds,
+            max(half.query_lengths),
+            max(half.key_lengths),
+            scale=self.scale,
+            window_size=CAUSAL,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        assert isinstance(attended, Tensor)
+        return attended
 
 
 class _Pad(torch.autograd.Function):
@@ -185,6 +222,42 @@ class BlockAttention(PackedAttention):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(outputs).index_select(0, rows.places)
+
+    def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
+        queries, keys, values = (
+            [part.transpose(0, 1)[None] for part in x.split(lengths)]
+            for x, lengths in (
+                (query, half.query_lengths),
+                (key, half.key_lengths),
+                (value, half.key_lengths),
+            )
+        )
+        attended = (
+            self._up_to_own_end(*sequence) for sequence in zip(queries, keys, values, strict=True)
+        )
+        return torch.cat([part[0].transpose(0, 1) for part in attended])
+
+    def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[1, heads, q, d] of the last q tokens of a sequence: [1, heads, q, d], [1, groups, k, d].
+
+        Few at a time, since a mask is as large as the scores.
+        """
+        parts, before = [], key.size(2) - query.size(2)
+        for start in range(0, query.size(2), QUERIES_AT_A_TIME):
+            part = query[:, :, start : start + QUERIES_AT_A_TIME]
+            end = before + start + part.size(2)
+            mask = causal_lower_right(part.size(2), end)
+            seen = (x[:, :, :end] for x in (key, value))
+            parts.append(
+                F.scaled_dot_product_attention(
+                    part,
+                    *seen,
+                    attn_mask=mask,
+                    scale=self.scale,
+                    enable_gqa=query.size(1) != key.size(1),
+                )
+            )
+        return torch.cat(parts, dim=2)
 
 
 ATTENTIONS: dict[str, type[PackedAttention]] = {"flash": FlashAttention, "blocks": BlockAttention}

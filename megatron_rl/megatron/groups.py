@@ -18,9 +18,15 @@ def join(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -> Group
         layout.tp,
         layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
-    tensor_parallel = parallel_state.get_tensor_model_parallel_group() if layout.tp > 1 else None
-    return make_groups(platform, layout, rollout_tp, tensor_parallel=tensor_parallel)
+    return make_groups(
+        platform,
+        layout,
+        rollout_tp,
+        tensor_parallel=parallel_state.get_tensor_model_parallel_group() if layout.tp > 1 else None,
+        context_parallel=parallel_state.get_context_parallel_group() if layout.cp > 1 else None,
+    )

@@ -32,6 +32,7 @@ from megatron_rl.megatron.stored_names import local_name
 from megatron_rl.megatron.transformer_config import DTYPES, transformer_config
 from megatron_rl.parallel.collectives import all_gather_objects, max_over
 from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.context import whole
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.platforms.host_bytes import host_copies
 from megatron_rl.types import MicroBatch
@@ -161,7 +162,7 @@ class TrainedModel:
             precision_in_use(self.dtype, gradients.dtype, self.loss_scale()),
             optimizer_in_use(
                 self.optimizer.chained_optimizers[0].optimizer,
-                shards=self.groups.layout.dp if is_sharded else 1,
+                shards=self.groups.layout.copies if is_sharded else 1,
                 overlaps=self._overlaps_reduction,
             ),
         ]
@@ -204,7 +205,7 @@ class TrainedModel:
         return weight
 
     def head_input(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """[N, H] final hidden states at entries [N] of a micro-batch, whole on every rank."""
+        """[n, H] final hidden states at entries [n] of this rank, whole on its tp ranks."""
         whole: Tensor = self.chunks[-1].head_input(hidden)
         return whole[:, 0].index_select(0, rows)
 
@@ -276,17 +277,31 @@ class TrainedModel:
 
     def summed(self, sums: Tensor) -> Tensor:
         """[n] float64 sums over data-parallel replicas, in place; one rank of each counts."""
-        return self._reduced(sums, dist.ReduceOp.SUM)
+        return self._reduced(sums, dist.ReduceOp.SUM, counts=self.groups.is_first_copy)
+
+    def summed_parts(self, sums: Tensor) -> Tensor:
+        """The same of sums over a rank's own tokens: each context-parallel part counts."""
+        return self._reduced(sums, dist.ReduceOp.SUM, counts=self.groups.is_first_of_part)
 
     def largest(self, values: Tensor) -> Tensor:
-        """[n] maxima over the same ranks, in place; values are never negative."""
-        return self._reduced(values, dist.ReduceOp.MAX)
+        """[n] maxima over all parts, in place; values are never negative."""
+        return self._reduced(values, dist.ReduceOp.MAX, counts=self.groups.is_first_of_part)
 
-    def _reduced(self, values: Tensor, op: Any) -> Tensor:
-        if not self.groups.is_first_copy:
+    def _reduced(self, values: Tensor, op: Any, *, counts: bool) -> Tensor:
+        if not counts:
             values.zero_()
         dist.all_reduce(values, op=op, group=self.groups.world)
         return values
+
+    def whole(self, values: Tensor, batch: MicroBatch) -> Tensor:
+        """[N] values of the row's loss tokens, on every rank that has a part of the row.
+
+        values: [n] of this rank's.
+        """
+        group = self.groups.context_parallel
+        if group is None or batch.part is None:
+            return values
+        return whole(values, batch.part.loss, len(batch.loss.at), group)
 
     def _run(
         self, microbatches: Sequence[MicroBatch], measure: Measure, *, forward_only: bool

@@ -19,13 +19,6 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
     """Problems of a layout, whatever the model."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, etp = parallel.virtual_pipeline_model_parallel_size, parallel.expert_tensor_parallel_size
-    if parallel.context_parallel_size != 1:
-        yield ConfigError(
-            "parallel.context_parallel_size",
-            parallel.context_parallel_size,
-            "not available yet",
-            "Set it to 1",
-        )
     is_uneven = etp is not None and etp != tp and parallel.expert_model_parallel_size == 1
     if is_uneven and (reason := faults.reason("experts_of_smaller_tensor_parallelism")):
         yield ConfigError(

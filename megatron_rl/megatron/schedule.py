@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
@@ -14,8 +15,8 @@ from megatron_rl.megatron.rope import Rope
 from megatron_rl.types import MicroBatch
 
 Measure = Callable[[Tensor, MicroBatch], Tensor]
-"""Final hidden states [T, 1, H] of a row (this rank's T/tp under sequence parallelism) and the row
--> its share [] of the loss; runs on the last stage."""
+"""Final hidden states [T, 1, H] of this rank's tokens of a row (T/tp of them under sequence
+parallelism) and the row -> its share [] of the loss; runs on the last stage."""
 
 
 def run_schedule(
@@ -34,9 +35,12 @@ def run_schedule(
     arguments of the chunks, besides the row.
     """
     planned: dict[int, PackedRows] = {}  # those that a later chunk of this rank will use
+    sharing = parallel_state.get_context_parallel_group()
 
     def plan(batch: MicroBatch, model: Any) -> PackedRows:
-        rows = planned.pop(id(batch), None) or packed_rows(batch, rope, in_blocks=in_blocks)
+        rows = planned.pop(id(batch), None) or packed_rows(
+            batch, rope, in_blocks=in_blocks, sharing=sharing
+        )
         if model is not models[-1]:
             planned[id(batch)] = rows
         return rows
@@ -64,7 +68,7 @@ def run_schedule(
         data_iterator=iterators if len(models) > 1 else iterators[0],
         model=models if len(models) > 1 else models[0],
         num_microbatches=len(microbatches),
-        seq_length=max(len(batch.tokens) for batch in microbatches),
+        seq_length=max(batch.num_tokens for batch in microbatches),
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -1,5 +1,6 @@
 """The loss of packed rows that an optimizer step minimises: over tokens, or over pairs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +14,11 @@ from megatron_rl.objectives.token_loss import linear_policy_loss, metrics_from, 
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.loss_spec import EXTREMA, SUMS, MeasuredLoss, SharedTerms
-from megatron_rl.types import MicroBatch
+from megatron_rl.types import LossTokens, MicroBatch
+
+
+Whole = Callable[[Tensor, MicroBatch], Tensor]
+"""[n] values of this rank's loss tokens -> [N] of all that the row has, with gradient."""
 
 
 class Loss(Protocol):
@@ -22,7 +27,11 @@ class Loss(Protocol):
     @property
     def num_sums(self) -> int: ...
 
-    def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss: ...
+    def __call__(
+        self, head: Head, batch: MicroBatch, own: LossTokens, whole: Whole
+    ) -> MeasuredLoss:
+        """The loss of a row, of which this rank predicts the tokens own [n]; head is at these."""
+        ...
 
     def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
         """Named metrics of the sums [num_sums] and extrema [len(EXTREMA)] of all micro-batches."""
@@ -45,12 +54,24 @@ class TokenLoss:
     shared: SharedTerms = field(default_factory=SharedTerms)
     num_sums = len(SUMS)
 
-    def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
+    def __call__(
+        self, head: Head, batch: MicroBatch, own: LossTokens, whole: Whole
+    ) -> MeasuredLoss:
         is_of_response = self.objective.ratio_of == "response" or self.shared.needs_responses
-        responses = batch.response_lengths if is_of_response else None
-        return linear_policy_loss(
-            head, batch.loss, self.objective, self.shared, responses=responses
+        if batch.part is None or not is_of_response:
+            responses = batch.response_lengths if is_of_response else None
+            return linear_policy_loss(head, own, self.objective, self.shared, responses=responses)
+        # A response lies on several ranks, so each computes the loss of the whole row.
+        logprobs, entropy = linear_logprobs(head, own.targets)
+        result = token_loss(
+            whole(logprobs, batch),
+            whole(entropy, batch),
+            batch.loss,
+            self.objective,
+            self.shared,
+            batch.response_lengths,
         )
+        return result._replace(is_of_parts=False)
 
     def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:
         return metrics_from(sums, extrema)
@@ -66,8 +87,10 @@ class PairLoss:
     objective: Dpo
     num_sums = len(SUMS) + len(PAIR_SUMS)
 
-    def __call__(self, head: Head, batch: MicroBatch) -> MeasuredLoss:
-        logprobs, entropy = linear_logprobs(head, batch.loss.targets)
+    def __call__(
+        self, head: Head, batch: MicroBatch, own: LossTokens, whole: Whole
+    ) -> MeasuredLoss:
+        logprobs, entropy = (whole(x, batch) for x in linear_logprobs(head, own.targets))
         pair_of = batch.group_of.repeat_interleave(
             batch.response_lengths, output_size=len(batch.loss.at)
         )
@@ -80,6 +103,7 @@ class PairLoss:
             logprobs=logprobs.detach(),
             sums=torch.cat([tokens.sums, pair_sums]),
             extrema=tokens.extrema,
+            is_of_parts=False,
         )
 
     def metrics(self, sums: Tensor, extrema: Tensor) -> dict[str, float]:

@@ -90,3 +90,6 @@ class MeasuredLoss(NamedTuple):
     logprobs: "Tensor"  # [N]; 0 at weight 0
     sums: "Tensor"  # [at least len(SUMS)] float64
     extrema: "Tensor"  # [len(EXTREMA)] float64
+    is_of_parts: bool = True
+    """The loss and its sums are over this rank's own tokens; else over the whole row, and ranks
+    that share its sequences have the same."""

@@ -40,7 +40,7 @@ class ParallelConfig(Settings):
     """Model chunks per pipeline rank (interleaved schedule); None: one."""
 
     context_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
-    """Ranks that share one sequence. Not available yet: must be 1."""
+    """Ranks that share every sequence, for long ones: each holds a part of its tokens."""
 
     expert_model_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
     """Ranks that share a layer's experts. They are among those of one pipeline stage."""
@@ -76,6 +76,7 @@ class ParallelConfig(Settings):
             world_size=world_size,
             tp=self.tensor_model_parallel_size,
             pp=self.pipeline_model_parallel_size,
+            cp=self.context_parallel_size,
             vpp=self.virtual_pipeline_model_parallel_size or 1,
             ep=self.expert_model_parallel_size,
             expert_tp=self.expert_tensor_parallel_size,

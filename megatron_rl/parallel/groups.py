@@ -28,6 +28,7 @@ class Groups:
     bridge: dist.ProcessGroup  # weight sync, apart from everybody else's collectives
     engine: dist.ProcessGroup  # gloo, the ranks of this rank's rollout engine
     tensor_parallel: dist.ProcessGroup | None  # Megatron's; None where a layer is not split
+    context_parallel: dist.ProcessGroup | None  # Megatron's; None where a sequence is not split
     nodes: tuple[int, ...]  # of every rank, the number of its node
 
     @property
@@ -44,10 +45,15 @@ class Groups:
 
     @property
     def is_first_copy(self) -> bool:
-        """True on one rank of each data-parallel replica (last stage, tp_rank 0).
+        """True on one rank of each data-parallel replica (last stage, tp_rank 0, cp_rank 0).
 
-        Only these add to sums, so nothing counts twice.
+        Only these add to sums over whole sequences, so nothing counts twice.
         """
+        return self.is_first_of_part and self.here.cp_rank == 0
+
+    @property
+    def is_first_of_part(self) -> bool:
+        """The same for each context-parallel part of a replica: these add sums over own tokens."""
         return self.is_last_stage and self.here.tp_rank == 0
 
 
@@ -102,8 +108,9 @@ def make_groups(
     rollout_tp: int,
     *,
     tensor_parallel: dist.ProcessGroup | None,
+    context_parallel: dist.ProcessGroup | None,
 ) -> Groups:
-    """The groups of a run; Megatron has made tensor_parallel already. Every rank calls it."""
+    """The groups of a run; Megatron has made the two given ones already. Every rank calls it."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     engines = EngineLayout(world_size=world_size, tp=rollout_tp)
     # Every rank has to call new_group for all groups, also for those that it is not in.
@@ -121,6 +128,7 @@ def make_groups(
         bridge=dist.new_group(timeout=TIMEOUT),
         engine=engine_groups[engines.engine_of(rank)],
         tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
         nodes=_nodes(world),
     )
 

@@ -11,6 +11,7 @@ class Coordinates:
     """The place of one rank on each axis of the training layout."""
 
     tp_rank: int
+    cp_rank: int  # its place among the ranks that share every sequence
     dp_rank: int
     pp_rank: int
     etp_rank: int  # its place among the ranks that share one expert's matrices
@@ -19,25 +20,43 @@ class Coordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The training layout; ranks run tensor-parallel first, then data, then pipeline (Megatron).
+    """The training layout; ranks run tensor-parallel first, then context, data, pipeline (Megatron).
 
     Experts cut the ranks of a pipeline stage once more, in another way: expert-tensor-parallel
     first, then expert-parallel, then replicas.
 
     Example: 8 ranks, tp 2, pp 2, so dp is 2. Rank 5 has tp_rank 1, dp_rank 0, pp_rank 1; rank 7 has
-    dp_rank 1 and holds the same weights.
+    dp_rank 1 and holds the same weights. With cp 2 instead of dp 2 it has cp_rank 1: the same
+    weights again, and the other half of every sequence.
     """
 
     world_size: int
     tp: int
     pp: int
+    cp: int = 1
     vpp: int = 1  # model chunks per pipeline rank
     ep: int = 1
     expert_tp: int | None = None  # None: the same as tp
 
     @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp)
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def axes(self) -> str:
+        """The sizes, to be read."""
+        shared = f" x CP {self.cp}" if self.cp > 1 else ""
+        return f"TP {self.tp}{shared} x PP {self.pp} x DP {self.dp}"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Ranks, TP, PP, chunks and, where it is not 1, CP: what checkpoints keep."""
+        return (self.world_size, self.tp, self.pp, self.vpp, *((self.cp,) if self.cp > 1 else ()))
+
+    @property
+    def copies(self) -> int:
+        """The ranks that hold the same weights outside of experts."""
+        return self.cp * self.dp
 
     @property
     def etp(self) -> int:
@@ -46,27 +65,33 @@ class Layout:
     @property
     def expert_dp(self) -> int:
         """The number of replicas of an expert."""
-        return self.tp * self.dp // (self.etp * self.ep)
+        return self.tp * self.copies // (self.etp * self.ep)
+
+    def row_multiple(self, *, sequence_parallel: bool) -> int:
+        """What the length of a packed row is a multiple of, so that ranks can share it."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if sequence_parallel else 1)
 
     def coordinates(self, global_rank: int) -> Coordinates:
-        in_stage = global_rank % (self.tp * self.dp)
+        stage = self.tp * self.copies
+        in_stage = global_rank % stage
         return Coordinates(
             tp_rank=global_rank % self.tp,
-            dp_rank=global_rank // self.tp % self.dp,
-            pp_rank=global_rank // (self.tp * self.dp),
+            cp_rank=global_rank // self.tp % self.cp,
+            dp_rank=in_stage // (self.tp * self.cp),
+            pp_rank=global_rank // stage,
             etp_rank=in_stage % self.etp,
             ep_rank=in_stage // self.etp % self.ep,
         )
 
     def ranks_of_stage(self, tp_rank: int, pp_rank: int) -> tuple[int, ...]:
-        """The ranks that hold the same weights, one in each data-parallel replica."""
+        """The ranks that hold the same weights, cp in each data-parallel replica."""
         return tuple(
-            tp_rank + self.tp * (dp_rank + self.dp * pp_rank) for dp_rank in range(self.dp)
+            tp_rank + self.tp * (copy + self.copies * pp_rank) for copy in range(self.copies)
         )
 
     def ranks_of_experts(self, etp_rank: int, ep_rank: int, pp_rank: int) -> tuple[int, ...]:
         """The ranks that hold the same part of the same experts."""
-        stage = self.tp * self.dp
+        stage = self.tp * self.copies
         return tuple(
             pp_rank * stage + etp_rank + self.etp * (ep_rank + self.ep * replica)
             for replica in range(self.expert_dp)

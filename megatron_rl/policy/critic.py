@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.megatron.stored_files import open_critic_weights
 from megatron_rl.objectives.value import VALUE_SUMS, value_loss, value_metrics
-from megatron_rl.types import MicroBatch
+from megatron_rl.types import LossTokens, MicroBatch
 from megatron_rl.weights.critic_files import critic_pieces, read_value_head
 from megatron_rl.weights.hf_files import WeightFiles
 from megatron_rl.weights.model_source import ModelSource
@@ -45,8 +45,8 @@ class Critic(TrainedModel):
         collected: list[Tensor] = []
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            values = self._values(hidden, batch)
-            collected.append(values)
+            values = self._values(hidden, batch.own_loss)
+            collected.append(self.whole(values, batch))
             return values.sum()  # the schedule asks for a loss
 
         self.forward(microbatches, measure)
@@ -67,11 +67,11 @@ class Critic(TrainedModel):
         sums = torch.zeros(len(VALUE_SUMS), dtype=torch.float64, device=device)
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            tokens = batch.loss
+            tokens = batch.own_loss
             assert tokens.old_values is not None
             assert tokens.returns is not None
             result = value_loss(
-                self._values(hidden, batch),
+                self._values(hidden, tokens),
                 old_values=tokens.old_values,
                 returns=tokens.returns,
                 weight=1.0 / num_tokens,
@@ -81,12 +81,12 @@ class Critic(TrainedModel):
             return result.loss
 
         self.backward(microbatches, measure)
-        metrics = value_metrics(self.summed(sums.cpu()))  # the host waits here, and only here
+        metrics = value_metrics(self.summed_parts(sums.cpu()))  # the host waits here, and only here
         return metrics | self.step(metrics["critic/loss"])
 
-    def _values(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """[N], float32 or float64; every tensor-parallel rank computes all of them."""
+    def _values(self, hidden: Tensor, own: LossTokens) -> Tensor:
+        """[n], float32 or float64; every tensor-parallel rank computes all of them."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        rows = self.head_input(hidden, batch.loss.at)
+        rows = self.head_input(hidden, own.at)
         values: Tensor = rows.to(dtype) @ self.head_weight[0].to(dtype)
         return values

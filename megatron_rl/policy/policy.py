@@ -15,7 +15,7 @@ from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.types import MicroBatch
+from megatron_rl.types import LossTokens, MicroBatch
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 
 
@@ -69,9 +69,10 @@ class Policy(TrainedModel):
         collected: list[tuple[Tensor, Tensor]] = []
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            scored = linear_logprobs(self._head(hidden, batch), batch.loss.targets)
-            collected.append(scored)
-            return scored[0].sum()  # the schedule asks for a loss
+            own = batch.own_loss
+            logprobs, entropies = linear_logprobs(self._head(hidden, own), own.targets)
+            collected.append((self.whole(logprobs, batch), self.whole(entropies, batch)))
+            return logprobs.sum()  # the schedule asks for a loss
 
         self.forward(microbatches, measure)
         return collected if self.groups.is_last_stage else None
@@ -85,27 +86,31 @@ class Policy(TrainedModel):
         scale = self.loss_scale()
 
         def measure(hidden: Tensor, batch: MicroBatch) -> Tensor:
-            result = loss(self._trained_head(hidden, batch, scale), batch)
-            sums.add_(result.sums)
+            own = batch.own_loss
+            result = loss(self._trained_head(hidden, own, scale), batch, own, self.whole)
+            if result.is_of_parts or self.groups.here.cp_rank == 0:
+                sums.add_(result.sums)
             torch.maximum(extrema, result.extrema, out=extrema)
-            collected.append(result.logprobs)
+            collected.append(
+                self.whole(result.logprobs, batch) if result.is_of_parts else result.logprobs
+            )
             return result.loss
 
         self.backward(microbatches, measure)
         # The host waits for the device here, and not once for each micro-batch.
         sums, extrema = torch.cat([sums, extrema]).cpu().split([len(sums), len(extrema)])
-        metrics = loss.metrics(self.summed(sums), self.largest(extrema))
+        metrics = loss.metrics(self.summed_parts(sums), self.largest(extrema))
         metrics |= self.step(metrics["policy/loss"])
         return UpdateResult(
             metrics=metrics, logprobs=collected if self.groups.is_last_stage else None
         )
 
-    def _head(self, hidden: Tensor, batch: MicroBatch) -> Head:
-        rows = self.head_input(hidden, batch.loss.at)
+    def _head(self, hidden: Tensor, own: LossTokens) -> Head:
+        rows = self.head_input(hidden, own.at)
         return Head(hidden=rows, head_weight=self.head_weight, shard=self._shard())
 
-    def _trained_head(self, hidden: Tensor, batch: MicroBatch, loss_scale: float) -> Head:
-        head, buffer = self._head(hidden, batch), MainGrad(self.head_weight)
+    def _trained_head(self, hidden: Tensor, own: LossTokens, loss_scale: float) -> Head:
+        head, buffer = self._head(hidden, own), MainGrad(self.head_weight)
         return replace(head, gradient_buffer=buffer, loss_scale=loss_scale)
 
     def _shard(self) -> Shard:

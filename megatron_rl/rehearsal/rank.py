@@ -84,13 +84,15 @@ class _Rank:
         self.ledger = Ledger(NAME)
         if arch.mixture is not None:
             self.ledger.share_selected = arch.mixture.top_k / arch.mixture.num_experts
-        self.rows, rows_of_recipe = full_rows(config, self.algorithm, groups.layout)
+        self.rows, rows_of_recipe = full_rows(
+            config, self.algorithm, groups.layout, groups.here.cp_rank
+        )
         self.result = Rehearsal(
             rank=world.rank,
             world_size=world.world_size,
             rows=len(self.rows),
             rows_of_recipe=rows_of_recipe,
-            row_tokens=max(len(row.tokens) for row in self.rows),
+            row_tokens=max(row.num_tokens for row in self.rows),
         )
 
     def run(self) -> Rehearsal:
@@ -223,9 +225,11 @@ class _Rank:
             return f"{kind.name}, all ranks"
         mine = layout.coordinates(self.world.rank)
         alike = {
-            "TP": lambda there: (there.dp_rank, there.pp_rank),
-            "DP": lambda there: (there.tp_rank, there.pp_rank),
-            "PP": lambda there: (there.tp_rank, there.dp_rank),
+            "TP": lambda there: (there.cp_rank, there.dp_rank, there.pp_rank),
+            "CP": lambda there: (there.tp_rank, there.dp_rank, there.pp_rank),
+            "DP": lambda there: (there.tp_rank, there.cp_rank, there.pp_rank),
+            "DP and CP": lambda there: (there.tp_rank, there.pp_rank),
+            "PP": lambda there: (there.tp_rank, there.cp_rank, there.dp_rank),
             "EP": lambda there: (there.etp_rank, there.pp_rank),
             "expert TP": lambda there: (there.ep_rank, there.pp_rank),
         }
@@ -244,11 +248,14 @@ class _Rank:
 
         rows = []
         for row in self.rows:
+            part = row.part
+            if part is not None:
+                part = replace(part, loss=moved(part.loss), at=moved(part.at))
             held = {of.name: getattr(row, of.name) for of in fields(row)}
             there: dict[str, Any] = {
                 name: moved(value) for name, value in held.items() if isinstance(value, Tensor)
             }
-            rows.append(replace(row, loss=row.loss.each(moved), **there))
+            rows.append(replace(row, loss=row.loss.each(moved), part=part, **there))
         tokens = sum(len(row.loss.at) for row in self.rows)
         totals = UpdateTotals(
             kept_sequences=1, kept_tokens=tokens, collected_sequences=1, collected_tokens=tokens
@@ -257,11 +264,11 @@ class _Rank:
 
 
 def full_rows(
-    config: RunConfig, algorithm: Algorithm, layout: Layout
+    config: RunConfig, algorithm: Algorithm, layout: Layout, cp_rank: int
 ) -> tuple[list[MicroBatch], int]:
     """Full rows of the longest sequences, on the CPU, and how many the recipe's update has.
 
-    They are as many as a stage has at hand, and two at least, all of one length.
+    Under context parallelism a rank's part of them. They are as many as a stage has at hand, and two at least, all of one length.
     """
     tokens = longest_row(config, layout)
     of_recipe = rows_of_update(config, layout, tokens)
@@ -271,7 +278,9 @@ def full_rows(
     row = pack(
         _longest_samples(config, tokens, together=2 if algorithm.objective.trains_pairs else 1),
         weight_of=lambda _: 1.0,
-        multiple=layout.tp if config.parallel.sequence_parallel else 1,
+        multiple=layout.row_multiple(sequence_parallel=config.parallel.sequence_parallel),
+        cp=layout.cp,
+        cp_rank=cp_rank,
         dtype=torch.float64 if config.model.dtype == "float64" else torch.float32,
         device=torch.device("cpu"),
     )

@@ -12,7 +12,7 @@ from megatron_rl.weights.arch import ModelArch
 
 def ranks_that_differ(layout: Layout) -> list[int]:
     """A rank of the first pipeline stage, and one of the last: these two hold most."""
-    last = layout.world_size - layout.tp * layout.dp
+    last = layout.world_size - layout.tp * layout.copies
     return sorted({0, last})
 
 

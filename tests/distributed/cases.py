@@ -31,6 +31,7 @@ class Layout:
     world: int
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     vpp: int | None = None
     ep: int = 1
     expert_tp: int | None = None

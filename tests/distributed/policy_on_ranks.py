@@ -101,6 +101,7 @@ def _parallel(layout: Layout) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
@@ -279,7 +280,7 @@ def packer_of(policy: TrainedModel, algorithm: Algorithm, *, row_tokens: int) ->
         policy.groups,
         algorithm,
         row_tokens=row_tokens,
-        row_multiple=policy.groups.layout.tp if policy.config.sequence_parallel else 1,
+        sequence_parallel=policy.config.sequence_parallel,
         max_response_tokens=MAX_RESPONSE_TOKENS,
         dtype=policy.dtype,
     )
