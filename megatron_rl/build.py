@@ -179,7 +179,9 @@ def _build_packer(
         groups,
         algorithm,
         row_tokens=config.row_tokens,
-        sequence_parallel=config.parallel.sequence_parallel,
+        row_multiple=groups.layout.row_multiple(
+            sequence_parallel=config.parallel.sequence_parallel
+        ),
         max_response_tokens=config.rollout.max_response_tokens,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )

@@ -188,7 +188,9 @@ class RunConfig(Settings):
         """Fewest ranks that hold the layout and one engine."""
         one = self.parallel.layout(1)
         return math.lcm(
-            one.tp * one.cp * one.pp, one.etp * one.ep * one.pp, self.rollout.tensor_model_parallel_size
+            one.tp * one.cp * one.pp,
+            one.etp * one.ep * one.pp,
+            self.rollout.tensor_model_parallel_size,
         )
 
 

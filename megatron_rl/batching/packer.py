@@ -21,13 +21,13 @@ class Packer:
         algorithm: Algorithm,
         *,
         row_tokens: int,
-        sequence_parallel: bool,
+        row_multiple: int,
         max_response_tokens: int,
         dtype: torch.dtype,
     ) -> None:
+        """row_multiple: rows are padded to a multiple of it (Layout.row_multiple)."""
         self._groups, self._algorithm = groups, algorithm
-        self._row_tokens = row_tokens
-        self._row_multiple = groups.layout.row_multiple(sequence_parallel=sequence_parallel)
+        self._row_tokens, self._row_multiple = row_tokens, row_multiple
         self._max_response_tokens, self._dtype = max_response_tokens, dtype
         self._keep_groups_whole = algorithm.objective.trains_pairs
         # The interleaved schedule wants a multiple of the pipeline size.

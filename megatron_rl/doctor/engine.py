@@ -55,7 +55,9 @@ def check_vllm() -> Result:
 def _sample(platform: Platform) -> list[Response]:
     """Two responses to two prompts, by the engine of a run."""
     init_distributed(platform)
-    groups = make_groups(platform, Layout(world_size=1, tp=1, pp=1), 1, tensor_parallel=None, context_parallel=None)
+    groups = make_groups(
+        platform, Layout(world_size=1, tp=1, pp=1), 1, tensor_parallel=None, context_parallel=None
+    )
     is_cpu = platform.device_type == "cpu"
     with tempfile.TemporaryDirectory(prefix="megatron_rl-doctor-") as folder:
         Path(folder, "config.json").write_text(json.dumps(MODEL))

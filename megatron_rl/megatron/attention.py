@@ -48,11 +48,15 @@ class PackedRows(PackedSeqParams):
 
 
 def packed_rows(
-    row: MicroBatch, rope: Rope | None, *, in_blocks: bool, sharing: dist.ProcessGroup
+    row: MicroBatch,
+    rope: Rope | None,
+    *,
+    in_blocks: bool,
+    sharing: dist.ProcessGroup | None = None,
 ) -> PackedRows:
     """Plan the attention of one row, without a word from its device.
 
-    rope: of local layers, without which nothing is planned. sharing: the ranks that have the row.
+    rope: of local layers, without which nothing is planned. sharing: the ranks that have parts of it.
     """
     plan = PackedRows(
         qkv_format="thd",
@@ -65,6 +69,7 @@ def packed_rows(
         return plan
     plan.rotation = rope.rotation(row.position_ids)
     if row.part is not None:
+        assert sharing is not None
         plan.split = split_of(row.lengths, sharing, row.tokens.device)
     elif in_blocks:
         _plan_blocks(plan, row.lengths, row.tokens.device)

@@ -57,7 +57,9 @@ def split_of(lengths: Sequence[int], group: dist.ProcessGroup, device: torch.dev
 
 def _half(chunks: Sequence[Chunk], own: Sequence[int], places: Tensor) -> Half:
     device = places.device
-    queries = [torch.arange(a, a + c.length, device=device) for a, c in zip(own, chunks, strict=True)]
+    queries = [
+        torch.arange(a, a + c.length, device=device) for a, c in zip(own, chunks, strict=True)
+    ]
     keys = [places[c.sequence_start : c.start + c.length] for c in chunks]
     query_lengths = tuple(c.length for c in chunks)
     key_lengths = tuple(c.start + c.length - c.sequence_start for c in chunks)

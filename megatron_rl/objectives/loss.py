@@ -16,7 +16,6 @@ from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.loss_spec import EXTREMA, SUMS, MeasuredLoss, SharedTerms
 from megatron_rl.types import LossTokens, MicroBatch
 
-
 Whole = Callable[[Tensor, MicroBatch], Tensor]
 """[n] values of this rank's loss tokens -> [N] of all that the row has, with gradient."""
 

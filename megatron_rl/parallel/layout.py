@@ -20,7 +20,7 @@ class Coordinates:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The training layout; ranks run tensor-parallel first, then context, data, pipeline (Megatron).
+    """The training layout; ranks run along TP first, then CP, DP and PP, as in Megatron.
 
     Experts cut the ranks of a pipeline stage once more, in another way: expert-tensor-parallel
     first, then expert-parallel, then replicas.

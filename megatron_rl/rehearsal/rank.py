@@ -264,11 +264,12 @@ class _Rank:
 
 
 def full_rows(
-    config: RunConfig, algorithm: Algorithm, layout: Layout, cp_rank: int
+    config: RunConfig, algorithm: Algorithm, layout: Layout, cp_rank: int = 0
 ) -> tuple[list[MicroBatch], int]:
     """Full rows of the longest sequences, on the CPU, and how many the recipe's update has.
 
-    Under context parallelism a rank's part of them. They are as many as a stage has at hand, and two at least, all of one length.
+    Under context parallelism a rank's part of them. They are as many as a stage has at hand, and
+    two at least, all of one length.
     """
     tokens = longest_row(config, layout)
     of_recipe = rows_of_update(config, layout, tokens)

@@ -280,7 +280,9 @@ def packer_of(policy: TrainedModel, algorithm: Algorithm, *, row_tokens: int) ->
         policy.groups,
         algorithm,
         row_tokens=row_tokens,
-        sequence_parallel=policy.config.sequence_parallel,
+        row_multiple=policy.groups.layout.row_multiple(
+            sequence_parallel=policy.config.sequence_parallel
+        ),
         max_response_tokens=MAX_RESPONSE_TOKENS,
         dtype=policy.dtype,
     )

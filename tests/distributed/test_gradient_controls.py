@@ -24,25 +24,33 @@ NOTICED = 1e-3
 BOUND = 1e-12
 
 CASE = Case(question=question_of("grpo"), row_tokens=MANY_ROWS)
+OF_RESPONSES = Case(question=question_of("gspo"), row_tokens=MANY_ROWS)
 WITH_REJECTED = Case(
     question=question_of("reinforce_rej"), row_tokens=MANY_ROWS, train_on_everything=True
 )
 
 # fault -> layouts at which it must be noticed, and the error that shows it
 FAULTS = {
-    "one_rank_doubled": (("DP2", "TP2", "TP2 SP", "PP2"), "gradient_error"),
+    "one_rank_doubled": (("DP2", "TP2", "TP2 SP", "PP2", "CP2"), "gradient_error"),
     "no_data_parallel_reduction": (("DP2",), "gradient_error"),
     "no_reduction_of_norms": (("TP2 SP",), "gradient_error"),
     "norms_without_tag": (("TP2 SP",), "gradient_error"),
     "no_reduction_of_tied_embedding": (("PP2, tied",), "gradient_error"),
     "no_reduction_behind_the_head": (("TP2",), "gradient_error"),
     "schedule_divides": (("DP2", "PP2"), "gradient_error"),
-    "one_target_shifted": (("DP2", "TP2", "TP2 SP", "PP2"), "gradient_error"),
+    "one_target_shifted": (("DP2", "TP2", "TP2 SP", "PP2", "CP2"), "gradient_error"),
     "no_tensor_parallel_marks": (("TP2", "TP2 SP"), "norm_error"),
     "no_reduction_of_experts": (("DP4 EP2",), "gradient_error"),
+    "keys_of_own_tokens_alone": (("CP2",), "gradient_error"),
+    "seam_shifted": (("CP2",), "gradient_error"),
+    "positions_of_the_part": (("CP2",), "gradient_error"),
+    "no_reduction_of_keys": (("CP2",), "gradient_error"),
+    "no_reduction_over_parts": (("CP2",), "gradient_error"),
+    "response_of_own_tokens_alone": (("CP2",), "gradient_error"),
 }
-WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied")
+WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied", "CP2")
 EXPERTS = ("DP4 EP2",)
+CASES_OF = {"response_of_own_tokens_alone": OF_RESPONSES}  # else CASE
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +110,9 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
             for fault in (f for f, (layouts, _) in FAULTS.items() if layout.name in layouts):
                 change = shift_one_target(policy) if fault == "one_target_shifted" else None
                 inject = globals().get(fault)
+                case = CASES_OF.get(fault, CASE)
                 found[f"{layout.name}: {fault}"] = vars_of(
-                    measure(policy, CASE, problem, layout=layout, fault=inject, change=change)
+                    measure(policy, case, problem, layout=layout, fault=inject, change=change)
                 )
                 clean.append(measure(policy, CASE, problem, layout=layout))
             clean.append(measure(policy, CASE, problem, layout=layout))
@@ -310,3 +319,75 @@ def no_tensor_parallel_marks(policy: Any) -> Iterator[None]:
     yield
     for parameter in marked:
         parameter.tensor_model_parallel = True
+
+
+@contextmanager
+def keys_of_own_tokens_alone(policy: Any) -> Iterator[None]:
+    """Each part of a sequence attends to itself, and to a copy of itself."""
+    from megatron_rl.megatron import split_attention as module
+
+    def repeated(own: torch.Tensor, group: Any) -> torch.Tensor:
+        return torch.cat([own] * group.size())
+
+    with mock.patch.object(module, "_gathered", repeated):
+        yield
+
+
+@contextmanager
+def seam_shifted(policy: Any) -> Iterator[None]:
+    """The last token of each chunk is predicted from the first of the rank's next one."""
+    from megatron_rl.policy import policy as module
+
+    stock = module.Policy._head
+
+    def shifted(self: Any, hidden: torch.Tensor, own: Any) -> Any:
+        jumps = torch.nonzero(own.at.diff() > 1)[:, 0]
+        at = own.at.clone()
+        at[jumps] += 1
+        return stock(self, hidden, replace(own, at=at))
+
+    with mock.patch.object(module.Policy, "_head", shifted):
+        yield
+
+
+@contextmanager
+def positions_of_the_part(policy: Any) -> Iterator[None]:
+    """Rope counts a rank's own tokens."""
+    from megatron_rl.megatron import rope as module
+
+    stock = module.Rope.rotation
+
+    def counted(self: Any, position_ids: torch.Tensor) -> Any:
+        return stock(self, torch.arange(len(position_ids)))
+
+    with mock.patch.object(module.Rope, "rotation", counted):
+        yield
+
+
+@contextmanager
+def no_reduction_of_keys(policy: Any) -> Iterator[None]:
+    """The gradient of keys and values from the queries of other ranks is lost."""
+    from megatron_rl.megatron import split_attention as module
+
+    gather = module.gather_from_sequence_parallel_region
+
+    def own_alone(own: torch.Tensor, _: bool, group: Any) -> torch.Tensor:
+        return gather(own, False, group)
+
+    with mock.patch.object(module, "gather_from_sequence_parallel_region", own_alone):
+        yield
+
+
+@contextmanager
+def no_reduction_over_parts(policy: Any) -> Iterator[None]:
+    with no_data_parallel_reduction(policy):
+        yield
+
+
+@contextmanager
+def response_of_own_tokens_alone(policy: Any) -> Iterator[None]:
+    """The mean over a response is that of the tokens that a rank predicts; others count as 0."""
+    from megatron_rl.parallel import context as module
+
+    with mock.patch.object(module.dist, "all_reduce", lambda *_, **__: None):
+        yield

@@ -93,3 +93,59 @@ def test_slices_of_tokens_cut_everything_that_is_there():
     assert tokens.targets.tolist() == [2, 3]
     assert tokens.rollout_logprobs.tolist() == [-2.0, -3.0]
     assert tokens.ref_logprobs is None
+
+def part_of(samples, cp_rank, *, cp=2, multiple=4):
+    return pack(
+        samples,
+        weight_of=lambda _: 1.0,
+        multiple=multiple,
+        dtype=torch.float32,
+        device=CPU,
+        cp=cp,
+        cp_rank=cp_rank,
+    )
+
+
+def test_ranks_that_share_a_sequence_have_an_early_and_a_late_chunk_of_it():
+    """Five tokens are filled up to eight, and two to four: chunks of two tokens, and of one."""
+    samples = [sample([1, 2], [3, 4, 5]), sample([6], [7])]
+    first, second = (part_of(samples, rank) for rank in (0, 1))
+    assert first.lengths == second.lengths == (8, 4)
+    assert first.tokens.tolist() == [1, 2, 0, 0, 6, 0]
+    assert second.tokens.tolist() == [3, 4, 5, 0, 7, 0]
+    assert first.position_ids.tolist() == [0, 1, 6, 7, 0, 3]
+    assert second.position_ids.tolist() == [2, 3, 4, 5, 1, 2]
+
+
+def test_a_token_is_predicted_on_the_rank_that_has_the_one_before():
+    """Over the seam, too: 2 is on rank 0 and predicts 3, which is on rank 1."""
+    samples = [sample([1, 2], [3, 4, 5]), sample([6], [7])]
+    first, second = (part_of(samples, rank) for rank in (0, 1))
+    assert first.loss.targets.tolist() == second.loss.targets.tolist() == [3, 4, 5, 7]
+    assert first.own_loss.targets.tolist() == [3, 7]
+    assert first.own_loss.at.tolist() == [1, 4]
+    assert second.own_loss.targets.tolist() == [4, 5]
+    assert second.own_loss.at.tolist() == [0, 1]
+    assert part_of(samples, 0, cp=1).own_loss.targets.tolist() == [3, 4, 5, 7]
+
+
+def test_every_token_of_any_row_is_on_one_rank_and_all_have_the_same_work():
+    generator = torch.Generator().manual_seed(3)
+    for cp in (2, 3, 4):
+        sizes = torch.randint(1, 40, (5, 2), generator=generator).tolist()
+        samples = [sample(list(range(1, p + 1)), [9] * r) for p, r in sizes]
+        parts = [part_of(samples, rank, cp=cp, multiple=2 * cp) for rank in range(cp)]
+        assert len({len(part.tokens) for part in parts}) == 1
+        predicted = torch.cat([part.part.loss for part in parts]).sort().values
+        assert predicted.tolist() == list(range(len(parts[0].loss.at)))
+        seen = {int((part.position_ids + 1).sum()) for part in parts}  # by a causal attention
+        assert len(seen) == 1
+        for part in parts:
+            own = part.own_loss
+            assert torch.equal(part.position_ids[own.at] + 1, positions_of_targets(part))
+
+
+def positions_of_targets(part):
+    """Of the row's targets that the part predicts, counted along each sequence."""
+    starts = part.cu_seqlens[:-1].repeat_interleave(torch.tensor(part.lengths))
+    return (part.loss.at - starts[part.loss.at] + 1)[part.part.loss]

@@ -185,13 +185,12 @@ def test_rules_of_several_sections_are_told_together(case):
     case.change(
         rollout={"top_p": 0.9, "group_size": 1},
         model={"dtype": "float64"},
-        parallel={"context_parallel_size": 2, "sequence_parallel": True},
+        parallel={"sequence_parallel": True},
     )
     assert {problem.partition("=")[0] for problem in case.config_problems()} == {
         "rollout.top_p",
         "rollout.group_size",
         "optimizer.clip_grad",
-        "parallel.context_parallel_size",
         "parallel.sequence_parallel",
     }
 

@@ -91,7 +91,6 @@ def test_layouts_of_experts_that_work_are_not_refused(parallel):
 @pytest.mark.parametrize(
     ("parallel", "field", "reason"),
     [
-        ({"context_parallel_size": 2}, "context_parallel_size=2", "not available yet"),
         ({"sequence_parallel": True}, "sequence_parallel=True", "has no effect"),
         ({VPP: 2}, f"{VPP}=2", f"has no effect at {PP}=1"),
         ({PP: 2, VPP: 1}, f"{VPP}=1", "has no effect"),
@@ -228,9 +227,9 @@ def test_a_misspelt_setting_is_refused_with_the_nearest_name():
 
 
 def test_all_problems_are_told_at_once():
-    wrong = {"sequence_parallel": True, VPP: 2, "context_parallel_size": 2}
+    wrong = {"sequence_parallel": True, VPP: 2}
     problems = problems_of(wrong, {"bf16": True, "zzz": 1})
-    assert len(problems) == 5
+    assert len(problems) == 4
 
 
 @pytest.mark.parametrize(

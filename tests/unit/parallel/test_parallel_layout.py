@@ -11,17 +11,19 @@ LAYOUTS = [
     Layout(world_size=8, tp=2, pp=1, ep=4, expert_tp=1),
     Layout(world_size=8, tp=2, pp=1, ep=2),
     Layout(world_size=16, tp=4, pp=2, ep=2, expert_tp=2),
+    Layout(world_size=16, tp=2, pp=2, cp=2),
+    Layout(world_size=16, tp=2, pp=1, cp=4, ep=8, expert_tp=1),
     Layout(world_size=16, tp=1, pp=2, ep=2, expert_tp=4),
 ]
 
 
-def groups_of(layout, tp, ep):
+def groups_of(layout, tp, ep, cp=1):
     """Megatron-Core's own groups; its rank order is fixed in initialize_model_parallel."""
     enter(detect())
     from megatron.core.parallel_state import RankGenerator
 
-    dp = layout.world_size // (tp * ep * layout.pp)
-    return RankGenerator(tp=tp, ep=ep, dp=dp, pp=layout.pp, cp=1, order="tp-cp-ep-dp-pp")
+    dp = layout.world_size // (tp * ep * cp * layout.pp)
+    return RankGenerator(tp=tp, ep=ep, dp=dp, pp=layout.pp, cp=cp, order="tp-cp-ep-dp-pp")
 
 
 def positions(groups, world):
@@ -34,8 +36,9 @@ def positions(groups, world):
 def test_ranks_sit_where_megatron_puts_them(layout):
     world = layout.world_size
     here = [layout.coordinates(rank) for rank in range(world)]
-    dense = groups_of(layout, layout.tp, 1)
+    dense = groups_of(layout, layout.tp, 1, layout.cp)
     assert [c.tp_rank for c in here] == positions(dense.get_ranks("tp"), world)
+    assert [c.cp_rank for c in here] == positions(dense.get_ranks("cp"), world)
     assert [c.dp_rank for c in here] == positions(dense.get_ranks("dp"), world)
     assert [c.pp_rank for c in here] == positions(dense.get_ranks("pp"), world)
     experts = groups_of(layout, layout.etp, layout.ep)
