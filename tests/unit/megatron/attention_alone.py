@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.rope import Rope
+from megatron_rl.parallel.context import own_entries
 from megatron_rl.platforms.base import detect
 
 LENGTHS = (5, 40, 1, 38, 17, 3, 90)
@@ -24,11 +25,11 @@ HEADS, GROUPS, WIDTH = 6, 2, 8
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> Tensor:
-    """[L, heads, d] and [L, groups, d] twice -> [L, heads, d]."""
+    """[q, heads, d] and [k, groups, d] twice -> [q, heads, d]; the last query is at the last key."""
     group_of = torch.arange(query.size(1)) // (query.size(1) // key.size(1))
     scores = torch.einsum("ihd,jhd->hij", query, key[:, group_of]) * scale
     if is_causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1 + len(key) - len(query)).bool(), -torch.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), value[:, group_of])
 
 
@@ -49,9 +50,9 @@ def stand_in(
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert enable_gqa or query.size(1) == key.size(1)
     assert value.stride(-1) == 1
-    lengths = cu_seq_q.diff().tolist()
-    assert max_q == max_k == max(lengths)
-    parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+    lengths, seen = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    assert (max_q, max_k) == (max(lengths), max(seen))
+    parts = zip(query.split(lengths), key.split(seen), value.split(seen), strict=True)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     return torch.cat([by_formula(*part, scale, window_size == (-1, 0)) for part in parts])
 
@@ -84,6 +85,7 @@ def row_of(lengths: tuple[int, ...]) -> Any:
         max_seqlen=max(lengths),
         tokens=torch.zeros(sum(lengths), dtype=torch.int64),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        part=None,
     )
 
 
@@ -108,6 +110,82 @@ def run(kind: str, scale: float | None, lengths: tuple[int, ...] = LENGTHS) -> l
     (out * torch.arange(out.size(1))).sum().backward()
     assert mixed.grad is not None
     return [out.detach(), mixed.grad]
+
+
+def run_split(kind: str, cp: int, lengths: tuple[int, ...]) -> list[Tensor]:
+    """The same with every sequence cut over cp ranks, all of which are this process."""
+    from megatron_rl.megatron import attention, split_attention
+
+    mixed, *inputs = product(0, lengths)
+    row, module = row_of(lengths), attention.ATTENTIONS[kind](None, 1, None, "")
+    own = [own_entries(lengths, cp, rank, torch.device("cpu")) for rank in range(cp)]
+    parts = [[x[entries] for x in inputs] for entries in own]
+    turn = rope_of(torch.float64).rotation
+    sent = torch.cat(  # what the ranks' keys and values are in rank order
+        [
+            torch.stack([turn(row.position_ids[entries]).turned(key), value], 1)
+            for entries, (_, key, value) in zip(own, parts, strict=True)
+        ]
+    )
+    out = torch.zeros(sum(lengths), HEADS * WIDTH, dtype=torch.float64)
+    for rank, entries in enumerate(own):
+        there = {"tokens": row.tokens[entries], "position_ids": row.position_ids[entries]}
+        part = SimpleNamespace(**{**vars(row), **there, "part": "some"})
+        group: Any = SimpleNamespace(size=lambda: cp, rank=lambda rank=rank: rank)
+        rows = attention.packed_rows(part, turn.__self__, in_blocks=True, sharing=group)
+        gathered = mock.patch.object(split_attention, "_gathered", lambda *_: sent)
+        with gathered, mock.patch.object(attention, "varlen_attn", stand_in):
+            here = module(*parts[rank], None, packed_seq_params=rows)
+        out = out.index_copy(0, entries, here)
+    with mock.patch.object(split_attention, "_gathered", lambda *_: sent):  # the backward's own
+        (out * torch.arange(out.size(1))).sum().backward()
+    assert mixed.grad is not None
+    return [out.detach(), mixed.grad]
+
+
+def kept_of_a_part(cp: int) -> int:
+    """Bytes of gathered keys and values that a kernel which keeps both makes a part keep."""
+    from megatron_rl.megatron import split_attention
+
+    lengths = (8 * cp, 16 * cp)
+    group: Any = SimpleNamespace(size=lambda: cp, rank=lambda: 0)
+    split = split_attention.split_of(lengths, group, torch.device("cpu"))
+    _, query, key, value = product(0, tuple(length // cp for length in lengths))
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    class SavingKeys(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            ctx.save_for_backward(key, value)
+            return query.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            key, value = ctx.saved_tensors
+            return gradients[0], key, value
+
+    repeated = mock.patch.object(
+        split_attention, "_gathered", lambda own, _: own.repeat(cp, 1, 1, 1)
+    )
+    with repeated:
+        both = split_attention._gathered(torch.stack([key, value], 1), group)
+        own = split_attention._Kept(torch.stack([key, value], 1).detach(), group)
+        for half in split.halves:
+            seen = both.index_select(0, half.keys)
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+                own.in_place_of(seen, half.keys),
+            ):
+                out = SavingKeys.apply(query.index_select(0, half.queries), seen[:, 0], seen[:, 1])
+            (given,) = torch.autograd.grad(out.sum(), seen)
+            assert torch.equal(given, seen)  # what the backward was given is what was seen
+    assert own._both is None  # nothing of the whole row is left
+    return sum(kept.values())
 
 
 def expected(scale: float | None, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
@@ -182,7 +260,12 @@ def main() -> None:
         f"{kind}, scaled": largest_error(run(kind, 0.5), expected(0.5))
         for kind in ("flash", "blocks")
     }
-    found = {"errors": told, "kept": kept_by_flash(), "te": of_transformer_engine()}
+    told |= {
+        f"split {kind}, cp {cp}": largest_error(run_split(kind, cp, row), expected(None, row))
+        for kind in ("flash", "blocks")
+        for cp, row in ((2, (4, 40, 12)), (3, (6, 1200, 18)), (4, (8,)))
+    }
+    found = {"split": kept_of_a_part(4), "errors": told, "kept": kept_by_flash(), "te": of_transformer_engine()}
     sys.stdout.write(json.dumps(found))
 
 

@@ -33,6 +33,18 @@ def test_flash_attention_keeps_what_is_counted_and_not_the_product(told):
     assert kept == counted
 
 
+@pytest.mark.parametrize("kind", ["flash", "blocks"])
+def test_sequences_that_ranks_share_have_the_attention_of_whole_ones(told, kind):
+    errors = {n: error for n, error in told["errors"].items() if n.startswith(f"split {kind}")}
+    assert len(errors) == 3
+    assert all(error < BOUND for error in errors.values()), errors
+
+
+def test_keys_of_other_ranks_are_not_kept_for_the_backward(told):
+    """They come again, and nothing of them is left after it."""
+    assert told["split"] == 0
+
+
 def test_transformer_engine_takes_a_row_as_it_is(told):
     assert told["te"]
 
