@@ -28,6 +28,9 @@ STUCK_S = 900.0  # far from what any test takes, on a busy machine too
 @contextmanager
 def preloaded(module: str) -> Iterator[None]:
     """Ranks started inside come from a server that has imported module too."""
+    if module in PRELOAD:
+        yield
+        return
     PRELOAD.append(module)
     forkserver._forkserver._stop()  # the next rank starts a new one
     try:

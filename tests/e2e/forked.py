@@ -6,6 +6,7 @@ import decides is for `Runs.start`.
 """
 
 import os
+import runpy
 import socket
 import sys
 import tempfile
@@ -20,9 +21,16 @@ GRACE_S = 10.0  # that the other ranks have, once one has failed
 
 
 def run_command(
-    arguments: list[str], ranks: int, folder: Path, environment: dict[str, str]
+    arguments: list[str],
+    ranks: int,
+    folder: Path,
+    environment: dict[str, str],
+    program: Path | None = None,
 ) -> tuple[int, str]:
-    """Exit code, of several ranks as torchrun has it, and everything printed."""
+    """Exit code, of several ranks as torchrun has it, and everything printed.
+
+    program: a script; without one, the command `megatron-rl`.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     layout = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port, "GROUP_RANK": 0}
@@ -32,7 +40,8 @@ def run_command(
         for rank in range(ranks):
             own = layout | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
             variables = {name: str(value) for name, value in own.items()} if ranks > 1 else {}
-            args = (arguments, folder, dict(os.environ) | environment | variables, said.name)
+            own_environment = dict(os.environ) | environment | variables
+            args = (program, arguments, folder, own_environment, said.name)
             processes.append(context.Process(target=_rank, args=args))
         with harness.our_path_for_the_server():
             for process in processes:
@@ -56,12 +65,23 @@ def _wait(processes: list) -> None:
         process.join()
 
 
-def _rank(arguments: list[str], folder: Path, environment: dict[str, str], said: str) -> None:
+def _rank(
+    program: Path | None,
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    said: str,
+) -> None:
     for stream in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(1)  # what OMP_NUM_THREADS does to a process that starts with it
+
+    if program is not None:
+        sys.argv = [str(program), *arguments]
+        runpy.run_path(str(program), run_name="__main__")
+        return
 
     from megatron_rl.commands.main import main
 
