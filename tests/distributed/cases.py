@@ -378,12 +378,16 @@ def share_of(layout: Layout) -> list[Case]:
     each other case at one of the layouts that have every preset and at several of the others.
     """
     cases = list(cases_of(layout))
-    if layout.has_least or (layout.world == 1 and layout.has_every_preset):
+
+    def is_whole(other: Layout) -> bool:
+        return other.has_least or (other.world == 1 and other.has_every_preset)
+
+    if is_whole(layout):
         return cases
     alike = [
         other.name
         for other in LAYOUTS
-        if not other.has_least and other.has_every_preset == layout.has_every_preset
+        if other.has_every_preset == layout.has_every_preset and not is_whole(other)
     ]
     turn, turns = alike.index(layout.name), len(alike) if layout.has_every_preset else 7
     everywhere = (
