@@ -9,7 +9,8 @@ TESTS ?=
 RUN := $(VENV)/bin/python -m
 export MEGATRON_RL_VENV := $(VENV)
 
-.PHONY: install quickstart test test-fast test-cluster test-other lint types lock clean
+.PHONY: install quickstart test test-fast test-exhaustive test-cluster test-other lint types lock \
+	clean
 
 install:
 	@python3 tools/install.py $(PYTHON)
@@ -22,7 +23,12 @@ test: install
 	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-fast: install
-	$(RUN) pytest -m "not slow and not gpu and not cluster"
+	$(RUN) pytest -m "not slow and not gpu and not cluster and not exhaustive"
+
+# What `test` measures a share of, whole: before a release, and after a change of what it is about.
+test-exhaustive: install
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder -m "exhaustive and not gpu and not cluster" \
+		$(TESTS)
 
 # Machines, networks and a scheduler, set up on this machine: as root, with Debian's slurm-wlm and munge.
 test-cluster: install

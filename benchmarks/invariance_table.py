@@ -1,6 +1,6 @@
 """The table of benchmarks/results/gradient_invariance.md, from what the tests measured.
 
-    pytest --basetemp=DIR tests/distributed/test_gradient_invariance.py \
+    pytest -m exhaustive --basetemp=DIR tests/distributed/test_gradient_invariance.py \
         tests/distributed/test_critic_invariance.py
     python benchmarks/invariance_table.py DIR
 

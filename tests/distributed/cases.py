@@ -393,6 +393,34 @@ def cases_of(layout: Layout) -> Iterator[Case]:
         )
 
 
+def share_of(layout: Layout) -> list[Case]:
+    """What is measured where not everything is: all of it on one rank, and elsewhere in turns.
+
+    Ragged rows, every term of a loss and ranks without a sample are measured at every layout, and
+    each other case at one of the layouts that have every preset and at several of the others.
+    """
+    cases = list(cases_of(layout))
+
+    def is_whole(other: Layout) -> bool:
+        return other.has_least or (other.world == 1 and other.has_every_preset)
+
+    if is_whole(layout):
+        return cases
+    alike = [
+        other.name
+        for other in LAYOUTS
+        if other.has_every_preset == layout.has_every_preset and not is_whole(other)
+    ]
+    turn, turns = alike.index(layout.name), len(alike) if layout.has_every_preset else 7
+    everywhere = (
+        Case(question=question_of("grpo"), row_tokens=MANY_ROWS, owners="backwards"),
+        Case(question=Question(recipe=EVERY_TERM)),
+        Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely")),
+    )
+    others = [case for case in cases if case not in everywhere]
+    return [*everywhere, *others[turn % turns :: turns]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """One model's groups, log-probs of all kinds, and the answers."""

@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -27,6 +28,9 @@ STUCK_S = 900.0  # far from what any test takes, on a busy machine too
 @contextmanager
 def preloaded(module: str) -> Iterator[None]:
     """Ranks started inside come from a server that has imported module too."""
+    if module in PRELOAD:
+        yield
+        return
     PRELOAD.append(module)
     forkserver._forkserver._stop()  # the next rank starts a new one
     try:
@@ -34,6 +38,18 @@ def preloaded(module: str) -> Iterator[None]:
     finally:
         PRELOAD.remove(module)
         forkserver._forkserver._stop()
+
+
+def asked_for(request: pytest.FixtureRequest, *arguments: str) -> list:
+    """The values of an argument, or of several together, over the tests of this module that are to
+    run: ranks then measure what is asked for and no more."""
+    found = {}
+    for item in request.session.items:
+        values = getattr(item, "callspec", None) and item.callspec.params
+        if item.path == request.path and values and set(arguments) <= set(values):
+            value = tuple(values[name] for name in arguments)
+            found[item.nodeid] = value if len(arguments) > 1 else value[0]
+    return list(found.values())
 
 
 def server() -> multiprocessing.context.ForkServerContext:

@@ -1,5 +1,7 @@
 """Rehearsals in a process of its own: every preset, every family, layouts of 8 to 1,024 ranks.
 
+`python rehearsals_alone.py share` rehearses a preset of each kind of pass, and every second layout.
+
 Models have their published widths, and few layers, since those are what a rehearsal takes time for.
 """
 
@@ -35,6 +37,7 @@ LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("Qwen3-30B-A3B", 256, 255, 4, {"pp": 2, "ep": 16}),
     ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),
 )
+PASSES = ("sft", "grpo", "ppo", "iterative_dpo", "distillation")
 NAMES = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -44,13 +47,14 @@ NAMES = {
 
 
 def main() -> None:
+    is_share = sys.argv[1:] == ["share"]
     _check_what_is_found()
     published = {row["name"]: row["config"] for row in yaml.safe_load(PUBLISHED.read_text())}
-    for model, world_size, rank, layers, sizes in LAYOUTS:
+    for model, world_size, rank, layers, sizes in LAYOUTS[:: 2 if is_share else 1]:
         arch = _arch(published[model], layers)
         found = _rehearsed("grpo", arch, world_size, rank, sizes)
         _check_weights(found, arch, sizes)
-    for preset in PRESETS:
+    for preset in PASSES if is_share else PRESETS:
         _rehearsed(preset, _arch(published[SMALL], LAYERS), 8, 0, {"tp": 2})
 
 

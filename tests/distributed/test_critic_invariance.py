@@ -13,11 +13,20 @@ from harness import run_on_ranks
 from reference import Measured, Recipe, Reference, token_advantages
 from safetensors.torch import load_file, save_file
 
+SHARE = ("one rank", "DP2", "TP2 SP", "PP2 VPP2", "PP2, tied", "TP2 PP2")
 NAMES = {
     1: ("one rank",),
     2: ("DP2", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "PP2, tied", "TP2, tied"),
     4: ("TP2 PP2", "TP2 DP2", "PP2 VPP2 DP2, tied", "TP4 SP over 2 key heads"),
 }
+CASES = (
+    *(("share", name) for name in SHARE),
+    *(
+        pytest.param("whole", name, marks=pytest.mark.exhaustive)
+        for names in NAMES.values()
+        for name in names
+    ),
+)
 RECIPE = Recipe(preset="ppo", gamma=0.9, gae_lambda=0.8)
 CLIPS = (None, 0.4)
 BOUND = 1e-12  # as in test_gradient_invariance
@@ -80,16 +89,17 @@ def reference_answers(problem: Problem, head: torch.Tensor) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def measured(problems, critics, tmp_path_factory):
+def measured(request, problems, critics, tmp_path_factory):
     found = {}
-    for world in NAMES:
+    for world, names in NAMES.items():
         out = tmp_path_factory.mktemp("values") / f"{world}.json"
-        run_on_ranks(world, measure_on_ranks, problems, critics, out)
+        asked = SHARE if request.param == "share" else names
+        run_on_ranks(world, measure_on_ranks, problems, critics, asked, out)
         found |= json.loads(out.read_text())
     return found
 
 
-@pytest.mark.parametrize("name", [name for names in NAMES.values() for name in names])
+@pytest.mark.parametrize(("measured", "name"), CASES, indirect=["measured"])
 def test_values_loss_and_gradients_equal_the_unsharded_ones(measured, name):
     for case, errors in measured[name].items():
         norm_error = errors.pop("norm")
@@ -103,10 +113,13 @@ def test_the_clip_decides_some_losses_and_not_others(critics):
 
 
 def measure_on_ranks(
-    problems: dict[str, Path], critics: dict[str, tuple[Path, Path]], out: Path
+    problems: dict[str, Path],
+    critics: dict[str, tuple[Path, Path]],
+    asked: tuple[str, ...],
+    out: Path,
 ) -> None:
-    found = {}
-    for layout in (y for y in LAYOUTS if y.name in NAMES[dist.get_world_size()]):
+    found, here = {}, set(NAMES[dist.get_world_size()]) & set(asked)
+    for layout in (y for y in LAYOUTS if y.name in here):
         problem = torch.load(problems[layout.model], weights_only=False)
         model_dir, answers = critics[layout.model]
         answer = torch.load(answers, weights_only=False)

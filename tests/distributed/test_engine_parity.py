@@ -7,6 +7,7 @@ holds one engine; whatever needs an engine is tested in one of them.
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Case:
     ep: int = 1
     ranks_per_node: int | None = None  # None: all on one
     extras: tuple[str, ...] = ()
+    is_exhaustive: bool = False  # what it shows, others show as well
 
     @property
     def world(self) -> int:
@@ -55,8 +57,15 @@ class Case:
 CASES = (
     Case(model="qwen2", tp=1, pp=1, rollout_tp=1, extras=("seeds", "many_prompt_tokens")),
     Case(model="qwen2_tied", tp=1, pp=1, rollout_tp=1, extras=("stale_tied_head",)),
-    Case(model="qwen2", tp=2, pp=1, rollout_tp=1, extras=("spread", "broken_off")),
-    Case(model="qwen2_tied", tp=2, pp=1, rollout_tp=1),
+    Case(
+        model="qwen2",
+        tp=2,
+        pp=1,
+        rollout_tp=1,
+        extras=("spread", "broken_off"),
+        is_exhaustive=True,
+    ),
+    Case(model="qwen2_tied", tp=2, pp=1, rollout_tp=1, is_exhaustive=True),
     Case(
         model="qwen2",
         tp=2,
@@ -71,9 +80,23 @@ CASES = (
             "skipped_moves",
         ),
     ),
-    Case(model="qwen2_tied", tp=2, pp=1, rollout_tp=2, extras=("stale_tied_head",)),
-    Case(model="qwen2", tp=1, pp=2, rollout_tp=1, extras=("probe",)),
-    Case(model="qwen2_tied", tp=1, pp=2, rollout_tp=1, extras=("corruption",)),
+    Case(
+        model="qwen2_tied",
+        tp=2,
+        pp=1,
+        rollout_tp=2,
+        extras=("stale_tied_head",),
+        is_exhaustive=True,
+    ),
+    Case(model="qwen2", tp=1, pp=2, rollout_tp=1, extras=("probe",), is_exhaustive=True),
+    Case(
+        model="qwen2_tied",
+        tp=1,
+        pp=2,
+        rollout_tp=1,
+        extras=("corruption",),
+        is_exhaustive=True,
+    ),
     Case(model="qwen2", tp=2, pp=2, rollout_tp=2, extras=("spread", "corruption", "probe")),
     Case(
         model="qwen2_tied",
@@ -84,9 +107,9 @@ CASES = (
         extras=("handed_on", "corruption"),
     ),
     Case(model="llama", tp=2, pp=1, rollout_tp=2),
-    Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1),
-    Case(model="mistral", tp=1, pp=2, rollout_tp=1),
-    Case(model="qwen3", tp=2, pp=1, rollout_tp=2),
+    Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
+    Case(model="mistral", tp=1, pp=2, rollout_tp=1, is_exhaustive=True),
+    Case(model="qwen3", tp=2, pp=1, rollout_tp=2, is_exhaustive=True),
     Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2),  # 24 rows each, which vLLM pads
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
 )
@@ -134,13 +157,21 @@ def measured(directory):
     return run
 
 
+def of_cases(cases: Sequence[Case]) -> Any:
+    params = [
+        pytest.param(case, marks=pytest.mark.exhaustive if case.is_exhaustive else ())
+        for case in cases
+    ]
+    return pytest.mark.parametrize("case", params, ids=[case.name for case in cases])
+
+
 def having(extra: str) -> Any:
     cases = [case for case in CASES if extra in case.extras]
-    assert cases
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    assert not all(case.is_exhaustive for case in cases)
+    return of_cases(cases)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@of_cases(CASES)
 def test_engine_and_policy_agree_before_and_after_two_updates(case, measured):
     found = measured(case)
     assert len(found["gaps"]) == 3
@@ -149,7 +180,7 @@ def test_engine_and_policy_agree_before_and_after_two_updates(case, measured):
     assert all(count > 200 for count in found["tokens"]), found
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@of_cases(CASES)
 def test_only_missing_bytes_are_on_the_wire(case, measured):
     """Every rank gets what its engine shard has and its policy shard has not, once."""
     for rank in measured(case)["bytes"]:
@@ -157,14 +188,14 @@ def test_only_missing_bytes_are_on_the_wire(case, measured):
         assert (rank["missing"] == 0) == (case.name in COINCIDING)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@of_cases(CASES)
 def test_the_engine_leaves_the_global_generators_alone(case, measured):
     found = measured(case)
     assert found["build_left_rng"]
     assert found["generate_left_rng"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@of_cases(CASES)
 def test_the_engine_s_shared_memory_has_no_name(case, measured):
     """A killed job leaves nothing that would block one which gets its port."""
     result = measured(case)

@@ -1,6 +1,7 @@
 """Product promise: the same loss and gradient at every parallel layout, batch split and order."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import harness
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, Layout, cases_of
+from cases import LAYOUTS, Case, Layout, cases_of, share_of
 from reference import FORMULAS
 
 from megatron_rl.algorithms.presets import PRESETS
@@ -21,20 +22,28 @@ BOUND = 1e-12
 NORM_BOUND = 1e-6
 
 
-@pytest.fixture(scope="module")
-def measurements(problems, tmp_path_factory):
-    """Of every case at every layout, by the name of the layout; one start of ranks per world."""
+# What is measured at a layout: each case somewhere, or each case everywhere.
+EXTENTS = {"share": share_of, "whole": cases_of}
+
+
+@pytest.fixture(
+    scope="module", params=["share", pytest.param("whole", marks=pytest.mark.exhaustive)]
+)
+def measurements(request, problems, tmp_path_factory):
+    """Of cases at every layout, by the name of the layout; one start of ranks per world."""
     results: dict[str, list[dict]] = {}
     for world in (1, 2, 4):
         out = tmp_path_factory.mktemp("measured") / f"{world}.json"
         layouts = [layout for layout in LAYOUTS if layout.world == world]
-        harness.run_on_ranks(world, measure_layouts, problems, layouts, out)
+        harness.run_on_ranks(world, measure_layouts, problems, layouts, request.param, out)
         for row in json.loads(out.read_text()):
             results.setdefault(row["layout"], []).append(row)
     return results
 
 
-def measure_layouts(problems: dict[str, Path], layouts: list[Layout], out: Path) -> None:
+def measure_layouts(
+    problems: dict[str, Path], layouts: list[Layout], extent: str, out: Path
+) -> None:
     from policy_on_ranks import (
         head_is_in_main_grad,
         measure,
@@ -52,7 +61,7 @@ def measure_layouts(problems: dict[str, Path], layouts: list[Layout], out: Path)
         problem = loaded[layout.model]
         with policy_at(layout, problem, OptimizerConfig(**OPTIMIZER)) as policy:
             assert uncovered_elements(policy) == 0, layout.name
-            for case in cases_of(layout):
+            for case in EXTENTS[extent](layout):
                 rows.append(asdict(measure(policy, case, problem, layout=layout)))
                 assert not policy.groups.is_last_stage or head_is_in_main_grad(policy), layout.name
             assert padding_gradient(policy, named_main_grads(policy)) == 0, layout.name
@@ -62,6 +71,15 @@ def measure_layouts(problems: dict[str, Path], layouts: list[Layout], out: Path)
 
 def test_the_reference_knows_every_preset():
     assert set(FORMULAS) == set(PRESETS)
+
+
+def test_the_shares_of_all_layouts_are_the_whole():
+    def of_several_ranks(cases: Callable[[Layout], Iterable[Case]]) -> set[Case]:
+        return {case for layout in LAYOUTS if layout.world > 1 for case in cases(layout)}
+
+    assert of_several_ranks(share_of) == of_several_ranks(cases_of)
+    for layout in LAYOUTS:
+        assert set(share_of(layout)) <= set(cases_of(layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

@@ -70,7 +70,13 @@ def recipe(model_dir: Path, changes: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(sections)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+EXHAUSTIVE = {"one rank, layers anew", "DP 2"}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(y, marks=pytest.mark.exhaustive if y in EXHAUSTIVE else ()) for y in LAYOUTS],
+)
 def test_a_rehearsed_rank_holds_what_a_real_one_holds(layout, model_dir, tmp_path):
     world_size, changes = LAYOUTS[layout]
     config = recipe(model_dir, changes)
@@ -157,8 +163,9 @@ def normed(values: Tensor, weight: Tensor, eps: float) -> Tensor:
     return values * (values.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
-def test_every_preset_family_and_layout_is_rehearsed():
+@pytest.mark.parametrize("extent", ["share", pytest.param("whole", marks=pytest.mark.exhaustive)])
+def test_every_kind_of_preset_family_and_layout_is_rehearsed(extent):
     """In one process, since most of a rehearsal's time is that of its imports."""
     script = Path(__file__).parent / "rehearsals_alone.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), extent], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

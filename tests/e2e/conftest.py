@@ -9,8 +9,10 @@ import pytest
 from engine_models import write_model
 from training_runs import TP2, Runs
 
-if "preload_megatron" not in harness.PRELOAD:
-    harness.PRELOAD.append("preload_megatron")
+# With vLLM as well: one server for all files costs less than one for those that have an engine.
+for module in ("preload_megatron", "preload_vllm"):
+    if module not in harness.PRELOAD:
+        harness.PRELOAD.append(module)
 
 
 @pytest.fixture(scope="session")

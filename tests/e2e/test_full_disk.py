@@ -14,7 +14,7 @@ from training_runs import build, error_of, everywhere
 pytestmark = pytest.mark.slow
 
 SMALL = "checkpoint.save_every=1", "run.num_iterations=4"
-MOMENTS = 20
+MOMENTS = 10
 
 
 @pytest.fixture(params=["16m"])
@@ -43,7 +43,15 @@ def test_a_full_disk_is_named_and_costs_nothing(runs, small_disk):
     assert "resumed after iteration 2" in said
 
 
-@pytest.mark.parametrize("small_disk", ["8k", "16k", "24k"], indirect=True)
+@pytest.mark.parametrize(
+    "small_disk",
+    [
+        "8k",
+        pytest.param("16k", marks=pytest.mark.exhaustive),
+        "24k",
+    ],
+    indirect=True,
+)
 def test_a_disk_that_is_full_before_the_first_save(runs, small_disk):
     """In the files of a start, and in the records of the first iteration."""
     settings = (*SMALL, "metrics.rollouts_every=1")

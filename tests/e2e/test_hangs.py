@@ -37,6 +37,23 @@ FAILURES = {
 }
 
 
+# A step of an engine stands in the rollout, and what is said is the same of every phase.
+EXHAUSTIVE = {
+    ("sleeps", "update", TP2),
+    ("raises", "checkpoint", TP2),
+    ("raises", "engine step", SAMPLED),
+}
+
+
+def of_faults(faults):
+    params = [
+        pytest.param(*fault, marks=pytest.mark.exhaustive if fault in EXHAUSTIVE else ())
+        for fault in faults
+    ]
+    ids = [f"{fault}-{place}" for fault, place, _ in faults]
+    return pytest.mark.parametrize(("fault", "place", "layout"), params, ids=ids)
+
+
 @pytest.fixture
 def noted(monkeypatch, tmp_path):
     """Where ranks say how they end, for the script that starts torchrun."""
@@ -48,9 +65,7 @@ def phase_of(place):
     return "rollout" if place == "engine step" else place
 
 
-@pytest.mark.parametrize(
-    ("fault", "place", "layout"), HANGS, ids=lambda part: part if isinstance(part, str) else ""
-)
+@of_faults(HANGS)
 def test_a_rank_that_stands_still_is_named_with_its_stack(runs, noted, fault, place, layout):
     name = f"{fault} {place}"
     code, said, seconds = runs.train_with_fault(fault, place, name, *SETTINGS, *layout)
@@ -67,9 +82,7 @@ def test_a_rank_that_stands_still_is_named_with_its_stack(runs, noted, fault, pl
     assert seconds < MIN_S + 10 + 5
 
 
-@pytest.mark.parametrize(
-    ("fault", "place", "layout"), FAILURES, ids=lambda part: part if isinstance(part, str) else ""
-)
+@of_faults(FAILURES)
 def test_a_rank_that_fails_ends_all_with_its_own_words(runs, noted, fault, place, layout):
     name = f"{fault} {place}"
     code, said, seconds = runs.train_with_fault(fault, place, name, *SETTINGS, *layout)

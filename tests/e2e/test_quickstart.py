@@ -8,14 +8,14 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from engine_models import write_model
+from forked import run_command
 from harness import STUCK_S
+from training_runs import ENVIRONMENT, ROOT
 
-ROOT = Path(__file__).parents[2]
 ACCURACY = "evaluation/arithmetic/average_at_4"
 
 pytestmark = pytest.mark.slow
@@ -118,12 +118,10 @@ def test_a_megatron_checkpoint_is_evaluated_like_the_model_it_was_made_of(
     quickstart, evaluations, tmp_path
 ):
     output, _, _ = quickstart
-    convert = [sys.executable, "tools/convert_hf_to_megatron.py", "--hf", str(output / "rl/hf")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*convert, "--output", str(tmp_path / "megatron")]
-    subprocess.run(
-        command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=STUCK_S
-    )
+    tool = ROOT / "tools" / "convert_hf_to_megatron.py"
+    arguments = ["--hf", str(output / "rl/hf"), "--output", str(tmp_path / "megatron")]
+    code, said = run_command(arguments, 1, ROOT, ENVIRONMENT, tool)
+    assert code == 0, said
     folder, _ = evaluate(tmp_path / "megatron", tmp_path / "evaluated")
     (first, _), _ = evaluations
     assert (folder / "arithmetic.jsonl").read_bytes() == (first / "arithmetic.jsonl").read_bytes()
@@ -153,17 +151,10 @@ def evaluate(model, output, **others):
         **others,
     }
     recipe = "examples/quickstart/reinforce_rej.yaml"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "megatron_rl"]
-    finished = subprocess.run(
-        [*command, "evaluate", recipe, *(f"{key}={value}" for key, value in overrides.items())],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=STUCK_S,
-    )
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
-    return output / "evaluation", finished.stdout
+    settings = (f"{key}={value}" for key, value in overrides.items())
+    code, said = run_command(["evaluate", recipe, *settings], 1, ROOT, ENVIRONMENT)
+    assert code == 0, said[-8000:]
+    return output / "evaluation", said
 
 
 def test_an_evaluation_is_reproducible_and_needs_one_kind_of_tokenizer(evaluations):

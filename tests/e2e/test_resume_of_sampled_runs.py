@@ -1,22 +1,19 @@
 """PPO, iterative DPO and a student of a teacher, sampled by the engine, resumed: the same bits."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from engine_models import QUICKSTART, write_model
-from harness import STUCK_S
+from forked import run_command
 from safetensors.torch import load_file
+from training_runs import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 # What a clock or the machine says, and how much of the weights was verified: all, after a resume.
 NOT_COMPARED = ("time/", "memory/", "tokens_per_s", "weights/verified_tensors")
 KINDS: dict[str, dict[str, Any]] = {
@@ -93,18 +90,9 @@ def train(kind: str, folder: Path, name: str) -> str:
 def launch(recipe: dict[str, Any], path: Path, *, ranks: int) -> str:
     """What it printed."""
     path.write_text(yaml.safe_dump(recipe))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    importable = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "megatron_rl", "train", str(path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": importable},
-        capture_output=True,
-        text=True,
-        timeout=STUCK_S,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
+    code, said = run_command(["train", str(path)], ranks, ROOT, ENVIRONMENT)
+    assert code == 0, said[-8000:]
+    return said
 
 
 def records(folder: Path) -> list[dict[str, float]]:

@@ -32,7 +32,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+EXHAUSTIVE = {"float16", "interleaved"}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.exhaustive if c in EXHAUSTIVE else ()) for c in CASES],
+)
 def test_nothing_is_said_beside_the_report(runs, case):
     """Twice, so that a checkpoint is loaded as well; not what torchrun itself says of ranks."""
     model, ranks, layout = CASES[case]

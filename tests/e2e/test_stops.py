@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import asked_for
 from training_runs import ROOT, TP2, exported, recipe_of
 
 pytestmark = pytest.mark.slow
@@ -25,13 +26,14 @@ STOPS = {  # what is sent, to whom, the exit code of torchrun
     "Ctrl-C": (signal.SIGINT, "everybody", {1, -signal.SIGINT, 130}),
 }
 
+EXHAUSTIVE = {"Slurm's SIGUSR1", "Ctrl-C"}
 RESTART = "one rank is killed, and torchrun may restart"
 
 
 @pytest.fixture(scope="module")
-def stopped(runs):
+def stopped(request, runs):
     """What each stop left, and the folder of the run that was stopped, then let to its end."""
-    seen = {name: stop(runs, *STOPS[name][:2]) for name in STOPS}
+    seen = {name: stop(runs, *STOPS[name][:2]) for name in asked_for(request, "name")}
     seen[RESTART] = stop(runs, signal.SIGKILL, "rank 1", "--max-restarts", "1")
     runs.finish("undisturbed", 2, *SETTINGS)
     return seen
@@ -40,7 +42,10 @@ def stopped(runs):
 SETTINGS = (*TP2, f"run.num_iterations={ITERATIONS}", "checkpoint.save_every=2")
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.exhaustive if n in EXHAUSTIVE else ()) for n in STOPS],
+)
 def test_a_stop_saves_and_ends_in_time(stopped, name):
     seen = stopped[name]
     assert seen["code"] in STOPS[name][2], seen["said"]

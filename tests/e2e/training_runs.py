@@ -11,10 +11,12 @@ from typing import Any
 
 import yaml
 from engine_models import QUICKSTART
+from forked import run_command
 from harness import STUCK_S
 
 ROOT = Path(__file__).parents[2]
 IMPORTABLE = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])  # coin_reward, for one
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": IMPORTABLE}
 FAULTY = str(Path(__file__).with_name("faulty_train.py"))
 LAST = "iteration_000006"
 TP2 = ("parallel.tensor_model_parallel_size=2",)
@@ -66,9 +68,15 @@ class Runs:
         return done.returncode, done.stdout, time.time() - moment.stat().st_mtime
 
     def command(self, command: str, name: str, ranks: int, *overrides: str) -> tuple[int, str]:
-        """The same of any command that takes a recipe."""
-        done = self.start(command, name, ranks, *overrides, stderr=subprocess.STDOUT)
-        return done.returncode, done.stdout
+        """The same of any command that takes a recipe, on ranks that have imported everything."""
+        return run_command([command, str(self.recipe(name)), *overrides], ranks, ROOT, ENVIRONMENT)
+
+    def recipe(self, name: str) -> Path:
+        """The file of the recipe that writes into the folder of this name."""
+        path = self.folder / f"{name}.yaml"
+        recipe = recipe_of(self.folder / "models" / "qwen2", self.folder / name)
+        path.write_text(yaml.safe_dump(recipe))
+        return path
 
     def start(
         self,
@@ -79,18 +87,14 @@ class Runs:
         stderr: int,
         program: tuple[str, ...] = ("-m", "megatron_rl"),
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end, its stderr where the caller wants it."""
-        recipe = self.folder / f"{name}.yaml"
-        recipe.write_text(
-            yaml.safe_dump(recipe_of(self.folder / "models" / "qwen2", self.folder / name))
-        )
+        """Run a command as a user does, to its end, its stderr where the caller wants it."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         start = (*(torchrun if ranks > 1 else ()), *program)
         # A pipe, as `| tee` is: it closes when the last process of the run has ended.
         return subprocess.run(
-            [sys.executable, *start, command, str(recipe), *overrides],
+            [sys.executable, *start, command, str(self.recipe(name)), *overrides],
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": IMPORTABLE},
+            env=os.environ | ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
