@@ -115,10 +115,10 @@ class _Kept:
 
     def in_place_of(self, seen: Tensor, keys: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
         """A context in which views of seen, the gathered entries keys, are kept as such."""
-        storage = seen.untyped_storage().data_ptr()
+        storage = seen.untyped_storage()._cdata
 
         def pack(tensor: Tensor) -> Tensor | tuple[Any, ...]:
-            if tensor.untyped_storage().data_ptr() != storage:
+            if tensor.untyped_storage()._cdata != storage:
                 return tensor
             self._asked_for += 1
             return tensor.size(), tensor.stride(), tensor.storage_offset()

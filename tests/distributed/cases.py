@@ -96,9 +96,7 @@ EVERY_LAYOUT = (
     Layout(name="CP4", world=4, cp=4),
     Layout(name="CP2 DP2, overlapped", world=4, cp=2, overlaps_reduction=True),
     Layout(name="TP2 SP CP2", world=4, tp=2, cp=2, sequence_parallel=True),
-    Layout(
-        name="CP2 PP2 VPP2, all recomputed", world=4, cp=2, pp=2, vpp=2, recompute="full"
-    ),
+    Layout(name="CP2 PP2 VPP2, all recomputed", world=4, cp=2, pp=2, vpp=2, recompute="full"),
     Layout(name="CP2 PP2, llama3 rope", world=4, cp=2, pp=2, model="llama3_rope"),
     Layout(name="CP2 EP2", world=2, cp=2, ep=2, model="qwen3_moe", has_least=True),
     Layout(

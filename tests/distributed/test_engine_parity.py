@@ -28,6 +28,7 @@ class Case:
     tp: int
     pp: int
     rollout_tp: int
+    cp: int = 1
     ep: int = 1
     ranks_per_node: int | None = None  # None: all on one
     extras: tuple[str, ...] = ()
@@ -35,18 +36,20 @@ class Case:
 
     @property
     def world(self) -> int:
-        return max(self.tp * self.pp, self.rollout_tp, self.ep)
+        return max(self.tp * self.cp * self.pp, self.rollout_tp, self.ep)
 
     @property
     def name(self) -> str:
         experts = f"-ep{self.ep}" if self.ep > 1 else ""
-        return f"{self.model}-tp{self.tp}-pp{self.pp}{experts}-to-tp{self.rollout_tp}"
+        shared = f"-cp{self.cp}" if self.cp > 1 else ""
+        return f"{self.model}-tp{self.tp}-pp{self.pp}{shared}{experts}-to-tp{self.rollout_tp}"
 
     @property
     def parallel(self) -> dict[str, Any]:
         sizes = {
             "tensor_model_parallel_size": self.tp,
             "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
             "expert_model_parallel_size": self.ep,
         }
         if self.ep > 1 and self.tp > 1:
@@ -106,6 +109,7 @@ CASES = (
         ranks_per_node=2,  # a node has a stage and two engines: the other stage is handed on
         extras=("handed_on", "corruption"),
     ),
+    Case(model="qwen2_tied", tp=1, pp=1, cp=2, rollout_tp=1),
     Case(model="llama", tp=2, pp=1, rollout_tp=2),
     Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
     Case(model="mistral", tp=1, pp=2, rollout_tp=1, is_exhaustive=True),

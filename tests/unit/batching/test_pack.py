@@ -94,6 +94,7 @@ def test_slices_of_tokens_cut_everything_that_is_there():
     assert tokens.rollout_logprobs.tolist() == [-2.0, -3.0]
     assert tokens.ref_logprobs is None
 
+
 def part_of(samples, cp_rank, *, cp=2, multiple=4):
     return pack(
         samples,

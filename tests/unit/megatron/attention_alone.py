@@ -29,7 +29,9 @@ def by_formula(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causa
     group_of = torch.arange(query.size(1)) // (query.size(1) // key.size(1))
     scores = torch.einsum("ihd,jhd->hij", query, key[:, group_of]) * scale
     if is_causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1 + len(key) - len(query)).bool(), -torch.inf)
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[1:]).triu(1 + len(key) - len(query)).bool(), -torch.inf
+        )
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), value[:, group_of])
 
 
@@ -265,7 +267,12 @@ def main() -> None:
         for kind in ("flash", "blocks")
         for cp, row in ((2, (4, 40, 12)), (3, (6, 1200, 18)), (4, (8,)))
     }
-    found = {"split": kept_of_a_part(4), "errors": told, "kept": kept_by_flash(), "te": of_transformer_engine()}
+    found = {
+        "split": kept_of_a_part(4),
+        "errors": told,
+        "kept": kept_by_flash(),
+        "te": of_transformer_engine(),
+    }
     sys.stdout.write(json.dumps(found))
 
 
