@@ -1,5 +1,6 @@
 """The critic: the same values, loss and gradient at every parallel layout, and exact files."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -89,19 +90,25 @@ def reference_answers(problem: Problem, head: torch.Tensor) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def measured(request, problems, critics, tmp_path_factory):
-    found = {}
-    for world, names in NAMES.items():
-        out = tmp_path_factory.mktemp("values") / f"{world}.json"
-        asked = SHARE if request.param == "share" else names
-        run_on_ranks(world, measure_on_ranks, problems, critics, asked, out)
-        found |= json.loads(out.read_text())
-    return found
+def measured(problems, critics, tmp_path_factory):
+    """The share or the whole -> its layouts -> errors of each case; each is measured once."""
+
+    @functools.cache
+    def measure(extent: str) -> dict[str, Any]:
+        found = {}
+        for world, names in NAMES.items():
+            out = tmp_path_factory.mktemp("values") / f"{world}.json"
+            asked = SHARE if extent == "share" else names
+            run_on_ranks(world, measure_on_ranks, problems, critics, asked, out)
+            found |= json.loads(out.read_text())
+        return found
+
+    return measure
 
 
-@pytest.mark.parametrize(("measured", "name"), CASES, indirect=["measured"])
-def test_values_loss_and_gradients_equal_the_unsharded_ones(measured, name):
-    for case, errors in measured[name].items():
+@pytest.mark.parametrize(("extent", "name"), CASES)
+def test_values_loss_and_gradients_equal_the_unsharded_ones(measured, extent, name):
+    for case, errors in measured(extent)[name].items():
         norm_error = errors.pop("norm")
         assert max(errors.values()) < BOUND, (case, errors)
         assert norm_error < NORM_BOUND, case
