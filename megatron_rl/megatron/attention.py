@@ -56,7 +56,7 @@ def packed_rows(
 ) -> PackedRows:
     """Plan the attention of one row, without a word from its device.
 
-    rope: of local layers, without which nothing is planned. sharing: the ranks that have parts of it.
+    rope: of local layers, without which nothing is planned. sharing: those that have parts of it.
     """
     plan = PackedRows(
         qkv_format="thd",

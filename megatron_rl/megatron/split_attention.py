@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_rl.parallel.context import Chunk, chunks_of, gathered_places
+from megatron_rl.parallel.context import SequenceChunk, chunks_of, gathered_places
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def split_of(lengths: Sequence[int], group: dist.ProcessGroup, device: torch.dev
     return Split(group, (_half(early, own[0], places), _half(late, own[1], places)))
 
 
-def _half(chunks: Sequence[Chunk], own: Sequence[int], places: Tensor) -> Half:
+def _half(chunks: Sequence[SequenceChunk], own: Sequence[int], places: Tensor) -> Half:
     device = places.device
     queries = [
         torch.arange(a, a + c.length, device=device) for a, c in zip(own, chunks, strict=True)

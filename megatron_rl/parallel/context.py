@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class SequenceChunk:
     """A run of tokens of one sequence, on the rank that holds it."""
 
     start: int  # in the row
@@ -25,7 +25,9 @@ class Chunk:
     sequence_start: int  # of its sequence, in the row
 
 
-def chunks_of(lengths: Sequence[int], cp: int, cp_rank: int) -> tuple[list[Chunk], list[Chunk]]:
+def chunks_of(
+    lengths: Sequence[int], cp: int, cp_rank: int
+) -> tuple[list[SequenceChunk], list[SequenceChunk]]:
     """The early and the late chunk of every sequence on a rank.
 
     lengths: of the sequences of the row, multiples of 2 cp.
@@ -34,8 +36,8 @@ def chunks_of(lengths: Sequence[int], cp: int, cp_rank: int) -> tuple[list[Chunk
     at = 0
     for length in lengths:
         size = length // (2 * cp)
-        early.append(Chunk(at + cp_rank * size, size, at))
-        late.append(Chunk(at + (2 * cp - 1 - cp_rank) * size, size, at))
+        early.append(SequenceChunk(at + cp_rank * size, size, at))
+        late.append(SequenceChunk(at + (2 * cp - 1 - cp_rank) * size, size, at))
         at += length
     return early, late
 

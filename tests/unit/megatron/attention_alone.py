@@ -25,7 +25,7 @@ HEADS, GROUPS, WIDTH = 6, 2, 8
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> Tensor:
-    """[q, heads, d] and [k, groups, d] twice -> [q, heads, d]; the last query is at the last key."""
+    """[q, heads, d] and [k, groups, d] twice -> [q, heads, d], ends at one token."""
     group_of = torch.arange(query.size(1)) // (query.size(1) // key.size(1))
     scores = torch.einsum("ihd,jhd->hij", query, key[:, group_of]) * scale
     if is_causal:
@@ -135,11 +135,11 @@ def run_split(kind: str, cp: int, lengths: tuple[int, ...]) -> list[Tensor]:
         part = SimpleNamespace(**{**vars(row), **there, "part": "some"})
         group: Any = SimpleNamespace(size=lambda: cp, rank=lambda rank=rank: rank)
         rows = attention.packed_rows(part, turn.__self__, in_blocks=True, sharing=group)
-        gathered = mock.patch.object(split_attention, "_gathered", lambda *_: sent)
+        gathered = mock.patch.object(split_attention, "_gathered", return_value=sent)
         with gathered, mock.patch.object(attention, "varlen_attn", stand_in):
             here = module(*parts[rank], None, packed_seq_params=rows)
         out = out.index_copy(0, entries, here)
-    with mock.patch.object(split_attention, "_gathered", lambda *_: sent):  # the backward's own
+    with mock.patch.object(split_attention, "_gathered", return_value=sent):  # the backward's own
         (out * torch.arange(out.size(1))).sum().backward()
     assert mixed.grad is not None
     return [out.detach(), mixed.grad]
