@@ -252,11 +252,11 @@ class BlockAttention(PackedAttention):
             part = query[:, :, start : start + QUERIES_AT_A_TIME]
             end = before + start + part.size(2)
             mask = causal_lower_right(part.size(2), end)
-            seen = (x[:, :, :end] for x in (key, value))
             parts.append(
                 F.scaled_dot_product_attention(
                     part,
-                    *seen,
+                    key[:, :, :end],
+                    value[:, :, :end],
                     attn_mask=mask,
                     scale=self.scale,
                     enable_gqa=query.size(1) != key.size(1),
