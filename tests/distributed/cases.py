@@ -409,7 +409,7 @@ def share_of(layout: Layout) -> list[Case]:
         for other in LAYOUTS
         if other.has_every_preset == layout.has_every_preset and not is_whole(other)
     ]
-    turn, turns = alike.index(layout.name), len(alike) if layout.has_every_preset else 7
+    turn, turns = alike.index(layout.name), len(alike) if layout.has_every_preset else 12
     everywhere = (
         Case(question=question_of("grpo"), row_tokens=MANY_ROWS, owners="backwards"),
         Case(question=Question(recipe=EVERY_TERM)),
