@@ -26,6 +26,7 @@ from megatron_rl.memory import (
     keeps_initial_weights,
 )
 from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.parallel.stages import told_sizes
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_data
 from megatron_rl.rehearsal.report import ranks_that_differ, rehearsal_lines
@@ -78,7 +79,7 @@ def print_rehearsal(config: RunConfig, rank: int | None) -> None:
     model_dir = find_model(config.model.path, "model.path").config_dir
     arch = read_model_config(model_dir, config.model.ignore_config_fields)
     layout = config.parallel.layout(world)
-    ranks = ranks_that_differ(layout) if rank is None else [rank]
+    ranks = ranks_that_differ(layout, arch.num_layers) if rank is None else [rank]
     for title, lines in rehearsal_lines(config, arch, layout, ranks):
         _print_section(title, lines)
 
@@ -118,8 +119,9 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
             "experts",
             f"{arch.mixture.num_experts} a layer, over EP {layout.ep}; expert TP {layout.etp}",
         )
-    layers = arch.num_layers // (layout.pp * layout.vpp)
-    yield "layers per chunk", f"{layers} of {arch.num_layers}"
+    sizes = [len(layers) for layers in layout.layers_of(arch.num_layers)]
+    told = f"{sizes[0]} of" if len(set(sizes)) == 1 else f"{told_sizes(sizes)}, together"
+    yield "layers per chunk", f"{told} {arch.num_layers}"
     yield (
         "vocabulary",
         f"{arch.vocab_size} padded to {padded_vocab_size(arch.vocab_size, layout.tp)}",

@@ -5,7 +5,8 @@ rank r is stage c * pp + r.
 """
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -65,9 +66,18 @@ def _with_sizes(num_layers: int, pp: int, vpp: int, split: Split) -> tuple[int, 
 def layers_of_stages(num_layers: int, pp: int, vpp: int, split: Split) -> tuple[range, ...]:
     """The layers of every stage, in the order of the network."""
     sizes = stage_sizes(num_layers, pp, vpp, split)
-    assert sizes is not None, "megatron/refusals.py lets no such layout through"
+    assert sizes is not None, "parallel/refusals.py lets no such layout through"
     ends = [sum(sizes[: stage + 1]) for stage in range(len(sizes))]
     return tuple(range(end - size, end) for end, size in zip(ends, sizes, strict=True))
+
+
+def told_sizes(sizes: Sequence[int]) -> str:
+    """Sizes of stages as they are told: "3, 5 (6 times), 3" of eight."""
+    told: list[str] = []
+    for size, run in itertools.groupby(sizes):
+        count = len(list(run))
+        told += [str(size)] * count if count < 4 else [f"{size} ({count} times)"]
+    return ", ".join(told)
 
 
 def splits_that_work(num_layers: int, pp: int, vpp: int) -> list[Split]:
@@ -100,18 +110,3 @@ def _sizes_to_try(num_layers: int, pp: int, vpp: int) -> Iterator[Split]:
         first = -(-both // (2 * vpp)) * vpp
         if pp > 2 and both > first > 0:
             yield Split(first=first, last=both - first)
-
-
-def nearest(size: int, sizes: list[int]) -> str:
-    """Up to two sizes below and two above, as a message tells them: "1, 2, 7 or 14" of 14 near 4.
-
-    Args:
-        size: that does not work, and so is not among `sizes`.
-        sizes: that work, from the smallest on.
-    """
-    below, above = (
-        [one for one in sizes if one < size][-2:],
-        [one for one in sizes if one > size][:2],
-    )
-    *some, last = map(str, below + above)
-    return f"{', '.join(some)} or {last}" if some else last
