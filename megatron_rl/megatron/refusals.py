@@ -139,7 +139,11 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     """Problems of a layout for this model."""
     tp = parallel.tensor_model_parallel_size
     field = "parallel.tensor_model_parallel_size"
-    rows = (("attention heads", arch.num_attention_heads), *arch.dense_rows)
+    rows = (
+        ("attention heads", arch.num_attention_heads),
+        ("rows of queries, keys and values", arch.query_rows + 2 * arch.key_rows),  # one matrix
+        *arch.dense_rows,
+    )
     yield from split_problems(field, tp, rows, arch.num_query_groups)
     yield from stage_problems(arch.num_layers, parallel)
     yield from _expert_problems(arch, parallel)
