@@ -45,6 +45,7 @@ LAYOUTS = (
     Layout(name="EP2", world=2, ep=2),
     Layout(name="TP2 PP2", world=4, tp=2, pp=2),
     Layout(name="PP4", world=4, pp=4),
+    Layout(name="TP4 over 2 key heads", world=4, tp=4),
     Layout(name="TP2 SP EP2", world=4, tp=2, ep=2, sequence_parallel=True),
 )
 
@@ -52,7 +53,7 @@ LAYOUTS = (
 def models_of(layout: Layout) -> tuple[str, ...]:
     if layout.split != EVEN:
         return ("qwen2_tied", "qwen3_moe_mixed")
-    if layout.vpp:
+    if layout.vpp or layout.tp == 4:
         return ("qwen2_tied",)
     return MODELS if layout.ep == 1 else tuple(name for name in MODELS if name in MIXTURES)
 
