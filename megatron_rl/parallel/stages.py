@@ -103,9 +103,9 @@ def _sizes_to_try(num_layers: int, pp: int, vpp: int) -> Iterator[Split]:
     average = num_layers // (pp * vpp) * vpp
     for between in (average, average + vpp):
         alone = num_layers - (pp - 1) * between
-        if alone > 0:
-            yield Split(last=alone)
-            yield Split(first=alone)
+        if alone > 0:  # the last one has the loss besides
+            ends = [Split(last=alone), Split(first=alone)]
+            yield from ends if alone < between else reversed(ends)
         both = num_layers - (pp - 2) * between
         first = -(-both // (2 * vpp)) * vpp
         if pp > 2 and both > first > 0:
