@@ -17,13 +17,14 @@ from megatron_rl.fit import (
     ways_out,
 )
 from megatron_rl.input_report import input_lines
-from megatron_rl.megatron.refusals import model_problems
+from megatron_rl.megatron.refusals import model_problems, reference_problems
 from megatron_rl.memory import (
     GIB,
     busiest_rank,
     host_bytes_of_offload,
     itemsize,
     keeps_initial_weights,
+    reference_arch,
 )
 from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.parallel.stages import told_sizes
@@ -53,8 +54,11 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
     problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
     if not config.is_supervised:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
-    if problems:
-        raise ConfigErrors([str(problem) for problem in problems])
+    told = [str(problem) for problem in problems]
+    if config.reference.path and (reference := reference_arch(config)):
+        told += reference_problems(config.reference.path, reference, config.parallel)
+    if told:
+        raise ConfigErrors(told)
     layout = config.parallel.layout(world)
     for section, lines in (
         ("layout", _layout(config, arch, layout)),

@@ -33,23 +33,20 @@ class Activations:
     device_type: str
     itemsize: int  # of model.dtype
 
-    def kept(self, row_tokens: int, num_rows: int) -> float:
-        """Bytes at the end of the forward pass of a row, or of all rows that a stage has at hand.
+    def kept(self, row_tokens: int, num_rows: int, pp_rank: int = 0) -> float:
+        """Bytes at the end of the forward pass of a row, or of all that a rank has at hand.
 
         num_rows: of an update, which a pipeline has several of at a time.
         """
-        ranks = range(self.parallel.pipeline_model_parallel_size)
-        return row_tokens * max(self._kept_on(rank, num_rows) for rank in ranks)
-
-    def _kept_on(self, pp_rank: int, num_rows: int) -> float:
-        """Bytes a token that a pipeline rank keeps, at the peak of Megatron's schedules."""
         ranks = self.parallel.pipeline_model_parallel_size
         chunks = self.parallel.virtual_pipeline_model_parallel_size or 1
         stages = layers_of_stages(self.arch.num_layers, ranks, chunks, self.parallel.split)
-        # One forward and one backward in turns, once there is a row on every rank that follows.
+        # Megatron's schedules have one forward and one backward in turns, once every rank that
+        # follows has a row.
         behind = ranks - 1 - pp_rank
         at_hand = behind + 1 if chunks == 1 else 2 * behind + (chunks - 1) * ranks + 1
-        return min(at_hand, num_rows * chunks) * max(map(self._of_layers, stages[pp_rank::ranks]))
+        of_token = max(map(self._of_layers, stages[pp_rank::ranks]))
+        return row_tokens * min(at_hand, num_rows * chunks) * of_token
 
     def _of_layers(self, layers: range) -> float:
         """Bytes a token in these layers, at the peak of a backward that computes them anew."""

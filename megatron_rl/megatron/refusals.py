@@ -149,6 +149,12 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     yield from _expert_problems(arch, parallel)
 
 
+def reference_problems(path: str, arch: ModelArch, parallel: ParallelConfig) -> Iterator[str]:
+    """Problems of the policy's layout for a reference of its own."""
+    own = parallel if arch.mixture else parallel.without_experts
+    yield from (f"reference.path={path!r}: {problem}" for problem in model_problems(arch, own))
+
+
 def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:
     ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
     field = "parallel.expert_model_parallel_size"
