@@ -96,11 +96,11 @@ def _ways_out(num_layers: int, pp: int, vpp: int, now: Split) -> str:
         assert sizes is not None
         ways.append(f"set {_overrides(split, now)} for stages of {told_sizes(sizes)} layers")
     if now.has_sizes:
-        field, value = ("first", now.first) if now.last is None else ("last", now.last)
+        value = now.first if now.last is None else now.last
         works = [
             size
             for size in range(1, num_layers + 1)
-            if stage_sizes(num_layers, pp, vpp, replace(now, **{field: size})) is not None
+            if stage_sizes(num_layers, pp, vpp, _with_size(now, size)) is not None
         ]
     else:
         value = pp
@@ -115,6 +115,11 @@ def _ways_out(num_layers: int, pp: int, vpp: int, now: Split) -> str:
         return "Choose fewer ranks" + (" or chunks" if vpp > 1 else "")
     text = ", or ".join(ways)
     return text[0].upper() + text[1:]
+
+
+def _with_size(split: Split, size: int) -> Split:
+    """The split with another size of the last end that has one."""
+    return replace(split, first=size) if split.last is None else replace(split, last=size)
 
 
 def _overrides(split: Split, now: Split) -> str:
