@@ -72,9 +72,9 @@ def stage_problems(num_layers: int, parallel: ParallelConfig) -> Iterator[Config
         rest, between = num_layers - sum(own), pp - len(own)
         rule = f"both ranks together must have the model's {num_layers} layers{each}"
         if between:
-            ranks = f"{between} {'rank' if between == 1 else 'ranks'} with one at least"
-            rule = f"{rest} of the model's {num_layers} layers are left, which must divide over "
-            rule += f"{ranks}{each}"
+            others = f"{between} {'rank' if between == 1 else 'ranks'} with one at least{each}"
+            left = f"{max(rest, 0)} of the model's {num_layers} layers are left"
+            rule = f"{left}, which must divide over {others}"
     elif split.counts_ends:
         name = LOSS if split.counts_loss else EMBEDDING
         more = split.counts_embedding + split.counts_loss
@@ -99,7 +99,7 @@ def _ways_out(num_layers: int, pp: int, vpp: int, now: Split) -> str:
         value = now.first if now.last is None else now.last
         works = [
             size
-            for size in range(1, num_layers + 1)
+            for size in range(1, min(num_layers, MAX_RANKS) + 1)
             if stage_sizes(num_layers, pp, vpp, _with_size(now, size)) is not None
         ]
     else:

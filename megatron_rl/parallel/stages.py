@@ -43,10 +43,12 @@ def stage_sizes(num_layers: int, pp: int, vpp: int, split: Split) -> tuple[int, 
     if split.has_sizes:
         return None if split.counts_ends else _with_sizes(num_layers, pp, vpp, split)
     each, left = divmod(num_layers + split.counts_embedding + split.counts_loss, pp * vpp)
+    if left or each == 0:
+        return None
     sizes = [each] * (pp * vpp)
     sizes[0] -= split.counts_embedding
     sizes[-1] -= split.counts_loss
-    return None if left or each == 0 or min(sizes) < 0 else tuple(sizes)
+    return None if min(sizes) < 0 else tuple(sizes)
 
 
 def _with_sizes(num_layers: int, pp: int, vpp: int, split: Split) -> tuple[int, ...] | None:
