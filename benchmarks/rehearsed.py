@@ -72,7 +72,7 @@ def main() -> None:
         config = RunConfig.model_validate(settings)
         arch, layout = MODELS[model], config.parallel.layout(world_size)
         planned = need_of(config, arch, layout, "cuda").update
-        for rank in ranks_that_differ(layout):
+        for rank in ranks_that_differ(layout, arch.num_layers):
             found = rehearse(config, arch, world_size, rank)
             peak = found.memory["update"]
             cut = f"TP {tp}, PP {pp}, EP {ep}, DP {layout.dp}"

@@ -22,6 +22,7 @@ from hub_configs import QWEN2, QWEN3_MOE
 from measure import describe_machine, load_average
 
 from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.parallel.stages import Split
 from megatron_rl.plan import RANKS_PER_NODE
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
@@ -44,7 +45,7 @@ class Problem:
 
     name: str
     config: dict[str, Any]
-    layout: dict[str, int]
+    layout: dict[str, Any]
     engine_tp: int
 
 
@@ -53,6 +54,12 @@ PROBLEMS = (
         name="Qwen2.5-72B, TP 4 PP 4 to TP 4",
         config=QWEN2_72B,
         layout={"tp": 4, "pp": 4},
+        engine_tp=4,
+    ),
+    Problem(
+        name="Qwen2.5-72B, PP 4 of 19, 21, 21, 19",
+        config=QWEN2_72B,
+        layout={"tp": 4, "pp": 4, "split": Split(first=19, last=19)},
         engine_tp=4,
     ),
     Problem(
@@ -78,7 +85,7 @@ def main() -> None:
     for name, value in describe_machine("cpu").items():
         print(f"{name}: {value}")
     print(
-        f"\n{'':34s}{'ranks':>6s}{'median s':>10s}{'received':>10s}{'sent GB':>9s}{'needs':>7s}"
+        f"\n{'':36s}{'ranks':>6s}{'median s':>10s}{'received':>10s}{'sent GB':>9s}{'needs':>7s}"
         f"{'in by node':>12s}"
     )
     for problem in PROBLEMS:
@@ -101,7 +108,7 @@ def main() -> None:
                 times.append(time.perf_counter() - start)
             stats = plan.stats
             print(
-                f"{problem.name:34s}{world:6d}{median(times):10.2f}{stats.received_max / 1e9:10.1f}"
+                f"{problem.name:36s}{world:6d}{median(times):10.2f}{stats.received_max / 1e9:10.1f}"
                 f"{stats.sent_max / 1e9:9.1f}{stats.need_max / 1e9:7.1f}"
                 f"{stats.between_nodes / 1e9 / (world / RANKS_PER_NODE):12.1f}"
             )

@@ -15,8 +15,15 @@ import torch.distributed as dist
 
 from megatron_rl.config import RunConfig, problems, world_problems
 from megatron_rl.errors import ConfigErrors
-from megatron_rl.megatron.refusals import model_problems
-from megatron_rl.memory import GIB, Need, kv_bytes_of_sequence, need_of, wanted_kv_mib
+from megatron_rl.megatron.refusals import model_problems, reference_problems
+from megatron_rl.memory import (
+    GIB,
+    Need,
+    kv_bytes_of_sequence,
+    need_of,
+    reference_arch,
+    wanted_kv_mib,
+)
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.platforms.base import Platform
 from megatron_rl.platforms.host_memory import own_bytes
@@ -346,6 +353,8 @@ def _is_possible(config: RunConfig, arch: ModelArch, world: int) -> bool:
     ]
     if config.has_engine:
         found.append(engine_problems(arch, config.rollout.tensor_model_parallel_size))
+    if config.reference.path and (reference := reference_arch(config)):
+        found.append(reference_problems(config.reference.path, reference, config.parallel))
     return next(itertools.chain.from_iterable(found), None) is None
 
 

@@ -8,7 +8,7 @@ benchmarks/results/memory.md compares it with what was measured.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -117,12 +117,27 @@ def need_of(
         kv_mib: size of a CPU engine's cache, in the place of wanted_kv_mib.
         device_bytes: of a GPU, of which the engine takes a share.
     """
-    if device_type != "cpu":
-        return _on_a_gpu(config, arch, layout, row_tokens, device_bytes)
-    params = sum(busiest_rank(arch, layout))
-    parts = _models(config, arch, layout)
+    needs = [
+        _on_a_cpu(config, arch, layout, stage, row_tokens, kv_mib)
+        if device_type == "cpu"
+        else _on_a_gpu(config, arch, layout, stage, row_tokens, device_bytes)
+        for stage in range(layout.pp)
+    ]
+    return max(needs, key=lambda need: need.total)
+
+
+def _on_a_cpu(
+    config: RunConfig,
+    arch: ModelArch,
+    layout: Layout,
+    pp_rank: int,
+    row_tokens: int | None,
+    kv_mib: int | None,
+) -> Need:
+    params = sum(held_by(arch, layout, pp_rank))
+    parts = _models(config, arch, layout, pp_rank)
     held = {part.name: part.nbytes for part in parts}
-    passing = _passing(config, arch, layout, device_type, row_tokens)
+    passing = _passing(config, arch, layout, pp_rank, "cpu", row_tokens)
     saves = config.checkpoint.save_every != 0
     held = {PROCESS: PROCESS_BYTES + (SAVING_BYTES if saves else 0.0)} | held
     if config.has_engine:
@@ -133,7 +148,7 @@ def need_of(
             float(mib << 20),
         )
         held |= dict(zip(ENGINE, sizes, strict=True))
-    if copied := host_bytes_of_offload(config, arch, layout, "cpu"):
+    if copied := _leaving(config, parts, "cpu"):
         held["copies of what leaves"] = copied  # of the trainer, which are kept
     if keeps_initial_weights(config):
         held["first weights"] = float(params * itemsize(config.model.dtype))
@@ -147,11 +162,12 @@ def _on_a_gpu(
     config: RunConfig,
     arch: ModelArch,
     layout: Layout,
+    pp_rank: int,
     row_tokens: int | None,
     device_bytes: float,
 ) -> Need:
-    offload, parts = config.offload_on("cuda"), _models(config, arch, layout)
-    passing = _passing(config, arch, layout, "cuda", row_tokens)
+    offload, parts = config.offload_on("cuda"), _models(config, arch, layout, pp_rank)
+    passing = _passing(config, arch, layout, pp_rank, "cuda", row_tokens)
     stays: dict[str, float] = {}
     leaves: dict[str, float] = {}
     comes_late: dict[str, float] = {}
@@ -193,14 +209,19 @@ def _on_a_gpu(
 def host_bytes_of_offload(
     config: RunConfig, arch: ModelArch, layout: Layout, device_type: str
 ) -> float:
-    """Bytes of host memory that a rank keeps for what leaves its device."""
+    """Bytes of host memory that the busiest rank keeps for what leaves its device."""
+    stages = (_models(config, arch, layout, pp_rank) for pp_rank in range(layout.pp))
+    return max(_leaving(config, parts, device_type) for parts in stages)
+
+
+def _leaving(config: RunConfig, parts: Sequence["_Part"], device_type: str) -> float:
     kinds: dict[Offload, tuple[str, ...]] = {
         "none": (),
         "optimizer": ("optimizer",),
         "weights": ("optimizer", "weights", "frozen"),
     }
     kept = kinds[config.offload_on(device_type)]
-    return sum(part.nbytes for part in _models(config, arch, layout) if part.kind in kept)
+    return sum(part.nbytes for part in parts if part.kind in kept)
 
 
 def keeps_initial_weights(config: RunConfig) -> bool:
@@ -277,9 +298,9 @@ class _Part:
     nbytes: float
 
 
-def _models(config: RunConfig, arch: ModelArch, layout: Layout) -> list[_Part]:
-    """Weights, gradients and optimizers of the busiest rank."""
-    shared, experts = busiest_rank(arch, layout)
+def _models(config: RunConfig, arch: ModelArch, layout: Layout, pp_rank: int) -> list[_Part]:
+    """Weights, gradients and optimizers of a pipeline rank."""
+    shared, experts = held_by(arch, layout, pp_rank)
     params, nbytes = shared + experts, itemsize(config.model.dtype)
     stepped = params
     if config.optimizer.use_distributed_optimizer:
@@ -301,13 +322,14 @@ def _models(config: RunConfig, arch: ModelArch, layout: Layout) -> list[_Part]:
     if config.algorithm.resolved.needs_critic:
         # Without the LM head; what is alive of one row at a time is counted once.
         head = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp * arch.hidden_size
+        head = head if pp_rank == layout.pp - 1 else 0
         share = (params - head) / params
         parts += [
             replace(part, name=f"critic's {part.name}", nbytes=share * part.nbytes)
             for part in parts
         ]
     if (reference := reference_arch(config)) is not None:
-        held = float(sum(busiest_rank(reference, layout)) * nbytes)
+        held = float(sum(held_by(reference, layout, pp_rank)) * nbytes)
         parts.append(_Part(name="reference model", kind="frozen", nbytes=held))
     return parts
 
@@ -323,6 +345,7 @@ def _passing(
     config: RunConfig,
     arch: ModelArch,
     layout: Layout,
+    pp_rank: int,
     device_type: str,
     row_tokens: int | None,
 ) -> dict[str, float]:
@@ -335,7 +358,11 @@ def _passing(
         parallel=config.parallel,
         device_type=device_type,
         itemsize=nbytes,
-    ).kept(-(-tokens // layout.cp), num_rows=rows_of_update(config, layout, tokens))
+    ).kept(
+        -(-tokens // layout.cp),
+        num_rows=rows_of_update(config, layout, tokens),
+        pp_rank=pp_rank,
+    )
     vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
     logits = min(float(LOGITS_BYTES), tokens / layout.cp * vocab * nbytes)
     is_native = not is_cpu or native.has("dlogits", torch.device("cpu"))
@@ -344,7 +371,7 @@ def _passing(
     later = {"logits of one chunk": logits}
     if is_cpu:
         # gloo copies a buffer that it reduces, when activations are free but not given back.
-        params = sum(busiest_rank(arch, layout))
+        params = sum(held_by(arch, layout, pp_rank))
         later["copy of the gradients"] = float(params * max(4, nbytes))
         if config.has_engine:
             later["an engine's step"] = _engine_step(config, arch)
@@ -366,24 +393,20 @@ def _engine_step(config: RunConfig, arch: ModelArch) -> float:
 
 def busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
     """Parameters of the rank that holds most: those outside of experts, and those of experts."""
+    return max((held_by(arch, layout, pp_rank) for pp_rank in range(layout.pp)), key=sum)
+
+
+def held_by(arch: ModelArch, layout: Layout, pp_rank: int) -> tuple[int, int]:
+    """The same of a pipeline rank."""
     one_copy = math.lcm(layout.tp * layout.pp, layout.etp * layout.ep * layout.pp)
-    return _busiest_rank(arch, replace(layout, world_size=one_copy))
+    return _held_by(arch, replace(layout, world_size=one_copy), pp_rank)
 
 
 @functools.cache
-def _busiest_rank(arch: ModelArch, layout: Layout) -> tuple[int, int]:
-    held = [
-        (
-            shared_pieces(arch, layout, tp_rank=0, pp_rank=stage),
-            expert_pieces(arch, layout, etp_rank=0, ep_rank=0, pp_rank=stage),
-        )
-        for stage in range(layout.pp)
-    ]
-    counts = [
-        (sum(size(p.box) for p in shared), sum(size(p.box) for p in experts))
-        for shared, experts in held
-    ]
-    return max(counts, key=sum)
+def _held_by(arch: ModelArch, layout: Layout, pp_rank: int) -> tuple[int, int]:
+    shared = shared_pieces(arch, layout, tp_rank=0, pp_rank=pp_rank)
+    experts = expert_pieces(arch, layout, etp_rank=0, ep_rank=0, pp_rank=pp_rank)
+    return sum(size(piece.box) for piece in shared), sum(size(piece.box) for piece in experts)
 
 
 def itemsize(dtype: str) -> int:

@@ -17,15 +17,17 @@ from megatron_rl.fit import (
     ways_out,
 )
 from megatron_rl.input_report import input_lines
-from megatron_rl.megatron.refusals import model_problems
+from megatron_rl.megatron.refusals import model_problems, reference_problems
 from megatron_rl.memory import (
     GIB,
     busiest_rank,
     host_bytes_of_offload,
     itemsize,
     keeps_initial_weights,
+    reference_arch,
 )
 from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.parallel.stages import told_sizes
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_data
 from megatron_rl.rehearsal.report import ranks_that_differ, rehearsal_lines
@@ -52,8 +54,11 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
     problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
     if not config.is_supervised:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
-    if problems:
-        raise ConfigErrors([str(problem) for problem in problems])
+    told = [str(problem) for problem in problems]
+    if config.reference.path and (reference := reference_arch(config)):
+        told += reference_problems(config.reference.path, reference, config.parallel)
+    if told:
+        raise ConfigErrors(told)
     layout = config.parallel.layout(world)
     for section, lines in (
         ("layout", _layout(config, arch, layout)),
@@ -78,7 +83,7 @@ def print_rehearsal(config: RunConfig, rank: int | None) -> None:
     model_dir = find_model(config.model.path, "model.path").config_dir
     arch = read_model_config(model_dir, config.model.ignore_config_fields)
     layout = config.parallel.layout(world)
-    ranks = ranks_that_differ(layout) if rank is None else [rank]
+    ranks = ranks_that_differ(layout, arch.num_layers) if rank is None else [rank]
     for title, lines in rehearsal_lines(config, arch, layout, ranks):
         _print_section(title, lines)
 
@@ -118,8 +123,9 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
             "experts",
             f"{arch.mixture.num_experts} a layer, over EP {layout.ep}; expert TP {layout.etp}",
         )
-    layers = arch.num_layers // (layout.pp * layout.vpp)
-    yield "layers per chunk", f"{layers} of {arch.num_layers}"
+    sizes = [len(layers) for layers in layout.layers_of(arch.num_layers)]
+    told = f"{sizes[0]} of" if len(set(sizes)) == 1 else f"{told_sizes(sizes)}, together"
+    yield "layers per chunk", f"{told} {arch.num_layers}"
     yield (
         "vocabulary",
         f"{arch.vocab_size} padded to {padded_vocab_size(arch.vocab_size, layout.tp)}",

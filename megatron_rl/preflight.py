@@ -12,7 +12,7 @@ from megatron_rl.checkpoint.names import CHECKPOINTS, checkpoints_in
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.evaluator import load_questions
-from megatron_rl.megatron.refusals import model_problems
+from megatron_rl.megatron.refusals import model_problems, reference_problems
 from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
 from megatron_rl.platforms.base import detect
 from megatron_rl.prompts.clock import today
@@ -306,8 +306,7 @@ def _reference(
     assert path is not None
     source = find_model(path, "reference.path")
     arch = read_model_config(source.config_dir, config.model.ignore_config_fields)
-    parallel = config.parallel if arch.mixture else config.parallel.without_experts
-    found.note(f"reference.path={path!r}: {p}" for p in model_problems(arch, parallel))
+    found.note(reference_problems(path, arch, config.parallel))
     if config.longest_sequence > arch.max_position_embeddings:
         raise InputError(
             f"reference.path={path!r}: it has {arch.max_position_embeddings} positions, and "

@@ -54,6 +54,7 @@ from megatron_rl.metrics.writers import (
     prepare_to_append,
 )
 from megatron_rl.parallel.groups import init_distributed, store_of_this_attempt
+from megatron_rl.parallel.stages import EVEN, told_sizes
 from megatron_rl.parallel.stop import StopRequest, follow_launcher
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform, detect
@@ -351,9 +352,11 @@ def _start(config: RunConfig) -> Platform:
 
 def _start_lines(run: "Run") -> list[str]:
     layout = run.groups.layout
+    stages = [len(layers) for layers in layout.layers_of(run.policy.arch.num_layers)]
     return [
         f"layout: {layout.world_size} ranks = {layout.axes}"
         + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
+        + (f", stages of {told_sizes(stages)} layers" if layout.split != EVEN else "")
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",

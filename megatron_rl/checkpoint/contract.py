@@ -110,7 +110,10 @@ CONTRACT = (
     ),
     _clause(
         "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "
-        "parallel.virtual_pipeline_model_parallel_size parallel.context_parallel_size "
+        "parallel.virtual_pipeline_model_parallel_size "
+        "parallel.num_layers_in_first_pipeline_stage parallel.num_layers_in_last_pipeline_stage "
+        "parallel.account_for_embedding_in_pipeline_split "
+        "parallel.account_for_loss_in_pipeline_split parallel.context_parallel_size "
         "parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size "
         "parallel.sequence_parallel parallel.overlap_grad_reduce",
         "may change",

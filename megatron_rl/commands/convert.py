@@ -5,12 +5,15 @@ megatron-rl convert to-hf --megatron DIR --output DIR          saved at any layo
 """
 
 import argparse
+import re
 from pathlib import Path
 
 from megatron_rl.commands.terminal import add_ignored_fields, positive, progress_bar
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.parallel.config import ParallelConfig
 
+ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+COUNTS = ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 DTYPES = ("bfloat16", "float16", "float32")  # as torch spells them
 
@@ -27,6 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             default=1,
             help="checked; any layout loads it",
         )
+    for name in ENDS:
+        into.add_argument(f"--{name.replace('_', '-')}", type=positive, help="checked")
+    for name in COUNTS:
+        into.add_argument(f"--{name.replace('_', '-')}", action="store_true", help="checked")
     back = directions.add_parser("to-hf", help="Megatron-Core to Hugging Face")
     back.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint, or run's")
     back.add_argument(
@@ -61,6 +68,7 @@ def _to_megatron(options: argparse.Namespace) -> Path:
 
     from megatron_rl.conversion.to_megatron import convert_to_megatron
     from megatron_rl.megatron.refusals import model_problems
+    from megatron_rl.parallel.refusals import uneven_problems
     from megatron_rl.weights.families.registry import read_model_config
     from megatron_rl.weights.model_source import find_model
 
@@ -68,12 +76,12 @@ def _to_megatron(options: argparse.Namespace) -> Path:
     if source.megatron_dir is not None:
         raise InputError(f"--hf={options.hf!r}: it is a Megatron-Core checkpoint already")
     arch = read_model_config(source.config_dir, options.ignore_config_field)
-    sizes = {name: getattr(options, name) for name in SIZES}
+    sizes = {name: getattr(options, name) for name in (*SIZES, *ENDS, *COUNTS)}
     # Experts under tensor parallelism are trained so; a checkpoint is the same either way.
     parallel = ParallelConfig(**sizes, sequence_parallel=options.tensor_model_parallel_size > 1)
-    problems = [str(problem) for problem in model_problems(arch, parallel)]
-    if problems:
-        raise ConfigErrors(problems)
+    found = [*uneven_problems(parallel), *model_problems(arch, parallel)]
+    if found:
+        raise ConfigErrors([_as_typed(str(problem)) for problem in found])
     with progress_bar("to Megatron") as bar:
         return convert_to_megatron(
             source.config_dir,
@@ -83,6 +91,19 @@ def _to_megatron(options: argparse.Namespace) -> Path:
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             progress=bar,
         )
+
+
+def _as_typed(problem: str) -> str:
+    """A layout's problem with the way out as options of this command, in place of settings."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = "--" + found[1].replace("_", "-"), found[2]
+        if value in ("null", "false"):
+            return f"no {name}"
+        return name if value == "true" else f"{name} {value}"
+
+    field, _, rest = problem.partition(": ")
+    return f"{field}: " + re.sub(r"parallel\.(\w+)=(\w+)", option, rest)
 
 
 def _to_hf(options: argparse.Namespace) -> Path:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.stages import layers_of_stages
 from megatron_rl.weights.arch import ModelArch
 
 
@@ -32,30 +33,32 @@ class Activations:
     device_type: str
     itemsize: int  # of model.dtype
 
-    def kept(self, row_tokens: int, num_rows: int) -> float:
-        """Bytes at the end of the forward pass of a row, or of all rows that a stage has at hand.
+    def kept(self, row_tokens: int, num_rows: int, pp_rank: int = 0) -> float:
+        """Bytes at the end of the forward pass of a row, or of all that a rank has at hand.
 
         num_rows: of an update, which a pipeline has several of at a time.
         """
-        parallel = self.parallel
-        stages = parallel.pipeline_model_parallel_size
-        chunks = parallel.virtual_pipeline_model_parallel_size or 1
-        layers = self.arch.num_layers // (stages * chunks)
-        # Of the first stage of Megatron's schedules, one forward and one backward in turns.
-        at_hand = stages if chunks == 1 else 2 * (stages - 1) + (chunks - 1) * stages + 1
-        return row_tokens * min(at_hand, num_rows * chunks) * self._of_layers(layers)
+        ranks = self.parallel.pipeline_model_parallel_size
+        chunks = self.parallel.virtual_pipeline_model_parallel_size or 1
+        stages = layers_of_stages(self.arch.num_layers, ranks, chunks, self.parallel.split)
+        # Megatron's schedules have one forward and one backward in turns, once every rank that
+        # follows has a row.
+        behind = ranks - 1 - pp_rank
+        at_hand = behind + 1 if chunks == 1 else 2 * behind + (chunks - 1) * ranks + 1
+        of_token = max(map(self._of_layers, stages[pp_rank::ranks]))
+        return row_tokens * min(at_hand, num_rows * chunks) * of_token
 
-    def _of_layers(self, layers: int) -> float:
-        """Bytes a token in so many layers, at the peak of a backward that computes them anew."""
-        whole = sum(map(self.of_layer, range(layers)))
-        if self.model.recompute_granularity != "full":
+    def _of_layers(self, layers: range) -> float:
+        """Bytes a token in these layers, at the peak of a backward that computes them anew."""
+        whole, count = sum(map(self.of_layer, layers)), len(layers)
+        if self.model.recompute_granularity != "full" or not layers:
             return whole
         unit = self.model.recompute_num_layers or 1
         inputs = self.arch.hidden_size * self.itemsize / self._sequence_ranks
         if self.model.recompute_method == "block":  # the first ones, each by itself
-            anew = min(unit, layers)
-            return anew * inputs + self.of_layer(0) + whole * (layers - anew) / layers
-        return layers / unit * inputs + whole * min(unit, layers) / layers
+            anew = min(unit, count)
+            return anew * inputs + self.of_layer(layers[0]) + whole * (count - anew) / count
+        return count / unit * inputs + whole * min(unit, count) / count
 
     def of_layer(self, layer: int) -> float:
         """Bytes a token keeps in a layer, counted over the whole model."""

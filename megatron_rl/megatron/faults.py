@@ -71,6 +71,15 @@ FAULTS = {
             probes=ON_RANKS,
         ),
         Fault(
+            name="interleaving_of_ends",
+            versions=SUPPORTED_VERSIONS,
+            wrong="divides by zero in the interleaved schedule at PP 2 where both stages have a "
+            "size of their own",
+            action="fitted",
+            by="transformer_config.transformer_config",
+            probes=ALONE,
+        ),
+        Fault(
             name="experts_of_smaller_tensor_parallelism",
             versions=(V0_16_1,),
             wrong="reduces experts whose tensor parallelism is not the model's over data-parallel "

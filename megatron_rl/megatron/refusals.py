@@ -12,6 +12,13 @@ from megatron_rl.megatron import faults
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.settable import DECIDED, FAULTY, OF_TE, REFUSED, VALUES
 from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.parallel.refusals import (
+    divisors,
+    nearest,
+    split_problems,
+    stage_problems,
+    uneven_problems,
+)
 from megatron_rl.weights.arch import ModelArch
 
 
@@ -43,6 +50,7 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
         )
     if vpp is not None:
         yield from _interleaving_problems(model, pp, vpp)
+    yield from uneven_problems(parallel)
     yield from _override_problems(model)
 
 
@@ -122,34 +130,22 @@ def optimizer_problems(
 
 def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:
     """Problems of a layout for this model."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
-    groups = arch.num_query_groups
+    tp = parallel.tensor_model_parallel_size
     field = "parallel.tensor_model_parallel_size"
-    for what, count in (
+    rows = (
         ("attention heads", arch.num_attention_heads),
+        ("rows of queries, keys and values", arch.query_rows + 2 * arch.key_rows),  # one matrix
         *arch.dense_rows,
-    ):
-        if count % tp:
-            yield ConfigError(
-                field, tp, f"must divide the model's {count} {what}", "Choose a divisor"
-            )
-    if groups % tp and tp % groups:
-        yield ConfigError(
-            field,
-            tp,
-            f"must divide the model's {groups} key/value heads or be a multiple of them",
-            "Choose such a size",
-        )
-    if arch.num_layers % chunks:
-        yield ConfigError(
-            "parallel.pipeline_model_parallel_size",
-            pp,
-            f"must divide the model's {arch.num_layers} layers (with "
-            f"{chunks // pp} chunks a rank: {chunks})",
-            "Choose a divisor",
-        )
+    )
+    yield from split_problems(field, tp, rows, arch.num_query_groups)
+    yield from stage_problems(arch.num_layers, parallel)
     yield from _expert_problems(arch, parallel)
+
+
+def reference_problems(path: str, arch: ModelArch, parallel: ParallelConfig) -> Iterator[str]:
+    """Problems of the policy's layout for a reference of its own."""
+    own = parallel if arch.mixture else parallel.without_experts
+    yield from (f"reference.path={path!r}: {problem}" for problem in model_problems(arch, own))
 
 
 def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:
@@ -164,17 +160,10 @@ def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Conf
             field,
             ep,
             f"must divide the model's {arch.mixture.num_experts} experts",
-            "Choose a divisor",
+            f"Choose {nearest(ep, divisors(arch.mixture.num_experts))}",
         )
     etp = parallel.expert_tensor_parallel_size or tp
-    for what, count in arch.expert_rows:
-        if count % etp:
-            yield ConfigError(
-                "parallel.expert_tensor_parallel_size",
-                etp,
-                f"must divide the model's {count} {what}",
-                "Choose a divisor",
-            )
+    yield from split_problems("parallel.expert_tensor_parallel_size", etp, arch.expert_rows)
     is_whole = tp > 1 and not parallel.sequence_parallel
     if is_whole and (reason := faults.reason("experts_without_sequence_parallelism")):
         yield ConfigError("parallel.sequence_parallel", False, reason, "Set it to true")

@@ -114,11 +114,10 @@ REFUSED = by_field(
             moe_expert_rank_capacity_factor moe_pad_expert_input_to_capacity
             moe_router_bias_update_rate moe_router_quantile_balancing_ema
             moe_enable_routing_replay""",
-        # weights/layouts gives every stage and chunk the same number of layers.
-        "layers are split evenly over pipeline stages": """
-            num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
-            pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
-            account_for_loss_in_pipeline_split""",
+        "stages are cut by parallel.num_layers_in_first_pipeline_stage, "
+        "parallel.num_layers_in_last_pipeline_stage, "
+        "parallel.account_for_embedding_in_pipeline_split and "
+        "parallel.account_for_loss_in_pipeline_split": "pipeline_model_parallel_layout",
         "weights would have other names, another order or another split here": """
             tensor_parallel_num_weight_shards gtp_weight_remat_size
             expert_tensor_parallel_num_weight_shards expert_gtp_weight_remat_size

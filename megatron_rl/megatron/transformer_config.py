@@ -84,6 +84,8 @@ def transformer_config(
     settings["expert_tensor_parallel_size"] = (
         parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     )
+    if vpp is not None and parallel.pipeline_model_parallel_size == 2 and parallel.split.first:
+        settings["num_layers_in_last_pipeline_stage"] = None  # see faults.py, interleaving_of_ends
     return TransformerConfig(**{**settings, **_overrides(model)})
 
 

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from megatron_rl.parallel.layout import Layout
+from megatron_rl.parallel.stages import Split
 from megatron_rl.settings import Settings
 
 MAX_RANKS = 2**20  # of a job; the largest have a tenth of it
@@ -39,6 +40,18 @@ class ParallelConfig(Settings):
     virtual_pipeline_model_parallel_size: int | None = Field(default=None, ge=1, le=MAX_RANKS)
     """Model chunks per pipeline rank (interleaved schedule); None: one."""
 
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the first pipeline rank; None: as many as each rank that no size is set for."""
+
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, ge=1)
+    """Layers of the last pipeline rank, likewise."""
+
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer of the first stage, which then has one layer less."""
+
+    account_for_loss_in_pipeline_split: bool = False
+    """Count head and loss as a layer of the last stage, which then has one layer less."""
+
     context_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
     """Ranks that share every sequence, for long ones: each holds a part of its tokens."""
 
@@ -70,6 +83,16 @@ class ParallelConfig(Settings):
             return device_type == "cuda"
         return self.overlap_grad_reduce
 
+    @property
+    def split(self) -> Split:
+        """How layers are shared over pipeline ranks."""
+        return Split(
+            first=self.num_layers_in_first_pipeline_stage,
+            last=self.num_layers_in_last_pipeline_stage,
+            counts_embedding=self.account_for_embedding_in_pipeline_split,
+            counts_loss=self.account_for_loss_in_pipeline_split,
+        )
+
     def layout(self, world_size: int) -> Layout:
         """The same sizes over a number of ranks that they divide."""
         return Layout(
@@ -80,4 +103,5 @@ class ParallelConfig(Settings):
             vpp=self.virtual_pipeline_model_parallel_size or 1,
             ep=self.expert_model_parallel_size,
             expert_tp=self.expert_tensor_parallel_size,
+            split=self.split,
         )

@@ -5,6 +5,8 @@ This is arithmetic alone: every rank finds the same answer, and so does a proces
 
 from dataclasses import dataclass
 
+from megatron_rl.parallel.stages import EVEN, Split, layers_of_stages
+
 
 @dataclass(frozen=True, kw_only=True)
 class Coordinates:
@@ -37,6 +39,7 @@ class Layout:
     vpp: int = 1  # model chunks per pipeline rank
     ep: int = 1
     expert_tp: int | None = None  # None: the same as tp
+    split: Split = EVEN  # of the layers over pipeline ranks
 
     @property
     def dp(self) -> int:
@@ -70,6 +73,10 @@ class Layout:
     def row_multiple(self, *, sequence_parallel: bool) -> int:
         """What the length of a packed row is a multiple of, so that ranks can share it."""
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if sequence_parallel else 1)
+
+    def layers_of(self, num_layers: int) -> tuple[range, ...]:
+        """The layers of every stage; chunk c of pipeline rank r is stage c * pp + r."""
+        return layers_of_stages(num_layers, self.pp, self.vpp, self.split)
 
     def coordinates(self, global_rank: int) -> Coordinates:
         stage = self.tp * self.copies

@@ -10,10 +10,15 @@ from megatron_rl.rehearsal.rank import Rehearsal
 from megatron_rl.weights.arch import ModelArch
 
 
-def ranks_that_differ(layout: Layout) -> list[int]:
-    """A rank of the first pipeline stage, and one of the last: these two hold most."""
-    last = layout.world_size - layout.tp * layout.copies
-    return sorted({0, last})
+def ranks_that_differ(layout: Layout, num_layers: int) -> list[int]:
+    """A rank of the first pipeline stage, and one of the last: these two hold most.
+
+    Where stages are uneven, one with the most layers is among them too.
+    """
+    stages = layout.layers_of(num_layers)
+    layers = [sum(map(len, stages[pp_rank :: layout.pp])) for pp_rank in range(layout.pp)]
+    of_stage = layout.world_size // layout.pp
+    return [pp_rank * of_stage for pp_rank in sorted({0, layers.index(max(layers)), layout.pp - 1})]
 
 
 def rehearsal_lines(

@@ -122,10 +122,10 @@ def megatron_pieces(arch: ModelArch, layout: Layout, at: Coordinates) -> list[Pi
 def shared_pieces(arch: ModelArch, layout: Layout, *, tp_rank: int, pp_rank: int) -> list[Piece]:
     """The pieces of a training rank but those of experts."""
     pieces: list[Piece] = []
-    for chunk, place in _held(arch, layout, pp_rank):
+    for at, place in _held(arch, layout, pp_rank):
         if place.expert is None:
             for piece in place.rule.megatron_pieces(arch, layout.tp, tp_rank):
-                name = _local_name(arch, layout, chunk, piece.param, place)
+                name = _local_name(arch, layout, at, piece.param, place)
                 pieces.append(_placed(piece, place, name))
     return pieces
 
@@ -135,10 +135,10 @@ def expert_pieces(
 ) -> list[Piece]:
     """The pieces of the experts of one expert-parallel rank: an equal run of each layer's."""
     pieces: list[Piece] = []
-    for chunk, place in _held(arch, layout, pp_rank):
+    for at, place in _held(arch, layout, pp_rank):
         if place.expert is not None and place.expert // _experts_each(arch, layout) == ep_rank:
             for piece in place.rule.megatron_pieces(arch, layout.etp, etp_rank):
-                name = _local_name(arch, layout, chunk, piece.param, place)
+                name = _local_name(arch, layout, at, piece.param, place)
                 pieces.append(_placed(piece, place, name))
     return pieces
 
@@ -178,23 +178,31 @@ def check_filled(shapes: Mapping[str, tuple[int, ...]], pieces: Sequence[Piece])
             )
 
 
-def _held(arch: ModelArch, layout: Layout, pp_rank: int) -> Iterator[tuple[int, Place]]:
-    """The model chunk and the place of everything that a pipeline rank holds."""
+@dataclass(frozen=True, slots=True)
+class _At:
+    """Where something stands on its pipeline rank."""
+
+    chunk: int
+    layer: int | None = None  # counted from the first of the chunk
+
+
+def _held(arch: ModelArch, layout: Layout, pp_rank: int) -> Iterator[tuple[_At, Place]]:
+    """The place of everything that a pipeline rank holds, in the model and on the rank."""
     last = layout.vpp - 1, layout.pp - 1
+    at_layer = [
+        (divmod(stage, layout.pp), layer - layers.start)
+        for stage, layers in enumerate(layout.layers_of(arch.num_layers))
+        for layer in layers
+    ]
     for place in places(arch):
         if place.layer is not None:
-            stage = place.layer // _layers_each(arch, layout)
-            chunk, owner = divmod(stage, layout.pp)
+            (chunk, owner), layer = at_layer[place.layer]
         else:
-            chunk, owner = (0, 0) if place.rule is EMBEDDING else last
+            (chunk, owner), layer = (0, 0) if place.rule is EMBEDDING else last, None
         if owner == pp_rank:
-            yield chunk, place
+            yield _At(chunk, layer), place
     if arch.tied_embeddings and pp_rank == last[1] and last != (0, 0):
-        yield last[0], Place(rule=TIED_HEAD_COPY)
-
-
-def _layers_each(arch: ModelArch, layout: Layout) -> int:
-    return arch.num_layers // (layout.pp * layout.vpp)
+        yield _At(last[0]), Place(rule=TIED_HEAD_COPY)
 
 
 def _experts_each(arch: ModelArch, layout: Layout) -> int:
@@ -202,14 +210,12 @@ def _experts_each(arch: ModelArch, layout: Layout) -> int:
     return arch.mixture.num_experts // layout.ep
 
 
-def _local_name(arch: ModelArch, layout: Layout, chunk: int, name: str, place: Place) -> str:
+def _local_name(arch: ModelArch, layout: Layout, at: _At, name: str, place: Place) -> str:
     """A parameter's name on its rank, where layers and experts count from the first it holds."""
-    layer, expert = place.layer, place.expert
-    if layer is not None:
-        layer %= _layers_each(arch, layout)
+    expert = place.expert
     if expert is not None:
         expert %= _experts_each(arch, layout)
-    return (f"chunk{chunk}." if layout.vpp > 1 else "") + _numbered(name, layer, expert)
+    return (f"chunk{at.chunk}." if layout.vpp > 1 else "") + _numbered(name, at.layer, expert)
 
 
 def _placed(piece: Piece, place: Place, param: str, stack: tuple[int, ...] = ()) -> Piece:

@@ -16,6 +16,7 @@ from tiny_models import (
 )
 
 from megatron_rl.megatron import faults
+from megatron_rl.parallel.stages import EVEN, Split
 from megatron_rl.types import RolloutGroup
 
 TEMPERATURE = 0.8
@@ -35,6 +36,7 @@ class Layout:
     vpp: int | None = None
     ep: int = 1
     expert_tp: int | None = None
+    split: Split = EVEN  # of the layers over pipeline ranks
     sequence_parallel: bool = False
     model: str = "qwen2"
     recompute: str | None = None
@@ -259,6 +261,69 @@ EVERY_LAYOUT = (
             ("moe_router_dtype", "fp64"),
             ("bias_activation_fusion", True),
         ),
+    ),
+    # Models of four layers where nothing else is said; names give the layers of each stage.
+    Layout(name="PP2 of 1, 3", world=2, pp=2, split=Split(first=1), has_least=True),
+    Layout(
+        name="PP2 of 3, 1, tied",
+        world=2,
+        pp=2,
+        split=Split(last=1),
+        model="qwen2_tied",
+        has_least=True,
+    ),
+    Layout(
+        name="PP2 of 1, 3, mixed",
+        world=2,
+        pp=2,
+        split=Split(first=1, last=3),
+        model="qwen3_moe_mixed",
+        has_least=True,
+    ),
+    Layout(
+        name="PP2 VPP2 of 1, 2, 1, 2, tied",
+        world=2,
+        pp=2,
+        vpp=2,
+        split=Split(first=2, last=4),
+        model="qwen2_six_layers",
+        has_least=True,
+    ),
+    Layout(
+        name="PP2 VPP3 of 0, 1, 1, 1, 1, 0",
+        world=2,
+        pp=2,
+        vpp=3,
+        split=Split(counts_embedding=True, counts_loss=True),
+        has_least=True,
+    ),
+    Layout(
+        name="PP4 of 0, 1, 1, 0",
+        world=4,
+        pp=4,
+        split=Split(counts_embedding=True, counts_loss=True),
+        model="qwen2_two_layers",
+        has_least=True,
+    ),
+    Layout(
+        name="PP4 of 3, 1, 1, 1, tied",
+        world=4,
+        pp=4,
+        split=Split(first=3),
+        model="qwen2_six_layers",
+        has_least=True,
+    ),
+    Layout(
+        name="TP2 SP PP2 VPP2 of 1, 2, 2, 1, tied, all recomputed",
+        world=4,
+        tp=2,
+        pp=2,
+        vpp=2,
+        split=Split(counts_embedding=True, counts_loss=True),
+        sequence_parallel=True,
+        recompute="full",
+        model="qwen2_six_layers",
+        has_least=True,
     ),
 )
 LAYOUTS = tuple(

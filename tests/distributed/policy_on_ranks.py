@@ -105,6 +105,10 @@ def _parallel(layout: Layout) -> ParallelConfig:
         virtual_pipeline_model_parallel_size=layout.vpp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp,
+        num_layers_in_first_pipeline_stage=layout.split.first,
+        num_layers_in_last_pipeline_stage=layout.split.last,
+        account_for_embedding_in_pipeline_split=layout.split.counts_embedding,
+        account_for_loss_in_pipeline_split=layout.split.counts_loss,
         sequence_parallel=layout.sequence_parallel,
         overlap_grad_reduce=layout.overlaps_reduction,
     )

@@ -15,6 +15,7 @@ from torch import Tensor, equal
 from megatron_rl.conversion.to_hf import convert_to_hf
 from megatron_rl.conversion.to_megatron import convert_to_megatron
 from megatron_rl.megatron.stored_files import MegatronCheckpoint
+from megatron_rl.parallel.stages import EVEN, Split
 from megatron_rl.weights.families.registry import read_model_config
 
 pytestmark = pytest.mark.slow
@@ -33,27 +34,34 @@ LAYOUTS = (
     Layout(name="TP2", world=2, tp=2),
     Layout(name="PP2", world=2, pp=2),
     Layout(name="PP2 VPP2", world=2, pp=2, vpp=2),
+    Layout(name="PP2 of 1, 3", world=2, pp=2, split=Split(first=1)),
+    Layout(
+        name="PP2 VPP3 of 0, 1, 1, 1, 1, 0",
+        world=2,
+        pp=2,
+        vpp=3,
+        split=Split(counts_embedding=True, counts_loss=True),
+    ),
     Layout(name="EP2", world=2, ep=2),
     Layout(name="TP2 PP2", world=4, tp=2, pp=2),
     Layout(name="PP4", world=4, pp=4),
+    Layout(name="TP4 over 2 key heads", world=4, tp=4),
     Layout(name="TP2 SP EP2", world=4, tp=2, ep=2, sequence_parallel=True),
 )
 # A tied head, norms of heads, and each kind of mixture, at every layout; the rest at all of them is
 # exhaustive: the rules of a family are tested by themselves (unit/weights, unit/conversion).
 SHARE = ("qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral")
-CASES = [
-    (layout.name, model)
-    for layout in LAYOUTS
-    for model in (
-        MODELS
-        if layout.ep == 1 and layout.vpp is None
-        else ("qwen2_tied",)
-        if layout.vpp
-        else tuple(name for name in MODELS if name in MIXTURES)
-    )
-]
 
 
+def models_of(layout: Layout) -> tuple[str, ...]:
+    if layout.split != EVEN:
+        return ("qwen2_tied", "qwen3_moe_mixed")
+    if layout.vpp or layout.tp == 4:
+        return ("qwen2_tied",)
+    return MODELS if layout.ep == 1 else tuple(name for name in MODELS if name in MIXTURES)
+
+
+CASES = [(layout.name, model) for layout in LAYOUTS for model in models_of(layout)]
 PARAMS = [
     pytest.param(
         layout,

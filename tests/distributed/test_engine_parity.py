@@ -30,6 +30,7 @@ class Case:
     rollout_tp: int
     cp: int = 1
     ep: int = 1
+    first: int | None = None  # layers of the first of two stages, which share four
     ranks_per_node: int | None = None  # None: all on one
     extras: tuple[str, ...] = ()
     is_exhaustive: bool = False  # what it shows, others show as well
@@ -40,9 +41,10 @@ class Case:
 
     @property
     def name(self) -> str:
-        experts = f"-ep{self.ep}" if self.ep > 1 else ""
-        shared = f"-cp{self.cp}" if self.cp > 1 else ""
-        return f"{self.model}-tp{self.tp}-pp{self.pp}{shared}{experts}-to-tp{self.rollout_tp}"
+        cut = f"-cp{self.cp}" if self.cp > 1 else ""
+        cut += f"-ep{self.ep}" if self.ep > 1 else ""
+        cut += f"-first{self.first}" if self.first else ""
+        return f"{self.model}-tp{self.tp}-pp{self.pp}{cut}-to-tp{self.rollout_tp}"
 
     @property
     def parallel(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class Case:
             "pipeline_model_parallel_size": self.pp,
             "context_parallel_size": self.cp,
             "expert_model_parallel_size": self.ep,
+            "num_layers_in_first_pipeline_stage": self.first,
         }
         if self.ep > 1 and self.tp > 1:
             sizes |= {"expert_tensor_parallel_size": 1, "sequence_parallel": True}
@@ -112,7 +115,7 @@ CASES = (
     Case(model="qwen2_tied", tp=1, pp=1, cp=2, rollout_tp=1),
     Case(model="llama", tp=2, pp=1, rollout_tp=2),
     Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
-    Case(model="mistral", tp=1, pp=2, rollout_tp=1, is_exhaustive=True),
+    Case(model="mistral", tp=1, pp=2, first=1, rollout_tp=1),
     Case(model="qwen3", tp=2, pp=1, rollout_tp=2, is_exhaustive=True),
     Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2),  # 24 rows each, which vLLM pads
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),

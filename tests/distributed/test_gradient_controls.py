@@ -1,6 +1,7 @@
 """The comparison of test_gradient_invariance notices faults, and only faults."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,9 +48,10 @@ FAULTS = {
     "no_reduction_of_keys": (("CP2",), "gradient_error"),
     "no_reduction_over_parts": (("CP2",), "gradient_error"),
     "response_of_own_tokens_alone": (("CP2",), "gradient_error"),
+    "layers_from_one_too_far": (("PP2 of 1, 3",), "gradient_error"),
 }
 WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied", "CP2")
-EXPERTS = ("DP4 EP2",)
+OTHERS = ("DP4 EP2", "PP2 of 1, 3")
 CASES_OF = {"response_of_own_tokens_alone": OF_RESPONSES}  # else CASE
 
 
@@ -72,7 +74,7 @@ def test_a_fault_is_noticed(errors, fault, layout):
     assert errors[f"{layout}: {fault}"][FAULTS[fault][1]] > NOTICED
 
 
-@pytest.mark.parametrize("layout", WHERE + EXPERTS)
+@pytest.mark.parametrize("layout", WHERE + OTHERS)
 def test_no_fault_is_noticed_where_there_is_none(errors, layout):
     assert errors[f"{layout}: none"]["gradient_error"] < BOUND
 
@@ -103,7 +105,7 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
 
     found: dict[str, Any] = {}
     world = dist.get_world_size()
-    for layout in (y for y in LAYOUTS if y.name in WHERE + EXPERTS and y.world == world):
+    for layout in (y for y in LAYOUTS if y.name in WHERE + OTHERS and y.world == world):
         problem = torch.load(problems[layout.model], weights_only=False)
         with policy_at(layout, problem, OptimizerConfig(lr=1e-3, clip_grad=0.0)) as policy:
             clean = []
@@ -249,6 +251,16 @@ def no_reduction_of_experts(policy: Any) -> Iterator[None]:
     yield
     for module, groups in zip(policy._trainable, kept, strict=True):
         module.expert_parallel_bucket_groups = groups
+
+
+@contextmanager
+def layers_from_one_too_far(policy: Any) -> Iterator[None]:
+    """The last stage computes with the weights of the layer behind each of its own."""
+    weights = policy.named_parameters() if policy.groups.is_last_stage else {}
+    for name, weight in weights.items():
+        behind = re.sub(r"(?<=layers\.)\d+", lambda found: str(int(found[0]) + 1), name)
+        weight.copy_(weights.get(behind, weight))
+    yield
 
 
 @contextmanager

@@ -40,7 +40,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {"parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}},
     ),
     "DP 2": (2, {}),
-    "PP 2": (2, {"parallel": {"pipeline_model_parallel_size": 2}}),
+    "PP 2 of 3 and 1 layers": (
+        2,
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_in_last_pipeline_stage": 1,
+            }
+        },
+    ),
 }
 
 

@@ -39,6 +39,8 @@ EIGHT_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_s
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_two_layers": ("Qwen2", {"num_hidden_layers": 2}),
+    "qwen2_six_layers": ("Qwen2", {"num_hidden_layers": 6, "tie_word_embeddings": True}),
     "llama": ("Llama", {"rms_norm_eps": 1e-5}),
     "llama3_rope": ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3_ROPE}),
     "llama3_tied": (

@@ -76,13 +76,17 @@ def test_another_layout_continues_with_the_same_loss(runs, straight_tp2):
 
 
 def test_experts_continue_at_another_layout(runs):
-    """With expert parallelism Megatron has two optimizers, and without it one: there and back."""
+    """With expert parallelism Megatron has two optimizers, and without it one: there and back.
+
+    Between, stages have one layer and three.
+    """
     settings = (f"model.path={runs.folder / 'models' / 'qwen3_moe'}", "run.num_iterations=8")
     runs.finish("EP2", 2, *settings, *EP2, "checkpoint.keep_last=3")
     copied = runs.copy("EP2", "EP2 to PP2 to EP2") / "checkpoints"
     for name in (LAST, "iteration_000008"):
         shutil.rmtree(copied / name)
-    for layout, start, end in ((PP2, 3, 6), (EP2, 6, 8)):
+    uneven = (*PP2, "parallel.num_layers_in_first_pipeline_stage=1")
+    for layout, start, end in ((uneven, 3, 6), (EP2, 6, 8)):
         changed = (*settings, *layout, f"run.num_iterations={end}")
         said = runs.finish("EP2 to PP2 to EP2", 2, *changed)
         assert f"resumed after iteration {start}" in said

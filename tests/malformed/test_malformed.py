@@ -35,14 +35,13 @@ def model_dir(tmp_path_factory):
 
 
 # What a message tells to set, word for word; N and package.module stand for what only a user knows.
-WAY_OUT = re.compile(
-    r"(?:[Ss]et|skipped:) ([a-z_]+(?:\.[a-z_]+)+=(?!N\b|package|\.\.\.)\S+?)(?=[.,;:)]?(?:\s|$))"
-)
+SETTING = r"[a-z_]+(?:\.[a-z_]+)+=(?!N\b|package|\.\.\.)\S+?"
+WAY_OUT = re.compile(rf"(?:[Ss]et|skipped:) ({SETTING}(?: {SETTING})*)(?=[.,;:)]?(?:\s|$))")
 
 
 def ways_out(told: str) -> list[str]:
-    """The overrides of a message, as a shell hands them on."""
-    return [shlex.split(text)[0] for text in WAY_OUT.findall(told)]
+    """The overrides of a message, as they are typed; some only work together."""
+    return list(WAY_OUT.findall(told))
 
 
 class Bench:
@@ -75,11 +74,11 @@ class Bench:
         return path
 
     def again(self, way_out: str) -> "Bench":
-        """A fresh one, in which every command is also given this override."""
+        """A fresh one, in which every command that takes a recipe is also given these overrides."""
         folder = self.folder / f"with {way_out}".replace("/", "_")[:200]
         folder.mkdir()
         bench = Bench(folder, self._good_model, self._capsys, self._monkeypatch)
-        bench._way_out = [way_out]
+        bench._way_out = shlex.split(way_out)
         return bench
 
     def train(self, *overrides: str) -> tuple[int, str, str]:
@@ -184,7 +183,9 @@ def command_line(bench: Bench, given: dict[str, Any]):
     for name, text in given.get("files", {}).items():
         place(bench, bench.folder / name, text)
     arguments = [bench.filled(str(text)) for text in given["arguments"]]
-    return bench.run(*(text.replace("RECIPE", str(bench.recipe)) for text in arguments))
+    overrides = bench._way_out if "RECIPE" in given["arguments"] else []
+    arguments = [text.replace("RECIPE", str(bench.recipe)) for text in arguments]
+    return bench.run(*arguments, *overrides)
 
 
 KINDS: dict[str, Callable[[Bench, dict[str, Any]], tuple[int, str, str]]] = {

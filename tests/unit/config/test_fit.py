@@ -20,8 +20,11 @@ from megatron_rl.fit import (
     ways_out,
 )
 from megatron_rl.memory import GIB, longest_row, need_of, wanted_kv_mib
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.parallel.stages import EVEN, Split
 from megatron_rl.platforms import host_memory
 from megatron_rl.platforms.base import CPU
+from megatron_rl.rehearsal.report import ranks_that_differ
 from megatron_rl.weights.arch import ModelArch
 
 SMOLLM = ModelArch(
@@ -82,6 +85,38 @@ def test_a_row_of_a_real_model_needs_what_was_measured_of_it():
     passing = need_of(recipe(), SMOLLM, layout, "cpu", row_tokens=2048).passing
     measured = 7100 - 2576  # MiB, of a row of 2,048 tokens
     assert 0.8 < sum(passing.values()) / 2**20 / measured < 1.25
+
+
+def test_uneven_stages_are_planned_one_by_one():
+    """30 layers of 3,540,096 parameters, 49,152 rows of 576 at both ends, and a last norm."""
+    layer, table, norm = 3_540_096, 49_152 * 576, 576
+    assert 30 * layer + table + norm == 134_515_008
+
+    def of(first):
+        uneven = {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": first}
+        config = recipe(parallel=uneven)
+        need = need_of(config, SMOLLM, config.parallel.layout(2), "cpu", row_tokens=1024)
+        return need.held["weights"], next(iter(need.passing.values()))
+
+    weights, activations = of(10)  # the second one is the busiest
+    assert weights == 4 * (20 * layer + table + norm)
+    weights, twice = of(20)  # the first one is, and has two rows at hand
+    assert weights == 4 * (20 * layer + table)
+    assert twice == pytest.approx(2 * activations)
+
+
+@pytest.mark.parametrize(
+    ("split", "ranks"),
+    [
+        (EVEN, [0, 12]),
+        (Split(first=1, last=1), [0, 4, 12]),
+        (Split(first=9), [0, 12]),
+        (Split(last=9), [0, 12]),
+    ],
+)
+def test_a_rank_with_the_most_layers_is_rehearsed(split, ranks):
+    layout = Layout(world_size=16, tp=2, pp=4, split=split)
+    assert ranks_that_differ(layout, 12) == ranks
 
 
 def test_the_cache_has_room_for_what_an_engine_generates_at_a_time():

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,6 +30,20 @@ def cuda_in_its_source() -> bool:
     return _raises(
         (AssertionError, RuntimeError), tensor_parallel.model_parallel_cuda_manual_seed, 1
     )
+
+
+def interleaving_of_ends() -> bool:
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    config = SimpleNamespace(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_model_parallel_layout=None,
+        num_layers=6,
+        num_layers_in_first_pipeline_stage=2,
+        num_layers_in_last_pipeline_stage=4,
+    )
+    return _raises(ZeroDivisionError, partial(get_transformer_layer_offset, config, 1, pp_rank=1))
 
 
 def auxiliary_losses_times_tokens() -> bool:

@@ -1,9 +1,11 @@
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from megatron_rl.megatron import faults
@@ -44,6 +46,8 @@ ARCH = ModelArch(
 )
 MIXTURE = MixtureArch(num_experts=60, ffn_hidden_size=768, top_k=4, renormalized=True)
 EXPERTS = replace(ARCH, model_type="qwen3_moe", mixture=MIXTURE)
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
 TP, PP, VPP, EP, ETP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -66,6 +70,9 @@ def problems_of(parallel=(), megatron=(), layer_spec="auto"):
         {TP: 4, PP: 2, ETP: 4},
         {PP: 2, VPP: 2},
         {PP: 4, VPP: 7, TP: 2},
+        {PP: 8, FIRST: 2, LAST: 2},
+        {PP: 5, EMBEDDING: True, LOSS: True},
+        {PP: 4, VPP: 2, FIRST: 4},
     ],
 )
 def test_layouts_that_work_are_not_refused(parallel):
@@ -94,6 +101,9 @@ def test_layouts_of_experts_that_work_are_not_refused(parallel):
         ({"sequence_parallel": True}, "sequence_parallel=True", "has no effect"),
         ({VPP: 2}, f"{VPP}=2", f"has no effect at {PP}=1"),
         ({PP: 2, VPP: 1}, f"{VPP}=1", "has no effect"),
+        ({FIRST: 3}, f"{FIRST}=3", f"has no effect at {PP}=1"),
+        ({LOSS: True}, f"{LOSS}=True", f"has no effect at {PP}=1"),
+        ({PP: 2, LAST: 3, LOSS: True}, f"{LOSS}=True", f"does not take it beside {LAST}"),
     ],
 )
 def test_a_layout_is_refused_with_its_reason(parallel, field, reason):
@@ -254,10 +264,86 @@ def test_a_layout_is_refused_for_a_model(parallel, changes, field, reason):
     assert reason in problem
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4, 6, 12])
+@pytest.mark.parametrize(
+    ("parallel", "way_out"),
+    [
+        (
+            {PP: 8},
+            f"Set parallel.{FIRST}=2 parallel.{LAST}=2 for stages of 2, 4 (6 times), 2 layers, "
+            "or choose 4, 7, 14 or 28",
+        ),
+        (
+            {PP: 3},
+            f"Set parallel.{FIRST}=10 for stages of 10, 9, 9 layers, or set parallel.{EMBEDDING}"
+            f"=true parallel.{LOSS}=true for stages of 9, 10, 9 layers, or choose 1, 2, 4 or 7",
+        ),
+        ({PP: 29}, f"Set parallel.{LOSS}=true for stages of 1 (28 times), 0 layers, or choose "),
+        (
+            {PP: 4, VPP: 2},
+            f"Set parallel.{FIRST}=8 parallel.{LAST}=8 for stages of 4, 3, 3, 4, 4, 3, 3, 4 layers",
+        ),
+        (
+            {PP: 4, LAST: 6},
+            f"Set parallel.{LAST}=null for stages of 7 (4 times) layers, or choose ",
+        ),
+        ({PP: 4, FIRST: 5, LAST: 6}, f"Set parallel.{FIRST}=null parallel.{LAST}=null for "),
+        ({PP: 4, LOSS: True}, f"Set parallel.{LOSS}=false for stages of 7 (4 times) layers"),
+        (
+            {PP: 3, LOSS: True},
+            f"Set parallel.{FIRST}=10 parallel.{LOSS}=false for stages of 10, 9, 9 layers",
+        ),
+        ({PP: 40}, "Choose 14 or 28"),
+        ({PP: 20, VPP: 5}, "Choose fewer ranks or chunks"),
+    ],
+)
+def test_stages_that_do_not_divide_are_refused_with_what_makes_them_work(parallel, way_out):
+    """28 layers. Each way out that can be typed is typed, and works."""
+    (problem,) = [str(p) for p in model_problems(ARCH, ParallelConfig(**parallel))]
+    assert way_out in problem
+    for text in re.findall(r"[Ss]et ((?:parallel\.\w+=\w+ ?)+)", problem):
+        pairs = (one.removeprefix("parallel.").split("=") for one in text.split())
+        changed = {name: yaml.safe_load(value) for name, value in pairs}
+        changed = ParallelConfig(**(parallel | changed))
+        assert not [
+            *model_problems(ARCH, changed),
+            *config_problems(ModelConfig(path="m"), changed),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "parallel", "told"),
+    [
+        (replace(ARCH, num_attention_heads=14, num_query_groups=14), {TP: 4}, "1, 2, 7 or 14"),
+        (replace(ARCH, num_attention_heads=14), {TP: 4}, "1 or 2"),  # 2304 rows
+        (ARCH, {TP: 3}, "1, 2 or 4"),
+        (ARCH, {TP: 5}, "2 or 4"),
+        (EXPERTS, {EP: 8}, "5, 6, 10 or 12"),
+        (EXPERTS, {EP: 2, ETP: 5}, "3, 4, 6 or 8"),
+    ],
+)
+def test_a_refusal_names_the_nearest_sizes_that_work(arch, parallel, told):
+    arch = replace(arch, ffn_hidden_size=8960 if arch.num_attention_heads == 12 else 8960 * 7)
+    problems = [str(p) for p in model_problems(arch, ParallelConfig(**parallel))]
+    assert problems
+    assert all(problem.endswith(f". Choose {told}") for problem in problems)
+    (size,) = [key for key in (ETP, EP, TP) if key in parallel][:1]
+    for number in re.findall(r"\d+", told):
+        changed = ParallelConfig(**(parallel | {size: int(number)}))
+        told_of_size = [p for p in model_problems(arch, changed) if size in str(p)]
+        assert not told_of_size
+
+
+def test_rows_of_the_fused_matrix_are_cut_evenly_too():
+    """Eight query heads of 2 rows and one of keys and of values make 20, which 8 cannot cut."""
+    arch = replace(ARCH, num_attention_heads=8, num_query_groups=1, head_dim=2)
+    (problem,) = [str(p) for p in model_problems(arch, ParallelConfig(**{TP: 8}))]
+    assert "must divide the model's 20 rows of queries, keys and values. Choose 2 or 4" in problem
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
 def test_fewer_key_heads_than_ranks_are_fine(tp):
-    """12 heads over 2 key/value heads; 8960 rows do not divide by 6 and 12."""
-    arch = replace(ARCH, ffn_hidden_size=12 * 64)
+    """16 heads over 2 key/value heads."""
+    arch = replace(ARCH, num_attention_heads=16)
     assert not list(model_problems(arch, ParallelConfig(**{TP: tp})))
 
 
