@@ -1,4 +1,4 @@
-"""Rounds of responses on a lone rank, with scripted responses; several ranks are in distributed/."""
+"""Rounds of responses on a lone rank, with scripted ones; several ranks are in distributed/."""
 
 from types import SimpleNamespace
 
