@@ -41,17 +41,15 @@ class RoundsPlan:
 
     def line(self) -> str:
         """A line for the start of a run."""
-        enough, fill = self.config, ""
-        if enough.fill:
-            fill = (
-                f"; new prompts until {self.num_wanted} groups are mixed, of up to "
-                f"{self.max_prompts}"
+        enough, told = self.config, f"{self.group_size} responses of a prompt"
+        if self.max_responses > self.group_size:
+            told += (
+                f" each, up to {self.max_responses} or until {enough.until_positive} are right and "
+                f"{enough.until_negative} wrong"
             )
-        return (
-            f"rounds: {self.group_size} responses each, up to {self.max_responses} of a prompt or "
-            f"until {enough.until_positive} are right and {enough.until_negative} wrong{fill}; in "
-            "training alone, not in the engine probe and in evaluations"
-        )
+        if enough.fill:
+            told += f"; new prompts, {self.max_prompts} at most, until {self.num_wanted} are mixed"
+        return f"rounds: {told}; not in evaluations and the engine probe"
 
 
 @dataclass(slots=True)

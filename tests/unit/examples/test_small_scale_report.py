@@ -63,7 +63,7 @@ def test_table_and_costs(report, tmp_path, capsys):
 
 
 def test_accuracy_at_equal_cost_is_interpolated(report, tmp_path):
-    """8,000 tokens and 20 seconds each, of which 4,000 and 10 are at iteration 20; 0.4, 0.6, end."""
+    """8,000 tokens and 20 seconds, of which 4,000 and 10 at iteration 20: 0.4, 0.6, 0.8."""
     write_run(tmp_path, "dapo", 0, end=0.8, kl=0.02, tokens=100)
     run = report.history(tmp_path / "dapo" / "seed0" / "metrics.jsonl")
     for budget, expected in ((0, 0.4), (2000, 0.5), (4000, 0.6), (6000, 0.7), (9000, 0.8)):
