@@ -101,14 +101,7 @@ def build_run(
         ),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         record=RolloutRecord(output_dir, groups, num_iterations=config.debug.record),
-        selector=Selector(
-            algorithm=algorithm,
-            world=groups.world,
-            prompts_per_update=config.optimizer.prompts_per_update,
-            num_mixed=config.prompts.prompts_per_iteration if _fills(config) else None,
-            run_seed=config.run.seed,
-            report=meter.report,
-        ),
+        selector=_build_selector(config, algorithm, groups, meter),
         packer=packer,
         policy=policy,
         trainer=Trainer(
@@ -186,10 +179,6 @@ def _build_rollouts(
     )
 
 
-def _fills(config: RunConfig) -> bool:
-    return config.rollout.rounds is not None and config.rollout.rounds.fill
-
-
 def _rounds_plan(config: RunConfig, inputs: Inputs) -> RoundsPlan | None:
     rollout, wanted = config.rollout, config.prompts.prompts_per_iteration
     if rollout.rounds is None:
@@ -200,6 +189,21 @@ def _rounds_plan(config: RunConfig, inputs: Inputs) -> RoundsPlan | None:
         max_responses=most_responses(rollout),
         num_wanted=wanted,
         max_prompts=max(wanted, min(most_prompts(rollout.rounds, wanted), len(inputs.prompts))),
+    )
+
+
+def _build_selector(
+    config: RunConfig, algorithm: Algorithm, groups: Groups, meter: Meter
+) -> Selector:
+    rounds = config.rollout.rounds
+    fills = rounds is not None and rounds.fill
+    return Selector(
+        algorithm=algorithm,
+        world=groups.world,
+        prompts_per_update=config.optimizer.prompts_per_update,
+        num_mixed=config.prompts.prompts_per_iteration if fills else None,
+        run_seed=config.run.seed,
+        report=meter.report,
     )
 
 
