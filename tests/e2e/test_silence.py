@@ -64,7 +64,8 @@ OURS = (
     "ops: ", "layout: ", "model: ", "layers: ", "precision: ", "optimizer: ",
     "prompts: ", "first prompt, ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
-    "run.num_iterations 2 -> 3", "done: ", "rollout: ", "rounds: ", "engine probe: ", "packed row: ",
+    "run.num_iterations 2 -> 3", "done: ", "rollout: ", "rounds: ", "engine probe: ",
+    "packed row: ",
     "key/value cache: ", "offload: ", "memory: ", "profile: ", "  ",
     "a stop would lose its iteration: ", "start-up: ",
 )  # fmt: skip
