@@ -43,8 +43,10 @@ from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.reward.scorer import RewardScorer
 from megatron_rl.rollout.gold import GoldRollouts
+from megatron_rl.rollout.group_rules import most_prompts, most_responses
 from megatron_rl.rollout.record import ReplayedRollouts, RolloutRecord
 from megatron_rl.rollout.rollouts import Rollouts
+from megatron_rl.rollout.rounds import Rounds, RoundsPlan
 from megatron_rl.rollout.sampled import SampledRollouts
 from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.rollout.vllm_engine import VllmEngine
@@ -99,13 +101,7 @@ def build_run(
         ),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         record=RolloutRecord(output_dir, groups, num_iterations=config.debug.record),
-        selector=Selector(
-            algorithm=algorithm,
-            world=groups.world,
-            prompts_per_update=config.optimizer.prompts_per_update,
-            run_seed=config.run.seed,
-            report=meter.report,
-        ),
+        selector=_build_selector(config, algorithm, groups, meter),
         packer=packer,
         policy=policy,
         trainer=Trainer(
@@ -119,7 +115,13 @@ def build_run(
             critic_config=config.critic,
         ),
         before_selection=BeforeSelection(
-            policy, packer, initial, meter.report, config.metrics, kl_every=kl_every
+            policy,
+            packer,
+            initial,
+            meter.report,
+            config.metrics,
+            kl_every=kl_every,
+            most_each=config.rollout.group_size if config.rollout.rounds else None,
         ),
         store=CheckpointStore(output_dir / CHECKPOINTS, groups, config.checkpoint),
         saves=SaveTimes(config=config.checkpoint),
@@ -167,8 +169,42 @@ def _build_rollouts(
         )
     if config.debug.replay is None:
         return GoldRollouts(groups, meter)
-    parts = tuple(config.reward.parts)
-    return ReplayedRollouts(Path(config.debug.replay), groups, meter, reward_parts=parts)
+    return ReplayedRollouts(
+        Path(config.debug.replay),
+        groups,
+        meter,
+        reward_parts=tuple(config.reward.parts),
+        rounds=_rounds_plan(config, inputs),
+        more=inputs.prompts.more,
+    )
+
+
+def _rounds_plan(config: RunConfig, inputs: Inputs) -> RoundsPlan | None:
+    rollout, wanted = config.rollout, config.prompts.prompts_per_iteration
+    if rollout.rounds is None:
+        return None
+    return RoundsPlan(
+        config=rollout.rounds,
+        group_size=rollout.group_size,
+        max_responses=most_responses(rollout),
+        num_wanted=wanted,
+        max_prompts=max(wanted, min(most_prompts(rollout.rounds, wanted), len(inputs.prompts))),
+    )
+
+
+def _build_selector(
+    config: RunConfig, algorithm: Algorithm, groups: Groups, meter: Meter
+) -> Selector:
+    rounds = config.rollout.rounds
+    fills = rounds is not None and rounds.fill
+    return Selector(
+        algorithm=algorithm,
+        world=groups.world,
+        prompts_per_update=config.optimizer.prompts_per_update,
+        num_mixed=config.prompts.prompts_per_iteration if fills else None,
+        run_seed=config.run.seed,
+        report=meter.report,
+    )
 
 
 def _build_packer(
@@ -322,24 +358,35 @@ def build_sampled(
     if trainer.offload != "none":
         engine.sleep()
     dtype = DTYPES[config.engine_dtype]
+    sampler = Sampler(
+        engine, inputs.tokenizer, groups, run_seed=config.run.seed, progress=meter.progress
+    )
+    draw = Draw(
+        purpose="train",
+        group_size=config.rollout.group_size,
+        temperature=config.rollout.temperature,
+        max_response_tokens=config.rollout.max_response_tokens,
+    )
+    plan = _rounds_plan(config, inputs)
     return SampledRollouts(
         engine=engine,
-        sampler=Sampler(
-            engine,
-            inputs.tokenizer,
-            groups,
-            run_seed=config.run.seed,
-            progress=meter.progress,
-        ),
+        sampler=sampler,
         scorer=scorer,
         sync=WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype),
         evaluator=_build_evaluator(config, inputs, groups),
         reward=config.reward,
-        draw=Draw(
-            purpose="train",
-            group_size=config.rollout.group_size,
-            temperature=config.rollout.temperature,
-            max_response_tokens=config.rollout.max_response_tokens,
+        draw=draw,
+        rounds=None
+        if plan is None
+        else Rounds(
+            plan=plan,
+            draw=draw,
+            sampler=sampler,
+            scorer=scorer,
+            stop=stop,
+            world=groups.world,
+            more=inputs.prompts.more,
+            say=say,
         ),
         trainer=trainer,
         max_logprob_gap=config.rollout.max_logprob_gap or DEFAULT_GAP[config.engine_dtype],

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import SIGN_SELECTIONS
@@ -27,12 +33,17 @@ from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
 from megatron_rl.recipe import Recipe, read_recipe
 from megatron_rl.references import References, hidden, replaced
 from megatron_rl.reward.config import RewardConfig
-from megatron_rl.rollout.config import LEAST_TEMPERATURE, DebugConfig, RolloutConfig
+from megatron_rl.rollout.config import (
+    LEAST_TEMPERATURE,
+    DebugConfig,
+    RolloutConfig,
+    with_rounds_of_preset,
+)
+from megatron_rl.rollout.group_rules import group_problems
 from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
 
 DEFAULT_ROW_TOKENS = 16384
-MAX_RESPONSES = 2**24  # of an iteration: every rank knows of each, and a billion would fill it
 
 
 class RunSettings(Settings):
@@ -79,6 +90,11 @@ class RunConfig(Settings):
     ops: OpsConfig = OpsConfig()
 
     _references: References = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_rounds_of_preset(cls, values: Any) -> Any:
+        return with_rounds_of_preset(values) if isinstance(values, dict) else values
 
     @model_serializer(mode="wrap")
     def _keep_references(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -257,7 +273,8 @@ def _run_problems(run: RunSettings) -> Iterator[ConfigError]:
 
 
 def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
-    rollout, preset = config.rollout, config.algorithm.resolved
+    rollout = config.rollout
+    yield from group_problems(rollout, config.prompts, config.algorithm)
     for field, neutral in (("top_p", 1.0), ("top_k", -1)):
         if getattr(rollout, field) != neutral:
             yield ConfigError(
@@ -267,21 +284,6 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
                 "ratio wrong",
                 f"Set {neutral}",
             )
-    if preset.needs_group and rollout.group_size < 2:
-        yield ConfigError(
-            "rollout.group_size",
-            rollout.group_size,
-            f"algorithm.preset={config.algorithm.preset} compares the responses of one prompt",
-            "Set at least 2",
-        )
-    responses = config.prompts.prompts_per_iteration * rollout.group_size
-    if responses > MAX_RESPONSES:
-        yield ConfigError(
-            "prompts.prompts_per_iteration * rollout.group_size",
-            responses,
-            f"at most {MAX_RESPONSES} responses of an iteration can be handled",
-            "Lower one of them",
-        )
     if 0 < config.evaluation.temperature < LEAST_TEMPERATURE:
         yield ConfigError(
             "evaluation.temperature",
@@ -344,11 +346,13 @@ def _reward_problems(config: RunConfig) -> Iterator[ConfigError]:
     judges_by_sign = SIGN_SELECTIONS & set(config.algorithm.resolved.selection)
     worst_correct, best_wrong = reward.bounds
     is_known = reward.function_path is None
-    if is_known and judges_by_sign and not worst_correct > 0 >= best_wrong:
+    judges = [f"the selection {', '.join(sorted(judges_by_sign))}"] if judges_by_sign else []
+    judges += ["rollout.rounds"] if config.rollout.rounds else []
+    if is_known and judges and not worst_correct > 0 >= best_wrong:
         yield ConfigError(
             "reward.parts" if reward.parts else "reward.correct, wrong",
             f"a correct response may earn {worst_correct:g}, a wrong one {best_wrong:g}",
-            f"the selection {', '.join(sorted(judges_by_sign))} tells them apart by the sign",
+            f"{judges[0]} tells them apart by the sign",
             "Lower the weights, or move reward.correct and reward.wrong apart",
         )
 

@@ -27,6 +27,7 @@ def run_iteration(run: Run, iteration: int) -> bool:
     if run.stop.agreed(run.groups.world):
         run.prompts.load_state_dict(cursor)
         return False
+    prompts = run.prompts.batch  # with those that were drawn besides, where there are rounds
     with run.meter.phase("reward"):  # reward/: the last verdicts
         graded = run.rollouts.grade(groups)
     run.rollouts.count(graded)  # metrics/: of everything drawn

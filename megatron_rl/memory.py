@@ -21,6 +21,7 @@ from megatron_rl.megatron.config import Offload
 from megatron_rl.ops import native
 from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
+from megatron_rl.rollout.group_rules import most_kept
 from megatron_rl.rollout.kv_cache import cache_mib, sequence_bytes
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
@@ -247,7 +248,7 @@ def wanted_kv_mib(config: RunConfig, arch: ModelArch, layout: Layout) -> int:
     if config.rollout.kv_cache_mib is not None:
         return config.rollout.kv_cache_mib
     engines = layout.world_size // config.rollout.tensor_model_parallel_size
-    drawn = config.prompts.prompts_per_iteration * config.rollout.group_size
+    drawn = config.prompts.prompts_per_iteration * config.rollout.group_size  # of a round
     sequences = min(config.rollout.max_num_seqs, -(-drawn // engines))
     return cache_mib(kv_bytes_of_sequence(config, arch), sequences)
 
@@ -285,7 +286,7 @@ def rows_of_update(config: RunConfig, layout: Layout, row_tokens: int) -> int:
 def _tokens_of_update(config: RunConfig) -> int:
     """Tokens of all ranks in an update of the longest sequences."""
     prompts = config.optimizer.prompts_per_update or config.prompts.prompts_per_iteration
-    group = 1 if config.is_supervised else config.rollout.group_size
+    group = 1 if config.is_supervised else most_kept(config.rollout, config.algorithm)
     return prompts * group * config.longest_sequence
 
 

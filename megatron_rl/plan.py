@@ -31,6 +31,7 @@ from megatron_rl.parallel.stages import told_sizes
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_data
 from megatron_rl.rehearsal.report import ranks_that_differ, rehearsal_lines
+from megatron_rl.rollout.group_rules import most_kept, most_prompts, most_responses
 from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
@@ -138,9 +139,8 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
 
 def _iteration(config: RunConfig) -> Iterator[tuple[str, str]]:
     prompts = config.prompts.prompts_per_iteration
-    group = 1 if config.is_supervised else config.rollout.group_size
     each = config.optimizer.prompts_per_update or prompts
-    yield "responses", f"{prompts} prompts x {group} = {prompts * group}"
+    yield "responses", _responses(config)
     yield "longest sequence", f"{config.longest_sequence} tokens"
     yield "packed row", f"up to {config.row_tokens} tokens; as many rows as kept samples fill"
     yield (
@@ -150,6 +150,21 @@ def _iteration(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield (
         "whole run",
         f"{config.run.num_iterations} iterations, at most {config.most_steps} optimizer steps",
+    )
+
+
+def _responses(config: RunConfig) -> str:
+    rounds, wanted = config.rollout.rounds, config.prompts.prompts_per_iteration
+    least = 1 if config.is_supervised else config.rollout.group_size
+    if rounds is None:
+        return f"{wanted} prompts x {least} = {wanted * least}"
+    most, prompts = most_responses(config.rollout), most_prompts(rounds, wanted)
+    told = f"{wanted} prompts" if prompts == wanted else f"{wanted} to {prompts} prompts"
+    each = f"{least}" if least == most else f"{least} to {most}"
+    return (
+        f"{told} x {each} = {wanted * least} to {prompts * most}; in rounds of up to "
+        f"{wanted * least}, of which up to {wanted * most_kept(config.rollout, config.algorithm)} "
+        "are trained"
     )
 
 

@@ -20,6 +20,7 @@ enum AdvantageMode : int64_t {
   kGroupNorm,
   kRewardOverStd,
   kLeaveOneOut,
+  kRewardMinusMeanOverP,
   kNumAdvantageModes
 };
 
@@ -52,15 +53,19 @@ struct GroupTotals {
   double sum;
   double max;
   double min;
+  double correct;  // rewards above 0
 
   static MRL_HOST_DEVICE GroupTotals empty() {
-    return {0, negative_infinity<double>(), -negative_infinity<double>()};
+    return {0, negative_infinity<double>(), -negative_infinity<double>(), 0};
   }
-  MRL_HOST_DEVICE void add(double reward) { merge({reward, reward, reward}); }
+  MRL_HOST_DEVICE void add(double reward) {
+    merge({reward, reward, reward, reward > 0 ? 1.0 : 0.0});
+  }
   MRL_HOST_DEVICE void merge(GroupTotals other) {
     sum += other.sum;
     max = larger_or_nan(max, other.max);
     min = smaller_or_nan(min, other.min);
+    correct += other.correct;
   }
   // Equal rewards may differ from their rounded mean, and would get an advantage of noise.
   MRL_HOST_DEVICE double mean(int64_t count) const {
@@ -75,9 +80,15 @@ struct Group {
   double std;
   double max;
   double min;
+  double correct;
 
   MRL_HOST_DEVICE Group(int64_t std_ddof, int64_t count, const GroupTotals& totals, double squares)
-      : count(count), mean(totals.mean(count)), std(1), max(totals.max), min(totals.min) {
+      : count(count),
+        mean(totals.mean(count)),
+        std(1),
+        max(totals.max),
+        min(totals.min),
+        correct(totals.correct) {
     const int64_t divisor = count - std_ddof;
     if (count > 1 && divisor > 0) std = std::sqrt(squares / static_cast<double>(divisor));
   }
@@ -104,6 +115,9 @@ struct Group {
       case kLeaveOneOut:
         if (count < 2) return reward;
         return (reward - mean) * static_cast<double>(count) / static_cast<double>(count - 1);
+      case kRewardMinusMeanOverP:
+        if (correct == 0) return 0;  // p is 0, and the objective has no slope there to follow
+        return (reward - mean) * static_cast<double>(count) / correct;
       default:
         return 1;
     }

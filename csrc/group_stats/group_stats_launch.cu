@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kGroupThreads) group_stats_kernel(GroupStatsAr
   for (int distance = 16; distance > 0; distance /= 2) {
     totals.merge({__shfl_xor_sync(kAllLanes, totals.sum, distance),
                   __shfl_xor_sync(kAllLanes, totals.max, distance),
-                  __shfl_xor_sync(kAllLanes, totals.min, distance)});
+                  __shfl_xor_sync(kAllLanes, totals.min, distance),
+                  __shfl_xor_sync(kAllLanes, totals.correct, distance)});
   }
   const double mean = totals.mean(end - begin);
   double squares = 0;

@@ -9,10 +9,11 @@ the mean over seeds, with the least and the largest in brackets.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.metrics.plot import plot_run
+from megatron_rl.metrics.plot import Against, History, history, plot_run, spent
 from megatron_rl.metrics.writers import read_jsonl
 
 Records = list[dict[str, Any]]
@@ -30,10 +31,13 @@ ABLATIONS = (
     "reinforce_mean_zero",
     "grpo",
 )
+ROUNDS = ("grpo", "reinforce_rej", "dapo", "reinforce_ada")
 FIGURES = {
     "methods": (PAPER, "iterations"),
     "methods_by_tokens": (PAPER, "tokens"),
     "ablations": (ABLATIONS, "iterations"),
+    "rounds_by_tokens_drawn": (ROUNDS, "drawn"),
+    "rounds_by_seconds": (ROUNDS, "seconds"),
 }
 
 
@@ -46,7 +50,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {output}: no finished run. Start examples/small_scale/run.sh first")
         return 1
     records = {name: [read_jsonl(path) for path in paths] for name, paths in runs.items()}
-    (output / "report.md").write_text("\n".join([*table(records), "", *costs(records), ""]))
+    curves = {name: [history(path) for path in paths] for name, paths in runs.items()}
+    lines = [*table(records), "", *costs(records), "", *at_equal_cost(curves), ""]
+    (output / "report.md").write_text("\n".join(lines))
     for figure, (methods, against) in FIGURES.items():
         chosen = [(name, path) for name in methods for path in runs.get(name, ())]
         if chosen:
@@ -60,7 +66,7 @@ def find_runs(output: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for finished in sorted(output.glob("*/seed*/finished")):
         found.setdefault(finished.parent.parent.name, []).append(finished.parent / "metrics.jsonl")
-    order = dict.fromkeys((*PAPER, *ABLATIONS))
+    order = dict.fromkeys((*PAPER, *ABLATIONS, *ROUNDS))
     return {name: found[name] for name in (*order, *sorted(found)) if name in found}
 
 
@@ -96,6 +102,44 @@ def costs(records: dict[str, list[Records]]) -> list[str]:
         ]
         lines.append(f"| {name} | {spread(trained, 0)} | {spread(shares, 2)} |")
     return lines
+
+
+def at_equal_cost(curves: dict[str, list[History]]) -> list[str]:
+    """Accuracy of each method after half and all of what the cheapest run of any has cost.
+
+    Between two evaluations it is interpolated.
+    """
+    lines = [
+        "| method | response tokens drawn | seconds | of them | average@16 |",
+        "|---" * 5 + "|",
+    ]
+    axes: tuple[Against, ...] = ("drawn", "seconds")
+    for name, runs in curves.items():
+        totals = [spread([_total(run, axis) for run in runs], 0) for axis in axes]
+        for axis in axes:
+            least = min(_total(run, axis) for same in curves.values() for run in same)
+            for part in (0.5, 1.0):
+                budget = part * least
+                found = [100 * accuracy_after(run, budget, axis) for run in runs]
+                label = f"{budget:.0f} {'tokens' if axis == 'drawn' else 's'}"
+                lines.append(
+                    f"| {name} | {totals[0]} | {totals[1]} | {label} | {spread(found, 1)} |"
+                )
+    return lines
+
+
+def _total(run: History, axis: Against) -> float:
+    return spent(run, run[ACCURACY][0][-1:], axis)[0]
+
+
+def accuracy_after(run: History, budget: float, axis: Against) -> float:
+    """Accuracy when a run had cost so much."""
+    iterations, values = run[ACCURACY]
+    points = list(zip(spent(run, iterations, axis), values, strict=True))
+    for (before, low), (after, high) in pairwise(points):
+        if before <= budget <= after:
+            return low + (high - low) * (budget - before) / max(after - before, 1e-9)
+    return points[-1][1]
 
 
 def accuracy_at(run: Records, iteration: int) -> float:

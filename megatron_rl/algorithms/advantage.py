@@ -19,6 +19,7 @@ OF_GROUP: dict[AdvantageName, GroupAdvantage] = {
     "group_norm": "group_norm",
     "reward_over_std": "reward_over_std",
     "leave_one_out": "leave_one_out",
+    "reward_minus_mean_over_p": "reward_minus_mean_over_p",
     "batch_norm": "reward_minus_mean",
     "gae": "reward",
     "preference": "reward",

@@ -1,6 +1,5 @@
 """An algorithm as the loop uses it: select, assign advantages, weigh tokens, name the loss."""
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from megatron_rl.algorithms.advantage import OF_GROUP, UNFINISHED, SumOverRanks,
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import Preset
 from megatron_rl.algorithms.selection import Candidates, KeepMask, keep_mask, keep_rules
+from megatron_rl.algorithms.signs import is_usable
 from megatron_rl.objectives.loss import Loss, loss_of
 from megatron_rl.objectives.objective import Objective
 from megatron_rl.ops.group_stats import GroupStats, group_stats
@@ -211,6 +211,7 @@ class Algorithm:
             self.choice.selection,
             tie_break=random.Random(repr((*seed, group_id))),  # text: alike in every process
             overlong_tokens=self.config.overlong_tokens,
+            balanced_size=self.config.balanced_size,
             max_per_group=self.config.max_per_group,
         )
 
@@ -234,7 +235,7 @@ def _usable(group: RolloutGroup, *, needs_reward: bool) -> tuple[list[int], Cand
     indices = [
         index
         for index, rollout in enumerate(group.rollouts)
-        if _is_usable(rollout, needs_reward=needs_reward)
+        if is_usable(rollout, needs_reward=needs_reward)
     ]
     rollouts = [group.rollouts[index] for index in indices]
     return indices, Candidates(
@@ -243,14 +244,6 @@ def _usable(group: RolloutGroup, *, needs_reward: bool) -> tuple[list[int], Cand
         is_truncated=tuple(r.finish_reason == "length" for r in rollouts),
         is_gold=tuple(r.finish_reason == "gold" for r in rollouts),
     )
-
-
-def _is_usable(rollout: Rollout, *, needs_reward: bool) -> bool:
-    if len(rollout.response_tokens) == 0:
-        return False
-    if rollout.reward is None:
-        return rollout.finish_reason == "gold" or not needs_reward
-    return math.isfinite(rollout.reward)
 
 
 def _judged_by(rollout: Rollout) -> float:

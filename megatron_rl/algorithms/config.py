@@ -46,6 +46,10 @@ class AlgorithmConfig(InAnyForm):
     max_per_group: int | None = Field(default=None, ge=1)
     """Most responses of a group that are kept: the first ones that every other selection leaves."""
 
+    balanced_size: int = Field(default=4, ge=2)
+    """Responses of a group that the selection balanced keeps: half of them right, half wrong, the
+    first ones of each. Where one side has fewer, the other fills up; an odd one is wrong."""
+
     overlong_tokens: int | None = Field(default=None, ge=1)
     """Limit of the selection drop_overlong, in response tokens."""
 

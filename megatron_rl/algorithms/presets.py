@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
@@ -40,6 +40,7 @@ _SelectionName = Literal[
     "drop_truncated",
     "drop_overlong",
     "best_and_worst",
+    "balanced",
 ]
 _AdvantageName = Literal[
     "one",
@@ -48,6 +49,7 @@ _AdvantageName = Literal[
     "group_norm",
     "reward_over_std",
     "leave_one_out",
+    "reward_minus_mean_over_p",
     "batch_norm",
     "gae",
     "preference",
@@ -63,7 +65,7 @@ AggregationName = Annotated[
 ]
 
 SIGN_SELECTIONS: frozenset[str] = frozenset(
-    {"positive", "drop_all_wrong", "drop_all_correct", "drop_uniform"}
+    {"positive", "drop_all_wrong", "drop_all_correct", "drop_uniform", "balanced"}
 )
 """Selections that take a response for correct when its reward is above 0."""
 
@@ -73,6 +75,7 @@ GROUP_RELATIVE: frozenset[AdvantageName] = frozenset(
         "group_norm",
         "reward_over_std",
         "leave_one_out",
+        "reward_minus_mean_over_p",
         "batch_norm",
         "preference",
     }
@@ -91,7 +94,7 @@ class Preset:
 
     @property
     def needs_group(self) -> bool:
-        """True where it needs group_size >= 2."""
+        """True where it needs two responses of a prompt or more."""
         return self.advantage in GROUP_RELATIVE or "drop_uniform" in self.selection
 
     @property
@@ -136,6 +139,9 @@ PRESETS: dict[str, Preset] = {
     "dr_grpo": _row("all", "reward_minus_mean", "clipped_ratio", "sequence_sum"),  # 2503.20783
     "ppo": _row("all", "gae", "clipped_ratio"),  # arXiv:1707.06347, 1909.08593
     "dapo": _row("drop_uniform", "group_norm", "clipped_ratio", "token_mean"),  # arXiv:2503.14476
+    "reinforce_ada": _row(  # arXiv:2510.04996
+        "balanced", "reward_minus_mean_over_p", "clipped_ratio", "token_mean"
+    ),
     "cispo": _row("all", "group_norm", "cispo", "token_mean"),  # arXiv:2506.13585
     "gspo": _row("all", "group_norm", "gspo"),  # arXiv:2507.18071
     "sapo": _row("all", "group_norm", "sapo"),  # arXiv:2511.20347
@@ -144,5 +150,14 @@ PRESETS: dict[str, Preset] = {
     "iterative_dpo": _row("best_and_worst", "preference", "dpo", "pair_mean"),  # arXiv:2305.18290
 }
 
-NUMBERS: dict[str, dict[str, float]] = {"dapo": {"eps_high": 0.28}}
+NUMBERS: dict[str, dict[str, float]] = {
+    "dapo": {"eps_high": 0.28},
+    "reinforce_ada": {"eps_high": 0.28},
+}
 """Preset -> the settings of its objective that are not that one's defaults."""
+
+ROUNDS: dict[str, dict[str, Any]] = {
+    "dapo": {"fill": True},
+    "reinforce_ada": {"max_responses": 32, "until_positive": 2, "until_negative": 2},
+}
+"""Preset -> what it sets of rollout.rounds; a recipe may change each, or set null."""

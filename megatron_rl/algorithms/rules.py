@@ -38,6 +38,12 @@ _REACHES = (
         way_out="Add drop_overlong to algorithm.selection or leave it out",
     ),
     _Reach(
+        fields=("balanced_size",),
+        acts=lambda c: "balanced" in c.resolved.selection,
+        condition="a selection without balanced",
+        way_out="Add balanced to algorithm.selection or leave it out",
+    ),
+    _Reach(
         fields=("gamma", "gae_lambda", "kl_reward_coef", "kl_reward_target", "kl_reward_horizon"),
         acts=lambda c: c.resolved.needs_critic,
         condition="an advantage other than gae",

@@ -32,13 +32,14 @@ def keep_mask(
     *,
     tie_break: random.Random,
     overlong_tokens: int | None = None,
+    balanced_size: int = 4,
     max_per_group: int | None = None,
 ) -> KeepMask:
     """True for each response that is kept after all named selections and the group's cap.
 
     Conditions on rewards (all wrong, the largest one) are about the group as sampled, so their
-    place in the order does not matter; best_of_n, best_and_worst and max_per_group choose among
-    the responses that are still kept.
+    place in the order does not matter; best_of_n, best_and_worst, balanced and max_per_group choose
+    among the responses that are still kept.
 
     Args:
         candidates: the group.
@@ -46,6 +47,7 @@ def keep_mask(
         names: all selections.
         tie_break: chooses among responses that are equally good.
         overlong_tokens: longest response that drop_overlong keeps.
+        balanced_size: responses that balanced keeps.
         max_per_group: most responses that are kept.
     """
     keep = by_reward
@@ -54,6 +56,8 @@ def keep_mask(
             keep = _best_of_n(candidates, keep, tie_break)
         elif name == "best_and_worst":
             keep = _best_and_worst(candidates, keep, tie_break)
+        elif name == "balanced":
+            keep = _balanced(candidates, keep, balanced_size)
         elif name == "drop_overlong":
             assert overlong_tokens is not None, "the config check lets no other through"
             fits = [length <= overlong_tokens for length in candidates.lengths]
@@ -91,6 +95,16 @@ def _best_and_worst(candidates: Candidates, keep: KeepMask, tie_break: random.Ra
         return [False] * len(keep)
     pair = [tie_break.choice(_with_reward(end, candidates, keep)) for end in (max, min)]
     return [index in pair for index in range(len(keep))]
+
+
+def _balanced(candidates: Candidates, keep: KeepMask, size: int) -> KeepMask:
+    """The first right and wrong ones, half and half; where one side has too few, the other's."""
+    kept = [index for index, is_kept in enumerate(keep) if is_kept]
+    right = [index for index in kept if candidates.rewards[index] > 0]
+    wrong = [index for index in kept if candidates.rewards[index] <= 0]
+    num_right = min(len(right), max(size // 2, size - len(wrong)))
+    chosen = {*right[:num_right], *wrong[: size - num_right]}
+    return [index in chosen for index in range(len(keep))]
 
 
 def _with_reward(

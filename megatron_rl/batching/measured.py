@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from megatron_rl.types import RolloutGroup, Sample
 
 
-def measured_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
-    """Every response of the groups that has a token, as a sample without an advantage."""
+def measured_samples(groups: Sequence[RolloutGroup], most_each: int | None = None) -> list[Sample]:
+    """Every response of the groups that has a token, as a sample without an advantage.
+
+    most_each: of a group, the first so many alone.
+    """
     return [
         Sample(
             group_id=group.prompt.group_id,
@@ -18,6 +21,6 @@ def measured_samples(groups: Sequence[RolloutGroup]) -> list[Sample]:
             rollout_logprobs=rollout.rollout_logprobs,
         )
         for group in groups
-        for index, rollout in enumerate(group.rollouts)
+        for index, rollout in enumerate(group.rollouts[:most_each])
         if len(rollout.response_tokens)
     ]

@@ -55,7 +55,9 @@ CONTRACT = (
         "a schedule without optimizer.lr_decay_updates ends with the run, so it changes too",
     ),
     _clause(
-        "rollout.group_size rollout.max_response_tokens rollout.temperature rollout.top_p "
+        "rollout.group_size rollout.rounds.max_responses rollout.rounds.until_positive "
+        "rollout.rounds.until_negative rollout.rounds.fill rollout.rounds.max_prompts "
+        "rollout.max_response_tokens rollout.temperature rollout.top_p "
         "rollout.top_k rollout.dtype rollout.max_num_seqs rollout.gpu_memory_utilization "
         "rollout.kv_cache_mib rollout.enforce_eager rollout.max_logprob_gap "
         "rollout.tensor_model_parallel_size",
@@ -80,8 +82,9 @@ CONTRACT = (
         "algorithm.objective.eps_high algorithm.objective.dual_clip algorithm.objective.beta "
         "algorithm.objective.reference algorithm.objective.tau_positive "
         "algorithm.objective.tau_negative algorithm.loss_aggregation algorithm.normalize_over "
-        "algorithm.max_per_group algorithm.overlong_tokens algorithm.kl_coef "
-        "algorithm.kl_estimator algorithm.entropy_coef algorithm.std_ddof algorithm.std_eps "
+        "algorithm.max_per_group algorithm.balanced_size algorithm.overlong_tokens "
+        "algorithm.kl_coef algorithm.kl_estimator algorithm.entropy_coef algorithm.std_ddof "
+        "algorithm.std_eps "
         "algorithm.rollout_correction.level algorithm.rollout_correction.mode "
         "algorithm.rollout_correction.low algorithm.rollout_correction.high algorithm.gamma "
         "algorithm.gae_lambda "

@@ -1,6 +1,6 @@
 """`megatron-rl plot`: the curves of runs, side by side.
 
-megatron-rl plot RUN [RUN ...] --output FILE.png [--against tokens]
+megatron-rl plot RUN [RUN ...] --output FILE.png [--against drawn]
 
 A RUN is a run's directory or a metrics.jsonl; LABEL=RUN names it in the legend. Runs of one label
 are drawn as their mean, in a band from the least to the largest.
@@ -12,14 +12,19 @@ from pathlib import Path
 from megatron_rl.errors import InputError
 from megatron_rl.metrics.writers import JSONL_NAME
 
+AXES = (
+    "iterations",
+    "tokens",
+    "drawn",
+    "seconds",
+)  # X_LABELS of metrics/plot.py, which imports matplotlib
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("runs", nargs="+", metavar="RUN", help="[LABEL=]directory or metrics.jsonl")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png")
-    parser.add_argument(
-        "--against", choices=("iterations", "tokens"), default="iterations", help="horizontal axis"
-    )
+    parser.add_argument("--against", choices=AXES, default="iterations", help="horizontal axis")
 
 
 def run(options: argparse.Namespace) -> int:

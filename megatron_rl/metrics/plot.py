@@ -21,7 +21,7 @@ from megatron_rl.metrics.writers import read_jsonl
 Curve = tuple[list[int], list[float]]  # iterations, values
 History = Mapping[str, Curve]  # the curves of one run, by metric name
 Repeated = Sequence[History]  # the runs of one label
-Against = Literal["iterations", "tokens"]
+Against = Literal["iterations", "tokens", "drawn", "seconds"]
 
 # Okabe and Ito's palette, told apart with any colour vision; their yellow is too pale on white
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -45,8 +45,20 @@ PANELS = (
 """Title, unit and metrics of each panel, which shows the first of its metrics that was reported."""
 
 
-TRAINED = "policy/trained_tokens"
-X_LABELS: dict[Against, str] = {"iterations": "iteration", "tokens": "response tokens trained"}
+X_LABELS: dict[Against, str] = {
+    "iterations": "iteration",
+    "tokens": "response tokens trained",
+    "drawn": "response tokens drawn",
+    "seconds": "seconds of training, without evaluations",
+}
+COSTS: dict[Against, tuple[str, ...]] = {
+    "tokens": ("policy/trained_tokens",),
+    "drawn": ("rollout/tokens",),
+    "seconds": tuple(
+        f"time/{phase}_s" for phase in ("rollout", "reward", "logprob", "update", "weight_sync")
+    ),
+}
+"""Metrics whose sum over the iterations so far is the horizontal axis."""
 
 
 def plot_run(
@@ -87,9 +99,9 @@ def band(
     shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     columns = [[curve[iteration] for curve in curves] for iteration in shared]
     positions: list[list[float]] = [[float(iteration)] for iteration in shared]
-    if against == "tokens":
-        trained = [_tokens_until(run, shared) for run in runs if name in run]
-        positions = [list(column) for column in zip(*trained, strict=True)]
+    if against in COSTS:
+        costs = [spent(run, shared, against) for run in runs if name in run]
+        positions = [list(column) for column in zip(*costs, strict=True)]
     return (
         [sum(column) / len(column) for column in positions],
         [sum(column) / len(column) for column in columns],
@@ -98,9 +110,11 @@ def band(
     )
 
 
-def _tokens_until(run: History, iterations: Sequence[int]) -> list[float]:
-    """Response tokens trained up to each of these iterations."""
-    counted = list(zip(*run.get(TRAINED, ([], [])), strict=True))
+def spent(run: History, iterations: Sequence[int], against: Against) -> list[float]:
+    """What a run had cost by the end of each of these iterations."""
+    counted = [
+        pair for name in COSTS[against] for pair in zip(*run.get(name, ([], [])), strict=True)
+    ]
     return [sum(count for at, count in counted if at <= iteration) for iteration in iterations]
 
 

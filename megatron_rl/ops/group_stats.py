@@ -17,6 +17,7 @@ GroupAdvantage = Literal[
     "group_norm",
     "reward_over_std",
     "leave_one_out",
+    "reward_minus_mean_over_p",
 ]
 
 KEEP_RULES: tuple[KeepRule, ...] = get_args(KeepRule)
@@ -76,6 +77,7 @@ def group_stats(
             correct. drop_all_correct: some are not. drop_uniform: both.
         advantage: which one. Those that subtract the mean are exactly 0 where all_equal, but for a
             single response under group_norm (mean 0, std 1) and leave_one_out, which is its reward.
+            reward_minus_mean_over_p divides by the share of correct ones, and is 0 without any.
         std_eps: added to the standard deviation, in reward units.
     """
     rewards = rewards.double()
@@ -137,7 +139,8 @@ def group_stats_definition(
     std = (squares / (counts - std_ddof).clamp(min=1)).sqrt()
     std = std.where((counts > 1) & (counts > std_ddof), 1.0)
     has_nan = largest.isnan()
-    own = _OwnGroup(mean[group_of], std[group_of] + std_eps, counts[group_of])
+    correct = zeros.index_add(0, group_of, (rewards > 0).double())
+    own = _OwnGroup(mean[group_of], std[group_of] + std_eps, counts[group_of], correct[group_of])
     kept = ~has_nan[group_of]
     if "positive" in keep:
         kept &= (rewards == largest[group_of]) & (rewards > 0)
@@ -168,6 +171,7 @@ class _OwnGroup:
     mean: Tensor
     divisor: Tensor  # std + std_eps
     count: Tensor
+    correct: Tensor  # rewards above 0
 
 
 def _group_norm(rewards: Tensor, own: _OwnGroup) -> Tensor:
@@ -182,6 +186,12 @@ def _leave_one_out(rewards: Tensor, own: _OwnGroup) -> Tensor:
     return ((rewards - own.mean) * own.count / others).where(own.count > 1, rewards)
 
 
+def _over_p(rewards: Tensor, own: _OwnGroup) -> Tensor:
+    """(r_i - mean) / p, where p is the share of correct responses."""
+    weighted = (rewards - own.mean) * own.count / own.correct
+    return weighted.where(own.correct > 0, 0.0)
+
+
 _ADVANTAGES: dict[GroupAdvantage, Callable[[Tensor, _OwnGroup], Tensor]] = {
     "one": lambda rewards, own: torch.ones_like(rewards),
     "reward": lambda rewards, own: rewards.clone(),
@@ -189,6 +199,7 @@ _ADVANTAGES: dict[GroupAdvantage, Callable[[Tensor, _OwnGroup], Tensor]] = {
     "group_norm": _group_norm,
     "reward_over_std": lambda rewards, own: rewards / own.divisor,
     "leave_one_out": _leave_one_out,
+    "reward_minus_mean_over_p": _over_p,
 }
 
 

@@ -29,6 +29,7 @@ class BeforeSelection:
         config: MetricsConfig,
         *,
         kl_every: int,
+        most_each: int | None = None,
     ) -> None:
         """Args:
         policy: with the weights that sampled.
@@ -37,7 +38,10 @@ class BeforeSelection:
         report: takes the results.
         config: entropy_every; kl_rollouts, which is over all ranks.
         kl_every: in iterations; 0 also where the KL is measured anyway.
+        most_each: of a group, the first so many responses alone; so hard prompts, of which more
+            are drawn in rounds, weigh no more than others.
         """
+        self._most_each = most_each
         self._policy, self._packer, self._initial = policy, packer, initial
         self._report, self._kl_every = report, kl_every
         self._entropy_every = config.entropy_every
@@ -49,7 +53,7 @@ class BeforeSelection:
         wants_kl = _is_due(iteration, self._kl_every)
         if not (wants_entropy or wants_kl):
             return
-        drawn = measured_samples(groups)
+        drawn = measured_samples(groups, self._most_each)
         step = max(1, len(drawn) // self._share)
         batches = self._packer.pack_for_measuring(drawn[::step][: self._share])
         if wants_entropy:

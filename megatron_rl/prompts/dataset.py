@@ -100,6 +100,7 @@ class PromptStream:
         self._prompts = table.select(fits) if overlong else table
         self._gold = _gold_table(self._rows, tokenizer) if with_gold else None
         self._batch_size = config.prompts_per_iteration
+        self._batch: list[Prompt] = []
         self._cursor = Cursor(len(self._rows), seed, config.shuffle)
         self._checksum = _checksum(self._rows, self._prompts, self._gold)
         used = [lengths[index] for index in fits]
@@ -128,7 +129,19 @@ class PromptStream:
 
     def next_batch(self) -> list[Prompt]:
         """The next prompts_per_iteration prompts; group ids increase and never repeat in a run."""
-        return [self._prompt(draw) for draw in self._cursor.take(self._batch_size)]
+        self._batch = []
+        return self.more(self._batch_size)
+
+    def more(self, count: int) -> list[Prompt]:
+        """So many further prompts of the same batch."""
+        taken = [self._prompt(draw) for draw in self._cursor.take(count)]
+        self._batch += taken
+        return taken
+
+    @property
+    def batch(self) -> list[Prompt]:
+        """All prompts since next_batch() was called last, in their order."""
+        return list(self._batch)
 
     def first_answers(self, count: int) -> list[str]:
         """The answers of the first rows in use."""

@@ -14,7 +14,7 @@ from megatron_rl.types import RolloutGroup, Verdict
 Key = tuple[int, int]
 """(prompt.group_id, position of the response in its group)."""
 
-_MAX_FAILURES = 8
+MAX_FAILURES = 8
 _SHARED_WAIT_S = 0.02  # how long each verifier may wait in turn, where several are at work
 
 
@@ -115,7 +115,7 @@ class RewardScorer:
         reward = self._base_reward(verdict, verified) + sum(
             self._config.parts[name].weight * part.points for name, part in parts.items()
         )
-        if failure is not None and len(self.failures) < _MAX_FAILURES:
+        if failure is not None and len(self.failures) < MAX_FAILURES:
             answer = "" if verified.extracted is None else f", answer {verified.extracted!r}"
             self.failures.append(f"response {key}{answer}: {verdict}, {failure.reason}")
         return Score(
@@ -171,16 +171,23 @@ def _as_part(name: str, result: Result) -> Result:
     return replace(result, reason=f"part {name}: {reason}") if result.has_failed else result
 
 
-def attach(groups: Sequence[RolloutGroup], scores: Mapping[Key, Score]) -> list[RolloutGroup]:
+def attach(
+    groups: Sequence[RolloutGroup],
+    scores: Mapping[Key, Score],
+    first: Mapping[int, int] | None = None,
+) -> list[RolloutGroup]:
     """The groups with reward and verdict filled in.
+
+    first: group_id -> index of its first response here; without it that is 0.
 
     A response whose verification failed gets no reward: it is counted, and never trained on.
     """
     attached = []
     for group in groups:
         rollouts = []
-        for index, rollout in enumerate(group.rollouts):
-            score = scores[group.prompt.group_id, index]
+        group_id = group.prompt.group_id
+        for index, rollout in enumerate(group.rollouts, (first or {}).get(group_id, 0)):
+            score = scores[group_id, index]
             reward = None if score.has_failed else score.reward
             rollouts.append(
                 replace(

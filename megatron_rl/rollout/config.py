@@ -1,9 +1,11 @@
 """How responses are sampled."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
+from megatron_rl.algorithms.presets import ROUNDS
 from megatron_rl.settings import Settings
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0  # vLLM's own, of 0.32
@@ -21,11 +23,41 @@ class DebugConfig(Settings):
     There is no engine then, and no evaluation."""
 
 
+class RoundsConfig(Settings):
+    """Rounds of rollout.group_size responses: a prompt leaves them as soon as it has enough right
+    and wrong ones, while others go on. In training alone, not in evaluations.
+    """
+
+    max_responses: int | None = Field(default=None, ge=1, le=2**16)
+    """Most responses of a prompt, over all of its rounds; null: one round."""
+
+    until_positive: int = Field(default=1, ge=0, le=2**16)
+    """Responses with a reward above 0 that a prompt needs to leave before max_responses."""
+
+    until_negative: int = Field(default=1, ge=0, le=2**16)
+    """Responses with another reward that it needs besides; 0: none are asked for."""
+
+    fill: bool = False
+    """Draw new prompts until prompts.prompts_per_iteration groups have right and wrong responses.
+    Only these go on to the selection, in the order in which their prompts were drawn."""
+
+    max_prompts: int | None = Field(default=None, ge=1, le=2**24)
+    """fill: most prompts that an iteration draws, and never more than the data have rows; null: ten
+    times prompts.prompts_per_iteration. Where that is not enough, the iteration trains on the
+    groups that there are, and says so."""
+
+
 class RolloutConfig(Settings):
     """Sampling, and the engine that does it."""
 
     group_size: int = Field(default=4, ge=1, le=2**16)
-    """Responses per prompt; those of one prompt are graded and compared on one rank."""
+    """Responses per prompt, where there are rounds in each of them; those of one prompt are graded
+    and compared on one rank."""
+
+    rounds: RoundsConfig | None = Field(
+        default=None, json_schema_extra={"filled": "default the preset's, mostly null"}
+    )
+    """Draw more responses where a prompt's are all right or all wrong, or other prompts."""
 
     max_response_tokens: int = Field(default=4096, ge=1, le=2**24)
     """Hard stop, within the model's positions; a response cut here has finish_reason "length"."""
@@ -65,3 +97,16 @@ class RolloutConfig(Settings):
     """Largest |policy - engine| log-prob of a sampled token in the start-up probe; more stops the
     run, since then the engine samples from other weights. 0: 1e-3 for float32, 0.1 for float16, 0.5
     for bfloat16."""
+
+
+def with_rounds_of_preset(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with what its preset sets of rollout.rounds, where it does not set that itself."""
+    values = dict(recipe)
+    algorithm, rollout = values.get("algorithm"), values.get("rollout", {})
+    preset = algorithm.get("preset") if isinstance(algorithm, Mapping) else None
+    if not isinstance(preset, str) or preset not in ROUNDS or not isinstance(rollout, Mapping):
+        return values
+    own = rollout.get("rounds", {})
+    if isinstance(own, Mapping):
+        values["rollout"] = {**rollout, "rounds": {**ROUNDS[preset], **own}}
+    return values

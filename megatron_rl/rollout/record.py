@@ -6,7 +6,7 @@ debug/iteration_000012/rank_<n>.pt, in the run's directory, holds the groups of 
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from megatron_rl.errors import InputError
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.rollout.rounds import RoundsPlan, round_metrics
 from megatron_rl.rollout.without_engine import WithoutEngine
 from megatron_rl.types import Prompt, Rollout, RolloutGroup, Verdict
 
@@ -56,20 +57,38 @@ class RolloutRecord:
         return directory
 
 
+def no_prompts(count: int) -> list[Prompt]:
+    """What there is where a batch is never filled."""
+    return []
+
+
 class ReplayedRollouts(WithoutEngine):
     """Recorded rollouts in the place of sampled ones."""
 
     def __init__(
-        self, source: Path, groups: Groups, meter: Meter, *, reward_parts: Sequence[str] = ()
+        self,
+        source: Path,
+        groups: Groups,
+        meter: Meter,
+        *,
+        reward_parts: Sequence[str] = (),
+        rounds: RoundsPlan | None = None,
+        more: Callable[[int], list[Prompt]] = no_prompts,
     ) -> None:
-        """source: a run's directory with recorded rollouts."""
+        """Args:
+        source: a run's directory with recorded rollouts.
+        rounds: the rule of the run's rounds, where there are any.
+        more: takes so many further prompts of the run.
+        """
         self._folder, self._groups, self._meter = source / FOLDER, groups, meter
-        self._reward_parts = tuple(reward_parts)
+        self._reward_parts, self._rounds, self._more = tuple(reward_parts), rounds, more
 
     def generate(
         self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
     ) -> list[RolloutGroup]:
         groups = self._read(iteration)
+        if self._rounds is not None and self._rounds.config.fill:
+            prompts = [*prompts, *self._more(max(0, len(groups) - len(prompts)))]
         asked = sorted(prompt.group_id for prompt in prompts)
         if sorted(group.prompt.group_id for group in groups) != asked:
             raise InputError(
@@ -81,6 +100,8 @@ class ReplayedRollouts(WithoutEngine):
 
     def count(self, groups: Sequence[RolloutGroup]) -> None:
         self._meter.count(groups, self._reward_parts)
+        if self._rounds is not None:
+            self._meter.report(round_metrics(groups, self._rounds, self._groups.world))
 
     def describe(self) -> list[str]:
         found = recorded(self._folder)

@@ -23,7 +23,8 @@ class Rollouts(Protocol):
     ) -> list[RolloutGroup]:
         """This rank's groups of the global batch: each group is on exactly one rank.
 
-        They may be none where a rank was told to stop.
+        Further prompts may have been drawn, which then belong to the batch, too. Groups may be none
+        where a rank was told to stop.
         """
         ...
 

@@ -17,6 +17,7 @@ from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach, check_failures
 from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.probe import check_engine
+from megatron_rl.rollout.rounds import Rounds, round_metrics
 from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.types import Draw, Prompt, RolloutGroup
 from megatron_rl.weights.sync import WeightSync
@@ -36,6 +37,7 @@ class SampledRollouts:
     evaluator: Evaluator
     reward: RewardConfig
     draw: Draw  # of training
+    rounds: Rounds | None  # of training; None: all responses of a prompt at once
     trainer: OffloadedTrainer  # on the same device
     max_logprob_gap: float  # nats; the probe stops a run that exceeds it
     groups: Groups
@@ -46,23 +48,35 @@ class SampledRollouts:
     def generate(
         self, prompts: Sequence[Prompt], *, iteration: int, policy_version: int
     ) -> list[RolloutGroup]:
-        groups = self.sampler.generate(
-            prompts,
-            self.draw,
-            iteration=iteration,
-            policy_version=policy_version,
-            grader=self.scorer,
-            stop=self.stop,
-        )
+        if self.rounds is not None:
+            groups = self.rounds.generate(
+                prompts,
+                iteration=iteration,
+                policy_version=policy_version,
+                report=self.meter.report,
+            )
+        else:
+            groups = self.sampler.generate(
+                prompts,
+                self.draw,
+                iteration=iteration,
+                policy_version=policy_version,
+                grader=self.scorer,
+                stop=self.stop,
+            )
         self.engine.sleep()  # the trainer needs the memory until the next weight sync
         return groups
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        if self.rounds is not None:  # graded round by round
+            return list(groups)
         return attach(groups, self.scorer.collect())
 
     def count(self, groups: Sequence[RolloutGroup]) -> None:
         verdicts = self.meter.count(groups, tuple(self.reward.parts))
         check_failures(verdicts, self.reward, self.scorer.failures)
+        if self.rounds is not None:
+            self.meter.report(round_metrics(groups, self.rounds.plan, self.groups.world))
 
     def receive(self, policy: "Policy") -> None:
         self.trainer.state_leaves()
@@ -127,6 +141,7 @@ class SampledRollouts:
             f"rollout: {engines.num_engines} engines of TP {engines.tp}; weight sync moves "
             f"{stats.wire_total / 2**20:.2f} MiB in {stats.num_buckets} buckets"
             + (between if num_nodes > 1 else ""),
+            *([] if self.rounds is None else [self.rounds.plan.line()]),
             self.trainer.line(),
         ]
 

@@ -1,6 +1,7 @@
 """Prompts to rollout groups: spread over the engine replicas, graded as responses finish."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_rl.batching.balance import balance
@@ -30,6 +31,17 @@ class Grader(Protocol):
     ) -> None: ...
 
     def poll(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Prompts that this rank's engine samples, and those whose groups are this rank's own."""
+
+    prompts: tuple[Prompt, ...]
+    own: frozenset[int]  # group ids
+
+    def __add__(self, other: "Share") -> "Share":
+        return Share(self.prompts + other.prompts, self.own | other.own)
 
 
 class Sampler:
@@ -67,9 +79,39 @@ class Sampler:
         Raises:
             InputError, RunError: log-probs are not finite, of weights as they were read or trained.
         """
+        return self.generate_share(
+            self.share_of(prompts),
+            {prompt.group_id: range(draw.group_size) for prompt in prompts},
+            draw,
+            iteration=iteration,
+            policy_version=policy_version,
+            grader=grader,
+            stop=stop,
+        )
+
+    def share_of(self, prompts: Sequence[Prompt]) -> Share:
+        """What of these prompts falls to this rank; every rank asks for the same ones."""
         share = self._engine_share(prompts)
         tp, tp_rank = self._groups.engines.tp, self._groups.engines.tp_rank_of(self._groups.rank)
-        own = {prompt.group_id: prompt for prompt in share[tp_rank::tp]}
+        return Share(tuple(share), frozenset(prompt.group_id for prompt in share[tp_rank::tp]))
+
+    def generate_share(
+        self,
+        share: Share,
+        indices: Mapping[int, range],
+        draw: Draw,
+        *,
+        iteration: int,
+        policy_version: int,
+        grader: Grader,
+        stop: StopRequest | None = None,
+    ) -> list[RolloutGroup]:
+        """The same for shares that are known: of each group_id, the responses of these indices.
+
+        A prompt without indices is left out. Every rank calls it, also one that has nothing to do.
+        """
+        asked = [prompt for prompt in share.prompts if indices.get(prompt.group_id)]
+        own = {prompt.group_id: prompt for prompt in asked if prompt.group_id in share.own}
         rollouts: dict[int, dict[int, Rollout]] = {group_id: {} for group_id in own}
         is_finite = True
 
@@ -98,8 +140,8 @@ class Sampler:
 
         requests = [
             self._request(prompt, index, draw, iteration)
-            for prompt in share
-            for index in range(draw.group_size)
+            for prompt in asked
+            for index in indices[prompt.group_id]
         ]
         looks = 0
 
@@ -112,12 +154,12 @@ class Sampler:
 
         self._engine.generate(requests, on_finished, goes_on)
         self._refuse_broken(is_finite, policy_version)
-        if any(len(found) < draw.group_size for found in rollouts.values()):
+        if any(len(found) < len(indices[group_id]) for group_id, found in rollouts.items()):
             return []
         return [
             RolloutGroup(
                 prompt=prompt,
-                rollouts=tuple(rollouts[group_id][index] for index in range(draw.group_size)),
+                rollouts=tuple(rollouts[group_id][index] for index in indices[group_id]),
             )
             for group_id, prompt in own.items()
         ]

@@ -10,6 +10,7 @@ from reference import FORMULAS, Answer, Key, Measured, Recipe, Reference, Values
 from tiny_models import (
     MAX_RESPONSE_TOKENS,
     RANKED_REWARDS,
+    ROUNDS_REWARDS,
     gold_groups,
     graded_groups,
     write_model,
@@ -366,9 +367,9 @@ class Case:
 TIGHT = {"eps_low": 0.01, "eps_high": 0.02}  # the mean over a response moves less than a token
 FEW_PRESETS = (
     "sft", "raft", "reinforce_rej", "reinforce_pp_baseline", "dr_grpo", "dapo", "cispo", "gspo",
-    "sapo", "ppo", "distillation", "iterative_dpo",
+    "sapo", "ppo", "distillation", "iterative_dpo", "reinforce_ada",
 )  # fmt: skip
-GROUPS_OF = {"sft": "gold", "iterative_dpo": "ranked"}  # else graded
+GROUPS_OF = {"sft": "gold", "iterative_dpo": "ranked", "reinforce_ada": "rounds"}  # else graded
 EVERY_TERM = Recipe(
     preset="grpo",
     eps_low=0.1,
@@ -428,6 +429,10 @@ def cases_of(layout: Layout) -> Iterator[Case]:
         yield Case(question=question_of("raft_pp"), row_tokens=row_tokens)
         yield Case(question=question_of("gspo", **TIGHT), row_tokens=row_tokens)
     yield Case(question=question_of("dapo", eps_high=0.28))
+    yield Case(question=question_of("reinforce_ada", eps_high=0.28), row_tokens=MANY_ROWS)
+    yield Case(
+        question=question_of("reinforce_ada", normalize_over="collected"), owners="backwards"
+    )
     yield Case(question=question_of("cispo", **TIGHT))
     yield Case(question=question_of("cispo", eps_low=1.0, eps_high=0.1))
     yield Case(question=question_of("sapo", tau_positive=2.0, tau_negative=3.0))
@@ -503,7 +508,8 @@ def write_problem(model: str, folder: Path) -> Path:
     reference = Reference(model_dir, temperature=TEMPERATURE)
     graded, gold = graded_groups(), with_other_ids(gold_groups(), 1000)
     ranked = with_other_ids(graded_groups(RANKED_REWARDS, seed=3), 2000)
-    logprobs, entropies = reference.logprobs([*graded, *gold, *ranked])
+    drawn = with_other_ids(graded_groups(ROUNDS_REWARDS, seed=4), 3000)
+    logprobs, entropies = reference.logprobs([*graded, *gold, *ranked, *drawn])
     generator = torch.Generator().manual_seed(5)
     old, ref, rollout = ({k: _near(v, generator) for k, v in logprobs.items()} for _ in range(3))
     rollout = {key: value.float() for key, value in rollout.items()}  # what an engine returns
@@ -515,6 +521,7 @@ def write_problem(model: str, folder: Path) -> Path:
         "graded": [_with_rollout(group, rollout) for group in graded],
         "gold": gold,
         "ranked": [_with_rollout(group, rollout) for group in ranked],
+        "rounds": [_with_rollout(group, rollout) for group in drawn],
         "lonely": [_with_rollout(group, rollout) for group in graded if len(group.rollouts) == 1][
             :1
         ],

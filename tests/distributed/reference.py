@@ -1,6 +1,6 @@
 """The unsharded answer: Hugging Face's model in float64, one sequence at a time.
 
-The paper's formulas (arXiv:2504.11343 and, for the last three presets, their own papers) are
+The paper's formulas (arXiv:2504.11343 and, for the later presets, their own papers) are
 written out here once more, in plain PyTorch and by preset name, so that nothing is shared with the
 code under test but the carriers.
 """
@@ -97,6 +97,24 @@ def _ends(r: Tensor) -> Tensor:
     return _mixed(r) & ((r == r.max()) | (r == r.min()))
 
 
+def _half_and_half(r: Tensor) -> Tensor:
+    """Four responses: two right and two wrong ones, the first that came; one side fills up."""
+    keep = torch.zeros_like(r, dtype=torch.bool)
+    for wanted in (r > 0, r <= 0):
+        for place in wanted.nonzero()[:2, 0].tolist():
+            keep[place] = True
+    for place in range(len(r)):
+        if keep.sum() < 4:
+            keep[place] = True
+    return keep
+
+
+def _over_rate(r: Tensor) -> Tensor:
+    """(r - mean) / p, p the share of right ones; log p has no slope where none is right."""
+    rate = (r > 0).double().mean()
+    return (r - r.mean()) / rate if rate > 0 else torch.zeros_like(r)
+
+
 def _normalized(r: Tensor) -> Tensor:
     """(r - mean) / (std + eps); a lone response has mean 0 and std 1, as in verl."""
     mean, std = (r.mean(), r.std()) if len(r) > 1 else (0.0, 1.0)
@@ -131,6 +149,9 @@ FORMULAS: dict[str, Formula] = {
         selection=_everything, advantage=lambda r: r - r.mean(), aggregation="sequence_sum"
     ),
     "dapo": Formula(selection=_mixed, advantage=_normalized, aggregation="token_mean"),
+    "reinforce_ada": Formula(
+        selection=_half_and_half, advantage=_over_rate, aggregation="token_mean"
+    ),
     "cispo": Formula(
         selection=_everything, advantage=_normalized, objective="cispo", aggregation="token_mean"
     ),

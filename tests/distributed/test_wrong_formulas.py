@@ -25,6 +25,7 @@ CISPO = question_of("cispo", **TIGHT)
 GSPO = question_of("gspo", **TIGHT)
 SAPO = question_of("sapo", tau_positive=2.0, tau_negative=3.0)
 TAUGHT = question_of("distillation", distillation_coef=0.3)
+ADA = question_of("reinforce_ada", eps_high=0.28)
 TAUGHT_TOO = question_of("grpo", distillation_coef=0.5, kl_coef=0.1)
 
 
@@ -47,6 +48,13 @@ QUESTIONS = {
     "sapo: not divided by tau": SAPO,
     "sapo: not centred at 1": SAPO,
     "dapo: symmetric": question_of("dapo", eps_high=0.28),
+    "reinforce_ada: not over p": ADA,
+    "reinforce_ada: times p": ADA,
+    "reinforce_ada: over the root of p": ADA,
+    "reinforce_ada: over the share of wrong ones": ADA,
+    "reinforce_ada: over the number of right ones": ADA,
+    "reinforce_ada: p and mean of what is kept": ADA,
+    "reinforce_ada: the last ones are kept": ADA,
     "a correction upside down": corrected("token", "truncate"),
     "a correction without its lower bound": corrected("token", "truncate"),
     "a correction that is not cut": corrected("sequence", "truncate"),
@@ -101,7 +109,7 @@ Fault = Callable[[], AbstractContextManager[Any]]  # until it is left
 
 
 def wrong_formulas() -> dict[str, Fault]:
-    return {**wrong_objectives(), **wrong_corrections(), **wrong_teachers()}
+    return {**wrong_objectives(), **wrong_rounds(), **wrong_corrections(), **wrong_teachers()}
 
 
 def wrong_objectives() -> dict[str, Fault]:
@@ -159,6 +167,52 @@ def wrong_objectives() -> dict[str, Fault]:
         ),
         "dapo: symmetric": lambda: mock.patch(
             "megatron_rl.objectives.clipped_ratio.clipped_terms", symmetric
+        ),
+    }
+
+
+def wrong_rounds() -> dict[str, Fault]:
+    from megatron_rl.algorithms import selection
+    from megatron_rl.algorithms.algorithm import Algorithm
+    from megatron_rl.ops import group_stats
+
+    def over(factor: Callable[..., Any]) -> Fault:
+        def advantage(rewards: Any, own: Any) -> Any:
+            share = own.correct / own.count
+            return ((rewards - own.mean) * factor(share, own)).where(own.correct > 0, 0.0)
+
+        changed = {"reward_minus_mean_over_p": advantage}
+        return lambda: mock.patch.dict(group_stats._ADVANTAGES, changed)
+
+    judge, balanced = Algorithm._judge, selection._balanced
+
+    def judged_after(self: Any, groups: Any) -> Any:
+        """The advantages that follow from the responses that are kept alone."""
+        found, rows = judge(self, groups), []
+        for group in groups:
+            rewards = torch.tensor(group.rewards, dtype=torch.float64)
+            kept = rewards[torch.tensor(balanced(group, [True] * len(rewards), 4))]
+            share = (kept > 0).double().mean().clamp(min=1e-9)
+            rows.append((rewards - kept.mean()) / share * (kept > 0).any())
+        return replace(found, advantages=torch.cat(rows))
+
+    def from_the_end(group: Any, keep: Any, size: int) -> Any:
+        turned = replace(group, rewards=group.rewards[::-1])
+        return balanced(turned, keep[::-1], size)[::-1]
+
+    return {
+        "reinforce_ada: not over p": over(lambda p, own: 1.0),
+        "reinforce_ada: times p": over(lambda p, own: p),
+        "reinforce_ada: over the root of p": over(lambda p, own: p.rsqrt()),
+        "reinforce_ada: over the share of wrong ones": over(
+            lambda p, own: 1 / (1 - p).clamp(min=0.1)
+        ),
+        "reinforce_ada: over the number of right ones": over(lambda p, own: 1 / own.correct),
+        "reinforce_ada: p and mean of what is kept": lambda: mock.patch.object(
+            Algorithm, "_judge", judged_after
+        ),
+        "reinforce_ada: the last ones are kept": lambda: mock.patch.object(
+            selection, "_balanced", from_the_end
         ),
     }
 

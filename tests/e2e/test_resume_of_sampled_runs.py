@@ -24,9 +24,12 @@ KINDS: dict[str, dict[str, Any]] = {
             "kl_reward_coef": 0.2,
             "kl_reward_target": 0.5,
             "kl_reward_horizon": 100,
+            "selection": ["balanced"],
+            "balanced_size": 2,
         },
         "critic": {"lr": 3e-3, "warmup_updates": 2},
-        "rollout": {"group_size": 1},
+        # One response after the other, until one is right and one is wrong, and further prompts.
+        "rollout": {"group_size": 1, "rounds": {"max_responses": 4, "fill": True}},
         "parallel": {"tensor_model_parallel_size": 2},
     },
     "iterative_dpo": {
@@ -134,7 +137,8 @@ def test_recorded_rollouts_train_to_the_same_bits_without_an_engine(runs):
     for found, expected in zip(
         records(folder / "replayed"), records(folder / "straight")[2:], strict=True
     ):
-        assert found == {k: v for k, v in expected.items() if not k.startswith("weights/")}
+        without = ("weights/", "rollout/rounds")  # nothing is sent or sampled
+        assert found == {k: v for k, v in expected.items() if not k.startswith(without)}
 
 
 def test_a_trainer_that_leaves_the_device_ends_at_the_same_bits(runs):
@@ -192,6 +196,23 @@ def test_it_trained(runs):
         assert all(0.99 < row["policy/correction_mean"] < 1.01 for row in rows)
         assert all(row["algorithms/kept_responses_frac"] == 1 for row in rows)
     assert all(0 < row["policy/entropy_sampled"] < 5 for row in rows)
+
+
+def test_rounds_draw_until_a_batch_is_full(runs):
+    """One prompt in eight has four responses of the same verdict."""
+    kind, folder = runs
+    if kind != "ppo":
+        pytest.skip("there are no rounds")
+    rows = records(folder / "straight")
+    assert all(row["rollout/rounds"] >= 4 for row in rows)
+    assert all(row["rollout/filled_groups"] == 12 for row in rows)
+    assert all(row["rollout/missing_groups"] == 0 for row in rows)
+    assert all(row["algorithms/kept_responses"] == 2 * 12 for row in rows)
+    assert any(row["rollout/prompts"] > 12 for row in rows)
+    for row in rows:
+        assert row["rollout/responses"] > 2 * row["rollout/filled_groups"]
+        assert row["algorithms/wasted_responses"] == row["rollout/responses"] - 24
+        assert row["rollout/prompts_satisfied_frac"] < 1 or row["rollout/prompts"] == 12
 
 
 def test_the_critic_learns_first_and_its_coefficient_follows(runs):

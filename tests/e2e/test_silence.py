@@ -19,6 +19,7 @@ VPP = (*PP2, "parallel.virtual_pipeline_model_parallel_size=2")
 SAMPLED = (
     "algorithm.preset=reinforce",
     "rollout.group_size=2",
+    "rollout.rounds.fill=true",
     "rollout.max_response_tokens=8",
     "reward.kind=coin_reward:is_even",
     "reward.num_workers=1",
@@ -69,7 +70,8 @@ OURS = (
     "ops: ", "layout: ", "model: ", "layers: ", "precision: ", "optimizer: ",
     "prompts: ", "first prompt, ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
-    "run.num_iterations 2 -> 3", "done: ", "rollout: ", "engine probe: ", "packed row: ",
+    "run.num_iterations 2 -> 3", "done: ", "rollout: ", "rounds: ", "engine probe: ",
+    "packed row: ",
     "key/value cache: ", "offload: ", "memory: ", "profile: ", "  ",
     "a stop would lose its iteration: ", "start-up: ",
 )  # fmt: skip

@@ -28,6 +28,7 @@ MIXED = [1.0, -1.0, -1.0, -1.0]
         ("group_norm", [1.5, -0.5, -0.5, -0.5]),
         ("reward_over_std", [1.0, -1.0, -1.0, -1.0]),
         ("leave_one_out", [2.0, -2 / 3, -2 / 3, -2 / 3]),  # less the mean of the other three
+        ("reward_minus_mean_over_p", [6.0, -2.0, -2.0, -2.0]),  # a quarter is right
         ("batch_norm", [1.5, -0.5, -0.5, -0.5]),
         ("preference", MIXED),  # the reward, of which a pair takes the side
         ("gae", MIXED),  # the reward, until the critic is asked
@@ -54,7 +55,16 @@ def test_population_std_and_eps():
     assert advantages("reward_over_std", [1.0, -1.0], std_ddof=0, std_eps=0.25)[0] == [0.8, -0.8]
 
 
-@pytest.mark.parametrize("name", ["reward_minus_mean", "group_norm", "leave_one_out", "batch_norm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reward_minus_mean",
+        "group_norm",
+        "leave_one_out",
+        "reward_minus_mean_over_p",
+        "batch_norm",
+    ],
+)
 @pytest.mark.parametrize("reward", [1.0, -1.0, 0.1, 0.7, 1 / 3])  # most not exact in binary
 @pytest.mark.parametrize("size", [2, 8, 16])
 def test_equal_rewards_have_an_advantage_of_exactly_zero(name, reward, size):
@@ -69,6 +79,7 @@ def test_a_single_response():
         "group_norm": -0.4,  # mean 0, std 1
         "reward_over_std": -0.4,
         "leave_one_out": -0.4,  # there is no other to compare with
+        "reward_minus_mean_over_p": 0.0,
         "batch_norm": 0.0,
         "gae": -0.4,
         "preference": -0.4,

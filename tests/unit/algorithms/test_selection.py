@@ -109,6 +109,35 @@ def test_the_pair_is_chosen_from_what_is_left():
     assert kept((1.0, -0.5, -1.0), *left, truncated=(0,)) == []
 
 
+@pytest.mark.parametrize(
+    ("marks", "size", "expected"),
+    [
+        ("+-+--+++", 4, [0, 1, 2, 3]),  # the first two of each
+        ("++++-+--", 4, [0, 1, 4, 6]),
+        ("----+---", 4, [0, 1, 2, 4]),  # one right one, filled up with wrong ones
+        ("+++++-++", 4, [0, 1, 2, 5]),
+        ("++++++++", 4, [0, 1, 2, 3]),
+        ("--------", 4, [0, 1, 2, 3]),
+        ("+-", 4, [0, 1]),  # fewer than it keeps
+        ("++", 4, [0, 1]),
+        ("++--", 3, [0, 2, 3]),  # an odd one is wrong
+        ("++-+", 3, [0, 1, 2]),
+        ("-+-+-+", 2, [0, 1]),
+    ],
+)
+def test_balanced_keeps_half_right_and_half_wrong(marks, size, expected):
+    rewards = tuple({"+": 0.5, "-": 0.0}[mark] for mark in marks)
+    assert kept(rewards, "balanced", balanced_size=size) == expected
+
+
+def test_balanced_chooses_from_what_is_left():
+    found = kept(
+        (1.0, -1.0) * 4, "drop_truncated", "balanced", truncated=(0, 1, 2), balanced_size=4
+    )
+    assert found == [3, 4, 5, 6]
+    assert kept((1.0, 1.0, -1.0, -1.0, -1.0), "balanced", max_per_group=1) == [0]
+
+
 def test_gold_keeps_gold():
     assert kept((1.0, 1.0), "gold", gold=(1,)) == [1]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.metrics.plot import COLORS, band, draw, history, plot_run
+from megatron_rl.commands.plot import AXES
+from megatron_rl.metrics.plot import COLORS, X_LABELS, band, draw, history, plot_run
 
 ROOT = Path(__file__).parents[3]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -92,6 +93,20 @@ def test_against_tokens_the_curve_stands_where_the_training_had_come():
     assert x == [50.0, 90.0]  # means of 100 and 0, of 150 and 30
     assert mean == pytest.approx([0.15, 0.35])
     assert (least, largest) == ([0.1, 0.3], [0.2, 0.4])
+
+
+def test_against_seconds_evaluations_are_left_out():
+    run = {
+        "reward/mean": ([1, 2], [0.1, 0.3]),
+        "time/rollout_s": ([1, 2], [2.0, 3.0]),
+        "time/update_s": ([1, 2], [0.5, 0.25]),
+        "time/evaluation_s": ([2], [40.0]),
+        "time/iteration_s": ([1, 2], [3.0, 44.0]),
+        "rollout/tokens": ([1, 2], [10.0, 20.0]),
+    }
+    assert band([run], "reward/mean", "seconds")[0] == [2.5, 5.75]
+    assert band([run], "reward/mean", "drawn")[0] == [10.0, 30.0]
+    assert set(AXES) == set(X_LABELS)
 
 
 def test_runs_differ_by_colour_and_one_legend_names_them_all(grpo):

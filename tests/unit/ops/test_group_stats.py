@@ -118,6 +118,7 @@ def exact_advantage(name, group, index, std_ddof, std_eps):
     others = [reward for j, reward in enumerate(rewards) if j != index]
     variance = sum((reward - mean) ** 2 for reward in rewards) / max(count - std_ddof, 1)
     std = math.sqrt(variance) if count > 1 else 1.0
+    share = Fraction(sum(reward > 0 for reward in rewards), count)
     return {
         "one": lambda: 1.0,
         "reward": lambda: float(own),
@@ -125,7 +126,22 @@ def exact_advantage(name, group, index, std_ddof, std_eps):
         "group_norm": lambda: float(own - mean if others else own) / (std + std_eps),
         "reward_over_std": lambda: float(own) / (std + std_eps),
         "leave_one_out": lambda: float(own - (sum(others) / len(others) if others else 0)),
+        "reward_minus_mean_over_p": lambda: float((own - mean) / share if share else 0),
     }[name]()
+
+
+def test_an_advantage_over_the_share_of_correct_responses():
+    """(r - mean) / p by hand; without a correct response there is none, whatever the rewards."""
+    stats = stats_of(
+        [1.0, -1.0, -1.0, -1.0],  # mean -1/2, p 1/4
+        [1.0, 1.0, -1.0],  # mean 1/3, p 2/3
+        [1.0, 1.0],
+        [-1.0, -0.5],
+        [],
+        advantage="reward_minus_mean_over_p",
+    )
+    expected = [6.0, -2.0, -2.0, -2.0, 1.0, 1.0, -2.0, 0.0, 0.0, 0.0, 0.0]
+    assert stats.advantages.tolist() == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 2, 1, 3], []])

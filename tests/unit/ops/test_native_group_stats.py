@@ -55,7 +55,14 @@ def test_advantages_are_the_definitions(ragged, advantage):
 
 
 @pytest.mark.parametrize(
-    "advantage", ["reward_minus_mean", "group_norm", "leave_one_out", "reward_over_std"]
+    "advantage",
+    [
+        "reward_minus_mean",
+        "group_norm",
+        "leave_one_out",
+        "reward_over_std",
+        "reward_minus_mean_over_p",
+    ],
 )
 def test_groups_of_equal_rewards_have_exactly_no_advantage(ragged, advantage):
     rewards, offsets = ragged
@@ -97,7 +104,7 @@ def test_an_error_names_argument_expected_and_actual():
         ops.group_stats(rewards, torch.tensor([0, 2, 1, 3]), 1, 0, 0, 0.0)
     with pytest.raises(RuntimeError, match="keep_rules: expected bits of 7, got 8"):
         ops.group_stats(rewards, torch.tensor([0, 3]), 1, 8, 0, 0.0)
-    with pytest.raises(RuntimeError, match="advantage_mode: expected 0 up to 5, got 7"):
+    with pytest.raises(RuntimeError, match="advantage_mode: expected 0 up to 6, got 7"):
         ops.group_stats(rewards, torch.tensor([0, 3]), 1, 0, 7, 0.0)
 
 
