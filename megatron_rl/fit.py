@@ -287,12 +287,12 @@ def _ways_on_a_gpu(free: Free, config: RunConfig, arch: ModelArch, world: int) -
             for name, value in settings.items():
                 section, _, field = name.partition(".")
                 changed = _with(changed, section, **{field: value})
-            if not _is_possible(changed, arch, world):
+            if not is_possible(changed, arch, world):
                 continue
             fitted = fit(changed, arch, world, "cuda", free)
             if fitted.share <= 1:
                 settings |= {name: fitted.row_tokens for name in settings if name == ROW}
-                ways.append(" ".join(f"{name}={_typed(value)}" for name, value in settings.items()))
+                ways.append(" ".join(f"{name}={typed(value)}" for name, value in settings.items()))
             if len(ways) == MOST_WAYS:
                 break
         yield from ways
@@ -345,7 +345,8 @@ def _layouts(config: RunConfig, arch: ModelArch, world: int) -> Iterator[dict[st
                 }
 
 
-def _is_possible(config: RunConfig, arch: ModelArch, world: int) -> bool:
+def is_possible(config: RunConfig, arch: ModelArch, world: int) -> bool:
+    """True where nothing refuses the recipe for this model and number of ranks."""
     found: list[Iterator[Any]] = [
         problems(config),
         world_problems(config, world),
@@ -358,7 +359,10 @@ def _is_possible(config: RunConfig, arch: ModelArch, world: int) -> bool:
     return next(itertools.chain.from_iterable(found), None) is None
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
+    """A value as an override has it."""
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

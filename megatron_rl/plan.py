@@ -1,9 +1,11 @@
 """`plan`: what a recipe means, before any rank is started; no GPU and no process group."""
 
+import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.choose import choices
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.fit import (
@@ -14,6 +16,7 @@ from megatron_rl.fit import (
     free_here,
     free_on_planned,
     refuse_what_cannot_fit,
+    typed,
     ways_out,
 )
 from megatron_rl.input_report import input_lines
@@ -39,6 +42,7 @@ from megatron_rl.weights.model_source import find_model
 from megatron_rl.weights.sync import plan_sync
 
 RANKS_PER_NODE = 8
+LAYOUTS_SHOWN = 5
 H100_GIB = 79.6
 """Memory of a GPU that is sold as one of 80 GB."""
 
@@ -87,6 +91,40 @@ def print_rehearsal(config: RunConfig, rank: int | None) -> None:
     ranks = ranks_that_differ(layout, arch.num_layers) if rank is None else [rank]
     for title, lines in rehearsal_lines(config, arch, layout, ranks):
         _print_section(title, lines)
+
+
+def print_layouts(config: RunConfig, num_gpus: int, *, gpu_gib: float = H100_GIB) -> None:
+    """Print layouts of the model on so many GPUs, the one that should be fastest first.
+
+    Raises:
+        InputError: none fits.
+    """
+    model_dir = find_model(config.model.path, "model.path").config_dir
+    arch = read_model_config(model_dir, config.model.ignore_config_fields)
+    free = free_on_planned(gpu_gib)
+    found = list(itertools.islice(choices(config, arch, num_gpus, free), LAYOUTS_SHOWN))
+    if not found:
+        raise InputError(
+            f"--layouts {num_gpus}: no layout of {model_dir} fits so many GPUs of {gpu_gib:g} GiB. "
+            "Take more of them, shorter responses, or optimizer.offload=weights"
+        )
+    print(f"layouts on {num_gpus} GPUs, by a cost model that no GPU has confirmed")
+    for choice in found:
+        need = choice.fit.need
+        lines = [
+            ("seconds of an update, at most", f"{choice.cost.total:.3g}: {choice.cost.told}"),
+            (
+                "memory, GiB",
+                f"update {need.update / GIB:.1f}, rollout {need.generation / GIB:.1f}, "
+                f"of {free.per_rank / GIB:.1f}",
+            ),
+            ("settings", " ".join(f"{name}={typed(v)}" for name, v in choice.settings.items())),
+        ]
+        _print_section(choice.layout.axes + told_experts(choice.layout), lines)
+
+
+def told_experts(layout: Layout) -> str:
+    return f", experts over EP {layout.ep}" if layout.ep > 1 else ""
 
 
 def print_inputs(config: RunConfig) -> None:

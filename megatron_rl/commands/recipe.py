@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_rl.config import load_config
+from megatron_rl.parallel.config import MAX_RANKS
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             type=int,
             metavar="R",
             help="the rank to rehearse (default: one of the first and one of the last stage)",
+        )
+        parser.add_argument(
+            "--layouts",
+            type=_ranks,
+            metavar="N",
+            help="print layouts of the model on N GPUs that fit, the one that should be fastest "
+            "first, as settings for the recipe; its own layout is not looked at",
         )
         parser.add_argument(
             "--gpu-memory",
@@ -41,12 +49,23 @@ def _gib(text: str) -> float:
     return value
 
 
+def _ranks(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_RANKS:
+        raise argparse.ArgumentTypeError(f"{text}: name a number of GPUs, for example 64")
+    return int(text)
+
+
 def run(options: argparse.Namespace) -> int:
     """Read the recipe first: its problems are told before anything slow is imported."""
     config = load_config(options.recipe, options.overrides)
     if options.command == "plan":
         from megatron_rl.plan import H100_GIB, print_inputs, print_plan, print_rehearsal
 
+        if options.layouts:
+            from megatron_rl.plan import print_layouts
+
+            print_layouts(config, options.layouts, gpu_gib=options.gpu_memory or H100_GIB)
+            return 0
         print_plan(config, gpu_gib=options.gpu_memory or H100_GIB)
         if options.rehearse:
             print_rehearsal(config, options.rank)

@@ -1,6 +1,7 @@
 """What `plan` says of memory: of the device it is for, and of this machine, never as an error."""
 
 import json
+import math
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from megatron_rl import plan as module
 from megatron_rl.config import RunConfig
 from megatron_rl.memory import GIB
-from megatron_rl.plan import print_plan
+from megatron_rl.plan import print_layouts, print_plan
 from megatron_rl.platforms import host_memory
 from megatron_rl.platforms.base import CPU
 
@@ -171,3 +172,25 @@ def test_a_correction_is_among_the_passes(planned, capsys, monkeypatch):
     planned(100, algorithm={"preset": "grpo", "rollout_correction": {"mode": "mask", "low": 0.5}})
     (line,) = (line for line in said if "rollout correction" in line)
     assert line.endswith("by token, mask outside of 0.5 to 2")
+
+
+def test_layouts_are_printed_as_settings_that_a_plan_takes(planned, capsys, tmp_path):
+    planned(16, "bfloat16")
+    recipe = {
+        "run": {"output_dir": "runs/a", "num_iterations": 3},
+        "model": {"path": str(tmp_path)},
+        "prompts": {"path": "none", "max_prompt_tokens": 96},
+        "rollout": {"group_size": 8, "max_response_tokens": 160},
+        "algorithm": {"preset": "grpo"},
+    }
+    print_layouts(RunConfig.model_validate(recipe), 12)
+    said = capsys.readouterr().out
+    assert said.startswith("layouts on 12 GPUs, by a cost model that no GPU has confirmed")
+    found = [line.split()[1:] for line in said.splitlines() if line.startswith("  settings")]
+    assert len(found) == 5
+    for settings in found:
+        values = dict(setting.split("=") for setting in settings)
+        assert values["parallel.world_size"] == "12"
+        sizes = {n.partition(".")[2]: int(v) for n, v in values.items() if n.endswith("_size")}
+        ranks = sizes.pop("world_size")
+        assert ranks % math.prod(sizes.values()) == 0
