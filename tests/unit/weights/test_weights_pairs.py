@@ -6,7 +6,7 @@ every element of the model numbered: nothing is shared with weights/ but names a
 
 import random
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from megatron_rl.weights.layouts import hf_shapes
 from megatron_rl.weights.sync import plan_sync
 
 PAIRS, ITEMSIZE = 300, 2
-HAS_CP = "cp" in {field.name for field in fields(Layout)}
 SIZES = (1, 1, 2, 2, 2, 4, 4, 8)  # as often as they are drawn
 
 
@@ -41,16 +40,15 @@ class Pair:
 
     @property
     def layout(self) -> Layout:
-        axes = {"cp": self.cp} if HAS_CP else {}
         return Layout(
             world_size=self.world,
             tp=self.tp,
+            cp=self.cp,
             pp=self.pp,
             vpp=self.vpp,
             ep=self.ep,
             expert_tp=self.etp,
             split=self.split,
-            **axes,
         )
 
 
@@ -58,7 +56,7 @@ def random_pair(draw: random.Random) -> Pair:
     while True:
         tp, pp, engine_tp = draw.choice(SIZES), draw.choice((1, 2, 3, 4)), draw.choice(SIZES)
         vpp = draw.choice((1, 1, 1, 2)) if pp > 1 else 1
-        cp = draw.choice((1, 2, 4)) if HAS_CP else 1
+        cp = draw.choice((1, 2, 4))
         ep, etp = (draw.choice((1, 2, 4)), draw.choice((1, 2, 4)))
         has_experts = draw.random() < 0.4
         ep, etp = (ep, etp) if has_experts else (1, tp)
@@ -260,5 +258,5 @@ def test_the_pairs_are_what_they_are_for():
     assert sum(pair.arch.mixture is not None for pair in drawn) > 50
     assert sum(pair.tp > pair.arch.num_query_groups for pair in drawn) > 15
     assert any(0 in chunk for pair in drawn for chunk in pair.layers)
-    assert not HAS_CP or sum(pair.cp > 1 for pair in drawn) > 50
+    assert sum(pair.cp > 1 for pair in drawn) > 100
     assert sum(map(sum, map(least_bytes, drawn[:10]))) > 0
