@@ -265,6 +265,7 @@ EVERY_LAYOUT = (
     ),
     # Models of four layers where nothing else is said; names give the layers of each stage.
     Layout(name="PP2 of 1, 3", world=2, pp=2, split=Split(first=1), has_least=True),
+    Layout(name="CP2 PP2 of 3, 1", world=4, cp=2, pp=2, split=Split(last=1), has_least=True),
     Layout(
         name="PP2 of 3, 1, tied",
         world=2,

@@ -43,12 +43,12 @@ class Pair:
         return Layout(
             world_size=self.world,
             tp=self.tp,
+            cp=self.cp,
             pp=self.pp,
             vpp=self.vpp,
             ep=self.ep,
             expert_tp=self.etp,
             split=self.split,
-            cp=self.cp,
         )
 
 
@@ -258,5 +258,5 @@ def test_the_pairs_are_what_they_are_for():
     assert sum(pair.arch.mixture is not None for pair in drawn) > 50
     assert sum(pair.tp > pair.arch.num_query_groups for pair in drawn) > 15
     assert any(0 in chunk for pair in drawn for chunk in pair.layers)
-    assert sum(pair.cp > 1 for pair in drawn) > 50
+    assert sum(pair.cp > 1 for pair in drawn) > 100
     assert sum(map(sum, map(least_bytes, drawn[:10]))) > 0
