@@ -193,8 +193,11 @@ class Marks:
 MARKS = ("++++++", "++--++", "+-", "+-", "-+", "----+-")
 
 
-def rounds_on_ranks() -> None:
-    """Every rank takes part in every round, also where its prompts have left."""
+def rounds_on_ranks(*, shared: bool) -> None:
+    """Every rank takes part in every round, also where its prompts have left.
+
+    shared: one engine over both ranks, which divide its groups, or one engine each.
+    """
     rank = dist.get_rank()
     lengths = (4, 1, 3, 2, 1, 1)
     prompts = [
@@ -203,7 +206,10 @@ def rounds_on_ranks() -> None:
     ]
     following = iter(prompts[4:])
     engines = SimpleNamespace(
-        tp=1, num_engines=2, tp_rank_of=lambda rank: 0, engine_of=lambda rank: rank
+        tp=1 + shared,
+        num_engines=2 - shared,
+        tp_rank_of=lambda rank: rank * shared,
+        engine_of=lambda rank: rank * (not shared),
     )
     groups = SimpleNamespace(rank=rank, engines=engines, world=dist.group.WORLD)
     plan = RoundsPlan(
@@ -234,9 +240,13 @@ def rounds_on_ranks() -> None:
     dist.all_gather_object(everywhere, counts)
     assert everywhere[0].keys().isdisjoint(everywhere[1])
     assert everywhere[0] | everywhere[1] == {0: 6, 1: 4, 2: 2, 3: 2, 4: 2, 5: 6}
-    assert set(everywhere[0]) >= {0, 1}
-    assert set(everywhere[1]) >= {2, 3}
-    if rank == 1:
+    if shared:
+        assert [len(keys) for keys in engine.asked] == [8, 4, 2, 4, 2, 2]
+        assert all(len(counts) == 3 for counts in everywhere)
+    else:
+        assert set(everywhere[0]) >= {0, 1}
+        assert set(everywhere[1]) >= {2, 3}
+    if rank == 1 and not shared:
         assert engine.asked[1] == engine.asked[2] == []
     values = round_metrics(own, plan, dist.group.WORLD)
     assert values["rollout/prompts"] == 6
@@ -281,7 +291,8 @@ def draw_gold() -> None:
 def select_fill_and_rounds() -> None:
     select_on_ranks()
     fill_on_ranks()
-    rounds_on_ranks()
+    rounds_on_ranks(shared=False)
+    rounds_on_ranks(shared=True)
 
 
 @pytest.mark.parametrize(

@@ -241,5 +241,5 @@ def test_an_exported_critic_starts_the_next_run(runs):
     (row,) = records(folder / "next")
     last = records(folder / "straight")[-1]
     assert last["critic/value_mean"] < -0.5
-    # Other prompts, and an update later; those of a new value head are exactly 0.
-    assert row["critic/value_mean"] == pytest.approx(last["critic/value_mean"], abs=0.4)
+    # Other prompts, and four updates later; those of a new value head are exactly 0.
+    assert row["critic/value_mean"] == pytest.approx(last["critic/value_mean"], abs=0.8)

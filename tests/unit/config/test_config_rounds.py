@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from bad_input import only
 
 from megatron_rl.config import load_config
 from megatron_rl.memory import wanted_kv_mib
@@ -51,6 +52,14 @@ def test_a_written_config_is_read_again(case, overrides):
     config = config_of(case, *overrides, preset="reinforce_ada")
     text = yaml.safe_dump(config.model_dump(mode="json"))
     assert load_config(case.write(text), []) == config
+
+
+def test_gold_responses_have_no_rounds(case):
+    case.change(algorithm={"preset": "sft"}, rollout={"rounds": {"fill": True}})
+    problem = only(case.config_problems())
+    assert problem.startswith("rollout.rounds={'fill': True}: has no place under algorithm.preset")
+    assert problem.endswith("where nothing is sampled. Set rollout.rounds=null")
+    assert load_config(case.write(), ["rollout.rounds=null"]).is_supervised
 
 
 def test_rounds_may_be_what_makes_a_group(case):

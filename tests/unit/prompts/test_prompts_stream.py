@@ -37,6 +37,22 @@ def test_batches_wrap_over_epochs_with_ids_that_never_repeat(ten_rows):
     assert answers[:10] != answers[10:]
 
 
+def test_a_batch_may_be_filled_with_further_prompts(ten_rows):
+    """They are those that would have come next, and a cursor of before takes all of them back."""
+    stream, plain = _stream(ten_rows), _stream(ten_rows)
+    stream.next_batch()
+    before = stream.state_dict()
+    first, further = stream.next_batch(), stream.more(2)
+    assert _seen(stream.batch) == _seen([*first, *further])
+    rest = _seen([*stream.next_batch(), *stream.next_batch()])
+    expected = [pair for _ in range(5) for pair in _seen(plain.next_batch())]
+    size = len(first)
+    assert _seen([*first, *further]) + rest == expected[size:][: 3 * size + 2]
+    assert len(stream.batch) == size
+    stream.load_state_dict(before)
+    assert _seen(stream.next_batch()) == _seen(first)
+
+
 def test_a_data_set_smaller_than_a_batch_fills_it(ten_rows):
     batch = _stream(ten_rows, prompts_per_iteration=25).next_batch()
     assert [prompt.group_id for prompt in batch] == list(range(25))
