@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from megatron_rl.prompts.rows import LeftOutError, alone, preview, texts_in
 from megatron_rl.reward.extract import last_box
-from megatron_rl.reward.gold import is_placeholder
+from megatron_rl.reward.placeholder import is_placeholder
 
 MARKED = "row that its set marks as invalid or as a proof"
 NO_ANSWER = "no final answer"
