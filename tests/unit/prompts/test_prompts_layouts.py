@@ -281,6 +281,77 @@ def test_an_answer_whose_column_is_named_is_taken_as_it_stands(write_jsonl):
     assert read(path, prompt_key="question").rows[0].answer == "2"
 
 
+@pytest.mark.parametrize("named", [{}, {"prompt_key": "problem"}])
+def test_naming_the_columns_of_a_layout_keeps_its_marks_and_its_solution(named, write_jsonl):
+    rows = [
+        {"problem": f"{n}?", "question_type": "other", "problem_is_valid": "Yes", **changes}
+        for n, changes in enumerate(
+            (
+                {"answer": "1", "solution": ""},
+                {"answer": "proof", "solution": r"\boxed{2}"},
+                {"answer": None, "solution": r"\boxed{3}"},
+                {"answer": "4", "problem_is_valid": "Incomplete", "solution": ""},
+                {"answer": "5", "question_type": "proof", "solution": ""},
+                {"answer": "notfound", "solution": "It is so."},
+            )
+        )
+    ]
+    found = read(write_jsonl(*rows), answer_key="answer", **named)
+    assert [row.answer for row in found.rows] == ["1", "2", "3"]
+    assert [left.count for left in found.left_out.values()] == [2, 1]
+    assert next(iter(found.layouts)).startswith("NuminaMath-1.5 (")
+
+
+CHAT = [{"role": "user", "content": "it's 1+1\n?"}]
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_a_csv_file_may_hold_lists_and_objects_as_json_or_as_python_writes_them(written, tmp_path):
+    path = tmp_path / "chats.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "reward_model"])
+        writer.writerow([written(CHAT), written({"ground_truth": "34", "style": "rule"})])
+        writer.writerow([written(CHAT), written({"ground_truth": ["35"]})])
+    rows = read(path)
+    assert [(row.chat, row.answer) for row in rows.rows] == [
+        ((("user", "it's 1+1\n?"),), "34"),
+        ((("user", "it's 1+1\n?"),), "35"),
+    ]
+    assert next(iter(rows.layouts)).startswith("verl (")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]",  # NumPy's
+        "[{'role': 'user', 'content': open('x')}]",
+        "[{'role': 'user', 'role': 'system', 'content': 'a'}]",
+        "[" * 50 + "{'role': 'user', 'content': 'a'}" + "]" * 50,
+        "[{'role': 'user', 'content': '" + "a" * (1 << 18) + "'}]",
+        "['1+1?']",
+        "['1+1?' '2+2?']",
+        "{'question': '1+1?'}",
+    ],
+)
+def test_what_is_the_text_of_a_list_is_never_a_question(prompt, write_jsonl):
+    with pytest.raises(InputError, match=r"data\.jsonl: 1 unusable row\n  line 1: "):
+        read(write_jsonl({"prompt": prompt, "answer": "2"}))
+
+
+@pytest.mark.parametrize("answer", ["['2' '3']", "{'answer': '2'}", "array(['2'], dtype=object)"])
+def test_what_is_the_text_of_a_list_is_never_an_answer(answer, write_jsonl):
+    for rows in ({"prompt": "1+1?", "answer": answer}, {"problem": "1+1?", "answer": answer}):
+        with pytest.raises(InputError, match="is the text of a list or an object"):
+            read(write_jsonl(rows))
+
+
+@pytest.mark.parametrize("answer", ["[1, 2]", "{1, 2}", "[a, b]", "[0, 1)", "{x: x > 1}", "[]"])
+def test_intervals_and_sets_are_answers(answer, write_jsonl):
+    (row,) = read(write_jsonl({"prompt": "1+1?", "answer": answer})).rows
+    assert row.answer == answer
+
+
 def test_a_layout_is_known_though_the_first_rows_are_broken(write_jsonl):
     rows = [{"problem": f"{n}?", "solution": rf"\boxed{{{n}}}"} for n in range(150)]
     read_rows = read(write_jsonl("{broken", {"problem": "p?"}, *rows), max_unusable_frac=0.02)
