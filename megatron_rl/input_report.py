@@ -1,10 +1,11 @@
 """What a run reads, in lines for a person: the data, what is left out, the first prompt."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_rl.config import RunConfig
 from megatron_rl.evaluation.benchmark import Benchmark
-from megatron_rl.prompts.dataset import PromptReport, PromptStream
+from megatron_rl.prompts.dataset import PREPARED, PromptReport, PromptStream
 from megatron_rl.prompts.overlap import NUM_SHOWN, overlaps
 from megatron_rl.prompts.rows import preview
 from megatron_rl.prompts.tokenizer import Tokenizer
@@ -57,8 +58,17 @@ def _of_benchmarks(
         )
         yield from (f"  {note}" for note in report.notes)
     questions = {name: benchmark.questions for name, benchmark in benchmarks.items()}
-    yield from overlaps(trained_on.questions, questions)
+    commands = {
+        name: _leaving_out(config, config.evaluation.benchmarks[name].path) for name in benchmarks
+    }
+    yield from overlaps(trained_on.questions, questions, commands)
     yield from _unmatched(config, benchmarks)
+
+
+def _leaving_out(config: RunConfig, benchmark: str) -> str:
+    """The command that makes a file of the prompts without those of a benchmark."""
+    sets = ("--dataset", *config.prompts.paths, "--held-out", benchmark)
+    return shlex.join(["megatron-rl", "prepare", *sets, *PREPARED])
 
 
 def _first(config: RunConfig, tokenizer: Tokenizer, prompts: PromptStream) -> Iterator[str]:

@@ -175,7 +175,7 @@ def _date_problems(prompts: PromptStream, wanted: str | None) -> Iterator[str]:
     if prompts.date is None and wanted is not None:
         yield (
             f"prompts.date={wanted!r}: has no effect, no chat template in use asks for a date. "
-            "Leave it out"
+            "Set prompts.date=null"
         )
 
 
@@ -304,12 +304,13 @@ def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
         if text and not tokenizer.has_chat_template:
             raise InputError(
                 f"prompts.{field}={text!r}: has no effect, the tokenizer has no chat template. "
-                "Write the text into prompts.template"
+                f"Set prompts.{field}=null, and write the text into prompts.template"
             )
     uses_template = tokenizer.has_chat_template and config.prompts.template is None
     if not (config.prompts.default_system or uses_template):
         raise InputError(
-            "prompts.default_system=False: has no effect, no chat template is in use. Leave it out"
+            "prompts.default_system=False: has no effect, no chat template is in use. Set "
+            "prompts.default_system=true"
         )
     for name, value in config.prompts.chat_template_kwargs.items():
         if not re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template):
@@ -403,6 +404,6 @@ def _fit_problems(
     if config.is_supervised and longest > config.rollout.max_response_tokens:
         problems.append(
             f"rollout.max_response_tokens={config.rollout.max_response_tokens}: the longest gold "
-            f"response has {longest} tokens. Raise it"
+            f"response has {longest} tokens. Set rollout.max_response_tokens={longest}, or more"
         )
     return problems

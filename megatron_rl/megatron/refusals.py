@@ -5,6 +5,7 @@ is refused where the installed version has the fault (faults.py).
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Iterator
 
 from megatron_rl.errors import ConfigError
@@ -24,7 +25,7 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
             "parallel.context_parallel_size",
             parallel.context_parallel_size,
             "not available yet",
-            "Set it to 1",
+            "Set parallel.context_parallel_size=1",
         )
     is_uneven = etp is not None and etp != tp and parallel.expert_model_parallel_size == 1
     if is_uneven and (reason := faults.reason("experts_of_smaller_tensor_parallelism")):
@@ -33,20 +34,20 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
             etp,
             f"must equal tensor_model_parallel_size={tp} while expert_model_parallel_size is 1: "
             f"{reason}",
-            "Leave it out",
+            "Set parallel.expert_tensor_parallel_size=null",
         )
     if (
         model.dtype == "float16"
         and parallel.expert_model_parallel_size > 1
         and (reason := faults.reason("loss_scales_apart"))
     ):
-        yield ConfigError("model.dtype", "float16", reason, "Set bfloat16")
+        yield ConfigError("model.dtype", "float16", reason, "Set model.dtype=bfloat16")
     if parallel.sequence_parallel and tp == 1:
         yield ConfigError(
             "parallel.sequence_parallel",
             True,
             "has no effect at tensor_model_parallel_size=1",
-            "Leave it out, or use tensor parallelism",
+            "Set parallel.sequence_parallel=false, or use tensor parallelism",
         )
     if vpp is not None:
         yield from _interleaving_problems(model, pp, vpp)
@@ -57,7 +58,7 @@ def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[Co
     field = "parallel.virtual_pipeline_model_parallel_size"
     if pp == 1 or vpp < 2:
         yield ConfigError(
-            field, vpp, f"has no effect at pipeline_model_parallel_size={pp}", "Leave it out"
+            field, vpp, f"has no effect at pipeline_model_parallel_size={pp}", f"Set {field}=null"
         )
     is_crossed = pp == 2 and model.megatron.get("overlap_p2p_comm") is False
     if is_crossed and (reason := faults.reason("interleaving_without_overlap")):
@@ -65,7 +66,8 @@ def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[Co
             "model.megatron.overlap_p2p_comm",
             False,
             reason,
-            "Leave it out (it is then true), or drop virtual_pipeline_model_parallel_size",
+            "Set model.megatron.overlap_p2p_comm=true, or set "
+            "parallel.virtual_pipeline_model_parallel_size=null",
         )
 
 
@@ -83,7 +85,13 @@ def _override_problems(model: ModelConfig) -> Iterator[ConfigError]:
             yield ConfigError(field, value, f"cannot be set here: {why_not}", "Leave it out")
         elif name in VALUES and value not in VALUES[name][0]:
             allowed, reason = VALUES[name]
-            yield ConfigError(field, value, reason, f"Set {' or '.join(map(str, allowed))}")
+            yield ConfigError(field, value, reason, _one_of(field, allowed))
+
+
+def _one_of(field: str, allowed: Iterable[object]) -> str:
+    """The way out where a setting has a few values that work."""
+    typed = (str(value).lower() if isinstance(value, bool) else str(value) for value in allowed)
+    return "Set " + " or set ".join(f"{field}={value}" for value in typed)
 
 
 def _why_not(name: str, layer_spec: str) -> str | None:
@@ -116,14 +124,14 @@ def optimizer_problems(
             f"{section}.clip_grad",
             optimizer.clip_grad,
             f"{reason}, and model.dtype is float64",
-            "Set 0 (float64 is for verification)",
+            f"Set {section}.clip_grad=0 (float64 is for verification)",
         )
     if optimizer.min_lr > optimizer.lr:
         yield ConfigError(
             "optimizer.min_lr",
             optimizer.min_lr,
             f"must not exceed {section}.lr={optimizer.lr}",
-            "Lower it",
+            f"Set optimizer.min_lr={optimizer.lr}, or less",
         )
 
 
@@ -133,20 +141,17 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     chunks = pp * (parallel.virtual_pipeline_model_parallel_size or 1)
     groups = arch.num_query_groups
     field = "parallel.tensor_model_parallel_size"
-    for what, count in (
-        ("attention heads", arch.num_attention_heads),
-        *arch.dense_rows,
-    ):
+    divided = (("attention heads", arch.num_attention_heads), *arch.dense_rows)
+    way_out = f"Set {field}={math.gcd(tp, groups, *(count for _, count in divided))}"
+    for what, count in divided:
         if count % tp:
-            yield ConfigError(
-                field, tp, f"must divide the model's {count} {what}", "Choose a divisor"
-            )
+            yield ConfigError(field, tp, f"must divide the model's {count} {what}", way_out)
     if groups % tp and tp % groups:
         yield ConfigError(
             field,
             tp,
             f"must divide the model's {groups} key/value heads or be a multiple of them",
-            "Choose such a size",
+            way_out,
         )
     if arch.num_layers % chunks:
         yield ConfigError(
@@ -154,7 +159,8 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
             pp,
             f"must divide the model's {arch.num_layers} layers (with "
             f"{chunks // pp} chunks a rank: {chunks})",
-            "Choose a divisor",
+            f"Set parallel.pipeline_model_parallel_size={math.gcd(pp, arch.num_layers)}"
+            + (" and parallel.virtual_pipeline_model_parallel_size=null" if chunks > pp else ""),
         )
     yield from _expert_problems(arch, parallel)
 
@@ -164,24 +170,29 @@ def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Conf
     field = "parallel.expert_model_parallel_size"
     if arch.mixture is None:
         if ep > 1:
-            yield ConfigError(field, ep, "has no effect: the model has no experts", "Leave it out")
+            yield ConfigError(
+                field, ep, "has no effect: the model has no experts", f"Set {field}=1"
+            )
         return
     if arch.mixture.num_experts % ep:
         yield ConfigError(
             field,
             ep,
             f"must divide the model's {arch.mixture.num_experts} experts",
-            "Choose a divisor",
+            f"Set {field}={math.gcd(ep, arch.mixture.num_experts)}, or another divisor",
         )
     etp = parallel.expert_tensor_parallel_size or tp
+    fitting = math.gcd(etp, *(count for _, count in arch.expert_rows))
     for what, count in arch.expert_rows:
         if count % etp:
             yield ConfigError(
                 "parallel.expert_tensor_parallel_size",
                 etp,
                 f"must divide the model's {count} {what}",
-                "Choose a divisor",
+                f"Set parallel.expert_tensor_parallel_size={fitting}, or another divisor",
             )
     is_whole = tp > 1 and not parallel.sequence_parallel
     if is_whole and (reason := faults.reason("experts_without_sequence_parallelism")):
-        yield ConfigError("parallel.sequence_parallel", False, reason, "Set it to true")
+        yield ConfigError(
+            "parallel.sequence_parallel", False, reason, "Set parallel.sequence_parallel=true"
+        )

@@ -152,7 +152,7 @@ def _data_files(directory: Path) -> list[Path]:
     files = sorted(
         file
         for file in directory.iterdir()
-        if not file.is_dir() and format_of(file) is not None and not _BESIDE.fullmatch(file.name)
+        if format_of(file) is not None and not _BESIDE.fullmatch(file.name)
     )
     # A .json file beside others is more likely a description than data, unless it says a split.
     others = [file for file in files if format_of(file) != ".json" or split_of(file) is not None]

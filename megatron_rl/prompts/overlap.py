@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from megatron_rl.types import Prompt
 
@@ -24,10 +25,15 @@ def normalised(text: str) -> str:
     return _MARKUP.sub("", plain).rstrip(".?!:")
 
 
-def overlaps(trained_on: Sequence[str], benchmarks: Mapping[str, Sequence[Prompt]]) -> list[str]:
+def overlaps(
+    trained_on: Sequence[str],
+    benchmarks: Mapping[str, Sequence[Prompt]],
+    leaving_out: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """A line for each benchmark of which questions are also trained on; none where there are none.
 
     trained_on: the questions, without template.
+    leaving_out: the command that leaves those of a benchmark out.
     """
     if not benchmarks:
         return []
@@ -46,6 +52,7 @@ def overlaps(trained_on: Sequence[str], benchmarks: Mapping[str, Sequence[Prompt
             lines.append(
                 f"contamination: {len(same) + len(alike)} of {len(prompts)} questions of {name} "
                 f"are also trained on ({len(same)} to the letter, {len(alike)} but for spacing and "
-                f"signs), such as its rows {shown}. megatron-rl prepare --held-out leaves them out"
+                f"signs), such as its rows {shown}"
+                + (f". `{leaving_out[name]}` leaves them out" if name in leaving_out else "")
             )
     return lines

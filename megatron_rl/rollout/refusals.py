@@ -1,5 +1,6 @@
 """Layouts that the rollout engine cannot have, found before anything is built."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_rl.errors import ConfigError
@@ -15,23 +16,23 @@ def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
     """Why vLLM cannot split this model; it would say so itself, after minutes."""
     field = "rollout.tensor_model_parallel_size"
     padded_vocab = padded_vocab_size(arch.vocab_size, 1)
-    for what, count in (
+    groups = arch.num_query_groups
+    divided = (
         ("attention heads", arch.num_attention_heads),
         *arch.dense_rows,
         *arch.expert_rows,
         ("rows of the padded vocabulary", padded_vocab),
-    ):
+    )
+    way_out = f"Set {field}={math.gcd(rollout_tp, groups, *(count for _, count in divided))}"
+    for what, count in divided:
         if count % rollout_tp:
-            yield ConfigError(
-                field, rollout_tp, f"must divide the model's {count} {what}", "Choose a divisor"
-            )
-    groups = arch.num_query_groups
+            yield ConfigError(field, rollout_tp, f"must divide the model's {count} {what}", way_out)
     if groups % rollout_tp and rollout_tp % groups:
         yield ConfigError(
             field,
             rollout_tp,
             f"must divide the model's {groups} key/value heads or be a multiple of them",
-            "Choose such a size",
+            way_out,
         )
 
 
@@ -52,5 +53,5 @@ def device_problems(
             "rollout.kv_cache_mib",
             rollout.kv_cache_mib,
             f"the {'machine' if is_cpu else 'GPU'} has {total >> 20} MiB of memory",
-            "Lower it, or leave it out",
+            "Set rollout.kv_cache_mib=null, or lower it",
         )

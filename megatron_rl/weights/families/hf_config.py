@@ -243,8 +243,8 @@ def _refusal(
     ]
     if unknown := [name for name in refused if name not in neutral]:
         told.append(
-            f"Where they change nothing, model.ignore_config_fields=[{','.join(unknown)}] lets "
-            "them pass (for convert and verify: --ignore-config-field NAME)"
+            f"Where they change nothing, set model.ignore_config_fields=[{','.join(unknown)}] and "
+            "they pass (for convert and verify: --ignore-config-field NAME)"
         )
     return ". ".join(told)
 
