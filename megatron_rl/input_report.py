@@ -74,6 +74,11 @@ def _leaving_out(config: RunConfig, benchmark: str) -> str:
 def _first(config: RunConfig, tokenizer: Tokenizer, prompts: PromptStream) -> Iterator[str]:
     """The first prompt, what the chat template puts around it, and what it does not ask for."""
     yield from prompts.shown_first(tokenizer)
+    if tokenizer.untold_bos is not None and config.prompts.add_bos:
+        yield (
+            f"  no {tokenizer.untold_bos} stands in front: tokenizer.model alone does not tell "
+            "whether the model was trained with it, as tokenizer_config.json beside it would"
+        )
     yield from _around(prompts.report)
     yield from _unasked(config, prompts.first_text(tokenizer))
 

@@ -242,7 +242,7 @@ def test_tensor_parallelism_must_divide_the_heads(case):
     problems = case.input_problems(world_size=4)
     assert problems[0] == (
         "parallel.tensor_model_parallel_size=4: must divide the model's 2 attention heads. "
-        "Choose a divisor"
+        "Set parallel.tensor_model_parallel_size=1"
     )
 
 
