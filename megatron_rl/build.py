@@ -323,10 +323,11 @@ def _build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evalu
     """The recipe's benchmarks, of which there may be none."""
     return Evaluator(
         config.evaluation,
-        inputs.benchmarks,
+        {name: benchmark.questions for name, benchmark in inputs.benchmarks.items()},
         max_response_tokens=config.rollout.max_response_tokens,
         model=config.model.path,
         seed=config.run.seed,
+        asked=inputs.asked(config),
         equality=MathEquality(config.reward.num_workers),
         output_dir=Path(config.run.output_dir),
         groups=groups,

@@ -21,16 +21,17 @@ from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
-from megatron_rl.explain import explain, takes_only_text
+from megatron_rl.explain import explain, takes_only_text, takes_text_or_list
 from megatron_rl.megatron.config import ModelConfig, Offload, OptimizerConfig
 from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
+from megatron_rl.parallel.refusals import rank_problems
 from megatron_rl.policy.config import CriticConfig, ReferenceConfig
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
-from megatron_rl.recipe import Recipe, read_recipe
+from megatron_rl.recipe import Recipe, is_list, read_recipe
 from megatron_rl.references import References, hidden, replaced
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.rollout.config import (
@@ -226,38 +227,14 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
 
 def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
     """Why the layouts do not fit this number of ranks."""
-    parallel = config.parallel
-    one = parallel.layout(1)
-    replica = one.tp * one.cp * one.pp
-    if parallel.world_size not in (None, world_size):
-        yield ConfigError(
-            "parallel.world_size",
-            parallel.world_size,
-            f"{world_size} ranks were started",
-            f"Start torchrun with --nproc-per-node times --nnodes = {parallel.world_size}",
-        )
-    if world_size % replica:
-        sizes = "tensor_model_parallel_size * pipeline_model_parallel_size"
-        yield ConfigError(
-            f"parallel.{sizes}" + (" * context_parallel_size" if one.cp > 1 else ""),
-            replica,
-            f"must divide the {world_size} ranks of this run",
-            f"Start a multiple of {replica} ranks, or change the layout",
-        )
-    if one.ep > 1 and world_size % (one.etp * one.ep * one.pp):
-        yield ConfigError(
-            "parallel.expert_model_parallel_size * expert_tensor_parallel_size",
-            one.ep * one.etp,
-            f"must divide the {world_size // one.pp} ranks of a pipeline stage",
-            f"Start a multiple of {one.pp * math.lcm(one.tp * one.cp, one.etp * one.ep)} ranks, or "
-            "another layout",
-        )
-    if world_size % config.rollout.tensor_model_parallel_size:
+    yield from rank_problems(config.parallel, world_size)
+    fitting = math.gcd(world_size, config.rollout.tensor_model_parallel_size)
+    if fitting != config.rollout.tensor_model_parallel_size:
         yield ConfigError(
             "rollout.tensor_model_parallel_size",
             config.rollout.tensor_model_parallel_size,
             f"must divide the {world_size} ranks of this run",
-            "Choose a divisor",
+            f"Set rollout.tensor_model_parallel_size={fitting}, or another divisor",
         )
 
 
@@ -268,7 +245,7 @@ def _run_problems(run: RunSettings) -> Iterator[ConfigError]:
             list(run.profile),
             f"iteration {max(run.profile)} would never come, run.num_iterations="
             f"{run.num_iterations}",
-            "Name iterations up to that, or raise it",
+            f"Set run.num_iterations={max(run.profile)}, or name iterations up to that",
         )
 
 
@@ -282,14 +259,15 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
                 getattr(rollout, field),
                 "the trainer scores the whole distribution, so a truncated one would make every "
                 "ratio wrong",
-                f"Set {neutral}",
+                f"Set rollout.{field}={neutral}",
             )
     if 0 < config.evaluation.temperature < LEAST_TEMPERATURE:
         yield ConfigError(
             "evaluation.temperature",
             config.evaluation.temperature,
             f"vLLM would sample at {LEAST_TEMPERATURE}",
-            f"Set 0 for greedy sampling, or at least {LEAST_TEMPERATURE}",
+            "Set evaluation.temperature=0 for greedy sampling, or set "
+            f"evaluation.temperature={LEAST_TEMPERATURE}, or more",
         )
     if config.is_supervised and rollout.temperature != 1:
         yield ConfigError(
@@ -311,7 +289,7 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             "algorithm.kl_coef",
             config.algorithm.kl_coef,
             "a KL estimate needs sampled responses, gold ones are not",
-            "Set 0",
+            "Set algorithm.kl_coef=0",
         )
 
 
@@ -329,7 +307,9 @@ def _checkpoint_problems(config: RunConfig) -> Iterator[ConfigError]:
             "checkpoint.keep_best",
             best,
             "this recipe's evaluations bring no such metric",
-            f"Choose one of {', '.join(possible)}" if possible else "Set evaluation.benchmarks",
+            "Set " + " or set ".join(f"checkpoint.keep_best={name}" for name in possible)
+            if possible
+            else "Set checkpoint.keep_best=null, or name evaluation.benchmarks",
         )
 
 
@@ -341,7 +321,7 @@ def _reward_problems(config: RunConfig) -> Iterator[ConfigError]:
                 f"reward.parts.{name}.free_tokens",
                 part.free_tokens,
                 f"no response is longer than rollout.max_response_tokens={limit}",
-                "Lower it, or leave the part out",
+                f"Set reward.parts.{name}.free_tokens={limit // 2}, or leave the part out",
             )
     judges_by_sign = SIGN_SELECTIONS & set(config.algorithm.resolved.selection)
     worst_correct, best_wrong = reward.bounds
@@ -353,7 +333,9 @@ def _reward_problems(config: RunConfig) -> Iterator[ConfigError]:
             "reward.parts" if reward.parts else "reward.correct, wrong",
             f"a correct response may earn {worst_correct:g}, a wrong one {best_wrong:g}",
             f"{judges[0]} tells them apart by the sign",
-            "Lower the weights, or move reward.correct and reward.wrong apart",
+            "Lower the weights, or move reward.correct and reward.wrong apart"
+            if reward.parts
+            else "Set reward.correct=1 and reward.wrong=-1",
         )
 
 
@@ -366,7 +348,7 @@ def _training_problems(config: RunConfig) -> Iterator[ConfigError]:
             budget,
             "a row must hold the longest sequence, prompts.max_prompt_tokens + "
             f"rollout.max_response_tokens{pair} = {config.longest_unit}",
-            "Raise it, or lower those",
+            f"Set batching.max_tokens_per_microbatch={config.longest_unit}, or lower those",
         )
     trained = {"optimizer": config.optimizer}
     if config.algorithm.resolved.needs_critic:
@@ -390,7 +372,7 @@ def _reference_problems(config: RunConfig) -> Iterator[ConfigError]:
             None,
             f"algorithm.distillation_coef={algorithm.distillation_weight:g} needs a teacher, and "
             "the policy's first weights would teach it to stay where it is",
-            "Set reference.path to the teacher's directory",
+            "Set reference.path=DIRECTORY, the teacher's",
         )
     has_kl = algorithm.kl_coef or (algorithm.resolved.needs_critic and algorithm.kl_reward_coef)
     if path is not None and not (algorithm.distillation_weight or has_kl):
@@ -400,7 +382,7 @@ def _reference_problems(config: RunConfig) -> Iterator[ConfigError]:
             path,
             "has no effect: neither a distillation nor a KL in loss or reward asks for it"
             + (", and dpo compares with the initial policy" if is_dpo else ""),
-            "Leave it out",
+            "Set reference.path=null",
         )
 
 
@@ -431,8 +413,9 @@ def load_reward(recipe: Path | None, overrides: Sequence[str]) -> RewardConfig:
     return _validated(_RewardAlone, read_recipe(None, overrides, _is_text)).reward
 
 
-def _is_text(path: Sequence[str]) -> bool:
-    return takes_only_text(path, RunConfig)
+def _is_text(path: Sequence[str], value: str) -> bool:
+    is_list_too = takes_text_or_list(path, RunConfig)
+    return not is_list(value) if is_list_too else takes_only_text(path, RunConfig)
 
 
 class _RewardAlone(Settings):

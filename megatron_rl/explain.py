@@ -30,16 +30,29 @@ def takes_only_text(path: Sequence[str], root: type[pydantic.BaseModel]) -> bool
     """True where a setting's value is text and nothing else that one could type; false for no
     setting.
     """
+    members = _members(path, root)
+    return bool(members) and all(map(_is_text, members))
+
+
+def takes_text_or_list(path: Sequence[str], root: type[pydantic.BaseModel]) -> bool:
+    """True where a setting's value is text, or else a list."""
+    members = _members(path, root)
+    texts = [member for member in members if get_origin(member) is not list]
+    return 0 < len(texts) < len(members) and all(map(_is_text, texts))
+
+
+def _members(path: Sequence[str], root: type[pydantic.BaseModel]) -> list[Any]:
+    """The types that a setting's value may have, but for null."""
     model: Any = root
     for part in path:
         model = _inside(model, part)
     members = get_args(model) if get_origin(model) in (Union, UnionType) else (model,)
-    texts = [member for member in members if member is not NoneType]
-    return bool(texts) and all(
-        member is str
-        or (get_origin(member) is Literal and all(isinstance(v, str) for v in get_args(member)))
-        for member in texts
-    )
+    return [member for member in members if member is not NoneType]
+
+
+def _is_text(kind: Any) -> bool:
+    is_literal = get_origin(kind) is Literal
+    return kind is str or (is_literal and all(isinstance(v, str) for v in get_args(kind)))
 
 
 def _lines(
@@ -67,8 +80,8 @@ def _lines(
 
 
 def _line(path: list[str], value: object, rule: str, references: References) -> str:
-    shown = references.get(tuple(path), value)
-    return f"{'.'.join(path)}={_cut(repr(shown))}: {rule}"
+    shown, field = references.get(tuple(path), value), ".".join(path)
+    return f"{field}={_cut(repr(shown))}: {rule.replace('{field}', field)}"
 
 
 def _unknown_key(path: list[str], root: type[pydantic.BaseModel]) -> str:

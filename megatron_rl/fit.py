@@ -224,6 +224,56 @@ def kv_mib_alone(
     return next((mib for mib in caches if engine + mib * 2**20 <= free.per_rank), caches[-1])
 
 
+def refuse_engine_that_cannot_fit(
+    config: RunConfig, arch: ModelArch, world: int, free: Free | None, *, is_alone: bool
+) -> None:
+    """Raise ConfigErrors where an evaluation needs far more than is free.
+
+    is_alone: the engine reads the weights itself; else they come through a policy beside it.
+    """
+    if free is None or os.environ.get(UNCHECKED) == "1":
+        return
+    least = _least_of_engine(config, arch, world, free, is_alone=is_alone)
+    if least <= MARGIN * free.per_rank:
+        return
+    fewer = range(world - 1, 0, -1) if free.device_type == "cpu" and free.ranks == world else ()
+    ways = []
+    for ranks in fewer:
+        fewer_share = replace(free, ranks=ranks)
+        fits = not any(world_problems(config, ranks)) and (
+            _least_of_engine(config, arch, ranks, fewer_share, is_alone=is_alone)
+            <= fewer_share.per_rank
+        )
+        if fits:
+            ways = [f"It would fit with `torchrun --nproc-per-node {ranks}`"]
+            break
+    way_out = ways[0] if ways else "Take more memory or a smaller model"
+    if not ways and config.rollout.kv_cache_mib is not None:
+        way_out += ", or leave rollout.kv_cache_mib out, which sizes the cache by what is free"
+    raise ConfigErrors(
+        [
+            f"memory: a rank of the evaluation needs some {_gib(least)} for the engine's weights "
+            f"and the longest sequence{'' if is_alone else ', and the policy beside it'}, and "
+            f"{free}. {way_out}. {UNCHECKED}=1 starts it all the same"
+        ]
+    )
+
+
+def _least_of_engine(
+    config: RunConfig, arch: ModelArch, world: int, free: Free, *, is_alone: bool
+) -> float:
+    """Bytes that a rank needs to evaluate, with the smallest cache."""
+    layout = config.parallel.layout(world)
+    if free.device_type == "cpu":
+        kv_mib = list(_caches(config, arch, wanted_kv_mib(config, arch, layout)))[-1]
+        need = need_of(config, arch, layout, "cpu", kv_mib=kv_mib)
+        beside = 0.0 if is_alone else need.held["weights"] + need.held["gradients"]
+        return need.engine_alone + beside
+    need = need_of(config, arch, layout, free.device_type)
+    beside = 0.0 if is_alone else sum(need.held.values())
+    return sum(need.generating.values()) + beside
+
+
 def refuse_what_cannot_fit(found: Fit, config: RunConfig, arch: ModelArch, world: int) -> None:
     """Raise ConfigErrors where a run needs far more than is free."""
     if found.share <= MARGIN or os.environ.get(UNCHECKED) == "1":

@@ -1,14 +1,15 @@
 """What a run reads, in lines for a person: the data, what is left out, the first prompt."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_rl.config import RunConfig
-from megatron_rl.prompts.dataset import PromptReport, PromptStream
+from megatron_rl.evaluation.benchmark import Benchmark
+from megatron_rl.prompts.dataset import PREPARED, PromptReport, PromptStream
 from megatron_rl.prompts.overlap import NUM_SHOWN, overlaps
 from megatron_rl.prompts.rows import preview
 from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.reward.trial import hopeless_golds
-from megatron_rl.types import Prompt
 
 SIGNS = {"box": "boxed", "answer_tag": "<answer>", "answer_line": "Answer:"}
 """reward.answer_in -> what a prompt says that asks for an answer there."""
@@ -21,17 +22,65 @@ def input_lines(
     config: RunConfig,
     tokenizer: Tokenizer,
     prompts: PromptStream,
-    benchmarks: Mapping[str, Sequence[Prompt]],
+    benchmarks: Mapping[str, Benchmark],
 ) -> list[str]:
     """The lines, in the order in which a person asks: what was read, what not, how it looks."""
     return [
         *_data(prompts.report),
-        *overlaps(prompts.questions, benchmarks),
-        *_unmatched(config, benchmarks),
-        *prompts.shown_first(tokenizer),
-        *_around(prompts.report),
-        *_unasked(config, prompts.first_text(tokenizer)),
+        *_of_benchmarks(config, prompts, benchmarks),
+        *_first(config, tokenizer, prompts),
     ]
+
+
+def evaluation_lines(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    prompts: PromptStream,
+    benchmarks: Mapping[str, Benchmark],
+) -> list[str]:
+    """The same lines of an evaluation, whose prompts are those of its benchmarks."""
+    return [
+        *_of_benchmarks(config, prompts, benchmarks),
+        *_first(config, tokenizer, next(iter(benchmarks.values())).data),
+    ]
+
+
+def _of_benchmarks(
+    config: RunConfig, trained_on: PromptStream, benchmarks: Mapping[str, Benchmark]
+) -> Iterator[str]:
+    for name, benchmark in benchmarks.items():
+        report = benchmark.data.report
+        (layout, files), *others = report.layouts.items()
+        more = sum(map(len, [files[1:], *(others for _, others in others)]))
+        yield (
+            f"benchmark {name}: {len(benchmark.questions)} of {report.num_read} rows, "
+            f"layout: {layout}, {files[0]}" + (f" and {more} more" if more else "")
+        )
+        yield from (f"  {note}" for note in report.notes)
+    questions = {name: benchmark.questions for name, benchmark in benchmarks.items()}
+    commands = {
+        name: _leaving_out(config, config.evaluation.benchmarks[name].path) for name in benchmarks
+    }
+    yield from overlaps(trained_on.questions, questions, commands)
+    yield from _unmatched(config, benchmarks)
+
+
+def _leaving_out(config: RunConfig, benchmark: str) -> str:
+    """The command that makes a file of the prompts without those of a benchmark."""
+    sets = ("--dataset", *config.prompts.paths, "--held-out", benchmark)
+    return shlex.join(["megatron-rl", "prepare", *sets, *PREPARED])
+
+
+def _first(config: RunConfig, tokenizer: Tokenizer, prompts: PromptStream) -> Iterator[str]:
+    """The first prompt, what the chat template puts around it, and what it does not ask for."""
+    yield from prompts.shown_first(tokenizer)
+    if tokenizer.untold_bos is not None and config.prompts.add_bos:
+        yield (
+            f"  no {tokenizer.untold_bos} stands in front: tokenizer.model alone does not tell "
+            "whether the model was trained with it, as tokenizer_config.json beside it would"
+        )
+    yield from _around(prompts.report)
+    yield from _unasked(config, prompts.first_text(tokenizer))
 
 
 def _data(report: PromptReport) -> Iterator[str]:
@@ -54,9 +103,10 @@ def _data(report: PromptReport) -> Iterator[str]:
         yield f"  {report.num_conflicting} have the prompt of an earlier row and another answer"
 
 
-def _unmatched(config: RunConfig, benchmarks: Mapping[str, Sequence[Prompt]]) -> Iterator[str]:
+def _unmatched(config: RunConfig, benchmarks: Mapping[str, Benchmark]) -> Iterator[str]:
     """A line for each benchmark with answers by which no response could be right."""
-    for name, prompts in benchmarks.items():
+    for name, benchmark in benchmarks.items():
+        prompts = benchmark.questions
         problems = hopeless_golds([prompt.answer for prompt in prompts], config.reward)
         found = [prompt for prompt in prompts if prompt.answer in problems]
         if found:

@@ -69,7 +69,10 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
         ("layout", _layout(config, arch, layout)),
         ("iteration", _iteration(config)),
         ("passes", _passes(config)),
-        ("memory per rank", _memory(config, arch, layout, gpu_gib)),
+        *(
+            (title, _memory(config, arch, layout, gpu_gib, device_type, why))
+            for title, device_type, why in _planned_devices(config, layout)
+        ),
         ("weight sync", _sync(config, arch, layout)),
     ):
         _print_section(section, lines)
@@ -236,10 +239,14 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _memory(
-    config: RunConfig, arch: ModelArch, layout: Layout, gpu_gib: float
+    config: RunConfig,
+    arch: ModelArch,
+    layout: Layout,
+    gpu_gib: float,
+    device_type: str,
+    why: str,
 ) -> Iterator[tuple[str, str]]:
     """Estimates from sizes; on a GPU, what allocators and libraries add is not in them."""
-    device_type, why = _planned_device(config)
     yield "device", device_type + why
     free = _free_here(layout, device_type)
     if free is None and device_type == "cuda":
@@ -295,24 +302,26 @@ def _host(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
             yield name, f"{both} of a node of {ranks}"
 
 
-def _planned_device(config: RunConfig) -> tuple[str, str]:
-    """The kind of device that a recipe is planned for, and why it is not this machine's.
+def _planned_devices(config: RunConfig, layout: Layout) -> Iterator[tuple[str, str, str]]:
+    """The kinds of device that a recipe is planned for: a title, the kind, and what to say of it.
 
-    A recipe in 16 bits, or with Transformer Engine's layers, is taken to be meant for GPUs where
-    nothing else is said: a plan is made on a laptop, too.
+    A recipe in 16 bits, or with Transformer Engine's layers, may be meant for GPUs where nothing
+    else is said: a plan is made on a laptop, too. So it is planned for them as well.
     """
-    here = detect().device_type
+    title, here = "memory per rank", detect().device_type
     if here != "cpu" or os.environ.get("MEGATRON_RL_DEVICE") or "LOCAL_RANK" in os.environ:
-        return here, ""
+        yield title, here, ""
+        return
     te = config.model.layer_spec == "transformer_engine"
     dtype = config.model.dtype
     if dtype not in ("bfloat16", "float16") and not te:
-        return here, ""
+        yield title, here, ""
+        return
     setting = "layer_spec=transformer_engine" if te else f"dtype={dtype}"
-    return "cuda", (
-        f", of which there is none here: taken from model.{setting}. With MEGATRON_RL_DEVICE=cpu "
-        "the plan is for a CPU"
-    )
+    why = f", of which there is none here: model.{setting} may be meant for it"
+    yield title, "cuda", f"{why}. MEGATRON_RL_DEVICE=cpu plans for a CPU alone"
+    if not te and layout.world_size <= detect().most_ranks():
+        yield "memory per rank on this machine", here, ""
 
 
 def _free_here(layout: Layout, device_type: str) -> Free | None:

@@ -11,9 +11,10 @@ from megatron_rl.checkpoint.contract import Terms, breaches, newest_terms, not_e
 from megatron_rl.checkpoint.names import CHECKPOINTS, checkpoints_in
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
-from megatron_rl.evaluation.evaluator import load_questions
+from megatron_rl.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_rl.megatron.refusals import model_problems, reference_problems
 from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
+from megatron_rl.metrics.starts import date_in
 from megatron_rl.platforms.base import detect
 from megatron_rl.prompts.clock import today
 from megatron_rl.prompts.dataset import PromptStream
@@ -22,10 +23,11 @@ from megatron_rl.reward.trial import NUM_TRIED, hopeless_golds, try_functions
 from megatron_rl.rollout.record import FOLDER, recorded
 from megatron_rl.rollout.refusals import device_problems, engine_problems
 from megatron_rl.rollout.vllm_engine import require_vllm
-from megatron_rl.types import Prompt
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import ModelSource, find_model
+
+MOST_ABOVE = 3  # folders of a run's directory that its models lie in: checkpoints/NAME/hf
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +41,7 @@ class Inputs:
     arch: ModelArch
     tokenizer: Tokenizer
     prompts: PromptStream
-    benchmarks: dict[str, list[Prompt]]
+    benchmarks: dict[str, Benchmark]
     date: str | None = None  # that prompts hold; None: their template does not ask for one
     critic: ModelSource | None = None  # the critic's first weights
     reference: tuple[ModelSource, ModelArch] | None = None  # None: the policy's first weights
@@ -53,6 +55,24 @@ class Inputs:
     def dated(self, config: RunConfig) -> RunConfig:
         """The recipe with the date of its prompts, which checkpoints and config.yaml then keep."""
         return _with_date(config, self.date)
+
+    def asked(self, config: RunConfig) -> dict[str, object]:
+        """How questions become prompts, as an evaluation records it."""
+        settings = config.prompts
+        recorded: dict[str, object] = {"date": self.date, "template": settings.template}
+        if settings.template is None and self.tokenizer.has_chat_template:
+            system, instruction = config.texts.system, config.texts.instruction
+            recorded |= {
+                "system": system if settings.system is None else settings.system,
+                "instruction": instruction
+                if settings.instruction is None
+                else settings.instruction,
+                "default_system": settings.default_system,
+                "chat_template_kwargs": settings.chat_template_kwargs,
+            }
+        else:
+            recorded["add_bos"] = settings.add_bos
+        return recorded
 
 
 class _Problems(list[str]):
@@ -71,8 +91,11 @@ class _Problems(list[str]):
         self.extend(map(str, problems))
 
 
-def read_inputs(config: RunConfig, world_size: int) -> Inputs:
+def read_inputs(config: RunConfig, world_size: int, *, is_evaluation: bool = False) -> Inputs:
     """Read model configuration, tokenizer and prompts; no tensor is loaded.
+
+    Args:
+        is_evaluation: prompts hold the date of the run that has trained the model.
 
     Raises:
         ConfigErrors: every problem found.
@@ -80,9 +103,10 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     found = _Problems()
     found.note(world_problems(config, world_size))
     wanted_date = config.prompts.date
-    config = _with_date(config, wanted_date or _former_date(config) or today())
+    former = _date_of_model(config) if is_evaluation else _former_date(config)
+    config = _with_date(config, wanted_date or former or today())
     arch = tokenizer = prompts = critic = reference = None
-    benchmarks: dict[str, list[Prompt]] = {}
+    benchmarks: dict[str, Benchmark] = {}
     model = found.attempt(find_model, config.model.path, "model.path")
     if model is not None:
         arch = found.attempt(_read_arch, config, model, found)
@@ -117,8 +141,15 @@ def read_inputs(config: RunConfig, world_size: int) -> Inputs:
     )
 
 
-def read_data(config: RunConfig) -> tuple[Tokenizer, PromptStream, dict[str, list[Prompt]]]:
-    """The tokenizer, the prompts and the questions of every benchmark; neither weights nor engine.
+def at_one_date(config: RunConfig, inputs: Inputs, world_size: int, date: str | None) -> Inputs:
+    """The inputs with the prompts of this date: around midnight ranks have read two of them."""
+    if date == inputs.date:
+        return inputs
+    return read_inputs(_with_date(config, date), world_size)
+
+
+def read_data(config: RunConfig) -> tuple[Tokenizer, PromptStream, dict[str, Benchmark]]:
+    """The tokenizer, the prompts and every benchmark; neither weights nor engine.
 
     Raises:
         ConfigErrors: every problem found.
@@ -126,7 +157,7 @@ def read_data(config: RunConfig) -> tuple[Tokenizer, PromptStream, dict[str, lis
     found = _Problems()
     wanted_date = config.prompts.date
     config = _with_date(config, wanted_date or _former_date(config) or today())
-    prompts, benchmarks = None, dict[str, list[Prompt]]()
+    prompts, benchmarks = None, dict[str, Benchmark]()
     tokenizer = found.attempt(
         lambda: load_tokenizer(find_model(config.model.path, "model.path").config_dir)
     )
@@ -144,7 +175,7 @@ def _date_problems(prompts: PromptStream, wanted: str | None) -> Iterator[str]:
     if prompts.date is None and wanted is not None:
         yield (
             f"prompts.date={wanted!r}: has no effect, no chat template in use asks for a date. "
-            "Leave it out"
+            "Set prompts.date=null"
         )
 
 
@@ -158,6 +189,14 @@ def _former_date(config: RunConfig) -> str | None:
     found = newest_terms(Path(config.run.output_dir) / CHECKPOINTS)
     recipe = None if found is None else found[0].recipe
     return None if recipe is None else recipe.get("prompts", {}).get("date")
+
+
+def _date_of_model(config: RunConfig) -> str | None:
+    """The date in the prompts of the run whose directory model.path lies in, else of this one's."""
+    path = Path(config.model.path).expanduser()
+    near = [path, *path.resolve().parents[:MOST_ABOVE]] if path.is_dir() else []
+    dates = (date_in(directory) for directory in (*near, Path(config.run.output_dir)))
+    return next(filter(None, dates), None) or _former_date(config)
 
 
 def former_row(config: RunConfig) -> int | None:
@@ -240,12 +279,12 @@ def _read_prompts(config: RunConfig, tokenizer: Tokenizer) -> PromptStream:
 
 def _read_benchmarks(
     config: RunConfig, tokenizer: Tokenizer, found: _Problems
-) -> dict[str, list[Prompt]]:
-    """The questions of every benchmark; problems of those that cannot be read are noted."""
+) -> dict[str, Benchmark]:
+    """Every benchmark; problems of those that cannot be read are noted."""
     read = {}
     for name, benchmark in config.evaluation.benchmarks.items():
         try:
-            read[name] = load_questions(benchmark, config.prompts, tokenizer, config.texts)
+            read[name] = load_benchmark(benchmark, config.prompts, tokenizer, config.texts)
         except InputError as error:
             found.append(_of_benchmark(name, str(error)))
     return read
@@ -264,12 +303,13 @@ def _check_turns(config: RunConfig, tokenizer: Tokenizer) -> None:
         if text and not tokenizer.has_chat_template:
             raise InputError(
                 f"prompts.{field}={text!r}: has no effect, the tokenizer has no chat template. "
-                "Write the text into prompts.template"
+                f"Set prompts.{field}=null, and write the text into prompts.template"
             )
     uses_template = tokenizer.has_chat_template and config.prompts.template is None
     if not (config.prompts.default_system or uses_template):
         raise InputError(
-            "prompts.default_system=False: has no effect, no chat template is in use. Leave it out"
+            "prompts.default_system=False: has no effect, no chat template is in use. Set "
+            "prompts.default_system=true"
         )
     for name, value in config.prompts.chat_template_kwargs.items():
         if not re.search(rf"\b{re.escape(name)}\b", tokenizer.chat_template):
@@ -362,6 +402,6 @@ def _fit_problems(
     if config.is_supervised and longest > config.rollout.max_response_tokens:
         problems.append(
             f"rollout.max_response_tokens={config.rollout.max_response_tokens}: the longest gold "
-            f"response has {longest} tokens. Raise it"
+            f"response has {longest} tokens. Set rollout.max_response_tokens={longest}, or more"
         )
     return problems

@@ -44,12 +44,12 @@ class Recipe:
 def read_recipe(
     recipe: Path | None,
     overrides: Sequence[str],
-    is_text: Callable[[Sequence[str]], bool] = lambda path: False,
+    is_text: Callable[[Sequence[str], str], bool] = lambda path, value: False,
 ) -> Recipe:
     """A recipe, its base recipes below it and `section.key=value` overrides above it.
 
-    is_text: true of the path of a setting that takes only text; an override gives such a setting
-    the text as it is typed, where it is not quoted, null or a reference.
+    is_text: true of the path of a setting and what is typed for it, where that is text; an override
+    gives the setting the text as it is typed, where it is not quoted, null or a reference.
 
     Raises:
         ConfigErrors: a file cannot be read or is not YAML, layers or references do not fit.
@@ -144,18 +144,26 @@ def _override_problem(text: str) -> str | None:
     return unclear and f"override {text!r}: {unclear.partition(': ')[2]}"
 
 
-def _with_text_quoted(override: str, is_text: Callable[[Sequence[str]], bool]) -> str:
+def _with_text_quoted(override: str, is_text: Callable[[Sequence[str], str], bool]) -> str:
     """The override, its value quoted where it is text that YAML might take for something else.
 
     prompts.system=              -> prompts.system=""        a shell takes quotes away
     prompts.template={prompt}    -> prompts.template="{prompt}"
     """
     key, equals, value = override.partition("=")
-    if not equals or not is_text(key.split(".")):
+    if not equals or not is_text(key.split("."), value):
         return override
     if value in ("null", "~") or "${" in value or _is_quoted(value):
         return override
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
+
+
+def is_list(value: str) -> bool:
+    """True where YAML reads a list."""
+    try:
+        return isinstance(yaml.compose(value, Loader=yaml.SafeLoader), yaml.SequenceNode)
+    except (yaml.YAMLError, RecursionError):
+        return False
 
 
 def _is_quoted(value: str) -> bool:

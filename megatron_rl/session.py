@@ -37,9 +37,10 @@ from megatron_rl.fit import (
     free_here,
     kv_mib_alone,
     least_of_all,
+    refuse_engine_that_cannot_fit,
     refuse_what_cannot_fit,
 )
-from megatron_rl.input_report import input_lines
+from megatron_rl.input_report import evaluation_lines, input_lines
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.config import MetricsConfig
@@ -53,12 +54,13 @@ from megatron_rl.metrics.writers import (
     open_writers,
     prepare_to_append,
 )
+from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import init_distributed, store_of_this_attempt
 from megatron_rl.parallel.stages import EVEN, told_sizes
 from megatron_rl.parallel.stop import StopRequest, follow_launcher
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform, detect
-from megatron_rl.preflight import Inputs, check_resume, former_row, read_inputs
+from megatron_rl.preflight import Inputs, at_one_date, check_resume, former_row, read_inputs
 from megatron_rl.references import hidden
 from megatron_rl.types import IterationMetrics
 
@@ -103,6 +105,8 @@ def _train(config: RunConfig, platform: Platform) -> None:
     enter(platform)
     init_distributed(platform)
     times.end("other ranks")
+    inputs = _at_one_date(config, inputs, world_size)
+    config = inputs.dated(config)
     is_main = dist.get_rank() == 0
     found = found.agreed()
     config, inputs = found.applied(config), replace(inputs, kv_cache_mib=found.kv_mib)
@@ -131,6 +135,14 @@ def _train(config: RunConfig, platform: Platform) -> None:
             run.check_trained()
         note_end(0 if is_done else ASKED_TO_STOP)
         _leave(run.rollouts.close, watchdog)
+
+
+def _at_one_date(config: RunConfig, inputs: Inputs, world_size: int) -> Inputs:
+    """The inputs with the first rank's date; every rank calls it."""
+    world = dist.group.WORLD
+    assert world is not None
+    first, *_ = all_gather_objects(inputs.date, world)
+    return at_one_date(config, inputs, world_size, first)
 
 
 def _fit(config: RunConfig, inputs: Inputs, platform: Platform) -> Fit:
@@ -165,10 +177,13 @@ def evaluate_session(config: RunConfig) -> None:
         )
     platform = _start(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    inputs = read_inputs(config, world_size)
-    kv_cache_mib = kv_mib_alone(config, inputs.arch, world_size, _free(platform))
+    inputs = read_inputs(config, world_size, is_evaluation=True)
+    free, is_hf = _free(platform), inputs.model.megatron_dir is None
+    refuse_engine_that_cannot_fit(config, inputs.arch, world_size, free, is_alone=is_hf)
+    kv_cache_mib = kv_mib_alone(config, inputs.arch, world_size, free)
     enter(platform)
     init_distributed(platform)
+    inputs = _at_one_date(config, inputs, world_size)
     inputs = replace(inputs, kv_cache_mib=least_of_all(kv_cache_mib))
     recorder = _Recorder(config, is_main=dist.get_rank() == 0)
     with _then_end(), _watched(config, recorder) as watchdog:
@@ -180,6 +195,9 @@ def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: W
     from megatron_rl.metrics.meter import Meter
 
     groups = join(platform, config.parallel, config.rollout.tensor_model_parallel_size)
+    if groups.is_main:
+        read = (config, inputs.tokenizer, inputs.prompts, inputs.benchmarks)
+        print(*evaluation_lines(*read), sep="\n", flush=True)
     meter = Meter(groups, watchdog)
     # The engine reads Hugging Face files itself; others come through the policy and the bridge.
     is_hf = inputs.model.megatron_dir is None

@@ -5,15 +5,21 @@ from collections.abc import Iterable, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 MAX_INTEGER = 2**63 - 1  # of a tensor of int64, and of what C takes
 MAX_REAL = 3.4e38  # of float32, in which losses and moments are computed
+MAY_BE_EMPTY: dict[str, JsonValue] = {"empty": "means none"}
+"""The json_schema_extra of a text setting for which an empty text is one; others refuse it."""
+
 _LEADING_ZERO = re.compile(r"\s*[-+]?0[0-9_]+(\.[0-9]*)?\s*")
 
 
 class FieldErrors(ValueError):
-    """Fields of one section that cannot be used: name, value, and what is wrong."""
+    """Fields of one section that cannot be used: name, value, and what is wrong.
+
+    {field} in the latter stands for section and name.
+    """
 
     def __init__(self, found: Sequence[tuple[str, object, str]]) -> None:
         self.found = found
@@ -44,6 +50,19 @@ class Settings(BaseModel):
     def _refuse_what_overflows(self) -> Self:
         _raise_if_any((name, _overflow(value), value) for name, value in self)
         return self
+
+    @model_validator(mode="after")
+    def _refuse_empty_texts(self) -> Self:
+        _raise_if_any((name, self._empty(name, value), value) for name, value in self)
+        return self
+
+    @classmethod
+    def _empty(cls, name: str, value: object) -> str | None:
+        field = cls.model_fields[name]
+        if not isinstance(value, str) or value.strip() or field.json_schema_extra == MAY_BE_EMPTY:
+            return None
+        is_optional = type(None) in get_args(field.annotation)
+        return "is empty. " + ("Set {field}=null for none" if is_optional else "Name one")
 
     @classmethod
     def _not_a_number(cls, name: object, value: object) -> str | None:

@@ -102,7 +102,12 @@ class AlgorithmConfig(InAnyForm):
     @classmethod
     def _one_name_is_a_list_of_one(cls, value: object) -> object:
         if value in ([], ()):
-            raise ConfigError("algorithm.selection", value, "is empty", "Write [all] or null")
+            raise ConfigError(
+                "algorithm.selection",
+                value,
+                "is empty",
+                "Set algorithm.selection=[all], or set algorithm.selection=null",
+            )
         return (value,) if isinstance(value, str) else value
 
     @property

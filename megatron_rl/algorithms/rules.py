@@ -29,13 +29,13 @@ _REACHES = (
         fields=("kl_estimator",),
         acts=lambda c: c.kl_coef != 0,
         condition="algorithm.kl_coef=0, so without a KL term",
-        way_out="Set algorithm.kl_coef > 0 or leave it out",
+        way_out="Set algorithm.kl_coef=0.001, or leave it out",
     ),
     _Reach(
         fields=("overlong_tokens",),
         acts=lambda c: "drop_overlong" in c.resolved.selection,
         condition="a selection without drop_overlong",
-        way_out="Add drop_overlong to algorithm.selection or leave it out",
+        way_out="Set algorithm.overlong_tokens=null, or add drop_overlong to algorithm.selection",
     ),
     _Reach(
         fields=("balanced_size",),
@@ -47,13 +47,13 @@ _REACHES = (
         fields=("gamma", "gae_lambda", "kl_reward_coef", "kl_reward_target", "kl_reward_horizon"),
         acts=lambda c: c.resolved.needs_critic,
         condition="an advantage other than gae",
-        way_out="Set algorithm.advantage=gae, use algorithm.kl_coef, or leave it out",
+        way_out="Set algorithm.preset=ppo, use algorithm.kl_coef, or leave it out",
     ),
     _Reach(
         fields=("kl_reward_target", "kl_reward_horizon"),
         acts=lambda c: c.kl_reward_coef != 0 or not c.resolved.needs_critic,
         condition="algorithm.kl_reward_coef=0, so without anything to adapt",
-        way_out="Set algorithm.kl_reward_coef > 0 or leave it out",
+        way_out="Set algorithm.kl_reward_coef=0.001, or leave it out",
     ),
     _Reach(
         fields=(
@@ -89,7 +89,7 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "algorithm.selection",
             list(row.selection),
             "drop_overlong needs a limit",
-            "Set algorithm.overlong_tokens",
+            "Set algorithm.overlong_tokens=N, the limit in tokens",
         )
     if "gold" in row.selection and (
         row.advantage != "one"
@@ -100,7 +100,7 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "algorithm.selection",
             list(row.selection),
             "gold responses have neither a reward nor rollout_logprobs, and were not sampled",
-            "Set algorithm.advantage=one, algorithm.rollout_correction=null and "
+            "Set algorithm.advantage=one and algorithm.rollout_correction=null and "
             "algorithm.distillation_coef=null",
         )
     yield from _pair_contradictions(config)
@@ -108,12 +108,13 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
     mixed_only = "drop_uniform" in row.selection or (
         {"drop_all_wrong", "drop_all_correct"} <= set(row.selection)
     )
+    without_all = tuple(name for name in row.selection if name != "all")
     if row.advantage == "reward_over_std" and not mixed_only:
         yield ConfigError(
             "algorithm.advantage",
             row.advantage,
             "a group of equal rewards has std 0, so its advantages would be reward / std_eps",
-            "Add drop_uniform to algorithm.selection",
+            f"Set algorithm.selection=[{','.join(('drop_uniform', *without_all))}]",
         )
     if config.train_on_everything and config.has_loss_on_every_token:
         yield ConfigError(
@@ -128,7 +129,7 @@ def _contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "algorithm.train_on_everything",
             True,
             "whitening over the batch would give rejected responses an advantage",
-            "Set another algorithm.advantage",
+            "Set algorithm.train_on_everything=false, or choose another algorithm.advantage",
         )
 
 
@@ -140,7 +141,7 @@ def _token_contradictions(config: AlgorithmConfig) -> Iterator[ConfigError]:
             "algorithm.distillation_coef",
             config.distillation_coef,
             "algorithm.advantage=distillation is nothing else, so all advantages would be 0",
-            "Set it above 0, or another algorithm.advantage",
+            "Set algorithm.distillation_coef=1, or choose another algorithm.advantage",
         )
     is_named = row.needs_critic or row.advantage == "distillation"
     if objective.trains_pairs or not (is_named or config.distillation_weight):

@@ -16,6 +16,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
@@ -44,6 +45,10 @@ GOES_ON = {  # what the same command does after Ctrl-C; the others start over
     "train": "the same command goes on from the newest checkpoint",
     "convert": "the same command goes on from here",
 }
+
+
+WAIT_FOR_FIRST_S = 2.0
+"""How long the other ranks of a node leave it to the first one to tell torchrun what is wrong."""
 
 
 class Command(Protocol):
@@ -84,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     say(f"error: {error}")
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # All ranks find the same problem, and torchrun ends this one when the first has told it.
+        time.sleep(WAIT_FOR_FIRST_S)
     tell_torchrun(hidden(str(error)))
     note_end(FAILED)
     return FAILED

@@ -61,6 +61,7 @@ class SourceReport:
     layout: str  # its name, and the columns that were read
     note: str | None  # on files of a directory that were not read
     num_read: int
+    last_line: int  # of the file; blank ones count
     num_kept: int
     dropped: Mapping[str, LeftOut]
 
@@ -78,15 +79,18 @@ def prepare(
     rows: list[Row] = []
     reports: list[SourceReport] = []
     held_out = _held_out(settings)
-    for opened, published in _open_all(settings):
+    sets: dict[str, int] = {}  # name -> which of the datasets it is
+    for number, opened, published in _open_all(settings):
         _refuse_output(opened, output)
-        if opened.name in (report.name for report in reports):
+        if sets.setdefault(opened.name, number) != number:
             raise InputError(
                 f"--dataset: two sets are called {opened.name!r}, so ids would not be unique. "
                 "Rename one of the files"
             )
         dropped: dict[str, LeftOut] = {}
-        reader = _Reader(settings, published, opened, dropped, held_out)
+        # The shards of a set are one set, whose rows are counted through.
+        before = sum(report.last_line for report in reports if report.name == opened.name)
+        reader = _Reader(settings, published, opened, dropped, held_out, before)
         kept = [row for row in progress(reader.rows(), opened) if row is not None]
         kept = list(_fitting(kept, settings, dropped))
         reports.append(reader.report(len(kept)))
@@ -101,7 +105,7 @@ def _held_out(settings: Preparation) -> frozenset[str]:
     """The problems of the held-out sets, as normalised() has them."""
     datasets = replace(settings, datasets=settings.held_out, prompt_key=None, answer_key=None)
     found = set()
-    for opened, published in _open_all(replace(datasets, split=None)):
+    for _, opened, published in _open_all(replace(datasets, split=None)):
         rows = _Reader(replace(datasets, is_math=False), published, opened, {}).rows()
         found |= {normalised(row.prompt) for row in rows if row is not None}
     return frozenset(found)
@@ -128,13 +132,14 @@ def manifest_path(output: Path) -> Path:
     return output.with_name(output.name + ".manifest.json")
 
 
-def _open_all(settings: Preparation) -> Iterator[tuple[OpenedData, Published]]:
-    for dataset in settings.datasets:
+def _open_all(settings: Preparation) -> Iterator[tuple[int, OpenedData, Published]]:
+    """Number of the dataset, each of its files, and its columns."""
+    for number, dataset in enumerate(settings.datasets):
         name, published = find_published(dataset)
         split = settings.split or published.split
         for opened in open_data(published.path, split, setting="--dataset"):
             is_named = name != published.path
-            yield replace(opened, name=name) if is_named else opened, published
+            yield number, replace(opened, name=name) if is_named else opened, published
 
 
 class _Reader:
@@ -147,7 +152,9 @@ class _Reader:
         opened: OpenedData,
         dropped: dict[str, LeftOut],
         held_out: frozenset[str] = frozenset(),
+        before: int = 0,
     ) -> None:
+        """before: lines of the same set in files that were read before."""
         self._settings, self._opened = settings, opened
         self._dropped, self._held_out = dropped, held_out
         first, self._records = look_ahead(opened.records)
@@ -156,12 +163,14 @@ class _Reader:
         self._reader = RowReader(
             layout=self._layout, source=opened.name, heeds_marks=settings.is_math
         )
-        self._num_read = 0
+        self._num_read, self._last_line = 0, before
+        self._before = before
 
     def rows(self) -> Iterator[Row | None]:
         """A row, or None for one that is left out."""
-        for line, fields in self._records:
+        for line_of_file, fields in self._records:
             self._num_read += 1
+            line = self._last_line = self._before + line_of_file
             where = f"{self._opened.name}:{line}"
             try:
                 yield self._row(line, fields)
@@ -182,6 +191,7 @@ class _Reader:
             layout=f"{self._layout.name} ({self._layout.columns})",
             note=self._opened.note,
             num_read=self._num_read,
+            last_line=self._last_line - self._before,
             num_kept=num_kept,
             dropped=self._dropped,
         )

@@ -23,6 +23,7 @@ class Published:
     prompt: tuple[str, ...] = ("problem", "question", "prompt")
     answer: tuple[str, ...] = ("answer", "final_answer")
     solution: tuple[str, ...] = ("solution",)  # read for its box where there is no answer
+    joins: bool = False  # a list of several answers is one answer in parts
 
 
 PUBLISHED: dict[str, Published] = {
@@ -38,6 +39,7 @@ PUBLISHED: dict[str, Published] = {
         prompt=("question",),
         answer=("final_answer",),
         solution=(),
+        joins=True,
     ),
     "gsm8k": Published(
         path="openai/gsm8k:main", split="train", prompt=("question",), answer=("answer",)
@@ -53,13 +55,7 @@ def find_published(dataset: str) -> tuple[str, Published]:
     name, equals, path = dataset.partition("=")
     if equals and name in PUBLISHED:
         known = PUBLISHED[name]
-        return name, Published(
-            path=path,
-            split=known.split,
-            prompt=known.prompt,
-            answer=known.answer,
-            solution=known.solution,
-        )
+        return name, replace(known, path=path)
     if dataset in PUBLISHED:
         return dataset, PUBLISHED[dataset]
     if not (Path(dataset).expanduser().exists() or HUB_NAME.fullmatch(dataset)):
@@ -105,7 +101,8 @@ def layout_of(
         name="its own",
         prompt=prompt,
         answers=() if answer is None else (answer,),
-        solution=None if answer_key else solution,
+        solution=solution if answer_key in (None, *published.answer) else None,
+        joins=published.joins,
     )
 
 

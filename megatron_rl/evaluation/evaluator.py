@@ -6,18 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.errors import RunError
-from megatron_rl.evaluation.config import BenchmarkConfig, EvaluationConfig
+from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.evaluation.measures import Bootstrap, measure, overall
 from megatron_rl.evaluation.question import Question, to_question
 from megatron_rl.evaluation.report import Evaluation, write_questions, write_summary
 from megatron_rl.evaluation.votes import Equality, majority
 from megatron_rl.parallel.collectives import all_gather_objects
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.prompts.config import PromptsConfig
-from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.rows import MAX_SHOWN
-from megatron_rl.prompts.template import Texts
-from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Draw, Prompt, RolloutGroup
 
 Drawn = Callable[[Sequence[Prompt], Draw], list[RolloutGroup] | None]
@@ -36,15 +32,21 @@ class Evaluator:
         max_response_tokens: int,
         model: str,
         seed: int,
+        asked: Mapping[str, object],
         equality: Equality,
         output_dir: Path,
         groups: Groups,
     ) -> None:
-        """questions: prompts by benchmark. model: its name, for the record. equality: for votes."""
+        """Args:
+        questions: prompts by benchmark.
+        model: its name, for the record.
+        asked: how questions become prompts, for the record.
+        equality: for votes.
+        """
         self._config, self._groups, self._equality = config, groups, equality
         self._directory = output_dir / "evaluation"
         self._max_response_tokens = config.max_response_tokens or max_response_tokens
-        self._model, self._seed = model, seed
+        self._model, self._seed, self._asked = model, seed, asked
         self._questions = questions
 
     def run(self, drawn: Drawn, *, iteration: int | None, policy_version: int) -> Evaluation | None:
@@ -86,6 +88,7 @@ class Evaluator:
                 "seed": self._seed,
                 "temperature": self._config.temperature,
                 "max_response_tokens": self._max_response_tokens,
+                "prompts": self._asked,
             }
             summary = setting | evaluation.to_json()
             write_summary(summary, self._directory / f"summary{suffix}.json")
@@ -128,20 +131,3 @@ def _check_complete(
         "would be of another benchmark, and there is none. The engine has lost requests, which no "
         "setting asks for: start the same command again"
     )
-
-
-def load_questions(
-    benchmark: BenchmarkConfig, prompts: PromptsConfig, tokenizer: Tokenizer, texts: Texts
-) -> list[Prompt]:
-    """The prompts of one benchmark, through the template of the training prompts."""
-    config = prompts.model_copy(
-        update={
-            "path": benchmark.path,
-            "split": benchmark.split,
-            "prompt_key": benchmark.prompt_key,
-            "answer_key": benchmark.answer_key,
-            "shuffle": False,
-        }
-    )
-    stream = PromptStream(config, tokenizer, seed=0, is_benchmark=True, texts=texts)
-    return stream.all_prompts()[: benchmark.max_problems]

@@ -33,20 +33,20 @@ def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Co
             etp,
             f"must equal tensor_model_parallel_size={tp} while expert_model_parallel_size is 1: "
             f"{reason}",
-            "Leave it out",
+            "Set parallel.expert_tensor_parallel_size=null",
         )
     if (
         model.dtype == "float16"
         and parallel.expert_model_parallel_size > 1
         and (reason := faults.reason("loss_scales_apart"))
     ):
-        yield ConfigError("model.dtype", "float16", reason, "Set bfloat16")
+        yield ConfigError("model.dtype", "float16", reason, "Set model.dtype=bfloat16")
     if parallel.sequence_parallel and tp == 1:
         yield ConfigError(
             "parallel.sequence_parallel",
             True,
             "has no effect at tensor_model_parallel_size=1",
-            "Leave it out, or use tensor parallelism",
+            "Set parallel.sequence_parallel=false, or use tensor parallelism",
         )
     if vpp is not None:
         yield from _interleaving_problems(model, pp, vpp)
@@ -58,7 +58,7 @@ def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[Co
     field = "parallel.virtual_pipeline_model_parallel_size"
     if pp == 1 or vpp < 2:
         yield ConfigError(
-            field, vpp, f"has no effect at pipeline_model_parallel_size={pp}", "Leave it out"
+            field, vpp, f"has no effect at pipeline_model_parallel_size={pp}", f"Set {field}=null"
         )
     is_crossed = pp == 2 and model.megatron.get("overlap_p2p_comm") is False
     if is_crossed and (reason := faults.reason("interleaving_without_overlap")):
@@ -66,7 +66,8 @@ def _interleaving_problems(model: ModelConfig, pp: int, vpp: int) -> Iterator[Co
             "model.megatron.overlap_p2p_comm",
             False,
             reason,
-            "Leave it out (it is then true), or drop virtual_pipeline_model_parallel_size",
+            "Set model.megatron.overlap_p2p_comm=true, or set "
+            "parallel.virtual_pipeline_model_parallel_size=null",
         )
 
 
@@ -84,7 +85,13 @@ def _override_problems(model: ModelConfig) -> Iterator[ConfigError]:
             yield ConfigError(field, value, f"cannot be set here: {why_not}", "Leave it out")
         elif name in VALUES and value not in VALUES[name][0]:
             allowed, reason = VALUES[name]
-            yield ConfigError(field, value, reason, f"Set {' or '.join(map(str, allowed))}")
+            yield ConfigError(field, value, reason, _one_of(field, allowed))
+
+
+def _one_of(field: str, allowed: Iterable[object]) -> str:
+    """The way out where a setting has a few values that work."""
+    typed = (str(value).lower() if isinstance(value, bool) else str(value) for value in allowed)
+    return "Set " + " or set ".join(f"{field}={value}" for value in typed)
 
 
 def _why_not(name: str, layer_spec: str) -> str | None:
@@ -117,14 +124,14 @@ def optimizer_problems(
             f"{section}.clip_grad",
             optimizer.clip_grad,
             f"{reason}, and model.dtype is float64",
-            "Set 0 (float64 is for verification)",
+            f"Set {section}.clip_grad=0 (float64 is for verification)",
         )
     if optimizer.min_lr > optimizer.lr:
         yield ConfigError(
             "optimizer.min_lr",
             optimizer.min_lr,
             f"must not exceed {section}.lr={optimizer.lr}",
-            "Lower it",
+            f"Set optimizer.min_lr={optimizer.lr}, or less",
         )
 
 
@@ -153,7 +160,9 @@ def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Conf
     field = "parallel.expert_model_parallel_size"
     if arch.mixture is None:
         if ep > 1:
-            yield ConfigError(field, ep, "has no effect: the model has no experts", "Leave it out")
+            yield ConfigError(
+                field, ep, "has no effect: the model has no experts", f"Set {field}=1"
+            )
         return
     if arch.mixture.num_experts % ep:
         yield ConfigError(
@@ -166,4 +175,6 @@ def _expert_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Conf
     yield from split_problems("parallel.expert_tensor_parallel_size", etp, arch.expert_rows)
     is_whole = tp > 1 and not parallel.sequence_parallel
     if is_whole and (reason := faults.reason("experts_without_sequence_parallelism")):
-        yield ConfigError("parallel.sequence_parallel", False, reason, "Set it to true")
+        yield ConfigError(
+            "parallel.sequence_parallel", False, reason, "Set parallel.sequence_parallel=true"
+        )

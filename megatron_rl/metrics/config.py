@@ -59,6 +59,6 @@ class MetricsConfig(Settings):
                 "metrics.wandb_mode",
                 self.wandb_mode,
                 rule="has no effect while metrics.wandb_project is unset",
-                way_out="Set metrics.wandb_project, or leave metrics.wandb_mode at 'offline'",
+                way_out="Set metrics.wandb_mode=offline, or name metrics.wandb_project=NAME",
             )
         return self

@@ -36,6 +36,17 @@ def write_start(output: Path, recipe: Mapping[str, Any], environment: Mapping[st
     return start
 
 
+def date_in(directory: Path) -> str | None:
+    """The date in the prompts of the run that this is the directory of; None: it has none."""
+    try:
+        recipe = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    prompts = recipe.get("prompts") if isinstance(recipe, dict) and "run" in recipe else None
+    date = prompts.get("date") if isinstance(prompts, dict) else None
+    return date if isinstance(date, str) else None
+
+
 def _adopt(output: Path, start: Path) -> int:
     """Keep the files of a run whose starts an older version did not number."""
     start.mkdir()

@@ -42,7 +42,7 @@ class RolloutCorrection(Settings):
                 "algorithm.rollout_correction.low",
                 self.low,
                 f"is above the upper bound, rollout_correction.high={self.term.high:g}",
-                "Lower it, or raise the other",
+                f"Set algorithm.rollout_correction.low={self.term.high:g}, or raise the other",
             )
         return self
 

@@ -18,7 +18,7 @@ def choose(backend: Backend, device: torch.device) -> str:
     """
     global _chosen
     if backend == "native" and not native.has("row_stats", device):
-        way_out = f"Install again with MEGATRON_RL_CSRC={device.type}"
+        way_out = f"Set ops.backend=auto, or install again with MEGATRON_RL_CSRC={device.type}"
         problem = ConfigError("ops.backend", backend, f"no native ops: {_missing(device)}", way_out)
         raise ConfigErrors([str(problem)])
     _chosen = backend

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import gcd
+from math import gcd, lcm
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.parallel.config import MAX_RANKS, ParallelConfig
@@ -10,6 +10,35 @@ from megatron_rl.parallel.stages import EVEN, Split, splits_that_work, stage_siz
 
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
 EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
+
+
+def rank_problems(parallel: ParallelConfig, world_size: int) -> Iterator[ConfigError]:
+    """Why the training layout does not fit this number of ranks."""
+    one = parallel.layout(1)
+    replica = one.tp * one.cp * one.pp
+    if parallel.world_size not in (None, world_size):
+        yield ConfigError(
+            "parallel.world_size",
+            parallel.world_size,
+            f"{world_size} ranks were started",
+            f"Start torchrun with --nproc-per-node times --nnodes = {parallel.world_size}",
+        )
+    if world_size % replica:
+        sizes = "tensor_model_parallel_size * pipeline_model_parallel_size"
+        yield ConfigError(
+            f"parallel.{sizes}" + (" * context_parallel_size" if one.cp > 1 else ""),
+            replica,
+            f"must divide the {world_size} ranks of this run",
+            f"Start a multiple of {replica} ranks, or change the layout",
+        )
+    if one.ep > 1 and world_size % (one.etp * one.ep * one.pp):
+        yield ConfigError(
+            "parallel.expert_model_parallel_size * expert_tensor_parallel_size",
+            one.ep * one.etp,
+            f"must divide the {world_size // one.pp} ranks of a pipeline stage",
+            f"Start a multiple of {one.pp * lcm(one.tp * one.cp, one.etp * one.ep)} ranks, or "
+            "another layout",
+        )
 
 
 def split_problems(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from megatron_rl.files import JsonError, parse_json
+from megatron_rl.prompts.nested import UNREAD, looks_like_messages, nested_value
 from megatron_rl.prompts.rows import Chat, RowError, preview, text_of
 
 # The second and third names are those of ShareGPT's files.
@@ -15,15 +15,16 @@ _KEYS = (("role", "content"), ("from", "value"))
 
 
 def to_chat(column: str, value: object) -> Chat | None:
-    """The turns of a list of messages, or of JSON text of one; None where it is neither.
+    """The turns of a list of messages, or of the text of one; None where it is neither.
 
     Example: [{"role": "user", "content": "1+1?"}] -> (("user", "1+1?"),).
 
     Raises:
-        RowError: a message has no known role or holds something other than text.
+        RowError: a message has no known role or holds something other than text; a text looks
+            like a list of messages and cannot be read as one.
     """
     if isinstance(value, str):
-        value = _parsed(value)
+        value = _parsed(column, value)
     if isinstance(value, Mapping):  # one message, as ORZ's rows have it
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
@@ -50,14 +51,17 @@ def response_of(chat: Chat) -> str | None:
     return after[0] if after else None
 
 
-def _parsed(text: str) -> object:
-    """The list that a JSON text holds, as in a CSV file; None: it is a question as it is."""
-    if not text.lstrip().startswith("[{"):
+def _parsed(column: str, text: str) -> object:
+    """The messages that a text holds, as in a CSV file; None: it is a question as it is."""
+    if not looks_like_messages(text):
         return None
-    try:
-        return parse_json(text)
-    except JsonError:
-        return None
+    value = nested_value(text)
+    if value is UNREAD:
+        raise RowError(
+            f"{column}={preview(text)}: looks like a list of messages, and is neither JSON nor a "
+            "Python list. Write the column as JSON"
+        )
+    return value
 
 
 def _turn(column: str, message: Mapping[str, object]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.prompts.format_string import template_problem
-from megatron_rl.settings import Settings
+from megatron_rl.settings import MAY_BE_EMPTY, Settings
 
 OWN_ARGUMENTS = {
     *("messages", "conversation", "add_generation_prompt", "tokenize", "strftime_now"),
@@ -42,16 +42,16 @@ class PromptsConfig(Settings):
     """Largest share of rows that are skipped since they cannot be read or hold no text; with more
     of them the data are refused."""
 
-    template: str | None = None
+    template: str | None = Field(default=None, json_schema_extra=MAY_BE_EMPTY)
     """A format string with {prompt}, other braces doubled: "Q: {prompt} Answer in \\boxed{{}}.".
     None: the tokenizer's chat template where it has
     one, with system and instruction; else the prompt as it is."""
 
-    system: str | None = None
+    system: str | None = Field(default=None, json_schema_extra=MAY_BE_EMPTY)
     """Text of the chat template's system turn; "": none. None: where the reward is math in a box,
     the text of the paper's code (prompts/template.py), else none. A chat keeps its own."""
 
-    instruction: str | None = None
+    instruction: str | None = Field(default=None, json_schema_extra=MAY_BE_EMPTY)
     """Text of the user's turn of the chat template after the prompt and a space; "": nothing.
     None: where the reward is math in a box, the text of the paper's code; else nothing."""
 
@@ -134,7 +134,7 @@ class PromptsConfig(Settings):
                     f"prompts.{field}",
                     getattr(self, field),
                     rule="has no effect beside prompts.template, which is used as it is",
-                    way_out="Write the text into the template, or leave one of them out",
+                    way_out=f"Set prompts.{field}=null and write the text into the template",
                 )
         return self
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -17,6 +18,8 @@ from megatron_rl.prompts.tokenizer import Tokenizer
 from megatron_rl.types import Prompt
 
 MOST_CHARS_SHOWN = 600
+PREPARED = ("--output", "prepared.jsonl")
+"""Where a command that we suggest writes its prompts."""
 
 
 class PromptState(TypedDict):
@@ -76,7 +79,7 @@ class PromptStream:
         """
         read = read_rows(config, with_gold, is_benchmark=is_benchmark)
         _refuse_nothing(read, config)
-        rows, hopeless = _gradable(read.rows, find_hopeless)
+        rows, hopeless = _gradable(read.rows, find_hopeless, config)
         template = choose_template(config, tokenizer, texts)
         self._template = template
         self.date = template.date
@@ -93,7 +96,11 @@ class PromptStream:
         fits = [index for index, length in enumerate(lengths) if length <= config.max_prompt_tokens]
         overlong = [index for index, n in enumerate(lengths) if n > config.max_prompt_tokens]
         _check_overlong(
-            [rows[index] for index in overlong], len(fits), config, is_benchmark=is_benchmark
+            [rows[index] for index in overlong],
+            max(lengths, default=0),
+            len(fits),
+            config,
+            is_benchmark=is_benchmark,
         )
 
         self._rows = [rows[index] for index in fits] if overlong else rows
@@ -208,7 +215,9 @@ def _shortened(text: str, most: int) -> str:
 
 
 def _gradable(
-    rows: Sequence[Row], find_hopeless: Callable[[Sequence[str]], Mapping[str, str]] | None
+    rows: Sequence[Row],
+    find_hopeless: Callable[[Sequence[str]], Mapping[str, str]] | None,
+    config: PromptsConfig,
 ) -> tuple[Sequence[Row], list[str]]:
     """The rows whose answer can be met, and for each other row "source:line: why"."""
     if find_hopeless is None:
@@ -221,10 +230,11 @@ def _gradable(
         if row.answer in problems
     ]
     if not kept:
+        command = ("megatron-rl", "prepare", "--dataset", *config.paths, *PREPARED)
         raise InputError(
             f"prompts.answer_key: no response could be right by any of the {len(rows)} answers. "
             f"The first: {hopeless[0]}. Name the column that holds the answers alone, or have a "
-            "file of prompts made: megatron-rl prepare --dataset FILE --output NEW.jsonl"
+            f"file of prompts made: {shlex.join(command)}"
         )
     return kept, hopeless
 
@@ -302,19 +312,25 @@ def _without(
 
 
 def _check_overlong(
-    overlong: Sequence[Row], num_fitting: int, config: PromptsConfig, *, is_benchmark: bool
+    overlong: Sequence[Row],
+    longest: int,
+    num_fitting: int,
+    config: PromptsConfig,
+    *,
+    is_benchmark: bool,
 ) -> None:
     if num_fitting == 0:
         raise InputError(
             f"prompts.path={config.path!r}: all {len(overlong)} prompts are longer than "
-            f"prompts.max_prompt_tokens={config.max_prompt_tokens}. Raise it"
+            f"prompts.max_prompt_tokens={config.max_prompt_tokens}. Set "
+            f"prompts.max_prompt_tokens={longest}, or more"
         )
     if overlong and (is_benchmark or config.overlong == "error"):
         problems = Problems("prompts.path")
         for row in overlong:
             problems.add(row.where, f"longer than max_prompt_tokens={config.max_prompt_tokens}")
         problems.raise_if_any(
-            "Raise prompts.max_prompt_tokens"
+            f"Set prompts.max_prompt_tokens={longest}"
             + ("" if is_benchmark else ", or set prompts.overlong=skip")
         )
 

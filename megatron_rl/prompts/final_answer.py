@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from megatron_rl.prompts.rows import LeftOutError, alone, preview, texts_in
 from megatron_rl.reward.extract import last_box
-from megatron_rl.reward.gold import is_placeholder
+from megatron_rl.reward.placeholder import is_placeholder
 
 MARKED = "row that its set marks as invalid or as a proof"
 NO_ANSWER = "no final answer"
@@ -16,29 +16,34 @@ _VALID = ("yes", "true", "valid", "1", "1.0")
 _MARKERS = ("The answer is:", "####")
 
 
-def final_answer(value: object) -> str | None:
+def final_answer(value: object, *, joins: bool = False) -> str | None:
     r"""The answer in a column that may hold a worked solution; None where it holds none.
 
-    Examples: 27.0 -> "27"; "9 * 2 = 18\n#### 18" -> "18"; ["$69$", "$84$"] -> "$69$, $84$";
-    "So \boxed{x} is it." -> "x"; '["42"]' -> "42".
+    Examples: 27.0 -> "27"; "9 * 2 = 18\n#### 18" -> "18"; "So \boxed{x} is it." -> "x";
+    ["42"] and '["42"]' -> "42"; ["$69$", "$84$"] -> "$69$, $84$" with joins.
+
+    Args:
+        joins: a list of several is an answer in parts.
 
     Raises:
-        LeftOutError: JSON text of several answers. A list of several is an answer in parts.
+        LeftOutError: a list of several answers, or the text of one.
+        RowError: the text of an object, or of a list that cannot be read.
     """
+    if isinstance(value, str):
+        value = texts_in(value) or value
     if isinstance(value, list | tuple):
-        parts = [final_answer(item) for item in value]
-        return ", ".join(dict.fromkeys(filter(None, parts))) if parts and all(parts) else None
+        parts = list(dict.fromkeys(final_answer(item, joins=joins) for item in value))
+        if None in parts or not parts:
+            return None
+        if len(parts) > 1 and not joins:
+            raise LeftOutError(SEVERAL, preview(value))
+        return ", ".join(filter(None, parts))
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     if not isinstance(value, str):
         if not math.isfinite(value):
             return None
         return str(int(value)) if value == int(value) else str(value)
-    texts = texts_in(value)
-    if texts is not None:
-        if len(set(texts)) > 1:
-            raise LeftOutError(SEVERAL, preview(value))
-        return final_answer(texts[0])
     for marker in _MARKERS:
         if marker in value:
             return value.rpartition(marker)[2].strip() or None
@@ -56,14 +61,14 @@ def box_of(worked: object) -> str | None:
     return final_answer(worked) if has_marker else last_box(worked)
 
 
-def answer_of(values: list[object], worked: object) -> str:
+def answer_of(values: list[object], worked: object, *, joins: bool = False) -> str:
     """The final answer: the first that is one among the values, else that of the solution.
 
     Raises:
         LeftOutError: there is none, or a word in its place (`proof`, `notfound`).
     """
     for value in values:
-        answer = final_answer(value)
+        answer = final_answer(value, joins=joins)
         if answer is not None and not is_placeholder(answer):
             return answer
     answer = box_of(worked)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from megatron_rl.errors import InputError
-from megatron_rl.files import JsonError, parse_json
 from megatron_rl.prompts.chat import question_of, response_of, to_chat
 from megatron_rl.prompts.final_answer import MARKED, answer_of, why_invalid
 from megatron_rl.prompts.formats import Record
+from megatron_rl.prompts.nested import looks_like_messages, nested_value
 from megatron_rl.prompts.rows import (
     Chat,
     LeftOutError,
@@ -17,8 +17,10 @@ from megatron_rl.prompts.rows import (
     answer_text,
     column_list,
     preview,
+    refuse_nested,
     text_of,
 )
+from megatron_rl.reward.placeholder import is_placeholder
 
 NUM_LOOKED_AT = 50  # rows by which a layout is known: the first may be the broken one
 RESPONSE = "response"
@@ -36,6 +38,7 @@ class Layout:
     of_chats: bool = False  # known by a prompt that is a list of messages
     mark: str = ""  # known by this text in the answer
     as_it_stands: bool = False  # the answer is not looked for in what its column holds
+    joins: bool = False  # a list of several answers is one answer in parts
 
     def fits(self, record: object, needs_answer: bool = True) -> bool:
         """True where a record has the layout's columns."""
@@ -43,7 +46,7 @@ class Layout:
         answers = [column for column in self.answers if _has(record, column)]
         if prompt is MISSING or not all(_has(record, column) for column in self.has):
             return False
-        if self.of_chats and (isinstance(prompt, str) or not isinstance(prompt, Sequence)):
+        if self.of_chats and not _is_chat(prompt):
             return False
         if self.mark and not any(self.mark in str(find(record, column)) for column in answers):
             return False
@@ -66,6 +69,8 @@ CHATS = Layout(
     answers=("solution", "answer", "ground_truth", "label"),
     of_chats=True,
 )
+
+NAMED = "columns that were named"
 
 LAYOUTS = (
     Layout(name="verl", prompt="prompt", answers=("reward_model.ground_truth",)),
@@ -99,7 +104,13 @@ LAYOUTS = (
         has=("answer", "solution"),
     ),
     Layout(name="DeepMath", prompt="question", answers=("final_answer",), has=("r1_solution_1",)),
-    Layout(name="OlympiadBench", prompt="question", answers=("final_answer",), has=("subfield",)),
+    Layout(
+        name="OlympiadBench",
+        prompt="question",
+        answers=("final_answer",),
+        has=("subfield",),
+        joins=True,
+    ),
     Layout(name="GSM8K", prompt="question", answers=("answer",), mark="####"),
     Layout(name="AReaL", prompt="prompt", answers=("solutions",)),
     CHATS,
@@ -132,8 +143,10 @@ def recognise(
     """
     are_named = prompt is not None and answer is not None
     layouts = [with_columns(layout, prompt, answer) for layout in LAYOUTS]
+    if are_named:  # they may be those of a layout; the last one takes any
+        layouts = [layout for layout in layouts[:-1] if layout.name != NAMED] + layouts[-1:]
     for record in records:
-        for layout in layouts[-1:] if are_named else layouts:
+        for layout in layouts:
             if layout.fits(record):
                 return layout
     if needs_answer:
@@ -147,15 +160,17 @@ def recognise(
 
 
 def with_columns(layout: Layout, prompt: str | None, answer: str | None) -> Layout:
-    """The layout with columns that somebody named; an answer is then taken as it stands."""
+    """The layout with columns that somebody named; an answer is then taken as it stands.
+
+    Where the column is one of the layout's, its solution still counts where there is no answer.
+    """
     if prompt is not None and prompt != layout.prompt:
-        layout = replace(layout, name="columns that were named", prompt=prompt)
-    if answer is not None:
-        name = layout.name if answer in layout.answers else "columns that were named"
-        layout = replace(
-            layout, name=name, answers=(answer,), solution=None, mark="", as_it_stands=True
-        )
-    return layout
+        layout = replace(layout, name=NAMED, prompt=prompt)
+    if answer is None:
+        return layout
+    if answer in layout.answers:
+        return replace(layout, answers=(answer,), as_it_stands=True)
+    return replace(layout, name=NAMED, answers=(answer,), solution=None, mark="", as_it_stands=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,13 +195,15 @@ class RowReader:
         if not isinstance(fields, Mapping) and not self.layout.prompt.isdigit():
             raise RowError(f"{preview(fields)} is not a JSON object")
         self._check_columns(fields)
-        if self.heeds_marks and not self.layout.as_it_stands and isinstance(fields, Mapping):
+        if self.heeds_marks and isinstance(fields, Mapping):
             mark = why_invalid(fields)
             if mark is not None:
                 raise LeftOutError(MARKED, mark)
         value = find(fields, self.layout.prompt)
         whole = to_chat(self.layout.prompt, value)
         chat = None if whole is None else question_of(self.layout.prompt, whole)
+        if chat is None and isinstance(value, str):
+            refuse_nested(value)
         return Row(
             prompt=text_of(self.layout.prompt, value) if chat is None else chat[-1][1],
             answer=self.answer(fields),
@@ -212,11 +229,12 @@ class RowReader:
         found = [(name, value) for name, value in found if value is not MISSING]
         if not found and not self.needs_answer:
             return ""
-        if self.layout.as_it_stands:
+        has_solution = self.layout.solution is not None and _has(fields, self.layout.solution)
+        if self.layout.as_it_stands and not (has_solution and _is_no_answer(found[0][1])):
             return answer_text(*found[0])
-        worked = None if self.layout.solution is None else find(fields, self.layout.solution)
+        worked = find(fields, self.layout.solution or "") if has_solution else None
         try:
-            answer = answer_of([value for _, value in found], worked)
+            answer = answer_of([value for _, value in found], worked, joins=self.layout.joins)
         except LeftOutError:
             if self.needs_answer:
                 raise
@@ -247,17 +265,14 @@ MISSING = object()
 def find(record: object, column: str) -> object:
     """The value of a column, `a.b` being b within a; MISSING where there is none.
 
-    An object on the way may be JSON text of one, as in CSV files.
+    An object on the way may be the text of one, as in CSV files.
     """
     if isinstance(record, Mapping) and column in record:
         return record[column]
     value = record
     for name in column.split("."):
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            try:
-                value = parse_json(value)
-            except JsonError:
-                return MISSING
+        if isinstance(value, str):
+            value = nested_value(value)
         if isinstance(value, Mapping) and name in value:
             value = value[name]
         elif isinstance(value, list | tuple) and name.isdigit() and int(name) < len(value):
@@ -265,6 +280,19 @@ def find(record: object, column: str) -> object:
         else:
             return MISSING
     return value
+
+
+def _is_chat(value: object) -> bool:
+    """True for a list of messages or the text of one."""
+    if isinstance(value, str):
+        return looks_like_messages(value)
+    return isinstance(value, Sequence)
+
+
+def _is_no_answer(value: object) -> bool:
+    return value is None or (
+        isinstance(value, str) and (not value.strip() or is_placeholder(value))
+    )
 
 
 def _has(record: object, column: str) -> bool:

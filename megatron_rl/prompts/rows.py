@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_rl.errors import InputError
-from megatron_rl.files import JsonError, parse_json
+from megatron_rl.prompts.nested import looks_nested, nested_value
 
 MAX_SHOWN = 10
 UNUSABLE = "prompts.max_unusable_frac"
@@ -111,7 +111,7 @@ def preview(value: object) -> str:
 def answer_text(column: str, value: object) -> str:
     """The answer as text: a number is written out (27.0 -> "27.0"), a list of one is unpacked.
 
-    So is JSON text of a list of one text, ["42"]; [1, 2] may be an interval and stays.
+    So is the text of a list of one text, ["42"]; [1, 2] may be an interval and stays.
     """
     value = alone(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -122,7 +122,7 @@ def answer_text(column: str, value: object) -> str:
 
 
 def alone(value: object) -> object:
-    """The one item of a list of one, or of the JSON text of a list of one text; else the value."""
+    """The one item of a list of one, or of the text of a list of one text; else the value."""
     if isinstance(value, str):
         texts = texts_in(value)
         return value if texts is None or len(set(texts)) != 1 else texts[0]
@@ -130,15 +130,25 @@ def alone(value: object) -> object:
 
 
 def texts_in(value: str) -> list[str] | None:
-    """The texts of a JSON text such as ["42"]; None where it is something else."""
-    if not value.lstrip().startswith("["):
-        return None
-    try:
-        items = parse_json(value)
-    except JsonError:
-        return None
-    is_list = isinstance(items, list) and items and all(isinstance(item, str) for item in items)
-    return items if is_list else None  # type: ignore[return-value]  # all() does not narrow
+    """The texts of a text such as ["42"], as JSON or Python write it; None: it is something else.
+
+    Raises:
+        RowError: it is an object, or a list that cannot be read.
+    """
+    items = nested_value(value)
+    if isinstance(items, list) and items and all(isinstance(item, str) for item in items):
+        return items
+    refuse_nested(value)
+    return None
+
+
+def refuse_nested(value: str) -> None:
+    """Raise RowError for a text that is an object or a list of texts or messages."""
+    if looks_nested(value):
+        raise RowError(
+            f"{preview(value)}: is the text of a list or an object and no plain text. Name what is "
+            "wanted of it, a.b being b within a, or write the column as JSON"
+        )
 
 
 def text_of(column: str, value: object, rule: str = "must be text") -> str:

@@ -175,7 +175,7 @@ def open_data(path: str, split: str, setting: str = "prompts.path") -> Iterator[
             f"{setting}={path!r}: there is no such file or directory. "
             "Check the name; relative names start at the working directory"
         )
-    files, note = files_in(location, split, split_setting)
+    files, note = files_in(location, split, setting)
     for file in files:
         refuse_irregular(file)
     for file in files:

@@ -48,6 +48,10 @@ class Tokenizer(Protocol):
         """Ids that the tokenizer itself puts in front of a text, BOS for one; often none."""
 
     @property
+    def untold_bos(self) -> str | None:
+        """The BOS that the model has, where nothing tells whether texts begin with it."""
+
+    @property
     def chat_template(self) -> str:
         """Its source; "" where there is none."""
 
@@ -139,6 +143,7 @@ class HuggingFaceTokenizer:
         self.control_tokens = tuple(sorted(special | set(loaded.all_special_tokens)))
         self.eos_ids = _eos_ids(directory, loaded.eos_token_id, configured_eos, self.vocab_size)
         self.prefix_ids = _prefix_ids(loaded)
+        self.untold_bos: str | None = None
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -179,6 +184,7 @@ class SentencePieceTokenizer:
     has_chat_template = False
     chat_template = ""
     prefix_ids: tuple[int, ...] = ()  # the file does not tell
+    untold_bos: str | None = None
 
     def __init__(self, directory: Path) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -202,6 +208,8 @@ class SentencePieceTokenizer:
         }
         self.control_tokens = tuple(sorted(self._control_ids))
         self._control = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+        if pieces.bos_id() >= 0 and _names_bos(directory):
+            self.untold_bos = str(pieces.id_to_piece(pieces.bos_id()))
         own_eos = None if pieces.eos_id() < 0 else int(pieces.eos_id())
         self.eos_ids = _eos_ids(directory, own_eos, _configured_eos(directory), self.vocab_size)
 
@@ -240,6 +248,12 @@ class SentencePieceTokenizer:
 
     def _plain(self, text: str) -> list[int]:
         return list(self._pieces.encode(text)) if text else []
+
+
+def _names_bos(directory: Path) -> bool:
+    """True where config.json names a BOS."""
+    path = directory / "config.json"
+    return path.is_file() and read_json_object(path).get("bos_token_id") is not None
 
 
 def _prefix_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from megatron_rl.reward.approximate import surely_differ
 from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
 from megatron_rl.reward.extract import MAX_ANSWER_CHARS
+from megatron_rl.reward.functions import with_choices
 from megatron_rl.reward.normalize import compact, normalize
 from megatron_rl.reward.relations import Pair, strip_names
 from megatron_rl.reward.units import Quantity, same_unit, split_unit
@@ -66,7 +67,8 @@ Rule = Callable[[str, str], bool | None]
 @lru_cache(maxsize=16384)
 def decide(gold: str, answer: str) -> Outcome:
     """Compare two answers as written; a pair is returned where a worker has to compare it."""
-    return _decide(_normalized_gold(gold), unwrap_text(normalize(answer)))
+    wanted = _normalized_gold(with_choices(gold, answer))
+    return _decide(wanted, unwrap_text(normalize(with_choices(answer, gold))))
 
 
 @lru_cache(maxsize=4096)

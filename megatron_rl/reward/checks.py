@@ -30,7 +30,7 @@ def check_kind(kind: str, function: str | None) -> None:
             kind,
             rule=f"must be {', '.join(VERIFIERS)}, function or an import path "
             "package.module:function",
-            way_out="Leave it out for the mathematics verifier",
+            way_out="Set reward.kind=math for the mathematics verifier",
         )
     if kind == "function" and function is None:
         raise ConfigError(
@@ -44,7 +44,7 @@ def check_kind(kind: str, function: str | None) -> None:
             "reward.function",
             function,
             rule=f"has no effect while reward.kind={kind!r}",
-            way_out="Set reward.kind=function, or leave reward.function out",
+            way_out="Set reward.kind=function, or set reward.function=null",
         )
     if function is not None and not is_import_path(function):
         raise ConfigError(
@@ -70,7 +70,7 @@ def check_part(name: str, kind: str, free_tokens: int | None, max_tokens: int | 
             kind,
             rule=f"must be {', '.join(VERIFIERS)}, length_penalty or an import path "
             "package.module:function",
-            way_out="Name the part after its kind, or set its kind",
+            way_out=f"Name the part after its kind, or set {where}.kind=KIND",
         )
     limits = (free_tokens, max_tokens)
     is_range = free_tokens is not None and max_tokens is not None and free_tokens < max_tokens
@@ -96,21 +96,22 @@ def check_effects(kinds: Collection[str], tolerance: float, answer_in: str) -> N
             "reward.tolerance",
             tolerance,
             rule="only the kind number reads it",
-            way_out="Set reward.kind=number, or leave it out",
+            way_out="Set reward.kind=number, or set reward.tolerance=0",
         )
     if answer_in != "box" and not set(kinds) & set(VERIFIERS):
         raise ConfigError(
             "reward.answer_in",
             answer_in,
             rule="has no effect: a function gets the whole response",
-            way_out="Leave it out",
+            way_out="Set reward.answer_in=box",
         )
     if answer_in == "response" and "format" in kinds:
         raise ConfigError(
             "reward.answer_in",
             answer_in,
             rule="names no form that the kind format could look for",
-            way_out="Set box, answer_tag or answer_line",
+            way_out="Set reward.answer_in=box, or set reward.answer_in=answer_tag, or set "
+            "reward.answer_in=answer_line",
         )
 
 
@@ -120,7 +121,8 @@ def check_rewards(correct: float, wrong: float) -> None:
             "reward.correct",
             correct,
             rule=f"must be greater than reward.wrong={wrong!r}, or training unlearns",
-            way_out="Keep the defaults 1.0 and -1.0, or use 1.0 and 0.0",
+            way_out="Set reward.correct=1 and reward.wrong=-1, or set reward.correct=1 and "
+            "reward.wrong=0",
         )
 
 
@@ -132,7 +134,7 @@ def check_limits(
             "reward.num_workers",
             num_workers,
             rule="must be at least 1 and at most 1024: each is a process of its own on every rank",
-            way_out="Use 1 where cores are scarce; 2 is enough for mathematics",
+            way_out="Set reward.num_workers=2, or set reward.num_workers=1 where cores are scarce",
         )
     if not 0.05 <= deadline_s <= 3600:
         raise ConfigError(
@@ -140,7 +142,7 @@ def check_limits(
             deadline_s,
             rule="must be at least 0.05 and at most 3600: CPU time is measured in steps of 0.01 s, "
             "and nobody waits longer than an hour for one response",
-            way_out="The slowest honest mathematics pair takes 0.4 s; keep the default 1.0",
+            way_out="Set reward.deadline_s=1: the slowest honest mathematics pair takes 0.4 s",
         )
     if not 256 <= memory_mib <= 2**24:
         raise ConfigError(
@@ -148,12 +150,13 @@ def check_limits(
             memory_mib,
             rule="must be at least 256 and at most 2**24: a worker with sympy loaded needs about "
             "128, and no machine has 16 TiB for one",
-            way_out="Keep the default 1024; raise it for a function that loads large libraries",
+            way_out="Set reward.memory_mib=1024, or more for a function that loads large libraries",
         )
     if not 0 <= max_failure_frac <= 1:
         raise ConfigError(
             "reward.max_failure_frac",
             max_failure_frac,
             rule="must be a share between 0 and 1",
-            way_out="Use 0.01 to stop at 1%, 1 to never stop",
+            way_out="Set reward.max_failure_frac=0.01 to stop at 1%, or set "
+            "reward.max_failure_frac=1 to never stop",
         )

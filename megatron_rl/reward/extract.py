@@ -47,7 +47,7 @@ def last_box(response: str) -> str | None:
         body = end + len("\\fbox" if fbox > boxed else "\\boxed")
         content = _box_content(tail, body)
         if content is not None:
-            return content.strip() or None
+            return _trimmed(content) or None
         if _opens_brace(tail, body):
             return None
     return None
@@ -65,7 +65,7 @@ def last_answer_tag(response: str) -> str | None:
     content, closed, _ = tail[start + len(_OPEN_TAG) :].partition(_CLOSE_TAG)
     if not closed or len(content) > MAX_ANSWER_CHARS:
         return None
-    return last_box(content) if "\\boxed" in content else content.strip() or None
+    return last_box(content) if "\\boxed" in content else _trimmed(content) or None
 
 
 def last_answer_line(response: str) -> str | None:
@@ -94,7 +94,7 @@ def _line_content(line: str) -> str | None:
     content = line.strip(" \t\r*_`")
     if len(content) > MAX_ANSWER_CHARS:
         return None
-    return last_box(content) if "\\boxed" in content else content or None
+    return last_box(content) if "\\boxed" in content else _trimmed(content) or None
 
 
 def whole_response(response: str) -> str | None:
@@ -130,6 +130,11 @@ def _after_reasoning(response: str) -> str:
     if opened > closed:
         return ""  # it is still reasoning: a box there is not yet an answer
     return response[closed + len(_CLOSE_THOUGHT) :] if closed >= 0 else response
+
+
+def _trimmed(text: str) -> str:
+    r"""The text without what is white around it: in `73\ ` the backslash belongs to the space."""
+    return text.strip().rstrip("\\ \t\n")
 
 
 def _skip_spaces(text: str, start: int) -> int:

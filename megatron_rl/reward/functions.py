@@ -42,7 +42,9 @@ _TYPED = re.compile(
     rf"(?:(?<![\\a-zA-Z])(?P<bare>{_NAME})|{_WRAPPED}(?P<wrapped>{_NAME})\s*\}})"
     rf"{_BASE}{_POWER}{_ARGUMENT}"
 )
-# log2(8), log2 x and log10x name a base, or they do not: they are not read.
+# log2(8) and log10(x) name their base, as in programs; log2 x and log10x may or may not: they are
+# not read.
+_LOG_OF_BASE = re.compile(r"(?<![\\a-zA-Z])[lL]og(2|10)(?=\s*\()")
 _NUMBERED_LOG = re.compile(r"log[0-9]+\s*[0-9a-zA-Z(\\{]")
 # In xln(x) the bracket tells that the letter in front is a factor; asin(x) is the arcsine.
 _JOINED = re.compile(
@@ -61,16 +63,29 @@ _TYPED_ROOT = re.compile(r"(?<!\\)sqrt(?=\s*[({\[\\0-9]|\s+[a-zA-Z](?![a-zA-Z]))
 _ROOT_OF_DIGITS = re.compile(r"(?<!\\)sqrt\s*([0-9]+(?:\.[0-9]+)?)")
 _ROOT_OF_LETTER = re.compile(rf"\\sqrt\s*(\\(?:{_LETTERS}))(?![a-zA-Z])")
 _TYPED_FRACTION = re.compile(r"(?<![\\a-zA-Z])[dtc]?frac(?=\s*\{)")
+_OF_TWO = "[dtc]?frac|binom(?:ial)?|nCr|comb|choose"
 _CALL = re.compile(
     r"(?:\\sqrt\s*(?:(?P<degree>\[[^\[\]]{1,8}\])\s*)?"
-    r"|(?<![\\a-zA-Z])(?P<name>[aA]bs|floor|ceil(?:ing)?)\s*)\("
+    rf"|(?<![\\a-zA-Z])(?P<name>[aA]bs|floor|ceil(?:ing)?|cbrt|factorial|{_OF_TWO})\s*)\("
 )
+_CHOICES = re.compile(r"(?<![\\a-zA-Z])C\s*\(\s*(\w{1,6})\s*,\s*(\w{1,6})\s*\)")
+_POINT = re.compile(r"\([^()]*,[^()]*\)")
 _AROUND = {
     "abs": ("|", "|"),
     "floor": ("\\lfloor ", "\\rfloor "),
     "ceil": ("\\lceil ", "\\rceil "),
+    "cbrt": ("\\sqrt[3]{", "}"),
+    "factorial": ("(", ")!"),
 }
 _AROUND |= {"Abs": _AROUND["abs"], "ceiling": _AROUND["ceil"]}
+_FACTORIAL = re.compile(r"\((\w{1,4})\)!")
+# Ln(x) and Sin(x), as some programs write them.
+_CAPITAL = re.compile(rf"(?<![\\a-zA-Z])(?!{_NAME}|sqrt)(?i:{_NAME}|sqrt)(?=\s*\(|\s?\^|\s+[0-9])")
+_INFINITY = re.compile(
+    r"(?<![\\a-zA-Z])(?<![a-zA-Z][ ])(?:(?P<sign>positive|plus|negative|minus)\s+)?"
+    r"(?:(?i:infinity|infty|inf)|oo|\\(?:text|mathrm|textrm|mbox|operatorname)\s*\{\s*"
+    r"(?P<inner_sign>[+-]?)\s*(?:(?i:infinity|infty|inf)|oo)\s*\})(?!\s*[a-zA-Z])"
+)
 _TWO_LETTERS = re.compile("[a-zA-Z]{2}")
 
 
@@ -78,6 +93,8 @@ def with_functions(text: str) -> str:
     r"""The text with its typed functions and roots in LaTeX: `4sqrt(2)` and `4\sqrt(2)`."""
     if _TWO_LETTERS.search(text) is None:
         return text
+    text = _INFINITY.sub(_infinity, _CAPITAL.sub(lambda match: match[0].lower(), text))
+    text = _LOG_OF_BASE.sub(r"\\log_{\1} ", text)
     text = _TYPED_FRACTION.sub(r"\\frac", _OF_MODULE.sub("", text))
     text = _DECIMAL_LOG.sub(r"\\log_{10}", text)
     if "sqrt" in text:
@@ -98,20 +115,40 @@ def _in_latex(match: re.Match[str]) -> str:
     return f"{name}{base}{power} "
 
 
+def _infinity(match: re.Match[str]) -> str:
+    is_negative = match["sign"] in ("negative", "minus") or match["inner_sign"] == "-"
+    return ("-" if is_negative else "") + "\\infty "
+
+
+def with_choices(text: str, other: str) -> str:
+    r"""C(5,2) as \binom{5}{2}, where the other text is no point: C may be the name of one."""
+    return text if _POINT.search(other) else _CHOICES.sub(r"\\binom{\1}{\2}", text)
+
+
 def _without_brackets(text: str) -> str:
     r"""`\sqrt(x)` as `\sqrt{x}`, `abs(x)` as `|x|`; what has no closing bracket stays."""
     calls = {match.end() - 1: match for match in _CALL.finditer(text)}
     if not calls:
         return text
-    pieces, open_ones = list(text), list[int]()
+    pieces, open_ones, commas = list(text), list[int](), list[list[int]]()
     for position, char in enumerate(text):
         if char in "({":
             open_ones.append(position)
+            commas.append([])
+        elif char == "," and commas:
+            commas[-1].append(position)
         elif char in ")}" and open_ones:
-            opener = open_ones.pop()
+            opener, between = open_ones.pop(), commas.pop()
             if char == ")" and text[opener] == "(" and (call := calls.get(opener)):
-                root = f"\\sqrt{call['degree'] or ''}{{", "}"
-                before, after = _AROUND.get(call["name"], root)
+                name = call["name"] or ""
+                if re.fullmatch(_OF_TWO, name):
+                    if len(between) != 1:
+                        continue
+                    before, after = f"\\{'frac' if 'frac' in name else 'binom'}{{", "}"
+                    pieces[between[0]] = "}{"
+                else:
+                    root = f"\\sqrt{call['degree'] or ''}{{", "}"
+                    before, after = _AROUND.get(name, root)
                 pieces[call.start() : opener] = [""] * (opener - call.start())
                 pieces[opener], pieces[position] = before, after
-    return "".join(pieces)
+    return _FACTORIAL.sub(r"\1!", "".join(pieces))

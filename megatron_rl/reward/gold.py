@@ -6,6 +6,7 @@ from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.extract import MAX_ANSWER_CHARS, last_box
 from megatron_rl.reward.kinds import make_judge
 from megatron_rl.reward.normalize import is_balanced, normalize
+from megatron_rl.reward.placeholder import is_placeholder
 
 FORMS = {
     "box": "\\boxed{%s}",
@@ -19,24 +20,6 @@ _ASKS_PERCENT = re.compile(
     r"\b(?:what|which|find the|how many|as an?|(?:nearest|closest)(?: \w+)?) percent", re.IGNORECASE
 )
 _BARE_NUMBER = re.compile(r"[-+]?[0-9][0-9.,/ ]*")
-
-
-PLACEHOLDERS = frozenset(
-    (
-        *("proof", "proof question", "see proof", "see solution", "notfound", "not found"),
-        *("no answer", "noanswer", "unanswered", "not provided", "answer not provided", "omitted"),
-        *("n/a", "nan", "null", "missing", "tbd", "todo", "to be determined"),
-    )
-)
-"""What sets write into the column of the answer where they have none. "None" and "no solution" are
-not among them: they are the right answers to some problems."""
-
-_AROUND = re.compile(r"\\(?:text|mathrm|textbf|boxed)\s*(?=\{)|[{}$*_.!\[\]()<>]")
-
-
-def is_placeholder(answer: str) -> bool:
-    """True where a set says that it has no answer, in whatever case and markup."""
-    return " ".join(_AROUND.sub(" ", answer).split()).casefold() in PLACEHOLDERS
 
 
 def check_gold(answer: str, config: RewardConfig | None = None) -> str | None:

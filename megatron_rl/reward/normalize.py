@@ -103,7 +103,7 @@ def normalize(text: str) -> str:
     text = _UPRIGHT_LETTER.sub(_plain_letter, text)
     text = _SHORT_FRACTION.sub(_brace_arguments, text)
     text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
-    text = _SPACES.sub(" ", text).strip()
+    text = _SPACES.sub(" ", text).strip().rstrip("\\ ")
     if text.endswith(".") and len(text) > 1:
         text = text[:-1].rstrip()
     while text.startswith("{") and text.endswith("}") and is_balanced(text[1:-1]):

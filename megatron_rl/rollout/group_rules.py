@@ -47,7 +47,7 @@ def group_problems(
             "rollout.group_size",
             rollout.group_size,
             f"algorithm.preset={algorithm.preset} compares the responses of one prompt",
-            "Set at least 2",
+            "Set rollout.group_size=2, or more",
         )
     responses = most_prompts(rounds, wanted) * most_responses(rollout)
     if responses > MAX_RESPONSES:

@@ -41,5 +41,5 @@ def device_problems(
             "rollout.kv_cache_mib",
             rollout.kv_cache_mib,
             f"the {'machine' if is_cpu else 'GPU'} has {total >> 20} MiB of memory",
-            "Lower it, or leave it out",
+            "Set rollout.kv_cache_mib=null, or lower it",
         )

@@ -61,6 +61,6 @@ class Room:
         return RunError(
             f"{self.directory}: no space left on device: {self.what} needs {needed:,.1f} MiB, "
             f"{free:,.1f} MiB are free. Checkpoints from before are as they were. Free some room, "
-            "of the oldest one for example, and start the same command again; "
-            "checkpoint.keep_last=1 and checkpoint.export_hf=false need less of it"
+            "of the oldest one for example, and start the same command again, or "
+            "set checkpoint.keep_last=1 and checkpoint.export_hf=false, which need less of it"
         )

@@ -60,15 +60,19 @@ def test_an_evaluation_says_no_more_than_its_table(runs):
     done = runs.start("evaluate", "silent evaluation", 1, *settings, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    first, *rows = done.stdout.splitlines()
-    assert first.startswith(str(runs.folder / "models"))
+    lines = done.stdout.splitlines()
+    model = next(n for n, line in enumerate(lines) if line.startswith(str(runs.folder / "models")))
+    assert lines[0].startswith("benchmark a: 4 of 200 rows, layout: prompt and answer ")
+    assert any(line.startswith("first prompt, ") for line in lines[:model])
+    assert [line for line in lines[:model] if not line.startswith(OURS)] == []
+    rows = lines[model + 1 :]
     assert rows[0].split()[0] == "benchmark"
     assert rows[-1].startswith("written to ")
 
 
 OURS = (
     "ops: ", "layout: ", "model: ", "layers: ", "precision: ", "optimizer: ",
-    "prompts: ", "first prompt, ", "algorithm: ",
+    "prompts: ", "first prompt, ", "benchmark ", "contamination: ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
     "run.num_iterations 2 -> 3", "done: ", "rollout: ", "rounds: ", "engine probe: ",
     "packed row: ",

@@ -3,6 +3,7 @@
 Commands run in this process, and `train` ends where it would build a model.
 """
 
+import ast
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from megatron_rl.preflight import Inputs, read_inputs
 LIMIT_S = 30  # of one case; all of them together take less than a minute on one core
 MOST_CHARS = 3000  # of a message, which nobody reads on if it is longer
 CASES = read_cases()
+PACKAGE = Path(__file__).parents[2] / "megatron_rl"
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +36,29 @@ def model_dir(tmp_path_factory):
     return directory
 
 
-# What a message tells to set, word for word; N and package.module stand for what only a user knows.
-SETTING = r"[a-z_]+(?:\.[a-z_]+)+=(?!N\b|package|\.\.\.)\S+?"
-WAY_OUT = re.compile(rf"(?:[Ss]et|skipped:) ({SETTING}(?: {SETTING})*)(?=[.,;:)]?(?:\s|$))")
+# What a message tells to set, word for word; N, NAME and package.module stand for what only a user
+# knows.
+SETTING = r"[a-z_]+(?:\.[a-z_]+)+=(?!N\b|[A-Z]{4,}\b|package|\.\.\.)\S+?(?=[.,;:)]*(?:\s|$))"
+WAY_OUT = re.compile(rf"(?:[Ss]et|skipped:) ({SETTING}(?:(?: and|,? or)? {SETTING})*)")
 
 
-def ways_out(told: str) -> list[str]:
-    """The overrides of a message, as they are typed; some only work together."""
-    return list(WAY_OUT.findall(told))
+def ways_out(told: str) -> list[list[str]]:
+    """The overrides of each way out of a message, as a shell hands them on.
+
+    Of a message with several problems it is the first way out of each, all together.
+    """
+    problems = re.split(r"\n  - ", told)[1:] or [told]
+    each = [
+        [
+            [shlex.split(setting)[0] for setting in re.findall(SETTING, alternative)]
+            for found in WAY_OUT.findall(problem)
+            for alternative in re.split(r",? or ", found)
+        ]
+        for problem in problems
+    ]
+    if len(each) == 1:
+        return each[0]
+    return [[override for ways in each for override in ways[0]]] if all(each) else []
 
 
 class Bench:
@@ -49,7 +66,7 @@ class Bench:
 
     def __init__(self, folder: Path, model_dir: Path, capsys, monkeypatch) -> None:
         self.folder, self._capsys, self._monkeypatch = folder, capsys, monkeypatch
-        self._good_model, self._way_out = model_dir, list[str]()
+        self._good_model, self.way_out = model_dir, list[str]()
         self.model = folder / "model"
         shutil.copytree(model_dir, self.model)
         self.data = self.write("data.jsonl", GOOD_ROWS)
@@ -73,16 +90,16 @@ class Bench:
         path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         return path
 
-    def again(self, way_out: str) -> "Bench":
-        """A fresh one, in which every command that takes a recipe is also given these overrides."""
-        folder = self.folder / f"with {way_out}".replace("/", "_")[:200]
+    def again(self, way_out: list[str]) -> "Bench":
+        """A fresh one, in which every command is also given these overrides."""
+        folder = self.folder / f"with {' '.join(way_out)}".replace("/", "_")[:200]
         folder.mkdir()
         bench = Bench(folder, self._good_model, self._capsys, self._monkeypatch)
-        bench._way_out = shlex.split(way_out)
+        bench.way_out = way_out
         return bench
 
     def train(self, *overrides: str) -> tuple[int, str, str]:
-        return self.run("train", str(self.recipe), *overrides, *self._way_out)
+        return self.run("train", str(self.recipe), *overrides, *self.way_out)
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """Exit code, stdout and stderr of a command."""
@@ -183,9 +200,9 @@ def command_line(bench: Bench, given: dict[str, Any]):
     for name, text in given.get("files", {}).items():
         place(bench, bench.folder / name, text)
     arguments = [bench.filled(str(text)) for text in given["arguments"]]
-    overrides = bench._way_out if "RECIPE" in given["arguments"] else []
-    arguments = [text.replace("RECIPE", str(bench.recipe)) for text in arguments]
-    return bench.run(*arguments, *overrides)
+    takes_overrides = arguments[:1] in (["train"], ["evaluate"], ["plan"], ["grade"])
+    arguments += bench.way_out if takes_overrides else []
+    return bench.run(*(text.replace("RECIPE", str(bench.recipe)) for text in arguments))
 
 
 KINDS: dict[str, Callable[[Bench, dict[str, Any]], tuple[int, str, str]]] = {
@@ -287,7 +304,8 @@ def test_a_malformed_input(bench, case: Case):
         assert told.count("megatron-rl: error: ") == 1
         assert case.error in told
         assert len(told) < MOST_CHARS
-        for way_out in ways_out(told):
+        takes_overrides = case.given.get("arguments", ["train"])[0] != "convert"
+        for way_out in ways_out(told) if takes_overrides else ():
             again = bench.again(way_out)
             code, _, told = KINDS[case.kind](again, case.given)
             assert (code, told) == (0, ""), f"{way_out} is no way out"
@@ -298,3 +316,56 @@ def test_a_malformed_input(bench, case: Case):
         assert report.num_hopeless + report.num_overlong == case.given["skipped"]
     for secret in case.given.get("hidden", []):
         assert secret not in out + told
+
+
+def test_the_command_that_an_error_names_makes_data_that_train_takes(bench):
+    rows = [{"prompt": f"{n}+1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in (1, 2)]
+    bench.write("data.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    code, _, told = bench.train()
+    assert code == 2
+    program, *command = shlex.split(told[told.index("megatron-rl prepare") :])
+    assert program == "megatron-rl"
+    assert bench.run(*command)[0] == 0
+    assert bench.train("prompts.path=prepared.jsonl") == (0, "", "")
+
+
+def test_the_ways_out_of_messages_are_found():
+    assert ways_out("a.b=1: x. Set a.b=2 and a.c=null, or set a.d=[x,y]. Then go on") == [
+        ["a.b=2", "a.c=null"],
+        ["a.d=[x,y]"],
+    ]
+    assert ways_out("1 problem:\n  - x. Set a.b=2.\n  - y. Set a.c='{p}', or set a.d=1") == [
+        ["a.b=2", "a.c={p}"]
+    ]
+    assert ways_out("x. Set a.b=N, or name a.c=NAME") == []
+
+
+def test_every_way_out_that_says_set_is_typed():
+    """In all places where a setting is refused: `Set section.key=value`, which can be typed."""
+    loose = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "ConfigError":
+                named = [word.value for word in node.keywords if word.arg == "way_out"]
+                for told in (*named, *node.args[3:]):
+                    text = "".join(_texts(told))
+                    if re.search(r"\b[Ss]et (?![\w.{}]+\.[\w{}]+=|\{[a-z_]+\}=)", text):
+                        loose.append(f"{path.name}:{node.lineno}: {text}")
+    assert loose == []
+
+
+def _texts(told: ast.expr):
+    """The texts of an expression, {} standing for what is filled in."""
+    if isinstance(told, ast.Constant):
+        yield str(told.value)
+    elif isinstance(told, ast.FormattedValue):
+        yield "{x}"
+    elif isinstance(told, ast.JoinedStr):
+        for part in told.values:
+            yield from _texts(part)
+    elif isinstance(told, ast.IfExp):
+        yield from (*_texts(told.body), " ", *_texts(told.orelse))
+    elif isinstance(told, ast.BinOp):
+        yield from (*_texts(told.left), *_texts(told.right))
+    else:
+        yield "{x}.{x}="

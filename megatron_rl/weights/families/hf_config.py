@@ -58,7 +58,9 @@ IGNORED = {
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
     *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
     *("remove_invalid_values", "exponential_decay_length_penalty", "output_scores"),
-    "return_dict_in_generate",
+    *("return_dict_in_generate", "cache_implementation"),
+    # of the tokenizer: longest text, in tokens
+    "max_sequence_length",
 }
 IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -79,7 +81,12 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
     "shared_expert_intermediate_size": (0, None),
+    "use_mrope": (False, None),
+    "mlp_only_layers": ([], None),  # of a network without experts; those of mixtures are used
 }
+NEUTRAL_BY_END: dict[str, tuple[object, ...]] = {"_token_id": (None,), "_dropout": (0, 0.0, None)}
+"""The end of a field's name -> values at which it changes nothing, whatever stands before."""
+
 # A way out for values that people have often.
 INSTEAD = {
     "quantization_config": "Use the model's release in bfloat16, or dequantize it",
@@ -215,6 +222,7 @@ def _refuse_unhonoured(
         if name not in harmless
         and not name.startswith(IGNORED_PREFIXES)
         and not (name in neutral and value in neutral[name])
+        and not any(name.endswith(end) and value in NEUTRAL_BY_END[end] for end in NEUTRAL_BY_END)
         and name not in ignored
     }
     if refused:
@@ -243,8 +251,8 @@ def _refusal(
     ]
     if unknown := [name for name in refused if name not in neutral]:
         told.append(
-            f"Where they change nothing, model.ignore_config_fields=[{','.join(unknown)}] lets "
-            "them pass (for convert and verify: --ignore-config-field NAME)"
+            f"Where they change nothing, set model.ignore_config_fields=[{','.join(unknown)}] and "
+            "they pass (for convert and verify: --ignore-config-field NAME)"
         )
     return ". ".join(told)
 

@@ -128,6 +128,26 @@ def test_what_a_user_can_mend_is_one_message_and_a_code(monkeypatch, capsys, err
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("local_rank", "waited"), [("0", []), ("1", [main_file.WAIT_FOR_FIRST_S])])
+def test_the_first_rank_of_a_node_tells_torchrun_first(monkeypatch, tmp_path, local_rank, waited):
+    """The others leave it the time to, and then torchrun has ended them."""
+    told, slept = tmp_path / "error.json", []
+
+    def fail(options):
+        raise InputError("no such data")
+
+    def sleep(seconds):
+        slept.append(seconds)
+        assert not told.exists()
+
+    monkeypatch.setattr(recipe, "run", fail)
+    monkeypatch.setattr(main_file.time, "sleep", sleep)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    assert main(["train", "recipe.yaml"]) == 2
+    assert (slept, "no such data" in told.read_text()) == (waited, True)
+
+
 def test_a_command_that_starts_over_promises_nothing(monkeypatch, capsys):
     fails_with(monkeypatch, KeyboardInterrupt())
     assert main(["plan", "recipe.yaml"]) == 130

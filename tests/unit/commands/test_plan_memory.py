@@ -59,7 +59,9 @@ def planned(monkeypatch, tmp_path, capsys):
         }
         print_plan(RunConfig.model_validate(recipe), gpu_gib=gpu_gib)
         text = capsys.readouterr().out
-        return text.partition("memory per rank\n")[2].partition("weight sync")[0]
+        memory = text.partition("memory per rank\n")[2].partition("weight sync")[0]
+        plan.of_a_gpu, _, plan.here = memory.partition("memory per rank on this machine\n")
+        return plan.of_a_gpu
 
     return plan
 
@@ -99,6 +101,15 @@ def test_bfloat16_is_taken_to_be_meant_for_gpus_where_nothing_else_is_said(plann
     said = planned(400, dtype="bfloat16")
     assert "device                             cpu\n" in said
     assert "it fits: 400.0 GiB" in said
+
+
+def test_a_recipe_that_may_be_meant_for_gpus_is_planned_for_this_machine_too(planned):
+    planned(400, dtype="bfloat16")
+    assert planned.here.startswith("  device                             cpu\n")
+    assert "process and libraries" in planned.here
+    assert "it fits: 400.0 GiB of this machine's memory are free" in planned.here
+    planned(400, dtype="bfloat16", parallel={"world_size": 64})
+    assert planned.here == ""
 
 
 def test_a_plan_for_a_gpu_has_two_sums_which_never_live_together(planned):

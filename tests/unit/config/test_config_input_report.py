@@ -6,7 +6,7 @@ import pytest
 
 from megatron_rl.commands.main import main
 from megatron_rl.config import load_config
-from megatron_rl.input_report import input_lines
+from megatron_rl.input_report import evaluation_lines, input_lines
 from megatron_rl.preflight import read_data
 
 ROWS = [{"prompt": f"{n}+{n}?", "answer": str(2 * n)} for n in range(1, 9)]
@@ -25,6 +25,36 @@ def lines_of(case, tmp_path):
         return input_lines(config, *read_data(config))
 
     return lines
+
+
+def test_a_benchmark_is_told_like_the_prompts(lines_of, tmp_path):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    rows = [{"problem": f"{n}-1?", "answer": "1"} for n in range(4)]
+    for name in ("test", "train"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    evaluation = {"benchmarks": {"b": {"path": str(folder), "max_problems": 3}}}
+    lines = lines_of(ROWS, evaluation=evaluation)
+    (told,) = [n for n, line in enumerate(lines) if line.startswith("benchmark b: ")]
+    assert lines[told] == (
+        f"benchmark b: 3 of 4 rows, layout: problem and answer (problem, answer, final_answer, "
+        f"expected_answer, ground_truth, label, solution), {folder / 'test.jsonl'}"
+    )
+    assert lines[told + 1].endswith("train.jsonl left out, of another split than test")
+
+
+def test_an_evaluation_tells_of_its_benchmarks_alone(lines_of, case, tmp_path):
+    path = tmp_path / "bench.jsonl"
+    rows = [{"prompt": "2-1?", "answer": "1"}, ROWS[0], {"prompt": "x?", "answer": "{"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines_of(ROWS, evaluation={"benchmarks": {"b": {"path": str(path)}}}, reward={"kind": "math"})
+    config = load_config(case.write(), [])
+    first, overlap, gold, prompt, *_ = evaluation_lines(config, *read_data(config))
+    assert first.startswith("benchmark b: 3 of 3 rows, layout: prompt and answer ")
+    assert overlap.startswith("contamination: 1 of 3 questions of b ")
+    assert gold.startswith("benchmark b: by 1 of 3 answers no response could be right")
+    assert prompt == "first prompt, 4 tokens: '2-1?'"
 
 
 def test_layout_counts_and_the_first_prompt_are_told(lines_of):
@@ -102,6 +132,6 @@ def test_answers_of_a_benchmark_that_nothing_matches_are_told(lines_of, tmp_path
         '{"prompt": "9+8?", "answer": "17"}\n{"prompt": "9?", "answer": "\\\\frac{1"}\n'
     )
     lines = lines_of(ROWS, evaluation={"benchmarks": {"sums": {"path": str(held_out)}}})
-    (line,) = (line for line in lines if line.startswith("benchmark sums: "))
+    (line,) = (line for line in lines if line.startswith("benchmark sums: by "))
     assert "by 1 of 2 answers no response could be right, so these count as wrong: row 2: " in line
     assert "its braces are not balanced" in line

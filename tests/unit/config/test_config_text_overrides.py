@@ -43,6 +43,30 @@ def test_what_is_typed_is_what_is_set(case, typed, section, key, value):
     assert getattr(getattr(config, section), key) == value
 
 
+@pytest.mark.parametrize("name", ["a: b.jsonl", "{a}.jsonl", "[a].jsonl", "12", "a # b.jsonl"])
+def test_a_path_is_text_where_it_is_no_list(case, name):
+    assert load_config(case.write(), [f"prompts.path={name}"]).prompts.path == name
+
+
+@pytest.mark.parametrize(
+    ("override", "way_out"),
+    [
+        ("run.output_dir=", "Name one"),
+        ("model.path= ", "Name one"),
+        ("metrics.wandb_project=", "Set metrics.wandb_project=null for none"),
+        ("reference.path=", "Set reference.path=null for none"),
+        ("prompts.answer_key=", "Set prompts.answer_key=null for none"),
+        ("evaluation.benchmarks.a.path=", "Name one"),
+    ],
+)
+def test_a_text_that_is_empty_is_refused_where_it_says_nothing(case, override, way_out):
+    (problem,) = case.config_problems(override)
+    key, _, value = override.partition("=")
+    assert problem == f"{key}={value!r}: is empty. {way_out}"
+    if "=null" in way_out:
+        load_config(case.write(), [way_out.split()[1]])
+
+
 def test_lists_and_mappings_of_other_settings_stay_what_they_are(case):
     data = f"prompts.path=[{case.prompts}, {case.prompts}]"
     config = load_config(case.write(), [data, "model.megatron={attention_dropout: 0.0}"])

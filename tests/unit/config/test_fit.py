@@ -16,6 +16,7 @@ from megatron_rl.fit import (
     free_here,
     free_on_planned,
     kv_mib_alone,
+    refuse_engine_that_cannot_fit,
     refuse_what_cannot_fit,
     ways_out,
 )
@@ -285,3 +286,21 @@ def test_on_a_gpu_the_engines_share_and_the_update_take_turns():
     need = need_of(config, SMOLLM, layout, "cuda", row_tokens=256, device_bytes=80 * GIB)
     assert need.total == pytest.approx(sum(need.held.values()) + 40 * GIB)
     assert "process and libraries" not in need.held
+
+
+def test_an_evaluation_that_cannot_fit_is_refused_with_the_ranks_that_would(monkeypatch):
+    """An engine of SmolLM2 takes 1.7 GiB of libraries, 0.6 GiB of weights and the least cache."""
+    config = recipe()
+    refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(6), is_alone=True)
+    refuse_engine_that_cannot_fit(config, SMOLLM, 2, None, is_alone=True)
+    with pytest.raises(ConfigErrors, match=r"the engine's weights.*--nproc-per-node 1`"):
+        refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(3.5), is_alone=True)
+    with pytest.raises(ConfigErrors, match="Take more memory or a smaller model"):
+        refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(1), is_alone=True)
+    with pytest.raises(ConfigErrors, match="and the policy beside it"):
+        refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(4.5), is_alone=False)
+    gpu = Free(nbytes=0.3 * GIB, ranks=1, device_type="cuda", of_device=80 * GIB)
+    with pytest.raises(ConfigErrors, match=r"0\.3 GiB of this GPU are free"):
+        refuse_engine_that_cannot_fit(config, SMOLLM, 2, gpu, is_alone=True)
+    monkeypatch.setenv(module.UNCHECKED, "1")
+    refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(1), is_alone=True)

@@ -1,5 +1,6 @@
 """An evaluation whose questions do not all come back has no result."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +37,7 @@ def evaluated(monkeypatch, tmp_path):
         max_response_tokens=9,
         model="m",
         seed=0,
+        asked={"date": "2026-11-27"},
         equality=lambda pairs: {},
         output_dir=tmp_path,
         groups=SimpleNamespace(world=None, is_main=True),
@@ -55,7 +57,8 @@ def evaluated(monkeypatch, tmp_path):
 def test_all_questions_in_any_order(evaluated):
     result = evaluated((2, 2), (0, 2), (1, 2)).benchmarks["some"]
     assert (result.num_questions, result.verdicts[Verdict.CORRECT]) == (3, 6)
-    assert (evaluated.directory / "summary.json").exists()
+    summary = json.loads((evaluated.directory / "summary.json").read_text())
+    assert summary["prompts"] == {"date": "2026-11-27"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ class CharTokenizer:
     has_chat_template = False
     chat_template = ""
     prefix_ids = ()
+    untold_bos = None
 
     def encode(self, text):
         return [ord(char) for char in text if char != "\x00"]

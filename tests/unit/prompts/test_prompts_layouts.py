@@ -14,6 +14,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.prompts import formats
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
+from megatron_rl.prompts.folder import split_of
 from megatron_rl.prompts.source import read_rows
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS
 
@@ -156,13 +157,97 @@ def test_a_folder_is_read_by_the_split_that_names_say(write_jsonl, tmp_path):
         read(tmp_path, split="final")
 
 
-def test_files_without_a_split_go_with_any(write_jsonl, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train", "train"),
+        ("training_set.v2", "train"),
+        ("trainData", "train"),
+        ("MathTrain-00001-of-00003", "train"),
+        ("gsm8k.main.train", "train"),
+        ("TRAIN", "train"),
+        ("testing", "test"),
+        ("test-00000-of-00001", "test"),
+        ("math.test.filtered", "test"),
+        ("mathTest", "test"),
+        ("testset", "test"),
+        ("test2", "test"),
+        ("train_vs_test", "test"),
+        ("holdout", "heldout"),
+        ("held_out", "heldout"),
+        ("held-out.questions", "heldout"),
+        ("heldOut", "heldout"),
+        ("math_dev", "validation"),
+        ("devset", "validation"),
+        ("eval_questions", "eval"),
+        ("algebra", None),
+        ("contest", None),
+        ("latest", None),
+        ("constraining", None),
+        ("aime24", None),
+        ("attestation", None),
+    ],
+)
+def test_the_split_that_a_name_says(name, split):
+    for ending in (".jsonl", ".csv.gz", ".parquet"):
+        assert split_of(Path(f"{name}{ending}")) == split
+
+
+@pytest.mark.parametrize(("train", "other"), [("train", "holdout"), ("trainData", "testData")])
+def test_a_folder_never_mixes_splits_however_names_spell_them(train, other, write_jsonl, tmp_path):
+    write_jsonl({**GOOD, "prompt": "train?"}, name=f"{train}.jsonl")
+    write_jsonl({**GOOD, "prompt": "other?"}, name=f"{other}.jsonl")
+    rows = read(tmp_path)
+    assert [row.prompt for row in rows.rows] == ["train?"]
+    assert f"{other}.jsonl left out" in rows.notes[0]
+
+
+def test_files_without_a_split_are_one_set_and_never_mixed_with_those_of_a_split(
+    write_jsonl, tmp_path
+):
     write_jsonl(GOOD, name="algebra.jsonl")
     write_jsonl(GOOD, name="contest.jsonl")  # no split, though "test" is in the name
     assert (len(read(tmp_path).rows), read(tmp_path).notes) == (2, [])
-    write_jsonl(GOOD, name="test.jsonl")
-    assert len(read(tmp_path).rows) == 2
-    assert len(read(tmp_path, split="test").rows) == 3
+    test = write_jsonl(GOOD, name="test.jsonl")
+    rows = read(tmp_path)
+    assert len(rows.rows) == 2
+    assert rows.notes == [
+        f"{tmp_path}: algebra.jsonl, contest.jsonl read; test.jsonl left out, of another split "
+        "than train"
+    ]
+    with pytest.raises(InputError) as error:
+        read(tmp_path, split="test")
+    assert "algebra.jsonl, contest.jsonl say none" in str(error.value)
+    assert str(error.value).endswith(f"set prompts.path=[{test}]")
+
+
+def test_what_a_folder_holds_beside_the_files_read_is_named(write_jsonl, tmp_path):
+    write_jsonl(GOOD, name="train.jsonl")
+    for name in ("README.md", "LICENSE", ".gitattributes", "train.jsonl.manifest.json"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty").mkdir()
+    assert read(tmp_path).notes == []
+    (tmp_path / "more" / "of").mkdir(parents=True)
+    write_jsonl(GOOD, name="more/of/a.jsonl")
+    for name in ("train2.jsonl.zst", "meta.json"):
+        (tmp_path / name).write_text("{}")
+    assert read(tmp_path).notes == [
+        f"{tmp_path}: train.jsonl read; meta.json, more/, train2.jsonl.zst passed over, which are "
+        "no such files"
+    ]
+
+
+def test_a_json_file_that_says_its_split_is_data_beside_others(write_jsonl, tmp_path):
+    write_jsonl(GOOD, name="train.jsonl")
+    write_jsonl({**GOOD, "prompt": "test?"}, name="test.json")
+    assert [row.prompt for row in read(tmp_path, split="test").rows] == ["test?"]
+
+
+def test_one_set_in_two_formats_is_not_read_twice(write_jsonl, tmp_path):
+    write_jsonl(GOOD, name="train.jsonl")
+    write_jsonl(GOOD, name="train.json")
+    with pytest.raises(InputError, match=r"train\.json and train\.jsonl have one name"):
+        read(tmp_path)
 
 
 def test_a_clone_of_a_hub_set_is_read_and_its_descriptions_are_not(write_jsonl, tmp_path):
@@ -194,6 +279,77 @@ def test_an_answer_whose_column_is_named_is_taken_as_it_stands(write_jsonl):
     assert read(path).rows[0].answer == "2"
     assert read(path, answer_key="answer").rows[0].answer == "1+1=2\n#### 2"
     assert read(path, prompt_key="question").rows[0].answer == "2"
+
+
+@pytest.mark.parametrize("named", [{}, {"prompt_key": "problem"}])
+def test_naming_the_columns_of_a_layout_keeps_its_marks_and_its_solution(named, write_jsonl):
+    rows = [
+        {"problem": f"{n}?", "question_type": "other", "problem_is_valid": "Yes", **changes}
+        for n, changes in enumerate(
+            (
+                {"answer": "1", "solution": ""},
+                {"answer": "proof", "solution": r"\boxed{2}"},
+                {"answer": None, "solution": r"\boxed{3}"},
+                {"answer": "4", "problem_is_valid": "Incomplete", "solution": ""},
+                {"answer": "5", "question_type": "proof", "solution": ""},
+                {"answer": "notfound", "solution": "It is so."},
+            )
+        )
+    ]
+    found = read(write_jsonl(*rows), answer_key="answer", **named)
+    assert [row.answer for row in found.rows] == ["1", "2", "3"]
+    assert [left.count for left in found.left_out.values()] == [2, 1]
+    assert next(iter(found.layouts)).startswith("NuminaMath-1.5 (")
+
+
+CHAT = [{"role": "user", "content": "it's 1+1\n?"}]
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_a_csv_file_may_hold_lists_and_objects_as_json_or_as_python_writes_them(written, tmp_path):
+    path = tmp_path / "chats.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "reward_model"])
+        writer.writerow([written(CHAT), written({"ground_truth": "34", "style": "rule"})])
+        writer.writerow([written(CHAT), written({"ground_truth": ["35"]})])
+    rows = read(path)
+    assert [(row.chat, row.answer) for row in rows.rows] == [
+        ((("user", "it's 1+1\n?"),), "34"),
+        ((("user", "it's 1+1\n?"),), "35"),
+    ]
+    assert next(iter(rows.layouts)).startswith("verl (")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]",  # NumPy's
+        "[{'role': 'user', 'content': open('x')}]",
+        "[{'role': 'user', 'role': 'system', 'content': 'a'}]",
+        "[" * 50 + "{'role': 'user', 'content': 'a'}" + "]" * 50,
+        "[{'role': 'user', 'content': '" + "a" * (1 << 18) + "'}]",
+        "['1+1?']",
+        "['1+1?' '2+2?']",
+        "{'question': '1+1?'}",
+    ],
+)
+def test_what_is_the_text_of_a_list_is_never_a_question(prompt, write_jsonl):
+    with pytest.raises(InputError, match=r"data\.jsonl: 1 unusable row\n  line 1: "):
+        read(write_jsonl({"prompt": prompt, "answer": "2"}))
+
+
+@pytest.mark.parametrize("answer", ["['2' '3']", "{'answer': '2'}", "array(['2'], dtype=object)"])
+def test_what_is_the_text_of_a_list_is_never_an_answer(answer, write_jsonl):
+    for rows in ({"prompt": "1+1?", "answer": answer}, {"problem": "1+1?", "answer": answer}):
+        with pytest.raises(InputError, match="is the text of a list or an object"):
+            read(write_jsonl(rows))
+
+
+@pytest.mark.parametrize("answer", ["[1, 2]", "{1, 2}", "[a, b]", "[0, 1)", "{x: x > 1}", "[]"])
+def test_intervals_and_sets_are_answers(answer, write_jsonl):
+    (row,) = read(write_jsonl({"prompt": "1+1?", "answer": answer})).rows
+    assert row.answer == answer
 
 
 def test_a_layout_is_known_though_the_first_rows_are_broken(write_jsonl):

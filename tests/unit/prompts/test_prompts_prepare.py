@@ -22,6 +22,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.final_answer import MARKED, NO_ANSWER, SEVERAL, final_answer
+from megatron_rl.prompts.rows import LeftOutError
 from megatron_rl.prompts.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -105,7 +106,9 @@ def test_every_known_set_has_a_row_above():
         ("  ", None),
         ([], None),
         (["1", ""], None),
-        (["1", 2.0], "1, 2"),
+        (["1", 1.0], "1"),
+        ("['42']", "42"),
+        ('["42"]', "42"),
         ("a #### b #### c", "c"),
         ("####", None),
         (r"\boxed{1} or \boxed{2", None),  # the last box is cut: the solution was
@@ -113,6 +116,27 @@ def test_every_known_set_has_a_row_above():
 )
 def test_final_answer(value, answer):
     assert final_answer(value) == answer
+
+
+@pytest.mark.parametrize("value", [["1", 2.0], ("1", "2"), '["1", "2"]', "['1', '2']"])
+def test_a_list_of_several_answers_is_one_only_where_its_set_says_so(value):
+    with pytest.raises(LeftOutError, match="several answers"):
+        final_answer(value)
+    assert final_answer(value, joins=True) == "1, 2"
+
+
+def test_the_shards_of_a_set_are_one_set(write_jsonl, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for number in (0, 1):
+        rows = [{"problem": f"{number}+{n}?", "answer": str(number + n)} for n in (1, 2)]
+        write_jsonl(*rows, name=f"shards/train-0000{number}-of-00002.jsonl")
+    rows, reports = _prepared(tmp_path / "out.jsonl", f"numina_math={tmp_path / 'shards'}")
+    assert [row["id"] for row in rows] == [f"numina_math:{n}" for n in (1, 2, 3, 4)]
+    assert {row["source"] for row in rows} == {"numina_math"}
+    assert [report.num_read for report in reports] == [2, 2]
+    twice = f"numina_math={tmp_path / 'shards' / 'train-00000-of-00002.jsonl'}"
+    with pytest.raises(InputError, match="two sets are called 'numina_math'"):
+        _prepared(tmp_path / "out.jsonl", twice, twice)
 
 
 def test_what_is_left_out_is_counted_with_its_reason(write_jsonl, tmp_path):
@@ -200,10 +224,12 @@ def test_several_answers_are_not_guessed_at(write_jsonl, tmp_path):
         {"prompt": "a?", "answer": '["2", "3"]'},
         {"prompt": "b?", "answer": '["2", "2"]'},
         {"prompt": "c?", "answer": "[2, 3]"},
+        {"prompt": "d?", "answer": ["2", "3"]},
+        {"prompt": "e?", "answer": ["2", "2"]},
     )
     rows, (report,) = _prepared(tmp_path / "out.jsonl", path)
-    assert [row["answer"] for row in rows] == ["2", "[2, 3]"]
-    assert report.dropped[SEVERAL].count == 1
+    assert [row["answer"] for row in rows] == ["2", "[2, 3]", "2"]
+    assert report.dropped[SEVERAL].count == 2
 
 
 def test_problems_of_a_held_out_set_are_left_out(write_jsonl, tmp_path):

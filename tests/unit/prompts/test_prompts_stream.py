@@ -101,7 +101,7 @@ def test_overlong_prompts_can_be_refused(write_jsonl):
     path = write_jsonl(*[{"prompt": "x" * n, "answer": n} for n in (1, 6)])
     with pytest.raises(InputError, match=r"data:2: longer than max_prompt_tokens=5"):
         _stream(path, max_prompt_tokens=5, overlong="error")
-    with pytest.raises(InputError, match=r"all 2 prompts are longer than .*=1\. Raise it"):
+    with pytest.raises(InputError, match=r"all 2 prompts are .*Set prompts\.max_prompt_tokens=7,"):
         _stream(path, max_prompt_tokens=1, template="Q{prompt}")
 
 

@@ -62,6 +62,18 @@ def test_both_kinds_agree_on_every_row(hugging_face, sentencepiece, quickstart_r
         assert hugging_face.decode(row) == sentencepiece.decode(row) == text
 
 
+def test_a_bos_that_a_lone_sentencepiece_file_does_not_tell_of_is_known(sentencepiece, tmp_path):
+    """The quickstart's model has one; whether texts begin with it stands in neither file."""
+    pieces = sentencepiece._pieces
+    assert sentencepiece.untold_bos is None  # no config.json says that the model has one
+    (tmp_path / "tokenizer.model").write_bytes(pieces.serialized_model_proto())
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    expected = str(pieces.id_to_piece(pieces.bos_id())) if pieces.bos_id() >= 0 else None
+    assert load_tokenizer(tmp_path).untold_bos == expected
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": None, "eos_token_id": 2}))
+    assert load_tokenizer(tmp_path).untold_bos is None
+
+
 def test_what_each_kind_says_of_itself(hugging_face, sentencepiece):
     assert (hugging_face.name, sentencepiece.name) == (
         "huggingface:Qwen2Tokenizer",
