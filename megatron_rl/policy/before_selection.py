@@ -38,8 +38,8 @@ class BeforeSelection:
         report: takes the results.
         config: entropy_every; kl_rollouts, which is over all ranks.
         kl_every: in iterations; 0 also where the KL is measured anyway.
-        most_each: of a group, the first so many responses alone; so hard prompts, of which more
-            are drawn in rounds, weigh no more than others.
+        most_each: of a group, the first so many responses alone; so prompts of which rounds drew
+            more weigh no more than others.
         """
         self._most_each = most_each
         self._policy, self._packer, self._initial = policy, packer, initial

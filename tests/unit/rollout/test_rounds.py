@@ -228,7 +228,7 @@ def test_a_batch_that_cannot_be_filled_is_told_once(alone):
 
 
 def test_the_first_round_is_what_accuracies_are_compared_by(alone):
-    """Hard prompts have more responses: 3 of 8 are right, but 1 of 4 in the first round."""
+    """Hard prompts have more responses: 3 of 6 are right, but 1 of 4 in the first round."""
     scripted = Scripted(g0="+-....", g1="--++..")
     plan = plan_of(wanted=2)
     _, _, _, groups = drawn_by(scripted, plan, alone)
