@@ -242,7 +242,7 @@ def test_tensor_parallelism_must_divide_the_heads(case):
     problems = case.input_problems(world_size=4)
     assert problems[0] == (
         "parallel.tensor_model_parallel_size=4: must divide the model's 2 attention heads. "
-        "Set parallel.tensor_model_parallel_size=1"
+        "Set parallel.tensor_model_parallel_size=2"
     )
 
 
@@ -292,8 +292,8 @@ def test_the_critics_learning_rate_may_not_end_above_where_it_starts(case):
 def test_an_iteration_that_would_never_come_cannot_be_traced(case):
     case.change(run={"num_iterations": 4, "profile": [1, 5, 4]})
     assert only(case.config_problems()) == (
-        "run.profile=[1, 5, 4]: iteration 5 would never come, run.num_iterations=4. Name "
-        "iterations up to that, or raise it"
+        "run.profile=[1, 5, 4]: iteration 5 would never come, run.num_iterations=4. Set "
+        "run.num_iterations=5, or name iterations up to that"
     )
 
 
