@@ -1,6 +1,7 @@
 """What a run says of its data before it starts, and `plan` without starting one."""
 
 import json
+import shlex
 
 import pytest
 
@@ -55,6 +56,28 @@ def test_an_evaluation_tells_of_its_benchmarks_alone(lines_of, case, tmp_path):
     assert overlap.startswith("contamination: 1 of 3 questions of b ")
     assert gold.startswith("benchmark b: by 1 of 3 answers no response could be right")
     assert prompt == "first prompt, 4 tokens: '2-1?'"
+
+
+def test_the_command_against_contamination_works_as_it_is_printed(lines_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bench mark.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    lines = lines_of(ROWS, evaluation={"benchmarks": {"b": {"path": str(path)}}})
+    (told,) = [line for line in lines if line.startswith("contamination: 3 of 3 ")]
+    program, *command = shlex.split(told.split("`")[1])
+    assert (program, main(command)) == ("megatron-rl", 0)
+    kept = (tmp_path / "prepared.jsonl").read_text().splitlines()
+    assert [json.loads(row)["prompt"] for row in kept] == [row["prompt"] for row in ROWS[3:]]
+
+
+def test_overrides_that_lines_name_are_settings(case):
+    """Of a full disk (weights/room.py), and of a system turn that the chat template writes."""
+    config = load_config(
+        case.write(),
+        ["checkpoint.keep_last=1", "checkpoint.export_hf=false", "prompts.default_system=false"],
+    )
+    assert (config.checkpoint.keep_last, config.checkpoint.export_hf) == (1, False)
+    assert config.prompts.default_system is False
 
 
 def test_layout_counts_and_the_first_prompt_are_told(lines_of):

@@ -21,7 +21,7 @@ from megatron_rl.reward.config import PartConfig, RewardConfig
         ({"tolerance": 0.1}, "reward.tolerance=0.1: only the kind number reads it"),
         ({"kind": "a:b", "answer_in": "response"}, "reward.answer_in='response': has no effect"),
         ({"kind": "a:b", "answer_in": "answer_line"}, "answer_in='answer_line': has no effect"),
-        ({"kind": "format", "answer_in": "response"}, "Set box, answer_tag or answer_line"),
+        ({"kind": "format", "answer_in": "response"}, "Set reward.answer_in=box, or set reward"),
         ({"parts": {"Odd": {"weight": 1.0}}}, "reward.parts='Odd': a part's name becomes"),
         ({"parts": {"odd": {"weight": 1.0}}}, "reward.parts.odd.kind='odd': must be math"),
         (
