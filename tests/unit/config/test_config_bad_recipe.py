@@ -291,8 +291,8 @@ def test_the_critics_learning_rate_may_not_end_above_where_it_starts(case):
 def test_an_iteration_that_would_never_come_cannot_be_traced(case):
     case.change(run={"num_iterations": 4, "profile": [1, 5, 4]})
     assert only(case.config_problems()) == (
-        "run.profile=[1, 5, 4]: iteration 5 would never come, run.num_iterations=4. Name "
-        "iterations up to that, or raise it"
+        "run.profile=[1, 5, 4]: iteration 5 would never come, run.num_iterations=4. Set "
+        "run.num_iterations=5, or name iterations up to that"
     )
 
 
