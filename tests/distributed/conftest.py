@@ -11,7 +11,8 @@ harness.PRELOAD.append("preload_megatron")
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory):
     """Model -> file with its Problem; workers share the files and write half of them each."""
-    from cases import LAYOUTS, write_problem
+    from cases import write_problem
+    from splits import LAYOUTS
 
     torch.set_num_threads(1)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")

@@ -14,7 +14,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from cases import FEW_ROWS, Case, Layout, question_of
+from cases import FEW_ROWS, Case, question_of
+from splits import Layout
 
 NOTICED, BOUND = 1e-3, 1e-12
 Problems = dict[str, Path]

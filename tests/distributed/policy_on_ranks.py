@@ -15,9 +15,10 @@ import preload_megatron  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cases import TEMPERATURE, Case, Layout, Problem, owned
+from cases import TEMPERATURE, Case, Problem, owned
 from megatron.core import parallel_state
 from reference import Recipe, Values
+from splits import Layout
 from tiny_models import MAX_RESPONSE_TOKENS, VOCAB_SIZE
 from torch import Tensor
 from torch.distributed.distributed_c10d import _world

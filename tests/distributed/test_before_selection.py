@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, TEMPERATURE, owned
+from cases import TEMPERATURE, owned
 from harness import run_on_ranks
 from reference import Reference
+from splits import LAYOUTS
 
 NAMES = {2: ("DP2", "TP2 SP", "PP2"), 4: ("TP2 PP2", "TP2 DP2")}
 BOUND = 1e-12

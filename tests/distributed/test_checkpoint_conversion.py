@@ -6,9 +6,9 @@ Every comparison is of bits, with the tensors that transformers wrote.
 import shutil
 
 import pytest
-from cases import Layout
 from harness import asked_for, run_on_ranks
 from safetensors.torch import load_file
+from splits import Layout
 from tiny_models import MIXTURES, write_model
 from torch import Tensor, equal
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from cases import EVERY_TERM, LAYOUTS, Question, question_of
+from cases import EVERY_TERM, Question, question_of
 from harness import run_on_ranks
+from splits import LAYOUTS
 
 QUESTIONS = {
     "every term": Question(recipe=EVERY_TERM),

@@ -6,7 +6,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch.distributed as dist
-from cases import Layout
+from splits import Layout
 
 LAYOUTS = (
     Layout(name="one rank", world=1),

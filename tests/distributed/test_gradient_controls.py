@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, MANY_ROWS, Case, question_of
+from cases import MANY_ROWS, Case, question_of
 from harness import run_on_ranks
+from splits import LAYOUTS
 from tiny_models import VOCAB_SIZE
 
 from megatron_rl.errors import RunError

@@ -9,8 +9,9 @@ import harness
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, Case, Layout, cases_of, share_of
+from cases import Case, cases_of, share_of
 from reference import FORMULAS
+from splits import LAYOUTS, Layout
 
 from megatron_rl.algorithms.presets import PRESETS
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Layout
 from harness import asked_for, run_on_ranks
+from splits import Layout
 from tiny_models import MIXTURES, MODELS, VOCAB_SIZE, write_model
 
 LENGTHS = (256, 90)  # long enough for a scaled rope to show

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, MANY_ROWS, TEMPERATURE, owned
+from cases import MANY_ROWS, TEMPERATURE, owned
 from harness import asked_for, run_on_ranks
 from reference import Recipe
+from splits import LAYOUTS
 from tiny_models import graded_groups, write_model
 
 RECIPE = Recipe(preset="ppo", gamma=0.95, gae_lambda=0.9, kl_reward_coef=0.3)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, MANY_ROWS, TEMPERATURE, owned
+from cases import MANY_ROWS, TEMPERATURE, owned
 from harness import run_on_ranks
 from reference import STD_EPS, Measured, Recipe, Reference, token_advantages
+from splits import LAYOUTS
 
 NAMES = {1: ("one rank",), 2: ("DP2", "TP2 SP", "PP2, tied"), 4: ("TP2 PP2",)}
 RECIPE = Recipe(preset="ppo", gamma=0.95, gae_lambda=0.9, kl_reward_coef=0.3)

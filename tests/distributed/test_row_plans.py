@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Layout
 from harness import run_on_ranks
+from splits import Layout
 from tiny_models import write_model
 from torch.utils._python_dispatch import TorchDispatchMode
 

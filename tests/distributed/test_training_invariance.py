@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import LAYOUTS, PAIR_ROWS, TEMPERATURE, TIGHT, owned
+from cases import PAIR_ROWS, TEMPERATURE, TIGHT, owned
 from harness import asked_for, run_on_ranks
 from reference import Measured, Recipe, Reference, loss_of
+from splits import LAYOUTS
 from tiny_models import write_model
 
 from megatron_rl.types import RolloutGroup

@@ -15,8 +15,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CORRECTIONS, LAYOUTS, TIGHT, Case, Question, question_of
+from cases import CORRECTIONS, TIGHT, Case, Question, question_of
 from harness import run_on_ranks
+from splits import LAYOUTS
 
 NOTICED = 1e-3
 BOUND = 1e-12
