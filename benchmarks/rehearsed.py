@@ -30,7 +30,6 @@ LONG_CASES = (
     ("Qwen2.5-7B", 32768, 4, 1, False),
     ("Qwen2.5-7B", 32768, 4, 2, False),
     ("Qwen2.5-7B", 32768, 4, 4, False),
-    ("Qwen2.5-7B", 131072, 4, 8, True),
 )
 LONG_COLUMNS = "model|tokens|layout|update, GiB|planned|keys and values sent to a rank, GiB|took"
 LONG_HEAD = f"""# Long rows
