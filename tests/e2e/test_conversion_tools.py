@@ -132,9 +132,9 @@ def test_the_first_difference_is_named(converted, tmp_path):
     for name in ("model.layers.2.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.bias"):
         tensors[name].view(-1)[5] += 0.25
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    code, said = forked("verify_checkpoint", folder / "megatron", other)
-    assert code == 1, said
-    found, first, logits = said.splitlines()
+    verified = tool("verify_checkpoint", folder / "megatron", other)  # its lines, and no others
+    assert verified.returncode == 1, verified.stderr
+    found, first, logits = verified.stdout.splitlines()
     assert f"2 of {len(tensors)} differ, by up to 0.25" in found
     assert "first: model.layers.1.self_attn.k_proj.bias[5] is " in first
     assert float(re.search(r"differ by up to (\S+),", logits)[1]) > 1e-2
