@@ -3,6 +3,7 @@
 Imported on ranks only, after preload_megatron has adapted Megatron-Core.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ class Measurement:
 @contextmanager
 def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
     """The configuration of a layout, and Megatron's groups for as long as they are used."""
+    gc.collect()  # models hold their groups in circles, and so the threads of those before
     parallel = _parallel(layout)
     with _groups_destroyed():
         try:
