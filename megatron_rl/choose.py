@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_rl.config import RunConfig
-from megatron_rl.fit import RECOMPUTED, Fit, Free, fit, is_possible
+from megatron_rl.fit import RECOMPUTED, Fit, Free, changed_in, fit, is_possible
 from megatron_rl.memory import busiest_rank, itemsize, longest_row, rows_of_update
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.weights.arch import ModelArch
@@ -19,7 +19,6 @@ from megatron_rl.weights.arch import ModelArch
 SIZES = (1, 2, 4, 8)
 MOST_STAGES = 16
 EXPERT_RANKS = (1, 2, 4, 8, 16, 32, 64)
-ONE_RANK = {"tensor_model_parallel_size": 1}
 LONG = 16384
 """Tokens of a sequence from which on ranks that share it are considered."""
 
@@ -80,8 +79,8 @@ def choices(
     for parallel, computed in itertools.product(
         _layouts(config, arch, world), ({}, RECOMPUTED) if _keeps_all(config) else ({},)
     ):
-        changed = _with(_with(config, "parallel", parallel), "model", computed)
-        if is_possible(_with(changed, "rollout", ONE_RANK), arch, world):
+        changed = changed_in(changed_in(config, "parallel", **parallel), "model", **computed)
+        if is_possible(changed_in(changed, "rollout", tensor_model_parallel_size=1), arch, world):
             costed.append((cost_of(changed, arch, world, machine), changed))
     seen = set()
     for cost, changed in sorted(costed, key=lambda one: one[0].total):
@@ -181,7 +180,7 @@ def _fitting(
 ) -> tuple[RunConfig, Fit] | None:
     """The recipe with the smallest cut of an engine with which it fits; None: with none."""
     for engine in SIZES if config.has_engine else (1,):
-        changed = _with(config, "rollout", {"tensor_model_parallel_size": engine})
+        changed = changed_in(config, "rollout", tensor_model_parallel_size=engine)
         if not is_possible(changed, arch, world):
             continue
         fitted = fit(changed, arch, world, "cuda", free)
@@ -204,8 +203,3 @@ def _settings(changed: RunConfig, recipe: RunConfig) -> dict[str, Any]:
             ):
                 settings[f"{section}.{name}"] = value
     return settings
-
-
-def _with(config: RunConfig, section: str, values: dict[str, Any]) -> RunConfig:
-    changed = getattr(config, section).model_copy(update=values)
-    return config.model_copy(update={section: changed})

@@ -121,7 +121,7 @@ class Fit:
         """The recipe with the row that fits, which checkpoints and config.yaml then keep."""
         if self.row_tokens == self.wanted_row:
             return config
-        return _with(config, "batching", max_tokens_per_microbatch=self.row_tokens)
+        return changed_in(config, "batching", max_tokens_per_microbatch=self.row_tokens)
 
     def agreed(self) -> "Fit":
         """The least of all ranks, which build the same; every rank calls it."""
@@ -306,15 +306,15 @@ def ways_out(found: Fit, config: RunConfig, arch: ModelArch, world: int) -> Iter
         is_valid = not any(problems(changed)) and not any(world_problems(changed, ranks))
         return is_valid and fit(changed, arch, ranks, free.device_type, free).share <= 1
 
-    open_row = _with(config, "batching", max_tokens_per_microbatch=None)
-    anew = _with(config, "model", **RECOMPUTED)
+    open_row = changed_in(config, "batching", max_tokens_per_microbatch=None)
+    anew = changed_in(config, "model", **RECOMPUTED)
     overrides = " ".join(f"model.{name}={value}" for name, value in RECOMPUTED.items())
     if fits(open_row) and config.batching.max_tokens_per_microbatch is not None:
         row = fit(open_row, arch, world, found.free.device_type, found.free).row_tokens
         yield f"batching.max_tokens_per_microbatch={row}"
     if fits(anew):
         yield overrides
-    elif fits(both := _with(open_row, "model", **RECOMPUTED)):
+    elif fits(both := changed_in(open_row, "model", **RECOMPUTED)):
         row = fit(both, arch, world, found.free.device_type, found.free).row_tokens
         yield f"{overrides} batching.max_tokens_per_microbatch={row}"
     if found.free.device_type == "cpu" and found.free.ranks == world:
@@ -336,7 +336,7 @@ def _ways_on_a_gpu(free: Free, config: RunConfig, arch: ModelArch, world: int) -
             changed = config
             for name, value in settings.items():
                 section, _, field = name.partition(".")
-                changed = _with(changed, section, **{field: value})
+                changed = changed_in(changed, section, **{field: value})
             if not is_possible(changed, arch, world):
                 continue
             fitted = fit(changed, arch, world, "cuda", free)
@@ -440,7 +440,8 @@ def _caches(config: RunConfig, arch: ModelArch, wanted: int) -> Iterator[int]:
         yield wanted
 
 
-def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
+def changed_in(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    """The recipe with other values of one section, which are not checked."""
     changed = getattr(config, section).model_copy(update=values)
     return config.model_copy(update={section: changed})
 

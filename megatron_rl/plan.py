@@ -123,11 +123,7 @@ def print_layouts(config: RunConfig, num_gpus: int, *, gpu_gib: float = H100_GIB
             ),
             ("settings", " ".join(f"{name}={typed(v)}" for name, v in choice.settings.items())),
         ]
-        _print_section(choice.layout.axes + told_experts(choice.layout), lines)
-
-
-def told_experts(layout: Layout) -> str:
-    return f", experts over EP {layout.ep}" if layout.ep > 1 else ""
+        _print_section(choice.layout.axes + choice.layout.experts, lines)
 
 
 def print_inputs(config: RunConfig) -> None:

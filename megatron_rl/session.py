@@ -373,7 +373,7 @@ def _start_lines(run: "Run") -> list[str]:
     stages = [len(layers) for layers in layout.layers_of(run.policy.arch.num_layers)]
     return [
         f"layout: {layout.world_size} ranks = {layout.axes}"
-        + (f", experts over EP {layout.ep}" if layout.ep > 1 else "")
+        + layout.experts
         + (f", stages of {told_sizes(stages)} layers" if layout.split != EVEN else "")
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
         f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "

@@ -70,7 +70,7 @@ def packed_rows(
     plan.rotation = rope.rotation(row.position_ids)
     if row.part is not None:
         assert sharing is not None
-        plan.split = split_of(row.lengths, sharing, row.tokens.device)
+        plan.split = split_of(row.lengths, row.cu_seqlens, sharing)
     elif in_blocks:
         _plan_blocks(plan, row.lengths, row.tokens.device)
     return plan

@@ -41,10 +41,13 @@ class Split:
     halves: tuple[Half, Half]
 
 
-def split_of(lengths: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> Split:
-    """Plan a row of such sequences, without a word from its device."""
+def split_of(lengths: Sequence[int], bounds: Tensor, group: dist.ProcessGroup) -> Split:
+    """Plan a row of such sequences, without a word from its device.
+
+    bounds: [sequences + 1] int32 of the whole sequences, on the device.
+    """
     cp, rank = group.size(), group.rank()
-    places = gathered_places(lengths, cp, device)
+    places = gathered_places(lengths, cp, bounds.device)
     early, late = chunks_of(lengths, cp, rank)
     behind = 0  # own tokens of the sequences before
     own: tuple[list[int], list[int]] = ([], [])
@@ -52,10 +55,24 @@ def split_of(lengths: Sequence[int], group: dist.ProcessGroup, device: torch.dev
         own[0].append(behind)
         own[1].append(behind + chunk.length)
         behind += 2 * chunk.length
-    return Split(group, (_half(early, own[0], places), _half(late, own[1], places)))
+    of_chunks = bounds // (2 * cp)  # all chunks of a sequence are of one length
+    return Split(
+        group,
+        (
+            _half(early, own[0], places, of_chunks, rank + 1),
+            _half(late, own[1], places, of_chunks, 2 * cp - rank),
+        ),
+    )
 
 
-def _half(chunks: Sequence[SequenceChunk], own: Sequence[int], places: Tensor) -> Half:
+def _half(
+    chunks: Sequence[SequenceChunk],
+    own: Sequence[int],
+    places: Tensor,
+    bounds: Tensor,
+    num_seen: int,
+) -> Half:
+    """bounds: of the chunks. num_seen: chunks of its sequence that each sees, itself included."""
     device = places.device
     queries = [
         torch.arange(a, a + c.length, device=device) for a, c in zip(own, chunks, strict=True)
@@ -68,14 +85,9 @@ def _half(chunks: Sequence[SequenceChunk], own: Sequence[int], places: Tensor) -
         keys=torch.cat(keys),
         query_lengths=query_lengths,
         key_lengths=key_lengths,
-        query_bounds=_bounds(query_lengths, device),
-        key_bounds=_bounds(key_lengths, device),
+        query_bounds=bounds,
+        key_bounds=bounds * num_seen,
     )
-
-
-def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return bounds.to(device, non_blocking=True)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Half], Tensor]

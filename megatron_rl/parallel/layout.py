@@ -52,6 +52,11 @@ class Layout:
         return f"TP {self.tp}{shared} x PP {self.pp} x DP {self.dp}"
 
     @property
+    def experts(self) -> str:
+        """What is to be read behind the axes where experts lie on several ranks; else nothing."""
+        return f", experts over EP {self.ep}" if self.ep > 1 else ""
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Ranks, TP, PP, chunks and, where it is not 1, CP: what checkpoints keep."""
         return (self.world_size, self.tp, self.pp, self.vpp, *((self.cp,) if self.cp > 1 else ()))

@@ -80,7 +80,7 @@ def run_on_ranks(
         with our_path_for_the_server():
             for process in ranks:
                 process.start()
-        _wait_for_all(ranks, deadline=time.monotonic() + timeout_s + GRACE_S)
+        wait_for_all(ranks, deadline=time.monotonic() + timeout_s + GRACE_S)
         failed = [rank for rank, process in enumerate(ranks) if process.exitcode != 0]
         assert not failed, _report(Path(folder), failed, world_size)
 
@@ -99,13 +99,13 @@ def our_path_for_the_server() -> Iterator[None]:
             os.environ["PYTHONPATH"] = inherited
 
 
-def _wait_for_all(ranks: list, deadline: float) -> None:
-    """Until all have ended; once one has failed, the others have GRACE_S left."""
+def wait_for_all(ranks: list, deadline: float, grace_s: float = GRACE_S) -> None:
+    """Until all have ended; once one has failed, the others have grace_s left."""
     running = list(ranks)
     while running and time.monotonic() < deadline:
         wait([process.sentinel for process in running], timeout=deadline - time.monotonic())
         if any(process.exitcode for process in running):
-            deadline = min(deadline, time.monotonic() + GRACE_S)
+            deadline = min(deadline, time.monotonic() + grace_s)
         running = [process for process in running if process.exitcode is None]
     for process in running:
         process.kill()

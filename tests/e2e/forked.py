@@ -11,7 +11,6 @@ import socket
 import sys
 import tempfile
 import time
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import harness
@@ -46,23 +45,10 @@ def run_command(
         with harness.our_path_for_the_server():
             for process in processes:
                 process.start()
-        _wait(processes)
+        harness.wait_for_all(processes, time.monotonic() + harness.STUCK_S, GRACE_S)
         codes = [process.exitcode for process in processes]
         text = Path(said.name).read_text()
     return (codes[0] or 0) if ranks == 1 else int(any(codes)), text
-
-
-def _wait(processes: list) -> None:
-    deadline = time.monotonic() + harness.STUCK_S
-    running = list(processes)
-    while running and time.monotonic() < deadline:
-        wait([process.sentinel for process in running], timeout=deadline - time.monotonic())
-        if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + GRACE_S)
-        running = [process for process in running if process.exitcode is None]
-    for process in running:
-        process.kill()
-        process.join()
 
 
 def _rank(

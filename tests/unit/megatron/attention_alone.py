@@ -151,7 +151,7 @@ def kept_of_a_part(cp: int) -> int:
 
     lengths = (8 * cp, 16 * cp)
     group: Any = SimpleNamespace(size=lambda: cp, rank=lambda: 0)
-    split = split_attention.split_of(lengths, group, torch.device("cpu"))
+    split = split_attention.split_of(lengths, row_of(lengths).cu_seqlens, group)
     _, query, key, value = product(0, tuple(length // cp for length in lengths))
     kept: dict[int, int] = {}
 
