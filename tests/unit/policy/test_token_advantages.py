@@ -20,6 +20,7 @@ def batch_of(**constants):
         cu_seqlens=torch.tensor([0, 3], dtype=torch.int32),
         lengths=(3,),
         loss=tokens,
+        part=None,
         response_lengths=torch.tensor([2]),
         group_of=torch.tensor([0]),
         samples=(),

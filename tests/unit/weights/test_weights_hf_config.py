@@ -180,7 +180,7 @@ def test_an_absent_window_is_one_where_transformers_takes_it_so(read):
         (LLAMA, {"rope_theta": "high"}, "rope_theta='high' must be a positive number"),
         (LLAMA, {"tie_word_embeddings": "no"}, "tie_word_embeddings='no' must be true or false"),
         (LLAMA, {"num_key_value_heads": 5}, "num_key_value_heads=5 must divide"),
-        (LLAMA, {"use_mrope": False}, "use_mrope=False is not supported for llama.*not known"),
+        (LLAMA, {"use_mrope": True}, "use_mrope=True is not supported for llama"),
         (LLAMA, {"num_experts": 8}, "num_experts=8 is not supported for llama.*not known"),
         (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2"),
         (LLAMA, {"auto_map": {"AutoConfig": "x.Y"}}, "auto_map"),
