@@ -11,7 +11,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_rl.reward.approximate import surely_differ
-from megatron_rl.reward.exact import MAX_DEPTH, brackets, exact, nesting, number, split_items
+from megatron_rl.reward.exact import (
+    MAX_DEPTH,
+    brackets,
+    exact,
+    factorial_of_factorial,
+    nesting,
+    number,
+    split_items,
+)
 from megatron_rl.reward.extract import MAX_ANSWER_CHARS
 from megatron_rl.reward.functions import with_choices
 from megatron_rl.reward.normalize import compact, normalize
@@ -41,23 +49,26 @@ _SPACED_DIGITS = re.compile(r"[0-9] [0-9]")
 _PLUS_MINUS = re.compile(r"\\[pm][mp](?![a-zA-Z])")
 # Expressions that can keep sympy busy for ever. An answer with one is wrong, unless the gold answer
 # has it too: no question asks for it otherwise.
-_REFUSED = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"[0-9]{41}",
-        r"\^\s*[{(\s]*[+-]?[0-9]{5}",
-        r"\^\s*\{[^{}]*\^\s*\{[^{}]*\^",
-        r"(?:\^\s*\{[^{}]*){3}\^",  # a tower of four, where the gold answer may be one of three
-        r"!.*!",
-        r"\\sum",
-        r"\\prod",
-        r"\\int(?![a-zA-Z])",
-        r"\\i{2,4}nt",
-        r"\\lim",
-        r"\\det",
-        r"\\binom\s*\{\s*[0-9]{5}",
-        r"[0-9]{5}\s*[)}]*\s*!",
-    )
+_REFUSED: tuple[Callable[[str], object], ...] = (
+    factorial_of_factorial,
+    *(
+        re.compile(pattern).search
+        for pattern in (
+            r"[0-9]{41}",
+            r"\^\s*[{(\s]*[+-]?[0-9]{5}",
+            r"\^\s*\{[^{}]*\^\s*\{[^{}]*\^",
+            r"(?:\^\s*\{[^{}]*){3}\^",  # a tower of four, where the gold answer may be one of three
+            r"!.*\^\s*[{(]?[^{}()]*!|\^\s*[{(]?[^{}()^]*!.*!",  # in an exponent, beside another one
+            r"\\sum",
+            r"\\prod",
+            r"\\int(?![a-zA-Z])",
+            r"\\i{2,4}nt",
+            r"\\lim",
+            r"\\det",
+            r"\\binom\s*\{\s*[0-9]{5}",
+            r"[0-9]{5}\s*[)}]*\s*!",
+        )
+    ),
 )
 
 Rule = Callable[[str, str], bool | None]
@@ -236,6 +247,6 @@ def _unless_refused(pair: Pair) -> Outcome:
     gold, answer = pair
     if nesting(answer) > MAX_DEPTH:
         return False
-    if any(pattern.search(answer) and not pattern.search(gold) for pattern in _REFUSED):
+    if any(has(answer) and not has(gold) for has in _REFUSED):
         return False
     return pair

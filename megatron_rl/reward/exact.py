@@ -130,6 +130,27 @@ def nesting(text: str) -> int:
     return max(_depths(text), default=0)
 
 
+def factorial_of_factorial(text: str) -> bool:
+    """Whether a factorial is taken of another one: 5!!, (5! + 1)!."""
+    groups = [
+        False
+    ]  # whether a factorial stands in each bracket that is open, the whole text first
+    of_factorial = False  # what a factorial sign would be taken of here
+    for character in text:
+        if character == "!":
+            if of_factorial:
+                return True
+            groups[-1] = of_factorial = True
+        elif character in "([{":
+            groups.append(False)
+        elif character in ")]}" and len(groups) > 1:
+            of_factorial = groups.pop()
+            groups[-1] |= of_factorial
+        elif not character.isspace():
+            of_factorial = False
+    return False
+
+
 def exact(text: str) -> Exact | None:
     """The exact value of a number, list, set, tuple or interval of numbers; None for the rest."""
     return _exact(text) if nesting(text) <= MAX_DEPTH else None

@@ -3,6 +3,7 @@
 Every pair goes the whole way: box, exact layers, and a worker where those leave it open.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,10 @@ from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.math_grader import grade
 from megatron_rl.reward.scorer import RewardScorer
 
-PAIRS = Path(__file__).parents[2] / "data" / "answer_pairs.yaml"
+DATA = Path(__file__).parents[2] / "data"
+PAIRS = DATA / "answer_pairs.yaml"
+# Answers of models with labels of others, which benchmarks/grading_responses.py took and names.
+LABELLED = DATA / "labelled_answers.jsonl"
 TABLE = yaml.safe_load(PAIRS.read_text("utf-8"))
 NUMERIC = re.compile(r"[-+(]*(?:\d[\d.,]*|\\[dtc]?frac ?\{?\d+\}? ?\{?[1-9]\d*\}?|\d+/\d+)[%)]*")
 EXACT_SECTIONS = ("words", "choices", "percent", "thousands")
@@ -54,6 +58,19 @@ def scores():
         scores = scorer.collect()
     yield scores
     scorer.close()
+
+
+def test_answers_of_models_have_the_verdicts_of_their_labels():
+    rows = [json.loads(line) for line in LABELLED.read_text("utf-8").splitlines()]
+    assert len(rows) == 1000
+    scorer = RewardScorer(RewardConfig(deadline_s=10.0))
+    for number, row in enumerate(rows):
+        scorer.submit((number, 0), f"So it is $\\boxed{{{row['answer']}}}$.", row["gold"])
+    with time_limit(300):
+        scores = scorer.collect()
+    scorer.close()
+    said = {row["where"]: str(scores[number, 0].verdict) for number, row in enumerate(rows)}
+    assert said == {row["where"]: "correct" if row["right"] else "wrong" for row in rows}
 
 
 @pytest.mark.parametrize("section", TABLE)
