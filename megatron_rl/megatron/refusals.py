@@ -149,6 +149,17 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     yield from _expert_problems(arch, parallel)
 
 
+def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Iterator[ConfigError]:
+    """Problems of a network with the layers that this device gives it."""
+    if arch.yarn is not None and model.uses_transformer_engine(device_type):
+        yield ConfigError(
+            "model.layer_spec",
+            model.layer_spec,
+            "gives layers of Transformer Engine, which are not built with YaRN's rope here",
+            "Set model.layer_spec=local",
+        )
+
+
 def reference_problems(path: str, arch: ModelArch, parallel: ParallelConfig) -> Iterator[str]:
     """Problems of the policy's layout for a reference of its own."""
     own = parallel if arch.mixture else parallel.without_experts

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.families.hf_config import LLAMA3_ROPE
+from megatron_rl.weights.arch import ModelArch, YarnRope
+from megatron_rl.weights.families.hf_rope import LLAMA3_ROPE
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ class Rope:
     def __init__(self, arch: ModelArch, dtype: torch.dtype, device: torch.device) -> None:
         # On the CPU first: powers of another device are others in the last bit.
         self.frequencies = frequencies(arch).to(device)  # [d/2]
+        self.amplitude = 1.0 if arch.yarn is None else arch.yarn.amplitude
         self.dtype = dtype
 
     def rotation(self, position_ids: Tensor) -> Rotation:
         """The angles of a row; position_ids [T] int64."""
         angles = torch.outer(position_ids.float(), self.frequencies)[:, None]
-        return Rotation(angles.cos().to(self.dtype), angles.sin().to(self.dtype))
+        waves = angles.cos(), angles.sin()
+        return Rotation(*((wave * self.amplitude).to(self.dtype) for wave in waves))
 
 
 def frequencies(arch: ModelArch) -> Tensor:
@@ -51,7 +53,10 @@ def frequencies(arch: ModelArch) -> Tensor:
     factor, much shorter ones not at all, and those between by a blend of both.
     """
     exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
-    plain = 1.0 / arch.rope_theta**exponents
+    lengths = arch.rope_theta**exponents  # of the waves, over 2 pi, in tokens
+    if arch.yarn is not None:
+        return _stretched_by_yarn(lengths, arch.rope_theta, arch.yarn)
+    plain = 1.0 / lengths
     if arch.rope_scaling_factor is None:
         return plain
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
@@ -60,6 +65,27 @@ def frequencies(arch: ModelArch) -> Tensor:
     share = (waves - low) / (high - low)
     blend = (1 - share) * plain / arch.rope_scaling_factor + share * plain
     return torch.where(waves < low, stretched, torch.where(waves > high, plain, blend))
+
+
+def _stretched_by_yarn(lengths: Tensor, theta: float, yarn: YarnRope) -> Tensor:
+    """YaRN's frequencies: [d/2] float32, between 1 / lengths and that over factor.
+
+    The share that is stretched rises evenly over the dimensions, from the one that turns beta_fast
+    times in the original context to the one that turns beta_slow times.
+    """
+    size = 2 * len(lengths)
+    low, high = (
+        size
+        * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi))
+        / (2 * math.log(theta))
+        for turns in (yarn.beta_fast, yarn.beta_slow)
+    )
+    if yarn.rounds_range:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    width = high - low or 0.001  # as transformers and vLLM have it: a step there
+    kept = 1 - ((torch.arange(len(lengths), dtype=torch.float32) - low) / width).clamp(0, 1)
+    return (1.0 / (yarn.factor * lengths)) * (1 - kept) + (1.0 / lengths) * kept
 
 
 class _Turn(torch.autograd.Function):

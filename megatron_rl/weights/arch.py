@@ -17,6 +17,23 @@ class MixtureArch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class YarnRope:
+    """YaRN's scaling of rotary angles (arXiv:2309.00071, section 3)."""
+
+    factor: float  # by which the context of pretraining is stretched
+    original_max_position_embeddings: int  # that context, in tokens
+    beta_fast: float  # waves that turn more often in it are not stretched
+    beta_slow: float  # waves that turn less often in it are stretched by the whole factor
+    amplitude: float  # of cosines and sines
+    rounds_range: bool  # the range between the two ends at whole dimensions
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the stretched context has."""
+        return int(self.original_max_position_embeddings * self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelArch:
     """Sizes and switches of one model."""
 
@@ -36,6 +53,7 @@ class ModelArch:
     tied_embeddings: bool
     qk_norm: bool = False  # norms over head_dim on queries and keys, before rope
     mixture: MixtureArch | None = None
+    yarn: YarnRope | None = None
 
     @property
     def query_rows(self) -> int:

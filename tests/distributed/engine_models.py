@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import EIGHT_EXPERTS, LLAMA3_ROPE
+from tiny_models import EIGHT_EXPERTS, LLAMA3_ROPE, YARN_ROPE
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SIZES: dict[str, Any] = {
@@ -29,6 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     # One key head over two ranks: the engine replicates it, Megatron cuts it.
     "llama": ("Llama", {"hidden_size": 64, "num_key_value_heads": 1, "head_dim": 32}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN_ROPE}),
     "llama3_rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
     "mistral": ("Mistral", {"hidden_size": 64, "head_dim": 32, "sliding_window": None}),
     "qwen3": ("Qwen3", {"hidden_size": 64, "head_dim": 32}),

@@ -111,7 +111,11 @@ def _packed(policy: Policy, numbered: Sequence[tuple[int, Tensor]]) -> MicroBatc
 
 
 def without_rope_scaling(arch: ModelArch) -> ModelArch:
-    return replace(arch, rope_scaling_factor=None)
+    return replace(arch, rope_scaling_factor=None, yarn=None)
+
+
+def without_amplitude(arch: ModelArch) -> ModelArch:
+    return replace(arch, yarn=replace(arch.yarn, amplitude=1.0))
 
 
 def with_another_theta(arch: ModelArch) -> ModelArch:

@@ -115,6 +115,7 @@ CASES = (
     Case(model="qwen2_tied", tp=1, pp=1, cp=2, rollout_tp=1),
     Case(model="llama", tp=2, pp=1, rollout_tp=2),
     Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
+    Case(model="qwen2_yarn", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
     Case(model="mistral", tp=1, pp=2, first=1, rollout_tp=1),
     Case(model="qwen3", tp=2, pp=1, rollout_tp=2, is_exhaustive=True),
     Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2),  # 24 rows each, which vLLM pads

@@ -31,7 +31,8 @@ LAYOUTS = (
 EXHAUSTIVE = {"TP2", "PP2 VPP2", "PP4", "TP2 SP EP4", "EP2 PP2"}
 # mistake -> models, and the layout at which it is made
 MISTAKES = {
-    "without_rope_scaling": (("llama3_rope", "llama3_tied"), "one rank"),
+    "without_rope_scaling": (("llama3_rope", "llama3_tied", "qwen2_yarn"), "one rank"),
+    "without_amplitude": (("qwen2_yarn",), "one rank"),
     "with_another_theta": (("mistral", "qwen3", "mixtral"), "one rank"),
     "with_another_softmax": (("qwen3_moe", "qwen3_moe_raw", "mixtral"), "one rank"),
     "with_another_epsilon": (("qwen2",), "one rank"),
@@ -89,6 +90,7 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
 
     changes: dict[str, dict[str, Any]] = {
         "without_rope_scaling": {"change_arch": ranks.without_rope_scaling},
+        "without_amplitude": {"change_arch": ranks.without_amplitude},
         "with_another_theta": {"change_arch": ranks.with_another_theta},
         "with_another_softmax": {"change_arch": ranks.with_another_softmax},
         "with_another_epsilon": {"change_arch": ranks.with_another_epsilon},

@@ -32,6 +32,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 WIDE_ROPE = {"rope_type": "default", "rope_theta": 1_000_000.0}
 EIGHT_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
@@ -40,6 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2_two_layers": ("Qwen2", {"num_hidden_layers": 2}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN_ROPE}),
     "qwen2_six_layers": ("Qwen2", {"num_hidden_layers": 6, "tie_word_embeddings": True}),
     "llama": ("Llama", {"rms_norm_eps": 1e-5}),
     "llama3_rope": ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3_ROPE}),

@@ -5,11 +5,12 @@ does not change the network). Any other field is an error that names it.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import MixtureArch, ModelArch
 from megatron_rl.weights.families.family import Family, MixtureFields
+from megatron_rl.weights.families.fields import Fields, shown
+from megatron_rl.weights.families.hf_rope import read_rope
 
 USED = {
     "model_type",
@@ -102,59 +103,6 @@ DEFAULTS: dict[str, object] = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
 }
-LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-# The largest sizes for which tables, lists of tensors or caches are made before a weight is seen.
-LARGEST = {
-    "num_hidden_layers": 1024,
-    "num_experts": 1024,
-    "num_local_experts": 1024,
-    "max_position_embeddings": 2**24,  # of which the engine makes a table of angles
-}
-MAX_SIZE = 2**31 - 1
-MAX_REAL = 3.4e38  # float32
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """The fields of one config.json, with defaults, and where they stand."""
-
-    values: Mapping[str, object]
-    where: str
-
-    def number(self, name: str, absent: int | None = None) -> int:
-        """The field as a positive whole number; `absent` is used where it is null or missing."""
-        value = self.values.get(name)
-        if value is None:
-            value = absent
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(
-                f"{self.where}: {name}={_shown(value)} must be a positive whole number"
-            )
-        if value > LARGEST.get(name, MAX_SIZE):
-            raise InputError(
-                f"{self.where}: {name}={_shown(value)}: no model has more than "
-                f"{LARGEST.get(name, MAX_SIZE)}, and tables of that size are made. Mend config.json"
-            )
-        return value
-
-    def real(self, name: str) -> float:
-        value = self.values.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < MAX_REAL:  # type: ignore[operator]
-            raise InputError(f"{self.where}: {name}={_shown(value)} must be a positive number")
-        return float(value)  # type: ignore[arg-type]
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name)
-        if not isinstance(value, bool):
-            raise InputError(f"{self.where}: {name}={value!r} must be true or false")
-        return value
 
 
 def read_arch(
@@ -166,7 +114,7 @@ def read_arch(
     """
     _refuse_unhonoured(family, config, where, ignored)
     _refuse_other_classes(family, config.get("architectures"), where)
-    fields = _Fields({**DEFAULTS, **family.defaults, **config}, where)
+    fields = Fields({**DEFAULTS, **family.defaults, **config}, where)
     heads, hidden = fields.number("num_attention_heads"), fields.number("hidden_size")
     groups = fields.number("num_key_value_heads", heads)
     if heads % groups:
@@ -174,7 +122,10 @@ def read_arch(
             f"{where}: num_key_value_heads={groups} must divide num_attention_heads={heads}"
         )
     layers = fields.number("num_hidden_layers")
-    theta, factor = _rope(fields, config.get("rope_theta"))
+    rope = read_rope(fields, config.get("rope_theta"), ignored)
+    positions = fields.number("max_position_embeddings")
+    if rope.yarn is not None:  # the engine's table of angles ends there
+        positions = min(positions, rope.yarn.positions)
     return ModelArch(
         model_type=family.model_type,
         num_layers=layers,
@@ -185,9 +136,10 @@ def read_arch(
         head_dim=fields.number("head_dim", hidden // heads),
         vocab_size=fields.number("vocab_size"),
         rms_norm_eps=fields.real("rms_norm_eps"),
-        rope_theta=theta,
-        rope_scaling_factor=factor,
-        max_position_embeddings=fields.number("max_position_embeddings"),
+        rope_theta=rope.theta,
+        rope_scaling_factor=rope.llama3_factor,
+        yarn=rope.yarn,
+        max_position_embeddings=positions,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         tied_embeddings=fields.flag("tie_word_embeddings"),
@@ -242,7 +194,7 @@ def _refusal(
         allowed = f"only {neutral[name]} is" if name in neutral else "the field is not known"
         absent = "" if name in config else " (so transformers takes an absent field)"
         findings.append(
-            f"{name}={_shown(value)}{absent} is not supported for {family.model_type}: {allowed}"
+            f"{name}={shown(value)}{absent} is not supported for {family.model_type}: {allowed}"
         )
     told = [
         f"{where}: {'; '.join(findings)}",
@@ -261,14 +213,9 @@ def _refuse_other_classes(family: Family, named: object, where: str) -> None:
     """Refuse the class of another network: the engine builds what is named, not the model_type."""
     if named is not None and named != [family.architecture]:
         raise InputError(
-            f"{where}: architectures={_shown(named)}: a model_type of {family.model_type!r} that "
+            f"{where}: architectures={shown(named)}: a model_type of {family.model_type!r} that "
             f"generates text is [{family.architecture!r}]. Use a language model, or mend the field"
         )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _refuse_windows(layer_types: object, where: str) -> None:
@@ -276,12 +223,12 @@ def _refuse_windows(layer_types: object, where: str) -> None:
         return
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise InputError(
-            f"{where}: layer_types={_shown(layer_types)} is not supported: only full_attention "
+            f"{where}: layer_types={shown(layer_types)} is not supported: only full_attention "
             "is. Use a model without sliding-window layers"
         )
 
 
-def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
+def _mixture(names: MixtureFields, fields: Fields, layers: int) -> MixtureArch:
     values = fields.values
     counts = [values[name] for name in ("num_experts", "num_local_experts") if name in values]
     if len(counts) == 2 and counts[0] != counts[1]:
@@ -318,7 +265,7 @@ def _mixture(names: MixtureFields, fields: _Fields, layers: int) -> MixtureArch:
     )
 
 
-def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
+def _dense_layers(fields: Fields, layers: int) -> frozenset[int]:
     """The layers in mlp_only_layers, and each i where decoder_sparse_step does not divide i + 1."""
     listed = fields.values["mlp_only_layers"] or []
     if not isinstance(listed, list) or any(
@@ -330,59 +277,3 @@ def _dense_layers(fields: _Fields, layers: int) -> frozenset[int]:
         )
     step = fields.number("decoder_sparse_step")
     return frozenset(i for i in range(layers) if i in listed or (i + 1) % step)
-
-
-def _rope(fields: _Fields, told_theta: object) -> tuple[float, float | None]:
-    """The rope's base and llama3 factor; told_theta: rope_theta as config.json itself has it."""
-    rope = _rope_settings(fields, told_theta)
-    theta = _Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
-    kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
-    rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", None) not in NEUTRAL["partial_rotary_factor"]:
-        raise InputError(
-            f"{fields.where}: a partial_rotary_factor other than 1 is not supported. Use a model "
-            "that rotates whole heads"
-        )
-    if kind not in ("default", "llama3"):
-        raise InputError(
-            f"{fields.where}: rope type {kind!r} is not supported: default and llama3 are. Use a "
-            "model with one of them"
-        )
-    honoured = {"factor", *LLAMA3_ROPE} if kind == "llama3" else set()
-    unknown = sorted(set(rope) - honoured)
-    if unknown:
-        raise InputError(
-            f"{fields.where}: rope of type {kind!r} has {unknown[0]}={rope[unknown[0]]!r}, which "
-            "is not known. A setting that is ignored would train another model"
-        )
-    return theta, _llama3_factor(rope, fields.where) if kind == "llama3" else None
-
-
-def _rope_settings(fields: _Fields, told_theta: object) -> dict[str, object]:
-    """The rope_parameters of transformers 5, or the rope_theta and rope_scaling of 4."""
-    theta: dict[str, object] = {"rope_theta": fields.values["rope_theta"]}
-    found: list[dict[str, object]] = []
-    for name in ("rope_parameters", "rope_scaling"):
-        value = fields.values.get(name)
-        if value is not None and not isinstance(value, Mapping):
-            raise InputError(f"{fields.where}: {name}={value!r} must be an object")
-        if value is not None:
-            found.append({**theta, **value})
-    if found and told_theta is not None:
-        found.append({**found[0], **theta})
-    if any(other != found[0] for other in found):
-        raise InputError(
-            f"{fields.where}: rope_theta, rope_scaling and rope_parameters are two spellings of "
-            f"one thing and differ: {found}. Remove the wrong one"
-        )
-    return found[0] if found else theta
-
-
-def _llama3_factor(rope: Mapping[str, object], where: str) -> float:
-    for name, constant in LLAMA3_ROPE.items():
-        if rope.get(name) != constant:
-            raise InputError(
-                f"{where}: rope scaling has {name}={rope.get(name)!r}: Megatron-Core's llama3 "
-                f"rope has {constant} built in. Only that value can be trained"
-            )
-    return _Fields(rope, where).real("factor")

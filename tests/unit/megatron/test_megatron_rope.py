@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from megatron_rl.megatron.rope import Rope, frequencies
+from megatron_rl.weights.arch import YarnRope
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.registry import FAMILIES
 
@@ -20,11 +21,22 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 STYLES = {
     "plain": {"rope_type": "default", "rope_theta": 10_000.0},
     "wide": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "llama3": LLAMA3,
     "llama3, factor 8": LLAMA3 | {"factor": 8.0},
+    "yarn": YARN,
+    "yarn, its own bounds": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
+    "yarn, its own amplitude": YARN | {"attention_factor": 0.75},
+    "yarn, two scales": YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+    "yarn, at once": YARN | {"original_max_position_embeddings": 16},
 }
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -106,6 +118,27 @@ def test_scaled_frequencies_by_hand():
     torch.testing.assert_close(told, wanted, rtol=1e-5, atol=0)
 
 
+def test_frequencies_of_yarn_by_hand():
+    """Base (512 / 2 pi)**2 and head of 8: waves of 2 pi r**(i/2) positions, with r = 512 / 2 pi.
+
+    In 512 positions they turn r**(1 - i/2) times: r, r**(1/2) = 9.03, 1 and r**(-1/2). With bounds
+    at r**(1/2) and r**(-1/2) turns, those of i = 1, 2 and 3 are at 0, 1/2 and 1 of the range, so
+    the first two stay as they are, and the others are halved in part and in full.
+    """
+    turns = 512 / (2 * torch.pi)
+    yarn = YarnRope(
+        factor=2.0,
+        original_max_position_embeddings=512,
+        beta_fast=turns**0.5,
+        beta_slow=turns**-0.5,
+        amplitude=1.0,
+        rounds_range=False,
+    )
+    arch = replace(arch_of(config_of("llama", "plain")), head_dim=8, rope_theta=turns**2, yarn=yarn)
+    wanted = torch.tensor([1.0, turns**-0.5, 0.75 / turns, 0.5 * turns**-1.5])
+    torch.testing.assert_close(frequencies(arch), wanted, rtol=1e-5, atol=0)
+
+
 def test_a_packed_row_is_each_sequence_alone():
     rope = Rope(arch_of(config_of("llama", "llama3")), torch.float32, torch.device("cpu"))
     whole, row = heads(torch.float32), rope.rotation(positions())
@@ -129,7 +162,7 @@ def test_the_gradient_is_the_slope(is_cut):
     """Also where heads are cut out of a larger tensor, as keys are in Megatron-Core."""
     rope = Rope(arch_of(config_of("llama", "plain")), torch.float64, torch.device("cpu"))
     narrow = Rope.__new__(Rope)
-    narrow.frequencies, narrow.dtype = rope.frequencies[:3], rope.dtype
+    narrow.frequencies, narrow.dtype, narrow.amplitude = rope.frequencies[:3], rope.dtype, 1.0
     rotation = narrow.rotation(torch.tensor([0, 3, 4, 0, 1]))
     part = slice(4, 10) if is_cut else slice(None)
     inputs = torch.randn(5, 2, 14 if is_cut else 6, dtype=torch.float64).requires_grad_()

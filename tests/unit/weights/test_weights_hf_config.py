@@ -14,15 +14,16 @@ from hub_configs import (
 )
 
 from megatron_rl.errors import InputError
+from megatron_rl.weights.arch import YarnRope
 from megatron_rl.weights.families.registry import read_model_config
 
 
 @pytest.fixture
 def read(tmp_path):
-    def read(config, without=(), **changes):
+    def read(config, without=(), ignored=(), **changes):
         config = {k: v for k, v in {**config, **changes}.items() if k not in without}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        return read_model_config(tmp_path)
+        return read_model_config(tmp_path, ignored)
 
     return read
 
@@ -232,11 +233,68 @@ def test_an_unknown_setting_of_a_rope_is_refused(read, rope, message):
         read(LLAMA, without=("rope_scaling",), rope_parameters=rope)
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope"])
 def test_other_ropes_are_refused(read, kind):
     for scaling in ({"type": kind, "factor": 2.0}, {"rope_type": kind, "factor": 2.0}):
         with pytest.raises(InputError, match=f"rope type '{kind}' is not supported"):
             read(LLAMA, rope_scaling=scaling)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_a_yarn_rope_has_the_defaults_of_transformers_and_the_engine(read):
+    arch = read(QWEN2, rope_scaling=YARN, max_position_embeddings=131072)
+    assert arch.yarn == YarnRope(
+        factor=4.0,
+        original_max_position_embeddings=32768,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        amplitude=1.1386294361119891,  # 0.1 ln(4) + 1
+        rounds_range=True,
+    )
+    assert arch.max_position_embeddings == 131072
+    assert read(QWEN2, rope_scaling=YARN, max_position_embeddings=10**6).yarn.positions == 131072
+
+
+@pytest.mark.parametrize(
+    ("told", "amplitude"),
+    [
+        ({"attention_factor": 1.0, "mscale": 3.0, "mscale_all_dim": 2.0}, 1.0),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),
+        ({"mscale": 2.0}, 1.1386294361119891),  # alone it is not read
+    ],
+)
+def test_the_amplitude_of_a_yarn_rope(read, told, amplitude):
+    assert read(QWEN2, rope_scaling=YARN | told).yarn.amplitude == amplitude
+
+
+def test_positions_end_with_the_engines_table_of_angles(read):
+    arch = read(QWEN2, rope_scaling=YARN | {"factor": 1.5}, max_position_embeddings=131072)
+    assert arch.max_position_embeddings == 49152
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"factor": 0.5}, "factor=0.5: YaRN's is at least 1"),
+        ({"factor": None}, "factor=None must be a positive number"),
+        ({"original_max_position_embeddings": None}, "original_max_position_embeddings=None must"),
+        ({"beta_fast": 1.0}, "beta_slow=1.0, which must be less than beta_fast=1.0"),
+        ({"attention_factor": -1.0}, "attention_factor=-1.0 must be a positive number"),
+        ({"truncate": "yes"}, "truncate='yes' must be true or false"),
+        ({"low_freq_factor": 1.0}, "rope of type 'yarn' has low_freq_factor=1.0"),
+        ({"attn_factor": 0.9}, r"set model.ignore_config_fields=\[attn_factor\]"),
+    ],
+)
+def test_a_yarn_rope_that_cannot_be_meant_is_refused(read, told, message):
+    with pytest.raises(InputError, match=message):
+        read(QWEN2, rope_scaling=YARN | told)
+
+
+def test_a_field_of_a_rope_may_be_ignored_by_name(read):
+    plain = read(QWEN2, rope_scaling=YARN)
+    assert read(QWEN2, rope_scaling=YARN | {"attn_factor": 0.9}, ignored=["attn_factor"]) == plain
 
 
 @pytest.mark.parametrize("factor", [None, "32"])

@@ -1,0 +1,134 @@
+"""The rotary position embedding that a config.json asks for, in either of its two spellings."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from megatron_rl.errors import InputError
+from megatron_rl.weights.arch import YarnRope
+from megatron_rl.weights.families.fields import Fields, shown
+
+LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_HONOURED: dict[str, set[str]] = {
+    "default": set(),
+    "llama3": {"factor", *LLAMA3_ROPE},
+    "yarn": {
+        *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
+        *("attention_factor", "mscale", "mscale_all_dim"),
+    },
+}
+_INSTEAD = {
+    "attn_factor": (
+        "Neither transformers 5 nor vLLM 0.32 reads it: both scale angles by attention_factor, "
+        "else by 0.1 ln(factor) + 1. Write attention_factor where that is not meant, or set "
+        "model.ignore_config_fields=[attn_factor]"
+    )
+}
+_WHOLE = (1, 1.0, None)  # values of partial_rotary_factor that turn whole heads
+
+
+@dataclass(frozen=True)
+class Rope:
+    """What a config.json says of it; at most one of the two scalings."""
+
+    theta: float
+    llama3_factor: float | None = None
+    yarn: YarnRope | None = None
+
+
+def read_rope(fields: Fields, told_theta: object, ignored: Collection[str]) -> Rope:
+    """The rope of a model.
+
+    told_theta: rope_theta as config.json itself has it. ignored: names that a person says change
+    nothing.
+    """
+    rope = _settings(fields, told_theta)
+    theta = Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
+    kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
+    rope.pop("type", None)
+    if rope.pop("partial_rotary_factor", None) not in _WHOLE:
+        raise InputError(
+            f"{fields.where}: a partial_rotary_factor other than 1 is not supported. Use a model "
+            "that rotates whole heads"
+        )
+    if not isinstance(kind, str) or kind not in _HONOURED:
+        raise InputError(
+            f"{fields.where}: rope type {kind!r} is not supported: {', '.join(_HONOURED)} are. Use "
+            "a model with one of them"
+        )
+    unknown = sorted(set(rope) - _HONOURED[kind] - set(ignored))
+    if unknown:
+        name = unknown[0]
+        raise InputError(
+            f"{fields.where}: rope of type {kind!r} has {name}={rope[name]!r}, which is not known. "
+            "A setting that is ignored would train another model"
+            + (f". {_INSTEAD[name]}" if name in _INSTEAD else "")
+        )
+    if kind == "llama3":
+        return Rope(theta, llama3_factor=_llama3_factor(rope, fields.where))
+    return Rope(theta, yarn=_yarn(rope, fields.where) if kind == "yarn" else None)
+
+
+def _settings(fields: Fields, told_theta: object) -> dict[str, object]:
+    """The rope_parameters of transformers 5, or the rope_theta and rope_scaling of 4."""
+    theta: dict[str, object] = {"rope_theta": fields.values["rope_theta"]}
+    found: list[dict[str, object]] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        value = fields.values.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise InputError(f"{fields.where}: {name}={value!r} must be an object")
+        if value is not None:
+            found.append({**theta, **value})
+    if found and told_theta is not None:
+        found.append({**found[0], **theta})
+    if any(other != found[0] for other in found):
+        raise InputError(
+            f"{fields.where}: rope_theta, rope_scaling and rope_parameters are two spellings of "
+            f"one thing and differ: {found}. Remove the wrong one"
+        )
+    return found[0] if found else theta
+
+
+def _llama3_factor(rope: Mapping[str, object], where: str) -> float:
+    for name, constant in LLAMA3_ROPE.items():
+        if rope.get(name) != constant:
+            raise InputError(
+                f"{where}: rope scaling has {name}={rope.get(name)!r}: Megatron-Core's llama3 "
+                f"rope has {constant} built in. Only that value can be trained"
+            )
+    return Fields(rope, where).real("factor")
+
+
+def _yarn(rope: Mapping[str, object], where: str) -> YarnRope:
+    """YaRN (arXiv:2309.00071) with the defaults of transformers and vLLM, which are the same."""
+    present = {name: value for name, value in rope.items() if value is not None}
+    fields = Fields({"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **present}, where)
+    factor, fast, slow = (fields.real(name) for name in ("factor", "beta_fast", "beta_slow"))
+    original = fields.number("original_max_position_embeddings")
+    if factor < 1:
+        raise InputError(f"{where}: rope scaling has factor={shown(factor)}: YaRN's is at least 1")
+    if slow >= fast:
+        raise InputError(
+            f"{where}: rope scaling has beta_slow={shown(slow)}, which must be less than "
+            f"beta_fast={shown(fast)}"
+        )
+    if "attention_factor" in present:
+        amplitude = fields.real("attention_factor")
+    else:
+        has_both = "mscale" in present and "mscale_all_dim" in present
+        over, under = (
+            (fields.real("mscale"), fields.real("mscale_all_dim")) if has_both else (1.0, 0.0)
+        )
+        amplitude = (0.1 * over * math.log(factor) + 1) / (0.1 * under * math.log(factor) + 1)
+    return YarnRope(
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        amplitude=amplitude,
+        rounds_range=fields.flag("truncate"),
+    )
