@@ -184,6 +184,8 @@ class MicroBatch:
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [sequences + 1] int32 bounds; the padding tail is a sequence, too
     lengths: tuple[int, ...]  # of the sequences
+    trained_lengths: Tensor  # [sequences] int64, on the device, without what fills a sequence up;
+    # 0: nothing of it has a gradient
     loss: LossTokens
     part: RowPart | None  # None: this rank has the whole row
     response_lengths: Tensor  # [samples] int64, on the device

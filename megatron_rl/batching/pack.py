@@ -61,6 +61,10 @@ def pack(
         position_ids=position_ids.to(device),
         cu_seqlens=bounds.to(device, torch.int32),
         lengths=tuple(lengths),
+        trained_lengths=torch.tensor(
+            [sample.num_tokens * sample.has_gradient for sample in samples] + [0] * bool(padding),
+            dtype=torch.int64,
+        ).to(device),
         loss=loss.to(device),
         part=part,
         response_lengths=torch.tensor(responses, dtype=torch.int64).to(device),

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.megatron import faults
+from megatron_rl.megatron.auxiliary import auxiliary_problems
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.settable import DECIDED, FAULTY, OF_TE, REFUSED, VALUES
 from megatron_rl.parallel.config import ParallelConfig
@@ -86,6 +87,7 @@ def _override_problems(model: ModelConfig) -> Iterator[ConfigError]:
         elif name in VALUES and value not in VALUES[name][0]:
             allowed, reason = VALUES[name]
             yield ConfigError(field, value, reason, _one_of(field, allowed))
+    yield from auxiliary_problems(model.megatron)
 
 
 def _one_of(field: str, allowed: Iterable[object]) -> str:

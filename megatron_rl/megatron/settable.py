@@ -6,6 +6,7 @@ neither network nor routing, nor anything that this package relies on, is not se
 
 from collections.abc import Mapping
 
+from megatron_rl.megatron.auxiliary import KIND, KINDS
 from megatron_rl.parallel.config import ParallelConfig
 
 
@@ -34,6 +35,8 @@ SETTABLE = by_field(
             moe_deepep_num_sms moe_hybridep_num_sms moe_permute_fusion_into_hybridep
             moe_hybridep_pad_uneven_dispatch_inputs moe_hybridep_num_blocks_permute
             moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing""",
+        "auxiliary losses of routers, which are computed here (auxiliary.py)": """
+            moe_aux_loss_coeff moe_z_loss_coeff""",
         "precision of the router's own product, which only near ties notice": "moe_router_dtype",
         "debugging: it writes what entry points were called with": "config_logger_dir",
     }
@@ -59,6 +62,11 @@ VALUES: dict[str, tuple[tuple[object, ...], str]] = {
         ("alltoall", "flex"),
         "rows are packed, and their lengths differ between the ranks that share experts",
     ),
+    KIND: (
+        KINDS,
+        "others balance over a micro-batch, which is another one at every layout and row length, "
+        "or choose other experts than the engine does",
+    ),
     "attention_backend": (
         ("auto", "flash", "fused", "unfused"),
         "one of Transformer Engine's kernels has to run",
@@ -68,9 +76,6 @@ OF_TE = (*SETTABLE_OF_TE, "attention_backend")  # without effect in local layers
 # Fields that are refused while Megatron-Core has the fault.
 FAULTY = {
     "perform_initialization": "weights_without_marks",
-    "moe_router_load_balancing_type": "auxiliary_losses_times_tokens",
-    "moe_aux_loss_coeff": "auxiliary_losses_times_tokens",
-    "moe_z_loss_coeff": "auxiliary_losses_times_tokens",
 }
 # Why it cannot be set -> fields.
 REFUSED = by_field(

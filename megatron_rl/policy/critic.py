@@ -82,6 +82,7 @@ class Critic(TrainedModel):
 
         self.backward(microbatches, measure)
         metrics = value_metrics(self.summed_parts(sums.cpu()))  # the host waits here, and only here
+        metrics |= self.routers.metrics(self.name)
         return metrics | self.step(metrics["critic/loss"])
 
     def _values(self, hidden: Tensor, own: LossTokens) -> Tensor:

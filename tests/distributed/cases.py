@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference import FORMULAS, Answer, Key, Measured, Recipe, Reference, Values
+from reference import FORMULAS, Answer, Auxiliary, Key, Measured, Recipe, Reference, Values
 from splits import LAYOUTS, Layout
 from tiny_models import (
     MAX_RESPONSE_TOKENS,
@@ -31,6 +31,7 @@ class Question:
     recipe: Recipe
     groups: str = "graded"
     has_old: bool = True  # else the ratio is exactly 1
+    auxiliary: Auxiliary | None = None  # losses of routers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,9 @@ def question_of(preset: str, **changes: Any) -> Question:
 
 def cases_of(layout: Layout) -> Iterator[Case]:
     """The presets, and everything that must not matter to them; at some layouts a part of it."""
+    if layout.auxiliary is not None:
+        yield from auxiliary_cases(layout.auxiliary)
+        return
     if layout.has_least:
         yield Case(question=question_of("grpo"))
         yield Case(question=Question(recipe=EVERY_TERM), row_tokens=MANY_ROWS, owners="backwards")
@@ -151,6 +155,22 @@ def cases_of(layout: Layout) -> Iterator[Case]:
         )
 
 
+def auxiliary_cases(auxiliary: Auxiliary) -> Iterator[Case]:
+    """Rows from one to many, everybody's prompts, and responses that are rejected or do nothing."""
+
+    def asked(recipe: Recipe, **changes: Any) -> Question:
+        return Question(recipe=recipe, auxiliary=auxiliary, **changes)
+
+    yield Case(question=asked(Recipe(preset="grpo")))
+    yield Case(question=asked(EVERY_TERM), row_tokens=MANY_ROWS, owners="backwards")
+    yield Case(
+        question=asked(Recipe(preset="reinforce_rej")),
+        row_tokens=MANY_ROWS,
+        train_on_everything=True,
+    )
+    yield Case(question=asked(Recipe(preset="reinforce"), groups="lonely"), row_tokens=ONE_ROW)
+
+
 def share_of(layout: Layout) -> list[Case]:
     """What is measured where not everything is: all of it on one rank, and elsewhere in turns.
 
@@ -199,7 +219,7 @@ def write_problem(model: str, folder: Path) -> Path:
     graded, gold = graded_groups(), with_other_ids(gold_groups(), 1000)
     ranked = with_other_ids(graded_groups(RANKED_REWARDS, seed=3), 2000)
     drawn = with_other_ids(graded_groups(ROUNDS_REWARDS, seed=4), 3000)
-    logprobs, entropies = reference.logprobs([*graded, *gold, *ranked, *drawn])
+    logprobs, entropies, routed = reference.run([*graded, *gold, *ranked, *drawn])
     generator = torch.Generator().manual_seed(5)
     old, ref, rollout = ({k: _near(v, generator) for k, v in logprobs.items()} for _ in range(3))
     rollout = {key: value.float() for key, value in rollout.items()}  # what an engine returns
@@ -221,6 +241,7 @@ def write_problem(model: str, folder: Path) -> Path:
         entropies=entropies,
         ref=ref,
         rollout={key: value.double() for key, value in rollout.items()},
+        routed=routed,
         values=values,
         max_response_tokens=MAX_RESPONSE_TOKENS,
     )
@@ -230,6 +251,7 @@ def write_problem(model: str, folder: Path) -> Path:
             question.recipe,
             groups[question.groups],
             replace(measured, old=old if question.has_old else None),
+            question.auxiliary,
         )
         for question in sorted(asked, key=repr)
     }

@@ -51,6 +51,15 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Auxiliary:
+    """Auxiliary losses of routers: over what experts are balanced, and the coefficients."""
+
+    over: str | None = None  # "sequence" or "update"
+    balance: float = 0.0
+    z: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Formula:
     """selection: rewards of a group -> keep; advantage: rewards of a group -> one each.
 
@@ -176,6 +185,8 @@ class Answer:
     gradients: dict[str, Tensor]  # by Hugging Face name, float64
     clipped_low: int
     clipped_high: int
+    balance: float = 0.0  # auxiliary losses without coefficients, means over layers
+    z: float = 0.0
 
     @property
     def norm(self) -> float:
@@ -200,6 +211,10 @@ class Reference:
             if type(module).__name__.endswith("TopKRouter"):
                 module.forward = _float64_router(module)
         self.temperature = temperature
+        self._routed: list[Tensor] = []  # logits [T, E] of each layer, of the sequence that ran last
+        for module in self.model.modules():
+            if type(module).__name__.endswith("TopKRouter"):
+                module.register_forward_hook(lambda _, __, found: self._routed.append(found[0]))
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -227,30 +242,55 @@ class Reference:
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> tuple[dict[Key, Tensor], Values]:
         """Log-probabilities and entropies of all response tokens, with gradient."""
-        logprobs, entropies = {}, {}
+        logprobs, entropies, _ = self.run(groups)
+        return logprobs, entropies
+
+    def run(
+        self, groups: Sequence[RolloutGroup]
+    ) -> tuple[dict[Key, Tensor], Values, dict[Key, list[Tensor]]]:
+        """The same, and the logits [T, E] of the router of each layer with experts."""
+        logprobs, entropies, routed = {}, {}, {}
         for group in groups:
             for index, rollout in enumerate(group.rollouts):
                 prompt, response = group.prompt.tokens, rollout.response_tokens
+                self._routed = []
                 logits = self.model(torch.cat([prompt, response])[None]).logits[0]
                 logits = logits[len(prompt) - 1 : -1] / self.temperature
                 log_p = logits - logits.logsumexp(-1, keepdim=True)
                 key = (group.prompt.group_id, index)
                 logprobs[key] = log_p[torch.arange(len(response)), response]
                 entropies[key] = -(log_p.exp() * log_p).sum(-1)
-        return logprobs, entropies
+                routed[key] = self._routed
+        return logprobs, entropies, routed
 
     def answer(
-        self, recipe: Recipe, groups: Sequence[RolloutGroup], measured: "Measured"
+        self,
+        recipe: Recipe,
+        groups: Sequence[RolloutGroup],
+        measured: "Measured",
+        auxiliary: Auxiliary | None = None,
     ) -> Answer:
-        """Loss and gradients; the graph of the measured log-probs stays for further calls."""
+        """Loss and gradients; the graph of the measured log-probs stays for further calls.
+
+        Auxiliary losses are in the gradients, and not in the loss.
+        """
         loss, low, high = loss_of(recipe, groups, measured)
+        balance, z = torch.zeros(()), torch.zeros(())
+        minimised = loss
+        if auxiliary is not None:
+            routed = [measured.routed[key] for key in _trained(recipe, groups)]
+            top_k = self.model.config.num_experts_per_tok
+            balance, z = auxiliary_losses(routed, auxiliary.over, top_k)
+            minimised = loss + len(routed[0]) * (auxiliary.balance * balance + auxiliary.z * z)
         names, parameters = zip(*self.model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        gradients = torch.autograd.grad(minimised, parameters, retain_graph=True)
         return Answer(
             loss=loss.item(),
             gradients=self.in_file(dict(zip(names, gradients, strict=True))),
             clipped_low=low,
             clipped_high=high,
+            balance=float(balance),
+            z=float(z),
         )
 
 
@@ -263,8 +303,40 @@ class Measured:
     old: Values | None = None
     ref: Values = field(default_factory=dict)
     rollout: Values = field(default_factory=dict)
+    routed: Mapping[Key, list[Tensor]] = field(default_factory=dict)  # logits of routers
     values: Values = field(default_factory=dict)  # of the critic
     max_response_tokens: int = 1
+
+
+def auxiliary_losses(
+    routed: Sequence[Sequence[Tensor]], over: str | None, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """(balance, z) as means over layers, of the routers' logits [T, E] of sequences and layers."""
+    balance, z = [], []
+    for of_layer in zip(*routed, strict=True):
+        tokens = sum(len(logits) for logits in of_layer)
+        z.append(sum(logits.logsumexp(-1).square().sum() for logits in of_layer) / tokens)
+        parts = [torch.cat(of_layer)] if over == "update" else of_layer
+        terms = []
+        for logits in parts:
+            probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
+            chosen = torch.zeros_like(probs).scatter(1, logits.topk(top_k).indices, 1.0)
+            evenness = (chosen.mean(0) / top_k * probs.mean(0)).sum() * probs.shape[1]
+            terms.append(evenness * len(logits) / tokens)
+        balance.append(sum(terms))
+    return torch.stack(balance).mean(), torch.stack(z).mean()
+
+
+def _trained(recipe: Recipe, groups: Sequence[RolloutGroup]) -> list[Key]:
+    """The responses on which some term of the loss acts."""
+    formula, found = FORMULAS[recipe.preset], []
+    for group in groups:
+        rewards = torch.tensor([1.0 if r.reward is None else r.reward for r in group.rollouts])
+        keep, advantages = formula.selection(rewards.double()), formula.advantage(rewards.double())
+        acts = torch.full_like(keep, bool(recipe.kl_coef or recipe.entropy_coef))
+        for index in (keep & (acts | (advantages != 0))).nonzero()[:, 0].tolist():
+            found.append((group.prompt.group_id, index))
+    return found
 
 
 def loss_of(

@@ -96,6 +96,15 @@ def test_the_gradient_norm_equals_the_unsharded_one(measurements, layout):
     assert not wrong, "\n".join(map(str, wrong))
 
 
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS if layout.auxiliary], ids=lambda layout: layout.name
+)
+def test_the_losses_of_routers_are_reported_as_the_unsharded_ones(measurements, layout):
+    rows = measurements[layout.name]
+    wrong = [row for row in rows if not row["auxiliary_error"] < BOUND]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
 def test_the_cases_are_what_they_are_for(measurements, problems):
     """Rows from one to many, other counts on other ranks, ranks without a sample, real clipping."""
     rows = measurements["DP2"]
