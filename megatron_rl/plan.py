@@ -20,7 +20,7 @@ from megatron_rl.fit import (
     ways_out,
 )
 from megatron_rl.input_report import input_lines
-from megatron_rl.megatron.refusals import model_problems, reference_problems
+from megatron_rl.megatron.refusals import model_problems, reference_problems, router_problems
 from megatron_rl.memory import (
     GIB,
     busiest_rank,
@@ -57,6 +57,7 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
     model_dir = find_model(config.model.path, "model.path").config_dir
     arch = read_model_config(model_dir, config.model.ignore_config_fields)
     problems = [*world_problems(config, world), *model_problems(arch, config.parallel)]
+    problems += router_problems(arch, config.model)
     if not config.is_supervised:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
     told = [str(problem) for problem in problems]

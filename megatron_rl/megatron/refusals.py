@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.megatron import faults
-from megatron_rl.megatron.auxiliary import auxiliary_problems
+from megatron_rl.megatron.auxiliary import FIELDS, auxiliary_problems
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.settable import DECIDED, FAULTY, OF_TE, REFUSED, VALUES
 from megatron_rl.parallel.config import ParallelConfig
@@ -149,6 +149,16 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     yield from split_problems(field, tp, rows, arch.num_query_groups)
     yield from stage_problems(arch.num_layers, parallel)
     yield from _expert_problems(arch, parallel)
+
+
+def router_problems(arch: ModelArch, model: ModelConfig) -> Iterator[ConfigError]:
+    """Losses of routers that the model does not have."""
+    for name in FIELDS if arch.mixture is None else ():
+        if (value := model.megatron.get(name)) not in (None, 0, "none"):
+            field = f"model.megatron.{name}"
+            yield ConfigError(
+                field, value, "has no effect: the model has no experts", "Leave it out"
+            )
 
 
 def reference_problems(path: str, arch: ModelArch, parallel: ParallelConfig) -> Iterator[str]:

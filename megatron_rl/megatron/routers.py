@@ -1,4 +1,4 @@
-"""The routers of a model: auxiliary losses of an update, the same at every layout.
+"""The routers of a model: auxiliary losses of an update, and routing by the engine's choice.
 
 Megatron-Core balances experts over a micro-batch, which is another set of tokens at every layout
 and row length, and scales by token counts that global loss weights leave no place for (faults.py,
@@ -14,6 +14,10 @@ experts, of which a token has K:
 `seq_aux_loss` takes f and P over one sequence, and the mean over sequences weighs each by its
 tokens; `global_aux_loss` takes them over the update. f has no gradient. The update's loss gets the
 sum over layers of coefficient times loss; metrics are means over layers without the coefficient.
+
+A row that says which experts the engine chose is routed by them, in passes that measure and in
+updates. Only the choice is the engine's: probabilities are those of the policy's own logits, and
+so are gradients.
 """
 
 from collections import deque
@@ -45,6 +49,7 @@ class RoutedRow:
     sequence_of: Tensor  # [t] int64
     is_counted: Tensor  # [t] bool: a token of a sequence that is trained, and no padding
     lengths: Tensor  # [S] int64: such tokens of each sequence, on all ranks that share the row
+    experts: Tensor | None = None  # [t, L, K] int16: the engine's choice; -1: it made none
 
 
 class Routers:
@@ -59,7 +64,8 @@ class Routers:
         self.running: Pass = "measure"
         self.num_tokens = 0  # T
         modules = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
-        self._routers = [_Router(module, self) for module in modules] if self._losses else []
+        mixtures = [layer for layer in range(arch.num_layers) if arch.has_experts(layer)]
+        self._routers = [_Router(m, self, mixtures.index(m.layer_number - 1)) for m in modules]
 
     @property
     def losses(self) -> AuxiliaryLosses:
@@ -73,7 +79,7 @@ class Routers:
     @contextmanager
     def forward_of(self, batch: MicroBatch) -> Iterator[None]:
         """The forward of a row through a model chunk."""
-        if self.running == "measure":
+        if self.running == "measure" and batch.experts is None:
             yield
             return
         self.row = self._row(batch)
@@ -93,14 +99,14 @@ class Routers:
     def training(self, microbatches: Sequence[MicroBatch]) -> Iterator[None]:
         """Forward and backward passes of an update, of these rows on this rank."""
         if not self._losses:
-            yield
+            is_told = any(batch.experts is not None for batch in microbatches)
+            with self._running("train" if is_told else "measure"):
+                yield
             return
         own = sum(s.num_tokens for mb in microbatches for s in mb.samples if s.has_gradient)
         tokens = torch.tensor([own if self._groups.is_first_copy else 0])
         dist.all_reduce(tokens, group=self._groups.world)
         self.num_tokens = int(tokens)
-        for router in self._routers:
-            router.begin()
         with self._running("train"):
             yield
 
@@ -120,6 +126,8 @@ class Routers:
     @contextmanager
     def _running(self, which: Pass) -> Iterator[None]:
         self.running = which
+        for router in self._routers if which == "train" else ():
+            router.begin()
         try:
             yield
         finally:
@@ -150,18 +158,49 @@ class Routers:
         if layout.tp > 1:  # a mixture under tensor parallelism is under sequence parallelism, too
             sequence_of = sequence_of.chunk(layout.tp)[here.tp_rank]
             places = places.chunk(layout.tp)[here.tp_rank]
+        experts = batch.experts
+        if layout.tp > 1 and experts is not None:
+            experts = experts.chunk(layout.tp)[here.tp_rank]
         lengths = batch.trained_lengths
         return RoutedRow(
             sequence_of=sequence_of,
             is_counted=places < lengths.index_select(0, sequence_of),
             lengths=lengths,
+            experts=None if experts is None else experts.to(device, non_blocking=True),
         )
+
+
+class EngineChoice:
+    """Routes by the engine's choice, in the place of Megatron-Core's RouterReplay.
+
+    That one tells every token, or none; the engine does not say what padding, and the last token
+    of a response, which it never saw, would be routed by.
+    """
+
+    def __init__(self, experts: Tensor) -> None:
+        """experts: [t, K] int16; -1: as the router would."""
+        self._experts = experts
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [t, K] and numbers [t, K] of the experts that tokens go to."""
+        _, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        chosen = torch.where(self._experts < 0, own, self._experts.long())
+        return scores.gather(1, chosen), chosen
 
 
 class _Router:
     """One router of Megatron-Core, whose `routing` this stands around."""
 
-    def __init__(self, module: TopKRouter, of_model: Routers) -> None:
+    def __init__(self, module: TopKRouter, of_model: Routers, place: int) -> None:
+        """place: of its layer among those with experts."""
+        self._place = place
         self._module, self._of_model, self._stock = module, of_model, module.routing
         self.layer: int = module.layer_number - 1  # counted over the whole model
         device = module.weight.device
@@ -176,24 +215,33 @@ class _Router:
         self.found.zero_()
 
     def routing(self, logits: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
-        running = self._of_model.running
-        if running == "measure":
-            routed: tuple[Tensor, Tensor] = self._stock(logits, *args, **settings)
-            return routed
-        row = self._row_of_call()
-        probabilities, routing_map = self._stock(logits, *args, **settings)
-        if running == "count":
+        row, running = self._row_of_call(), self._of_model.running
+        probabilities, routing_map = self._routed(row, logits, *args, **settings)
+        if running == "count" and row is not None:
             self.chosen += (routing_map & row.is_counted[:, None]).sum(0)
-        elif torch.is_grad_enabled():
+        has_loss = running == "train" and bool(self._of_model.losses) and torch.is_grad_enabled()
+        if has_loss and row is not None:
             loss = self._loss(logits.flatten(0, -2), routing_map, row)
             probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss)
         return probabilities, routing_map
 
-    def _row_of_call(self) -> RoutedRow:
+    def _routed(
+        self, row: RoutedRow | None, logits: Tensor, *args: Any, **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The stock router's answer, by the engine's choice where there is one."""
+        if row is not None and row.experts is not None:
+            self._module.router_replay = EngineChoice(row.experts[:, self._place])
+        routed: tuple[Tensor, Tensor] = self._stock(logits, *args, **settings)
+        self._module.router_replay = None
+        return routed
+
+    def _row_of_call(self) -> RoutedRow | None:
         row = self._of_model.row
+        if self._of_model.running != "train":
+            return row
         if row is None:
             return self._waiting.popleft()
-        if self._of_model.running == "train" and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             self._waiting.append(row)
         return row
 

@@ -92,13 +92,8 @@ def question_of(preset: str, **changes: Any) -> Question:
 
 def cases_of(layout: Layout) -> Iterator[Case]:
     """The presets, and everything that must not matter to them; at some layouts a part of it."""
-    if layout.auxiliary is not None:
-        yield from auxiliary_cases(layout.auxiliary)
-        return
     if layout.has_least:
-        yield Case(question=question_of("grpo"))
-        yield Case(question=Question(recipe=EVERY_TERM), row_tokens=MANY_ROWS, owners="backwards")
-        yield Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
+        yield from least_cases(layout)
         return
     for preset in FORMULAS if layout.has_every_preset else FEW_PRESETS:
         yield Case(question=question_of(preset))
@@ -155,20 +150,18 @@ def cases_of(layout: Layout) -> Iterator[Case]:
         )
 
 
-def auxiliary_cases(auxiliary: Auxiliary) -> Iterator[Case]:
-    """Rows from one to many, everybody's prompts, and responses that are rejected or do nothing."""
+def least_cases(layout: Layout) -> Iterator[Case]:
+    """What a way to split a model could get wrong; where there are losses of routers, with them."""
 
-    def asked(recipe: Recipe, **changes: Any) -> Question:
-        return Question(recipe=recipe, auxiliary=auxiliary, **changes)
+    def asked(recipe: Recipe, groups: str = "graded") -> Question:
+        return Question(recipe=recipe, groups=groups, auxiliary=layout.auxiliary)
 
-    yield Case(question=asked(Recipe(preset="grpo")))
+    if layout.auxiliary is None:
+        yield Case(question=asked(Recipe(preset="grpo")))
+    else:  # what is rejected has no part in them
+        yield Case(question=asked(Recipe(preset="reinforce_rej")), train_on_everything=True)
     yield Case(question=asked(EVERY_TERM), row_tokens=MANY_ROWS, owners="backwards")
-    yield Case(
-        question=asked(Recipe(preset="reinforce_rej")),
-        row_tokens=MANY_ROWS,
-        train_on_everything=True,
-    )
-    yield Case(question=asked(Recipe(preset="reinforce"), groups="lonely"), row_tokens=ONE_ROW)
+    yield Case(question=asked(Recipe(preset="reinforce"), groups="lonely"))
 
 
 def share_of(layout: Layout) -> list[Case]:

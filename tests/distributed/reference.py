@@ -211,7 +211,7 @@ class Reference:
             if type(module).__name__.endswith("TopKRouter"):
                 module.forward = _float64_router(module)
         self.temperature = temperature
-        self._routed: list[Tensor] = []  # logits [T, E] of each layer, of the sequence that ran last
+        self._routed: list[Tensor] = []  # [T, E] of layers, of the sequence that ran last
         for module in self.model.modules():
             if type(module).__name__.endswith("TopKRouter"):
                 module.register_forward_hook(lambda _, __, found: self._routed.append(found[0]))

@@ -251,9 +251,19 @@ EVERY_LAYOUT = (
         ),
     ),
     Layout(
-        name="one rank, balanced", world=1, model="qwen3_moe_mixed", auxiliary=OVER_SEQUENCES
+        name="one rank, balanced",
+        world=1,
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_SEQUENCES,
+        has_least=True,
     ),
-    Layout(name="DP2, balanced", world=2, model="qwen3_moe_mixed", auxiliary=OVER_UPDATE),
+    Layout(
+        name="DP2, balanced",
+        world=2,
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_UPDATE,
+        has_least=True,
+    ),
     Layout(
         name="CP2 EP2, all recomputed, balanced",
         world=2,
@@ -262,6 +272,7 @@ EVERY_LAYOUT = (
         recompute="full",
         model="qwen3_moe_mixed",
         auxiliary=OVER_SEQUENCES,
+        has_least=True,
     ),
     Layout(
         name="TP2 SP EP2 ETP1, balanced",
@@ -272,6 +283,7 @@ EVERY_LAYOUT = (
         sequence_parallel=True,
         model="qwen3_moe_mixed",
         auxiliary=OVER_SEQUENCES,
+        has_least=True,
     ),
     Layout(
         name="TP2 SP CP2 EP2 ETP1, balanced",
@@ -283,6 +295,7 @@ EVERY_LAYOUT = (
         sequence_parallel=True,
         model="qwen3_moe_mixed",
         auxiliary=OVER_UPDATE,
+        has_least=True,
     ),
     Layout(
         name="EP2 PP2 VPP2, mixture recomputed, balanced",
@@ -293,6 +306,7 @@ EVERY_LAYOUT = (
         recompute="experts",
         model="qwen3_moe_mixed",
         auxiliary=OVER_SEQUENCES,
+        has_least=True,
     ),
     # Models of four layers where nothing else is said; names give the layers of each stage.
     Layout(name="PP2 of 1, 3", world=2, pp=2, split=Split(first=1), has_least=True),

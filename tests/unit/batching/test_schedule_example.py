@@ -102,4 +102,10 @@ def test_a_sample_as_a_vector():
         response_tokens=torch.tensor([2]),
         advantage=0.5,
     )
-    assert _encode(example).tolist() == [7, 1, 0, 2, 1, 0, 5, 9, 2, 0x3FE0000000000000]
+    assert _encode(example).tolist() == [7, 1, 0, 2, 1, 0, 1, 0, 0, 0, 5, 9, 2, 0x3FE0000000000000]
+
+
+def test_a_sample_keeps_whether_it_has_a_gradient():
+    for has_gradient in (True, False):
+        (found,) = _decode(_encode(replace(FIRST, has_gradient=has_gradient)))
+        assert found.has_gradient is has_gradient
