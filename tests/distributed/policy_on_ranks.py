@@ -72,6 +72,7 @@ class Measurement:
     worst_tensor: str
     norm_error: float
     auxiliary_error: float  # of the metrics
+    logprob_error: float  # of a pass that measures, in nats, where an engine chose the experts
     rows: tuple[int, ...]  # of each data-parallel rank
     empty_ranks: int  # data-parallel ranks without a sample
 
@@ -385,6 +386,7 @@ def measure(
     rows = microbatches_of(policy, case, problem)
     rows = rows if change is None else change(rows)
     weights = policy.snapshot()
+    scored = policy.logprobs(rows) if case.question.groups == "routed" else None
     with nullcontext() if fault is None else fault(policy):
         minimised = algorithm_of(case.question.recipe).loss()
         metrics = policy.update(rows, minimised).metrics
@@ -393,6 +395,7 @@ def measure(
     for name, parameter in policy.named_parameters().items():
         parameter.copy_(weights[name])
     error, worst = largest_error(policy, named_main_grads(policy), answer.gradients)
+    pairs = [(row, own) for row, own in zip(rows, scored or (), strict=False) if len(own)]
     counts = [None] * dist.get_world_size()
     here = policy.groups.here
     dist.all_gather_object(counts, (here.dp_rank, len(rows), sum(len(row.samples) for row in rows)))
@@ -405,6 +408,10 @@ def measure(
         worst_tensor=worst,
         norm_error=abs(norm - answer.norm) / answer.norm,
         auxiliary_error=_auxiliary_error(metrics, answer, case.question.auxiliary),
+        logprob_error=max(
+            (float((own - _at_rows(problem.routed, row)).abs().max()) for row, own in pairs),
+            default=0.0,
+        ),
         rows=tuple(counted[dp_rank][0] for dp_rank in sorted(counted)),
         empty_ranks=sum(samples == 0 for _, samples in counted.values()),
     )

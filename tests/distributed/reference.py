@@ -18,6 +18,8 @@ from megatron_rl.types import RolloutGroup
 
 Key = tuple[int, int]  # group_id, position in the group
 Values = Mapping[Key, Tensor]  # [R] float64 each
+Routed = tuple[Tensor, Tensor]  # of a router: its logits [T, E], the experts chosen [T, K]
+AllRouted = Mapping[Key, list[Routed]]  # of each layer with experts
 STD_EPS = 1e-6
 # In files, of all but Mixtral and of Mixtral: the block's name, gate, up and down.
 NAMES_OF_EXPERTS = (
@@ -209,12 +211,11 @@ class Reference:
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = _float64_norm(module)
             if type(module).__name__.endswith("TopKRouter"):
-                module.forward = _float64_router(module)
+                module.forward = _float64_router(module, self)
         self.temperature = temperature
-        self._routed: list[Tensor] = []  # [T, E] of layers, of the sequence that ran last
-        for module in self.model.modules():
-            if type(module).__name__.endswith("TopKRouter"):
-                module.register_forward_hook(lambda _, __, found: self._routed.append(found[0]))
+        # Of the sequence that runs: what its routers are told to choose, and what they did.
+        self._told: Tensor | None = None
+        self._routed: list[Routed] = []
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -245,15 +246,13 @@ class Reference:
         logprobs, entropies, _ = self.run(groups)
         return logprobs, entropies
 
-    def run(
-        self, groups: Sequence[RolloutGroup]
-    ) -> tuple[dict[Key, Tensor], Values, dict[Key, list[Tensor]]]:
-        """The same, and the logits [T, E] of the router of each layer with experts."""
+    def run(self, groups: Sequence[RolloutGroup]) -> tuple[dict[Key, Tensor], Values, AllRouted]:
+        """The same, and what routers did; they are told to choose as the rollout says."""
         logprobs, entropies, routed = {}, {}, {}
         for group in groups:
             for index, rollout in enumerate(group.rollouts):
                 prompt, response = group.prompt.tokens, rollout.response_tokens
-                self._routed = []
+                self._routed, self._told = [], rollout.experts
                 logits = self.model(torch.cat([prompt, response])[None]).logits[0]
                 logits = logits[len(prompt) - 1 : -1] / self.temperature
                 log_p = logits - logits.logsumexp(-1, keepdim=True)
@@ -262,6 +261,16 @@ class Reference:
                 entropies[key] = -(log_p.exp() * log_p).sum(-1)
                 routed[key] = self._routed
         return logprobs, entropies, routed
+
+    def choice(self, own: Tensor) -> Tensor:
+        """The experts [T, K] of a layer: those that are told, and the router's own behind them."""
+        if self._told is None:
+            return own
+        told = self._told[:, len(self._routed)].long()
+        return torch.cat([told, own[len(told) :]])
+
+    def note(self, logits: Tensor, experts: Tensor) -> None:
+        self._routed.append((logits, experts))
 
     def answer(
         self,
@@ -279,8 +288,7 @@ class Reference:
         minimised = loss
         if auxiliary is not None:
             routed = [measured.routed[key] for key in _trained(recipe, groups)]
-            top_k = self.model.config.num_experts_per_tok
-            balance, z = auxiliary_losses(routed, auxiliary.over, top_k)
+            balance, z = auxiliary_losses(routed, auxiliary.over)
             minimised = loss + len(routed[0]) * (auxiliary.balance * balance + auxiliary.z * z)
         names, parameters = zip(*self.model.named_parameters(), strict=True)
         gradients = torch.autograd.grad(minimised, parameters, retain_graph=True)
@@ -303,25 +311,23 @@ class Measured:
     old: Values | None = None
     ref: Values = field(default_factory=dict)
     rollout: Values = field(default_factory=dict)
-    routed: Mapping[Key, list[Tensor]] = field(default_factory=dict)  # logits of routers
+    routed: AllRouted = field(default_factory=dict)
     values: Values = field(default_factory=dict)  # of the critic
     max_response_tokens: int = 1
 
 
-def auxiliary_losses(
-    routed: Sequence[Sequence[Tensor]], over: str | None, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """(balance, z) as means over layers, of the routers' logits [T, E] of sequences and layers."""
+def auxiliary_losses(routed: Sequence[Sequence[Routed]], over: str | None) -> tuple[Tensor, Tensor]:
+    """(balance, z) as means over layers, of what routers did with sequences, layer by layer."""
     balance, z = [], []
     for of_layer in zip(*routed, strict=True):
-        tokens = sum(len(logits) for logits in of_layer)
-        z.append(sum(logits.logsumexp(-1).square().sum() for logits in of_layer) / tokens)
-        parts = [torch.cat(of_layer)] if over == "update" else of_layer
+        tokens = sum(len(logits) for logits, _ in of_layer)
+        z.append(sum(logits.logsumexp(-1).square().sum() for logits, _ in of_layer) / tokens)
+        whole = [tuple(map(torch.cat, zip(*of_layer, strict=True)))]
         terms = []
-        for logits in parts:
+        for logits, experts in whole if over == "update" else of_layer:
             probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
-            chosen = torch.zeros_like(probs).scatter(1, logits.topk(top_k).indices, 1.0)
-            evenness = (chosen.mean(0) / top_k * probs.mean(0)).sum() * probs.shape[1]
+            chosen = torch.zeros_like(probs).scatter(1, experts, 1.0).mean(0) / experts.shape[1]
+            evenness = (chosen * probs.mean(0)).sum() * probs.shape[1]
             terms.append(evenness * len(logits) / tokens)
         balance.append(sum(terms))
     return torch.stack(balance).mean(), torch.stack(z).mean()
@@ -496,10 +502,14 @@ def _float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _float64_router(module: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _float64_router(
+    module: Any, reference: Reference
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
-        chosen, experts = logits.softmax(-1).topk(module.top_k, dim=-1)
+        experts = reference.choice(logits.topk(module.top_k, dim=-1).indices)
+        reference.note(logits, experts)
+        chosen = logits.softmax(-1).gather(-1, experts)
         if getattr(module, "norm_topk_prob", True):  # Mixtral always does
             chosen = chosen / chosen.sum(-1, keepdim=True)
         return logits, chosen, experts

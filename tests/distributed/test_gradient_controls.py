@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import MANY_ROWS, Case, question_of
+from cases import MANY_ROWS, Case, Question, question_of
 from harness import run_on_ranks
+from reference import Recipe
 from splits import LAYOUTS
 from tiny_models import VOCAB_SIZE
 
@@ -27,6 +28,9 @@ BOUND = 1e-12
 
 CASE = Case(question=question_of("grpo"), row_tokens=MANY_ROWS)
 OF_RESPONSES = Case(question=question_of("gspo"), row_tokens=MANY_ROWS)
+ROUTED = Case(
+    question=Question(recipe=Recipe(preset="grpo"), groups="routed"), row_tokens=MANY_ROWS
+)
 WITH_REJECTED = Case(
     question=question_of("reinforce_rej"), row_tokens=MANY_ROWS, train_on_everything=True
 )
@@ -58,10 +62,16 @@ FAULTS = {
     "losses_of_routers_by_rank": (("DP2, balanced",), "gradient_error"),
     "experts_counted_on_one_rank": (("DP2, balanced",), "gradient_error"),
     "rows_recomputed_backwards": ((STAGES_BALANCED,), "gradient_error"),
+    "experts_not_replayed": ((BALANCED,), "gradient_error"),
+    "experts_of_the_token_before": ((BALANCED,), "gradient_error"),
 }
 WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied", "CP2")
 OTHERS = ("DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced", STAGES_BALANCED)
-CASES_OF = {"response_of_own_tokens_alone": OF_RESPONSES}  # else CASE
+CASES_OF = {
+    "response_of_own_tokens_alone": OF_RESPONSES,
+    "experts_not_replayed": ROUTED,
+    "experts_of_the_token_before": ROUTED,
+}  # else CASE
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +130,9 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
             clean = []
             plain = _balanced(CASE, layout)
             for fault in (f for f, (layouts, _) in FAULTS.items() if layout.name in layouts):
-                change = shift_one_target(policy) if fault == "one_target_shifted" else None
-                inject = globals().get(fault)
-                case = CASES_OF.get(fault, plain)
+                change = CHANGES[fault](policy) if fault in CHANGES else None
+                inject = None if change else globals()[fault]
+                case = _balanced(CASES_OF.get(fault, CASE), layout)
                 found[f"{layout.name}: {fault}"] = vars_of(
                     measure(policy, case, problem, layout=layout, fault=inject, change=change)
                 )
@@ -230,6 +240,28 @@ def shift_one_target(policy: Any) -> Any:
         return (shifted, *rows[1:])
 
     return change
+
+
+def without_experts(policy: Any) -> Any:
+    return lambda rows: tuple(row.without_experts for row in rows)
+
+
+def experts_shifted(policy: Any) -> Any:
+    """Each token is told what the one before it was routed by."""
+
+    def shifted(row: Any) -> Any:
+        experts = None if row.experts is None else row.experts.roll(1, 0)
+        return replace(row, experts=experts)
+
+    return lambda rows: tuple(map(shifted, rows))
+
+
+CHANGES = {
+    "one_target_shifted": shift_one_target,
+    "experts_not_replayed": without_experts,
+    "experts_of_the_token_before": experts_shifted,
+}
+"""Faults of the rows, and not of what computes."""
 
 
 @contextmanager
