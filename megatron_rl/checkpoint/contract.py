@@ -106,10 +106,16 @@ CONTRACT = (
     _clause(
         "model.ignore_config_fields "
         "model.layer_spec model.recompute_granularity model.recompute_method "
-        "model.recompute_num_layers model.recompute_modules model.megatron ops.backend "
+        "model.recompute_num_layers model.recompute_modules ops.backend "
         "batching.max_tokens_per_microbatch",
         "may change",
         "the network and its gradient stay the same, to rounding",
+    ),
+    _clause(
+        "model.megatron",
+        "may change",
+        "the network and its gradient stay the same, to rounding, but for losses of routers, which "
+        "count from the next update on",
     ),
     _clause(
         "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "

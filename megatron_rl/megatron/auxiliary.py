@@ -49,15 +49,24 @@ def auxiliary_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
     """Coefficients that are none, and those that act on nothing."""
     kind, field = overrides.get(KIND, "none"), f"model.megatron.{COEFF}"
     coeff, z_coeff = overrides.get(COEFF), overrides.get(Z_COEFF)
-    if kind == "none":
+    if kind not in KINDS:
+        yield ConfigError(
+            f"model.megatron.{KIND}",
+            kind,
+            "it balances over a micro-batch, which is another one at every layout and row length, "
+            "or chooses other experts than the engine does",
+            f"Set model.megatron.{KIND}=none, or name {' or '.join(KINDS[1:])} there and a "
+            f"coefficient in {field}",
+        )
+    elif kind == "none":
         if coeff:
             yield ConfigError(
                 field,
                 coeff,
                 f"has no effect without model.megatron.{KIND}",
-                f"Set model.megatron.{KIND}=seq_aux_loss or set {field}=0",
+                f"Set {field}=0, or name {' or '.join(KINDS[1:])} in model.megatron.{KIND}",
             )
-    elif kind in KINDS and not _is_coefficient(coeff):
+    elif not _is_coefficient(coeff):
         rule = f"is what model.megatron.{KIND}={kind} is multiplied by: a number above 0"
         yield ConfigError(field, coeff, rule, f"Set {field}=0.001")
     if z_coeff and not _is_coefficient(z_coeff):

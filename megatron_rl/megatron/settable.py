@@ -6,7 +6,6 @@ neither network nor routing, nor anything that this package relies on, is not se
 
 from collections.abc import Mapping
 
-from megatron_rl.megatron.auxiliary import KIND, KINDS
 from megatron_rl.parallel.config import ParallelConfig
 
 
@@ -35,8 +34,6 @@ SETTABLE = by_field(
             moe_deepep_num_sms moe_hybridep_num_sms moe_permute_fusion_into_hybridep
             moe_hybridep_pad_uneven_dispatch_inputs moe_hybridep_num_blocks_permute
             moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing""",
-        "auxiliary losses of routers, which are computed here (auxiliary.py)": """
-            moe_aux_loss_coeff moe_z_loss_coeff""",
         "precision of the router's own product, which only near ties notice": "moe_router_dtype",
         "debugging: it writes what entry points were called with": "config_logger_dir",
     }
@@ -53,6 +50,13 @@ SETTABLE_OF_TE = by_field(
             moe_permute_fusion moe_router_fusion""",
     }
 )
+# They change the gradient, on purpose.
+OF_ROUTERS = by_field(
+    {
+        "losses of routers, which are ours (auxiliary.py)": """
+            moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff"""
+    }
+)
 NO_DROPOUT = "the engine samples without dropout, so the trainer must score without it"
 # Fields that may have some of their values: those, and why not the others.
 VALUES: dict[str, tuple[tuple[object, ...], str]] = {
@@ -61,11 +65,6 @@ VALUES: dict[str, tuple[tuple[object, ...], str]] = {
     "moe_token_dispatcher_type": (
         ("alltoall", "flex"),
         "rows are packed, and their lengths differ between the ranks that share experts",
-    ),
-    KIND: (
-        KINDS,
-        "others balance over a micro-batch, which is another one at every layout and row length, "
-        "or choose other experts than the engine does",
     ),
     "attention_backend": (
         ("auto", "flash", "fused", "unfused"),
@@ -206,5 +205,5 @@ REFUSED = by_field(
         **{f"it is parallel.{name}": name for name in ParallelConfig.model_fields},
     }
 )
-DECIDED = (*SETTABLE, *SETTABLE_OF_TE, *VALUES, *FAULTY, *REFUSED)
+DECIDED = (*SETTABLE, *SETTABLE_OF_TE, *OF_ROUTERS, *VALUES, *FAULTY, *REFUSED)
 """Every field of the tested versions, and sizes that Megatron-Core keeps elsewhere."""
