@@ -176,6 +176,7 @@ def _build_rollouts(
         reward_parts=tuple(config.reward.parts),
         rounds=_rounds_plan(config, inputs),
         more=inputs.prompts.more,
+        with_experts=config.rollout.routing_replay,
     )
 
 

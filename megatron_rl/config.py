@@ -277,6 +277,18 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             "train another model than the one that is used",
             "Set rollout.temperature=1",
         )
+    if rollout.routing_replay and (
+        config.is_supervised or "moe_router_fusion" in config.model.megatron
+    ):
+        yield ConfigError(
+            "rollout.routing_replay",
+            True,
+            "nothing is sampled"
+            if config.is_supervised
+            else "Transformer Engine's router, which model.megatron.moe_router_fusion asks for, "
+            "chooses by itself",
+            "Set rollout.routing_replay=false",
+        )
     if config.is_supervised and config.evaluation.benchmarks:
         yield ConfigError(
             "evaluation.benchmarks",

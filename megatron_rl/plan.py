@@ -20,7 +20,12 @@ from megatron_rl.fit import (
     ways_out,
 )
 from megatron_rl.input_report import input_lines
-from megatron_rl.megatron.refusals import layer_problems, model_problems, reference_problems
+from megatron_rl.megatron.refusals import (
+    layer_problems,
+    model_problems,
+    reference_problems,
+    router_problems,
+)
 from megatron_rl.memory import (
     GIB,
     busiest_rank,
@@ -60,6 +65,7 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
         *world_problems(config, world),
         *model_problems(arch, config.parallel),
         *layer_problems(arch, config.model, detect().device_type),
+        *router_problems(arch, config.model),
     ]
     if not config.is_supervised:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)

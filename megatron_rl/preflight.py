@@ -12,7 +12,12 @@ from megatron_rl.checkpoint.names import CHECKPOINTS, checkpoints_in
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.evaluation.benchmark import Benchmark, load_benchmark
-from megatron_rl.megatron.refusals import layer_problems, model_problems, reference_problems
+from megatron_rl.megatron.refusals import (
+    layer_problems,
+    model_problems,
+    reference_problems,
+    router_problems,
+)
 from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
 from megatron_rl.metrics.starts import date_in
 from megatron_rl.platforms.base import detect
@@ -256,6 +261,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     arch = read_model_config(model.config_dir, config.model.ignore_config_fields)
     found.note(model_problems(arch, config.parallel))
     found.note(layer_problems(arch, config.model, detect().device_type))
+    found.note(router_problems(arch, config.model))
     if config.has_engine:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
         found.note(device_problems(arch, config.rollout, detect()))

@@ -70,6 +70,8 @@ class Rollout:
     verdict: Verdict | None = None  # added by reward/
     reward_parts: Mapping[str, float] = field(default_factory=dict)  # values before their weights
     extracted: str | None = None  # the answer found in the text, added by reward/
+    experts: Tensor | None = None  # [P + R - 1, L, K] uint8 or int16: the K that the engine chose
+    # in each of the L layers with experts, for every token but the last; None: not asked for
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None and len(self.rollout_logprobs) != len(
@@ -101,6 +103,7 @@ class Sample:
     advantage: float  # under gae still the reward: the critic makes advantages of tokens
     has_gradient: bool = True  # False: it goes through the model at advantage or weight 0
     rollout_logprobs: Tensor | None = None  # [R] float32
+    experts: Tensor | None = None  # [P + R - 1, L, K], as of the rollout
     old_logprobs: Tensor | None = None  # [R] float32 or float64, added by policy/
     ref_logprobs: Tensor | None = None  # [R] likewise
 
@@ -184,11 +187,15 @@ class MicroBatch:
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [sequences + 1] int32 bounds; the padding tail is a sequence, too
     lengths: tuple[int, ...]  # of the sequences
+    trained_lengths: Tensor  # [sequences] int64, on the device, without what fills a sequence up;
+    # 0: nothing of it has a gradient
     loss: LossTokens
     part: RowPart | None  # None: this rank has the whole row
     response_lengths: Tensor  # [samples] int64, on the device
     group_of: Tensor  # [samples] int64, on the device: 0 for the first group of the row, then 1
     samples: tuple[Sample, ...]  # in row order
+    experts: Tensor | None = None  # [T, L, K] int16 in host memory, as of rollouts: by these the
+    # policy routes; -1: as it would itself
 
     @property
     def max_seqlen(self) -> int:
@@ -206,6 +213,11 @@ class MicroBatch:
         if part is None:
             return self.loss
         return replace(self.loss.each(lambda x: x.index_select(0, part.loss)), at=part.at)
+
+    @property
+    def without_experts(self) -> "MicroBatch":
+        """The row for a model that was not asked when it was sampled: it routes as it would."""
+        return replace(self, experts=None)
 
     @property
     def num_groups(self) -> int:

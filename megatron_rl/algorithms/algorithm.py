@@ -290,4 +290,5 @@ def _sample(prompt: Prompt, rollout: Rollout, index: int, update: int, advantage
         response_tokens=rollout.response_tokens,
         advantage=advantage,
         rollout_logprobs=rollout.rollout_logprobs,
+        experts=rollout.experts,
     )

@@ -19,6 +19,7 @@ def measured_samples(groups: Sequence[RolloutGroup], most_each: int | None = Non
             response_tokens=rollout.response_tokens,
             advantage=0.0,
             rollout_logprobs=rollout.rollout_logprobs,
+            experts=rollout.experts,
         )
         for group in groups
         for index, rollout in enumerate(group.rollouts[:most_each])

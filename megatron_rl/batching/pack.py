@@ -48,10 +48,12 @@ def pack(
         )
     position_ids = torch.cat([torch.arange(length) for length in lengths])
     loss = _loss_tokens(samples, bounds.tolist(), weight_of, dtype)
+    experts = _experts(samples, bounds.tolist(), used + padding)
     part = None
     if cp > 1:
         own = own_entries(lengths, cp, cp_rank, torch.device("cpu"))
         tokens, position_ids = tokens[own], position_ids[own]
+        experts = None if experts is None else experts[own]
         part = _part(own, loss.at, used + padding, device)
     groups: dict[int, int] = {}
     group_of = [groups.setdefault(sample.group_id, len(groups)) for sample in samples]
@@ -61,11 +63,16 @@ def pack(
         position_ids=position_ids.to(device),
         cu_seqlens=bounds.to(device, torch.int32),
         lengths=tuple(lengths),
+        trained_lengths=torch.tensor(
+            [sample.num_tokens * sample.has_gradient for sample in samples] + [0] * bool(padding),
+            dtype=torch.int64,
+        ).to(device),
         loss=loss.to(device),
         part=part,
         response_lengths=torch.tensor(responses, dtype=torch.int64).to(device),
         group_of=torch.tensor(group_of, dtype=torch.int64).to(device),
         samples=tuple(samples),
+        experts=experts.pin_memory() if experts is not None and device.type == "cuda" else experts,
     )
 
 
@@ -91,6 +98,18 @@ def _loss_tokens(
         advantages=per_token([sample.advantage for sample in samples]),
         rollout_logprobs=_joined(rollout, dtype) if len(rollout) == len(samples) else None,
     )
+
+
+def _experts(samples: Sequence[Sample], starts: Sequence[int], row_tokens: int) -> Tensor | None:
+    """The experts [T, L, K] that the engine chose, where it told them of any sample."""
+    told = [(s.experts, start) for s, start in zip(samples, starts, strict=False)]
+    found = [(chosen, start) for chosen, start in told if chosen is not None]
+    if not found:
+        return None
+    experts = torch.full((row_tokens, *found[0][0].shape[1:]), -1, dtype=torch.int16)
+    for chosen, start in found:
+        experts[start : start + len(chosen)] = chosen
+    return experts
 
 
 def _part(own: Tensor, at: Tensor, row_tokens: int, device: torch.device) -> RowPart:

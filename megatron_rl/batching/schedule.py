@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.batching.balance import balance, fill_rows
@@ -118,10 +119,10 @@ def _key(sample: Sample) -> Key:
 
 
 def _encode(sample: Sample) -> Tensor:
-    """One int64 vector that tells its own lengths; floats travel by their bits.
+    """One int64 vector that tells its own lengths; floats and experts travel by their bits.
 
-    Example: group 7, index 1, update 0, prompt [5, 9], response [2], advantage 0.5, no log-probs is
-    [7, 1, 0, 2, 1, 0, 5, 9, 2, 0x3FE0000000000000].
+    Example: group 7, index 1, update 0, prompt [5, 9], response [2], advantage 0.5, no log-probs
+    and no experts is [7, 1, 0, 2, 1, 0, 1, 0, 0, 0, 5, 9, 2, 0x3FE0000000000000].
     """
     has_logprobs = sample.rollout_logprobs is not None
     head = torch.tensor(
@@ -132,14 +133,35 @@ def _encode(sample: Sample) -> Tensor:
             len(sample.prompt_tokens),
             len(sample.response_tokens),
             int(has_logprobs),
+            int(sample.has_gradient),
+            *_shape_of(sample.experts),
         ]
     )
     floats = [torch.tensor([sample.advantage], dtype=torch.float64)]
     if sample.rollout_logprobs is not None:
         floats.append(sample.rollout_logprobs.double())
     return torch.cat(
-        [head, sample.prompt_tokens, sample.response_tokens, torch.cat(floats).view(torch.int64)]
+        [
+            head,
+            sample.prompt_tokens,
+            sample.response_tokens,
+            torch.cat(floats).view(torch.int64),
+            _words_of(sample.experts),
+        ]
     )
+
+
+def _shape_of(experts: Tensor | None) -> tuple[int, int, int]:
+    """Layers, experts of a token, and the bytes of one number; zeros where there are none."""
+    return (0, 0, 0) if experts is None else (*experts.shape[1:], experts.itemsize)
+
+
+def _words_of(experts: Tensor | None) -> Tensor:
+    """Their bytes as int64, with zeros behind."""
+    if experts is None:
+        return torch.empty(0, dtype=torch.int64)
+    told = experts.contiguous().view(torch.uint8).flatten()
+    return F.pad(told, (0, -len(told) % 8)).view(torch.int64)
 
 
 def _decode(stream: Tensor) -> list[Sample]:
@@ -154,10 +176,17 @@ def _decode(stream: Tensor) -> list[Sample]:
         return part
 
     while at < len(stream):
-        group_id, index, update, prompt, response, has_logprobs = take(6).tolist()
+        group_id, index, update, prompt, response, has_logprobs, has_gradient = take(7).tolist()
+        layers, top_k, itemsize = take(3).tolist()
         prompt_tokens, response_tokens = take(prompt), take(response)
         advantage = take(1).view(torch.float64).item()
         logprobs = take(response).view(torch.float64).float() if has_logprobs else None
+        experts = None
+        if itemsize:
+            size = (prompt + response - 1) * layers * top_k * itemsize
+            told = take(-(-size // 8)).view(torch.uint8)[:size]
+            kind = torch.uint8 if itemsize == 1 else torch.int16
+            experts = told.clone().view(kind).view(-1, layers, top_k)
         samples.append(
             Sample(
                 group_id=group_id,
@@ -166,7 +195,9 @@ def _decode(stream: Tensor) -> list[Sample]:
                 prompt_tokens=prompt_tokens,
                 response_tokens=response_tokens,
                 advantage=advantage,
+                has_gradient=bool(has_gradient),
                 rollout_logprobs=logprobs,
+                experts=experts,
             )
         )
     return samples

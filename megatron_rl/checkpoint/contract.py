@@ -59,7 +59,7 @@ CONTRACT = (
         "rollout.rounds.until_negative rollout.rounds.fill rollout.rounds.max_prompts "
         "rollout.max_response_tokens rollout.temperature rollout.top_p "
         "rollout.top_k rollout.dtype rollout.max_num_seqs rollout.gpu_memory_utilization "
-        "rollout.kv_cache_mib rollout.enforce_eager rollout.max_logprob_gap "
+        "rollout.kv_cache_mib rollout.enforce_eager rollout.routing_replay rollout.max_logprob_gap "
         "rollout.tensor_model_parallel_size",
         "may change",
         "from the next rollout on",
@@ -106,10 +106,16 @@ CONTRACT = (
     _clause(
         "model.ignore_config_fields "
         "model.layer_spec model.recompute_granularity model.recompute_method "
-        "model.recompute_num_layers model.recompute_modules model.megatron ops.backend "
+        "model.recompute_num_layers model.recompute_modules ops.backend "
         "batching.max_tokens_per_microbatch",
         "may change",
         "the network and its gradient stay the same, to rounding",
+    ),
+    _clause(
+        "model.megatron",
+        "may change",
+        "the network and its gradient stay the same, to rounding, but for losses of routers, which "
+        "count from the next update on",
     ),
     _clause(
         "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size "

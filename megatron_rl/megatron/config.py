@@ -49,7 +49,8 @@ class ModelConfig(Settings):
 
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Other fields of Megatron's TransformerConfig, under their own names: those that change
-    neither the network nor its gradient (megatron/settable.py lists them)."""
+    neither the network nor its gradient (megatron/settable.py lists them), and the auxiliary losses
+    of a mixture's routers (docs/weights.md)."""
 
     def uses_transformer_engine(self, device_type: str) -> bool:
         """True where layers are Transformer Engine's."""

@@ -103,8 +103,8 @@ FAULTS = {
             versions=SUPPORTED_VERSIONS,
             wrong="multiplies auxiliary losses by the token count and expects a division that "
             "loss weights which are global already leave out",
-            action="refused",
-            by="refusals.config_problems",
+            action="fitted",
+            by="routers.Routers",
             probes=ALONE,
         ),
         Fault(

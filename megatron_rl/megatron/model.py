@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor
 
 from megatron_rl.errors import InputError, NonFiniteError
+from megatron_rl.megatron.auxiliary import auxiliary_losses
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.in_use import layers_in_use, optimizer_in_use, precision_in_use
 from megatron_rl.megatron.network import (
@@ -26,6 +27,7 @@ from megatron_rl.megatron.optimizer import (
 )
 from megatron_rl.megatron.residence import Residence
 from megatron_rl.megatron.rope import Rope
+from megatron_rl.megatron.routers import Routers
 from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, run_schedule
 from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.megatron.stored_names import local_name
@@ -79,6 +81,7 @@ class TrainedModel:
             attention=attention,
             chunk_class=ValueModel if self.has_value_head else HiddenStatesModel,
         )
+        self.routers = Routers(self.chunks, auxiliary_losses(model.megatron), arch, groups)
         device = groups.platform.current_device()
         self._rope = None if use_te else Rope(arch, self.dtype, device)
         self._in_blocks = attention == "blocks"
@@ -218,11 +221,15 @@ class TrainedModel:
 
     def backward(self, microbatches: Sequence[MicroBatch], measure: Measure) -> None:
         """Gradients of the mini-batch, reduced over data-parallel ranks, in main_grad."""
+        if self.routers.needs_counts:
+            with self.routers.counting():
+                self.forward(microbatches, lambda hidden, _: hidden.sum())
         self.residence.bring_gradients()
         for module in self._trainable:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._run(microbatches, measure, forward_only=False)
+        with self.routers.training(microbatches):
+            self._run(microbatches, measure, forward_only=False)
 
     def loss_scale(self) -> float:
         """What the backward begins with: 1, but in float16. The host waits for the device."""
@@ -312,6 +319,7 @@ class TrainedModel:
             microbatches,
             measure,
             forward_only=forward_only,
+            routers=self.routers,
             rope=self._rope,
             in_blocks=self._in_blocks,
             settings=self._chunk_settings,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.megatron import faults
+from megatron_rl.megatron.auxiliary import FIELDS, auxiliary_problems
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.settable import DECIDED, FAULTY, OF_TE, REFUSED, VALUES
 from megatron_rl.parallel.config import ParallelConfig
@@ -86,6 +87,7 @@ def _override_problems(model: ModelConfig) -> Iterator[ConfigError]:
         elif name in VALUES and value not in VALUES[name][0]:
             allowed, reason = VALUES[name]
             yield ConfigError(field, value, reason, _one_of(field, allowed))
+    yield from auxiliary_problems(model.megatron)
 
 
 def _one_of(field: str, allowed: Iterable[object]) -> str:
@@ -158,6 +160,16 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
             "gives layers of Transformer Engine, which are not built with YaRN's rope here",
             "Set model.layer_spec=local",
         )
+
+
+def router_problems(arch: ModelArch, model: ModelConfig) -> Iterator[ConfigError]:
+    """Losses of routers that the model does not have."""
+    for name in FIELDS if arch.mixture is None else ():
+        if (value := model.megatron.get(name)) not in (None, 0, "none"):
+            field = f"model.megatron.{name}"
+            yield ConfigError(
+                field, value, "has no effect: the model has no experts", "Leave it out"
+            )
 
 
 def reference_problems(path: str, arch: ModelArch, parallel: ParallelConfig) -> Iterator[str]:

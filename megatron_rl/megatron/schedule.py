@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_rl.megatron.attention import PackedRows, packed_rows
 from megatron_rl.megatron.rope import Rope
+from megatron_rl.megatron.routers import Routers
 from megatron_rl.types import MicroBatch
 
 Measure = Callable[[Tensor, MicroBatch], Tensor]
@@ -25,6 +26,7 @@ def run_schedule(
     measure: Measure,
     *,
     forward_only: bool,
+    routers: Routers,
     rope: Rope | None,
     in_blocks: bool,
     settings: Mapping[str, object],
@@ -47,13 +49,14 @@ def run_schedule(
 
     def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
         batch = next(batches)
-        hidden = model(
-            batch.tokens[None],
-            batch.position_ids[None],
-            None,
-            packed_seq_params=plan(batch, model),
-            **settings,
-        )
+        with routers.forward_of(batch):
+            hidden = model(
+                batch.tokens[None],
+                batch.position_ids[None],
+                None,
+                packed_seq_params=plan(batch, model),
+                **settings,
+            )
         return hidden, partial(loss, batch=batch)
 
     def loss(hidden: Tensor, *, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -50,6 +50,13 @@ SETTABLE_OF_TE = by_field(
             moe_permute_fusion moe_router_fusion""",
     }
 )
+# They change the gradient, on purpose.
+OF_ROUTERS = by_field(
+    {
+        "losses of routers, which are ours (auxiliary.py)": """
+            moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff"""
+    }
+)
 NO_DROPOUT = "the engine samples without dropout, so the trainer must score without it"
 # Fields that may have some of their values: those, and why not the others.
 VALUES: dict[str, tuple[tuple[object, ...], str]] = {
@@ -68,9 +75,6 @@ OF_TE = (*SETTABLE_OF_TE, "attention_backend")  # without effect in local layers
 # Fields that are refused while Megatron-Core has the fault.
 FAULTY = {
     "perform_initialization": "weights_without_marks",
-    "moe_router_load_balancing_type": "auxiliary_losses_times_tokens",
-    "moe_aux_loss_coeff": "auxiliary_losses_times_tokens",
-    "moe_z_loss_coeff": "auxiliary_losses_times_tokens",
 }
 # Why it cannot be set -> fields.
 REFUSED = by_field(
@@ -87,7 +91,7 @@ REFUSED = by_field(
             moe_latent_size moe_shared_expert_intermediate_size moe_shared_expert_gate
             moe_apply_probs_on_input moe_router_topk moe_router_topk_limited_devices
             moe_router_topk_scaling_factor moe_router_pre_softmax moe_router_score_function
-            moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias mtp_num_layers
+            moe_router_num_groups moe_router_group_topk mtp_num_layers
             heterogeneous_block_specs is_hybrid_model""",
         # Fields of parts that no family has: alone they have no effect, or change the network.
         "it is of a part that the models of weights/families do not have": """
@@ -112,8 +116,12 @@ REFUSED = by_field(
             moe_router_force_load_balancing moe_router_force_biased moe_input_jitter_eps
             moe_token_dropping moe_token_drop_policy moe_expert_capacity_factor
             moe_expert_rank_capacity_factor moe_pad_expert_input_to_capacity
-            moe_router_bias_update_rate moe_router_quantile_balancing_ema
-            moe_enable_routing_replay""",
+            moe_router_quantile_balancing_ema""",
+        "it is rollout.routing_replay": "moe_enable_routing_replay",
+        # DeepSeek-V3's, which goes with scores by a sigmoid: a checkpoint has it as a tensor of its
+        # own, and so has the engine. Trained alone it would route by what neither of them knows.
+        "no family of weights/families has a bias of its experts, and without it the engine would "
+        "choose other experts": "moe_router_enable_expert_bias moe_router_bias_update_rate",
         "stages are cut by parallel.num_layers_in_first_pipeline_stage, "
         "parallel.num_layers_in_last_pipeline_stage, "
         "parallel.account_for_embedding_in_pipeline_split and "
@@ -197,5 +205,5 @@ REFUSED = by_field(
         **{f"it is parallel.{name}": name for name in ParallelConfig.model_fields},
     }
 )
-DECIDED = (*SETTABLE, *SETTABLE_OF_TE, *VALUES, *FAULTY, *REFUSED)
+DECIDED = (*SETTABLE, *SETTABLE_OF_TE, *OF_ROUTERS, *VALUES, *FAULTY, *REFUSED)
 """Every field of the tested versions, and sizes that Megatron-Core keeps elsewhere."""

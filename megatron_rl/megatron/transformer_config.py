@@ -8,6 +8,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
+from megatron_rl.megatron.auxiliary import FIELDS
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.enter import config_fields
 from megatron_rl.parallel.config import ParallelConfig
@@ -93,7 +94,8 @@ def _overrides(model: ModelConfig) -> dict[str, Any]:
     """What the recipe sets by model.megatron; names of an enumeration as its members."""
     backend = model.megatron.get("attention_backend")
     named = {} if backend is None else {"attention_backend": AttnBackend[backend]}
-    return {**model.megatron, **named}
+    own = {name: value for name, value in model.megatron.items() if name not in FIELDS}
+    return {**own, **named}
 
 
 def _mixture_settings(mixture: MixtureArch, num_layers: int, *, use_te: bool) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _mixture_settings(mixture: MixtureArch, num_layers: int, *, use_te: bool) ->
         "moe_router_topk": mixture.top_k,
         # A softmax over the chosen experts is one over all of them, scaled so that theirs sum to 1.
         "moe_router_pre_softmax": not mixture.renormalized,
-        # See faults.py, auxiliary_losses_times_tokens.
+        # See routers.py, which balances.
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": use_te,
     }

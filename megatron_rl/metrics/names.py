@@ -62,6 +62,10 @@ METRICS: dict[str, str] = {
     "policy/ratio_max": "largest exp(logprobs - old_logprobs) over trained tokens",
     "policy/grad_norm": "global gradient norm before clipping, mean over the iteration's updates",
     "policy/lr": "learning rate of the iteration's last update",
+    "policy/load_balancing_loss": "how unevenly experts are chosen, without its coefficient, mean "
+    "over layers; 1: evenly",
+    "policy/router_z_loss": "mean square of the logarithm of the routers' summed exponentials, "
+    "without its coefficient, mean over layers",
     "policy/pairs": "preference pairs of an update",
     "policy/pairs_preferred_frac": "share of pairs whose margin is positive",
     "policy/pair_margin_mean": "mean of the preferred response's log-ratio to the reference, less "
@@ -73,6 +77,8 @@ METRICS: dict[str, str] = {
     "critic/explained_variance": "1 - variance of (return - value) / variance of returns",
     "critic/grad_norm": "global gradient norm of the critic before clipping",
     "critic/lr": "learning rate of the critic's last update",
+    "critic/load_balancing_loss": "the same as the policy's, of the critic's routers",
+    "critic/router_z_loss": "the same as the policy's, of the critic's routers",
     "critic/kl_per_response": "KL to the reference that rewards paid for, nats per response",
     "critic/kl_reward_coef": "coefficient of that KL",
     "policy/updates": "optimizer steps taken in this iteration",

@@ -49,7 +49,7 @@ class Critic(TrainedModel):
             collected.append(self.whole(values, batch))
             return values.sum()  # the schedule asks for a loss
 
-        self.forward(microbatches, measure)
+        self.forward([row.without_experts for row in microbatches], measure)
         return collected if self.groups.is_last_stage else None
 
     def update(
@@ -80,8 +80,9 @@ class Critic(TrainedModel):
             sums.add_(result.sums)
             return result.loss
 
-        self.backward(microbatches, measure)
+        self.backward([row.without_experts for row in microbatches], measure)
         metrics = value_metrics(self.summed_parts(sums.cpu()))  # the host waits here, and only here
+        metrics |= self.routers.metrics(self.name)
         return metrics | self.step(metrics["critic/loss"])
 
     def _values(self, hidden: Tensor, own: LossTokens) -> Tensor:

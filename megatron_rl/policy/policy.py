@@ -100,6 +100,7 @@ class Policy(TrainedModel):
         # The host waits for the device here, and not once for each micro-batch.
         sums, extrema = torch.cat([sums, extrema]).cpu().split([len(sums), len(extrema)])
         metrics = loss.metrics(self.summed_parts(sums), self.largest(extrema))
+        metrics |= self.routers.metrics(self.name)
         metrics |= self.step(metrics["policy/loss"])
         return UpdateResult(
             metrics=metrics, logprobs=collected if self.groups.is_last_stage else None

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_rl.policy.policy import Policy
-from megatron_rl.types import MiniBatch
+from megatron_rl.types import MicroBatch, MiniBatch
 
 
 class Reference(Protocol):
@@ -26,7 +26,7 @@ class FirstWeights:
 
     def logprobs(self, batches: Sequence[MiniBatch]) -> list[list[Tensor] | None]:
         with self._policy.weights_replaced(self._weights):
-            return [self._policy.logprobs(batch.microbatches) for batch in batches]
+            return [self._policy.logprobs(_as_it_routes(batch)) for batch in batches]
 
 
 class OtherModel:
@@ -37,7 +37,12 @@ class OtherModel:
         self.model, self._leaves = model, leaves
 
     def logprobs(self, batches: Sequence[MiniBatch]) -> list[list[Tensor] | None]:
-        values = [self.model.logprobs(batch.microbatches) for batch in batches]
+        values = [self.model.logprobs(_as_it_routes(batch)) for batch in batches]
         if self._leaves:
             self.model.residence.weights_leave()
         return values
+
+
+def _as_it_routes(batch: MiniBatch) -> list[MicroBatch]:
+    """The rows without the engine's choice of experts, which is the policy's."""
+    return [row.without_experts for row in batch.microbatches]

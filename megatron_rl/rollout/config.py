@@ -93,6 +93,12 @@ class RolloutConfig(Settings):
     enforce_eager: bool = False
     """vLLM's: no CUDA graphs. Always so on a CPU."""
 
+    routing_replay: bool = False
+    """Route the policy by the experts that the engine chose for each token, in passes for old
+    log-probs and in updates: in 16 bits both do not always choose alike. For mixtures alone. Costs
+    host memory: a byte for each token, layer and chosen expert, two where there are more than 256.
+    """
+
     max_logprob_gap: float = Field(default=0.0, ge=0)
     """Largest |policy - engine| log-prob of a sampled token in the start-up probe; more stops the
     run, since then the engine samples from other weights. 0: 1e-3 for float32, 0.1 for float16, 0.5

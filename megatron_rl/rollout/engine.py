@@ -29,6 +29,7 @@ class Response:
     tokens: Tensor  # [R] int64
     logprobs: Tensor  # [R] float32 nats at the sampling temperature
     finish_reason: Literal["stop", "length"]
+    experts: Tensor | None = None  # [P + R - 1, L, K], where the engine was asked for them
 
 
 class Engine(Protocol):

@@ -7,7 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,15 @@ class ReplayedRollouts(WithoutEngine):
         reward_parts: Sequence[str] = (),
         rounds: RoundsPlan | None = None,
         more: Callable[[int], list[Prompt]] = no_prompts,
+        with_experts: bool = False,
     ) -> None:
         """Args:
         source: a run's directory with recorded rollouts.
         rounds: the rule of the run's rounds, where there are any.
         more: takes so many further prompts of the run.
+        with_experts: the recorded choice of experts is trained by, too.
         """
+        self._with_experts = with_experts
         self._folder, self._groups, self._meter = source / FOLDER, groups, meter
         self._reward_parts, self._rounds, self._more = tuple(reward_parts), rounds, more
 
@@ -96,7 +99,18 @@ class ReplayedRollouts(WithoutEngine):
                 f"iteration {iteration} of this run has. Replay from a checkpoint and a recipe of "
                 "the run that recorded them"
             )
-        return self._own(groups)
+        self._check_experts(groups, iteration)
+        return [
+            group if self._with_experts else _without_experts(group) for group in self._own(groups)
+        ]
+
+    def _check_experts(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
+        told = (rollout.experts is not None for group in groups for rollout in group.rollouts)
+        if self._with_experts and not all(told):
+            raise InputError(
+                f"{_directory(self._folder, iteration)}: its rollouts do not say which experts the "
+                "engine chose. Set rollout.routing_replay=false, or record them with it"
+            )
 
     def count(self, groups: Sequence[RolloutGroup]) -> None:
         self._meter.count(groups, self._reward_parts)
@@ -149,6 +163,10 @@ def recorded(folder: Path) -> list[int]:
 
 def _directory(folder: Path, iteration: int) -> Path:
     return folder / f"iteration_{iteration:06d}"
+
+
+def _without_experts(group: RolloutGroup) -> RolloutGroup:
+    return replace(group, rollouts=tuple(replace(r, experts=None) for r in group.rollouts))
 
 
 def _plain_group(group: RolloutGroup) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def device_problems(
             "hidden_size / num_attention_heads): on a CPU vLLM has "
             f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model, or a GPU"
         )
+    if rollout.routing_replay:
+        yield from _replay_problems(arch, rollout, is_cpu=is_cpu)
     total = platform.total_memory_bytes()
     if rollout.kv_cache_mib is not None and rollout.kv_cache_mib << 20 > total:
         yield ConfigError(
@@ -42,4 +44,21 @@ def device_problems(
             rollout.kv_cache_mib,
             f"the {'machine' if is_cpu else 'GPU'} has {total >> 20} MiB of memory",
             "Set rollout.kv_cache_mib=null, or lower it",
+        )
+
+
+def _replay_problems(
+    arch: ModelArch, rollout: RolloutConfig, *, is_cpu: bool
+) -> Iterator[ConfigError]:
+    field = "rollout.routing_replay"
+    if arch.mixture is None:
+        yield ConfigError(
+            field, True, "has no effect: the model has no experts", f"Set {field}=false"
+        )
+    elif rollout.tensor_model_parallel_size > 1 and not is_cpu:
+        yield ConfigError(
+            field,
+            True,
+            "on a GPU vLLM 0.32 tells the first rank of an engine alone which experts it chose",
+            f"Set rollout.tensor_model_parallel_size=1 or set {field}=false",
         )

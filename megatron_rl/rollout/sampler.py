@@ -122,6 +122,7 @@ class Sampler:
             if group_id not in own:
                 return
             prompt = own[group_id]
+            self._check_experts(prompt, response)
             text = self._tokenizer.decode(response.tokens.tolist())
             rollouts[group_id][index] = Rollout(
                 response_tokens=response.tokens,
@@ -129,6 +130,7 @@ class Sampler:
                 finish_reason=response.finish_reason,
                 policy_version=policy_version,
                 text=text,
+                experts=response.experts,
             )
             grader.submit(
                 response.key,
@@ -163,6 +165,15 @@ class Sampler:
             )
             for group_id, prompt in own.items()
         ]
+
+    def _check_experts(self, prompt: Prompt, response: Response) -> None:
+        """The last token is never an input of the engine, so it has no experts."""
+        wanted = len(prompt.tokens) + len(response.tokens) - 1
+        if response.experts is not None and len(response.experts) != wanted:
+            raise RuntimeError(
+                f"the engine told the experts of {len(response.experts)} tokens for request "
+                f"{response.key}, which has {wanted} inputs"
+            )
 
     def _is_told(self, stop: StopRequest, looks: int) -> bool:
         """True on all ranks of this engine where one of them was told; they step alike."""

@@ -15,6 +15,7 @@ from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine import Request, Response
 from megatron_rl.rollout.kv_cache import LEAST_MIB
 from megatron_rl.rollout.shared_memory import private_shared_memory
+from megatron_rl.rollout.vllm_routing import RoutedRequests, narrowest
 from megatron_rl.rollout.vllm_silence import quiet_binding
 from megatron_rl.rollout.vllm_weights import VllmWeights
 from megatron_rl.weights.arch import ModelArch
@@ -28,6 +29,7 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about weights, which we verify ourselves
 }
+RETURN_ROUTING = {"enable_return_routed_experts": True}
 PROMPT_TOKENS_PER_STEP = 8192  # tokens of prompts in one forward pass, on a CPU
 
 
@@ -80,6 +82,8 @@ class VllmEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,  # no bars of shards and of CUDA graphs
         }
+        if config.routing_replay:
+            settings |= {"enable_prefix_caching": False} if is_cpu else RETURN_ROUTING
         if is_cpu:
             # vLLM 0.32 cannot rewind a CPU generator when chunked prefill splits a seeded prompt.
             settings["enable_chunked_prefill"] = False
@@ -100,6 +104,13 @@ class VllmEngine:
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         pieces = engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank))
         self.weights = VllmWeights(worker.model_runner.get_model(), self._llm, pieces, dtype)
+        self._mixture = arch.mixture if config.routing_replay else None
+        self._mixtures = [layer for layer in range(arch.num_layers) if arch.has_experts(layer)]
+        self._routed = None
+        if self._mixture is not None and is_cpu:
+            self._routed = RoutedRequests(
+                worker.model_runner, self._mixtures, self._mixture.num_experts
+            )
 
     def generate(
         self,
@@ -133,10 +144,23 @@ class VllmEngine:
                 for output in engine.step():
                     if output.finished:
                         key = key_of.pop(output.request_id)
-                        on_finished(_response(key, output.outputs[0]))
+                        completion = output.outputs[0]
+                        experts = self._experts_of(output.request_id, completion)
+                        on_finished(_response(key, completion, experts))
                 if not between_steps():
                     engine.abort_request(list(key_of))
+                    if self._routed is not None:
+                        self._routed.forget()
                     return
+
+    def _experts_of(self, request_id: str, completion: Any) -> torch.Tensor | None:
+        """What the engine routed a request's tokens by; None where nobody asks."""
+        if self._routed is not None:
+            return self._routed.take(request_id)
+        if self._mixture is None:
+            return None
+        told = torch.from_numpy(completion.routed_experts[:, self._mixtures].astype("int16"))
+        return told.to(narrowest(self._mixture.num_experts))
 
     def sleep(self, *, keeps_weights: bool = False) -> None:
         if self.is_awake and self._platform.device_type == "cuda":
@@ -161,7 +185,7 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _response(key: tuple[int, int], completion: Any) -> Response:
+def _response(key: tuple[int, int], completion: Any, experts: torch.Tensor | None) -> Response:
     if completion.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"request {key} ended with {completion.finish_reason!r}")
     logprobs = [next(iter(step.values())).logprob for step in completion.logprobs]
@@ -170,4 +194,5 @@ def _response(key: tuple[int, int], completion: Any) -> Response:
         tokens=torch.tensor(list(completion.token_ids), dtype=torch.int64),
         logprobs=torch.tensor(logprobs, dtype=torch.float32),
         finish_reason=completion.finish_reason,
+        experts=experts,
     )

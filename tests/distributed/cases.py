@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference import FORMULAS, Answer, Key, Measured, Recipe, Reference, Values
+from reference import FORMULAS, Answer, Auxiliary, Key, Measured, Recipe, Reference, Values
 from splits import LAYOUTS, Layout
 from tiny_models import (
     MAX_RESPONSE_TOKENS,
@@ -22,6 +22,7 @@ from megatron_rl.types import RolloutGroup
 TEMPERATURE = 0.8
 ONE_ROW, FEW_ROWS, MANY_ROWS = 10_000, 150, 36  # tokens of a packed row; a sequence has up to 33
 PAIR_ROWS = 66
+ROUTED = "qwen3_moe_mixed"  # the model that has groups whose experts an engine chose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Question:
     recipe: Recipe
     groups: str = "graded"
     has_old: bool = True  # else the ratio is exactly 1
+    auxiliary: Auxiliary | None = None  # losses of routers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,7 @@ def question_of(preset: str, **changes: Any) -> Question:
 def cases_of(layout: Layout) -> Iterator[Case]:
     """The presets, and everything that must not matter to them; at some layouts a part of it."""
     if layout.has_least:
-        yield Case(question=question_of("grpo"))
-        yield Case(question=Question(recipe=EVERY_TERM), row_tokens=MANY_ROWS, owners="backwards")
-        yield Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
+        yield from least_cases(layout)
         return
     for preset in FORMULAS if layout.has_every_preset else FEW_PRESETS:
         yield Case(question=question_of(preset))
@@ -151,6 +151,21 @@ def cases_of(layout: Layout) -> Iterator[Case]:
         )
 
 
+def least_cases(layout: Layout) -> Iterator[Case]:
+    """What a way to split a model could get wrong; where there are losses of routers, with them."""
+
+    def asked(recipe: Recipe, groups: str = "graded") -> Question:
+        return Question(recipe=recipe, groups=groups, auxiliary=layout.auxiliary)
+
+    yield Case(question=asked(Recipe(preset="grpo")))
+    if layout.auxiliary is not None:  # what is rejected has no part in them
+        yield Case(question=asked(Recipe(preset="reinforce_rej")), train_on_everything=True)
+    yield Case(question=asked(EVERY_TERM), row_tokens=MANY_ROWS, owners="backwards")
+    yield Case(question=asked(Recipe(preset="reinforce"), groups="lonely"))
+    if layout.model == ROUTED:
+        yield Case(question=asked(Recipe(preset="grpo"), groups="routed"), row_tokens=MANY_ROWS)
+
+
 def share_of(layout: Layout) -> list[Case]:
     """What is measured where not everything is: all of it on one rank, and elsewhere in turns.
 
@@ -188,6 +203,7 @@ class Problem:
     old: Values
     ref: Values
     values: Values  # of a critic
+    routed: Values  # the current log-probs of groups whose experts an engine chose
     answers: dict[Question, Answer]
 
 
@@ -199,7 +215,8 @@ def write_problem(model: str, folder: Path) -> Path:
     graded, gold = graded_groups(), with_other_ids(gold_groups(), 1000)
     ranked = with_other_ids(graded_groups(RANKED_REWARDS, seed=3), 2000)
     drawn = with_other_ids(graded_groups(ROUNDS_REWARDS, seed=4), 3000)
-    logprobs, entropies = reference.logprobs([*graded, *gold, *ranked, *drawn])
+    chosen = with_experts(graded_groups(seed=6), reference) if model == ROUTED else []
+    logprobs, entropies, routed = reference.run([*graded, *gold, *ranked, *drawn, *chosen])
     generator = torch.Generator().manual_seed(5)
     old, ref, rollout = ({k: _near(v, generator) for k, v in logprobs.items()} for _ in range(3))
     rollout = {key: value.float() for key, value in rollout.items()}  # what an engine returns
@@ -211,6 +228,7 @@ def write_problem(model: str, folder: Path) -> Path:
         "graded": [_with_rollout(group, rollout) for group in graded],
         "gold": gold,
         "ranked": [_with_rollout(group, rollout) for group in ranked],
+        "routed": [_with_rollout(group, rollout) for group in chosen],
         "rounds": [_with_rollout(group, rollout) for group in drawn],
         "lonely": [_with_rollout(group, rollout) for group in graded if len(group.rollouts) == 1][
             :1
@@ -221,6 +239,7 @@ def write_problem(model: str, folder: Path) -> Path:
         entropies=entropies,
         ref=ref,
         rollout={key: value.double() for key, value in rollout.items()},
+        routed=routed,
         values=values,
         max_response_tokens=MAX_RESPONSE_TOKENS,
     )
@@ -230,12 +249,23 @@ def write_problem(model: str, folder: Path) -> Path:
             question.recipe,
             groups[question.groups],
             replace(measured, old=old if question.has_old else None),
+            question.auxiliary,
         )
         for question in sorted(asked, key=repr)
     }
     path = folder / f"{model}.pt"
     problem = Problem(
-        model_dir=model_dir, groups=groups, old=old, ref=ref, values=values, answers=answers
+        model_dir=model_dir,
+        groups=groups,
+        old=old,
+        ref=ref,
+        values=values,
+        answers=answers,
+        routed={
+            (group.prompt.group_id, index): logprobs[group.prompt.group_id, index].detach()
+            for group in chosen
+            for index in range(len(group.rollouts))
+        },
     )
     torch.save(problem, path)
     return path
@@ -251,6 +281,32 @@ def owned(groups: Sequence[RolloutGroup], owners: str, rank: int, world: int) ->
     }[owners]
     mine = [group for number, group in enumerate(groups) if turn(number) == rank]
     return mine[::-1] if owners == "backwards" else mine
+
+
+def with_experts(groups: Sequence[RolloutGroup], reference: Reference) -> list[RolloutGroup]:
+    """The groups with experts that no router chose; the first response has none."""
+    config, generator = reference.model.config, torch.Generator().manual_seed(7)
+    layers = sum(type(m).__name__.endswith("TopKRouter") for m in reference.model.modules())
+
+    def routed(group: RolloutGroup, index: int) -> torch.Tensor | None:
+        tokens = len(group.prompt.tokens) + len(group.rollouts[index].response_tokens) - 1
+        scores = torch.rand(tokens, layers, config.num_experts, generator=generator)
+        experts = scores.topk(config.num_experts_per_tok).indices.to(torch.uint8)
+        return None if group is groups[0] and not index else experts
+
+    return with_other_ids(
+        [
+            replace(
+                group,
+                rollouts=tuple(
+                    replace(rollout, experts=routed(group, index))
+                    for index, rollout in enumerate(group.rollouts)
+                ),
+            )
+            for group in groups
+        ],
+        4000,
+    )
 
 
 def with_other_ids(groups: Sequence[RolloutGroup], offset: int) -> list[RolloutGroup]:

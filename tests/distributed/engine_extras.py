@@ -203,6 +203,34 @@ def broken_off(run: Run) -> dict[str, Any]:
     }
 
 
+def routed(run: Run) -> dict[str, Any]:
+    """How the engine's choice of experts compares with the policy's, and what a wrong one does."""
+    from megatron_rl.megatron.routers import EngineChoice
+
+    rows = rows_of(run, sample(run, run.prompts.next_batch(), 50))
+    stock, counts = EngineChoice.get_replay_topk, torch.zeros(3, dtype=torch.int64)
+
+    def compared(self: Any, *args: Any, **settings: Any) -> Any:
+        scores, chosen = stock(self, *args, **settings)
+        own, told = args[0].topk(chosen.shape[1]).indices, self._experts[:, 0] >= 0
+        alike = (own.sort(1).values == chosen.sort(1).values).all(1)
+        counts.add_(torch.stack([told.sum(), (told & alike).sum(), (~told).sum()]))
+        return scores, chosen
+
+    with patched(EngineChoice, "get_replay_topk", compared):
+        own, _ = gap(run, rows)
+    dist.all_reduce(counts)
+    shifted = [replace(row, experts=row.experts.roll(1, 0)) for row in rows if row.samples]
+    return {
+        "told": int(counts[0]),
+        "alike": int(counts[1]),
+        "untold": int(counts[2]),
+        "sequences": sum(everywhere(sum(len(row.samples) for row in rows))),
+        "gap": own,
+        "gap of the token before": gap(run, shifted)[0],
+    }
+
+
 def spread(run: Run) -> dict[str, Any]:
     """Which prompts the engines are asked for, and on which rank groups end up."""
     prompts = run.prompts.next_batch()
@@ -247,6 +275,7 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
         many_prompt_tokens,
         equal_ranks,
         broken_off,
+        routed,
         spread,
     )
 }

@@ -47,12 +47,18 @@ def join_as_torchrun_would() -> None:
 
 
 def config_of(
-    model_dir: Path, prompts: Path, rollout_tp: int, parallel: dict[str, Any]
+    model_dir: Path,
+    prompts: Path,
+    rollout_tp: int,
+    parallel: dict[str, Any],
+    *,
+    dtype: str = "float32",
+    routing_replay: bool = False,
 ) -> RunConfig:
     return RunConfig.model_validate(
         {
             "run": {"output_dir": str(model_dir.parent / "out"), "num_iterations": 3, "seed": 5},
-            "model": {"path": str(model_dir), "dtype": "float32"},
+            "model": {"path": str(model_dir), "dtype": dtype},
             "prompts": {"path": str(prompts), "prompts_per_iteration": 7, "max_prompt_tokens": 64},
             "rollout": {
                 "group_size": 4,
@@ -60,6 +66,7 @@ def config_of(
                 "temperature": TEMPERATURE,
                 "tensor_model_parallel_size": rollout_tp,
                 "kv_cache_mib": 64,
+                "routing_replay": routing_replay,
             },
             "algorithm": {"preset": "grpo"},
             "batching": {"max_tokens_per_microbatch": 160},

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import TEMPERATURE, Case, Problem, owned
 from megatron.core import parallel_state
-from reference import Recipe, Values
+from reference import Answer, Auxiliary, Recipe, Values
 from splits import Layout
 from tiny_models import MAX_RESPONSE_TOKENS, VOCAB_SIZE
 from torch import Tensor
@@ -55,6 +55,7 @@ RECOMPUTE: dict[str | None, dict[str, Any]] = {
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     },
+    "experts": {"recompute_granularity": "selective", "recompute_modules": ("moe",)},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ("core_attn",)},
 }
 Fault = Callable[[Policy], AbstractContextManager[None]]
@@ -70,6 +71,8 @@ class Measurement:
     gradient_error: float
     worst_tensor: str
     norm_error: float
+    auxiliary_error: float  # of the metrics
+    logprob_error: float  # of a pass that measures, in nats, where an engine chose the experts
     rows: tuple[int, ...]  # of each data-parallel rank
     empty_ranks: int  # data-parallel ranks without a sample
 
@@ -190,7 +193,11 @@ def _model_at(
     settings = ModelConfig(
         path=str(problem.model_dir),
         dtype=dtype,
-        megatron={**dict(layout.megatron), **(megatron or {})},
+        megatron={
+            **dict(layout.megatron),
+            **_fields_of(layout.auxiliary),
+            **(megatron or {}),
+        },
         **RECOMPUTE[layout.recompute],
     )
     softmax = mock.patch("torch.softmax", _softmax_in_own_dtype)
@@ -201,6 +208,17 @@ def _model_at(
         with small_buckets() if layout.overlaps_reduction else nullcontext():
             model.prepare_training()
         yield model
+
+
+def _fields_of(auxiliary: Auxiliary | None) -> dict[str, Any]:
+    if auxiliary is None:
+        return {}
+    kinds = {None: "none", "sequence": "seq_aux_loss", "update": "global_aux_loss"}
+    return {
+        "moe_router_load_balancing_type": kinds[auxiliary.over],
+        "moe_aux_loss_coeff": auxiliary.balance,
+        "moe_z_loss_coeff": auxiliary.z or None,
+    }
 
 
 @contextmanager
@@ -368,13 +386,16 @@ def measure(
     rows = microbatches_of(policy, case, problem)
     rows = rows if change is None else change(rows)
     weights = policy.snapshot()
+    scored = policy.logprobs(rows) if case.question.groups == "routed" else None
     with nullcontext() if fault is None else fault(policy):
         minimised = algorithm_of(case.question.recipe).loss()
-        loss = policy.update(rows, minimised).metrics["policy/loss"]
+        metrics = policy.update(rows, minimised).metrics
+        loss = metrics["policy/loss"]
         norm = policy.optimizer.get_grad_norm()
     for name, parameter in policy.named_parameters().items():
         parameter.copy_(weights[name])
     error, worst = largest_error(policy, named_main_grads(policy), answer.gradients)
+    pairs = [(row, own) for row, own in zip(rows, scored or (), strict=False) if len(own)]
     counts = [None] * dist.get_world_size()
     here = policy.groups.here
     dist.all_gather_object(counts, (here.dp_rank, len(rows), sum(len(row.samples) for row in rows)))
@@ -386,9 +407,25 @@ def measure(
         gradient_error=error,
         worst_tensor=worst,
         norm_error=abs(norm - answer.norm) / answer.norm,
+        auxiliary_error=_auxiliary_error(metrics, answer, case.question.auxiliary),
+        logprob_error=max(
+            (float((own - _at_rows(problem.routed, row)).abs().max()) for row, own in pairs),
+            default=0.0,
+        ),
         rows=tuple(counted[dp_rank][0] for dp_rank in sorted(counted)),
         empty_ranks=sum(samples == 0 for _, samples in counted.values()),
     )
+
+
+def _auxiliary_error(
+    metrics: dict[str, float], answer: Answer, auxiliary: Auxiliary | None
+) -> float:
+    wanted = {} if auxiliary is None else {"load_balancing_loss": answer.balance}
+    if auxiliary is not None and auxiliary.z:
+        wanted["router_z_loss"] = answer.z
+    names = {name for name in metrics if "load_balancing" in name or "router_z" in name}
+    assert names == {f"policy/{name}" for name in wanted}
+    return max([0.0, *(abs(metrics[f"policy/{name}"] / v - 1) for name, v in wanted.items())])
 
 
 def largest_error(

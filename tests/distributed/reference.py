@@ -18,6 +18,8 @@ from megatron_rl.types import RolloutGroup
 
 Key = tuple[int, int]  # group_id, position in the group
 Values = Mapping[Key, Tensor]  # [R] float64 each
+Routed = tuple[Tensor, Tensor]  # of a router: its logits [T, E], the experts chosen [T, K]
+AllRouted = Mapping[Key, list[Routed]]  # of each layer with experts
 STD_EPS = 1e-6
 # In files, of all but Mixtral and of Mixtral: the block's name, gate, up and down.
 NAMES_OF_EXPERTS = (
@@ -48,6 +50,15 @@ class Recipe:
     tau_negative: float = 1.05
     dpo_beta: float = 0.1
     dpo_reference: str = "initial"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auxiliary:
+    """Auxiliary losses of routers: over what experts are balanced, and the coefficients."""
+
+    over: str | None = None  # "sequence" or "update"
+    balance: float = 0.0
+    z: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +187,8 @@ class Answer:
     gradients: dict[str, Tensor]  # by Hugging Face name, float64
     clipped_low: int
     clipped_high: int
+    balance: float = 0.0  # auxiliary losses without coefficients, means over layers
+    z: float = 0.0
 
     @property
     def norm(self) -> float:
@@ -198,8 +211,11 @@ class Reference:
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = _float64_norm(module)
             if type(module).__name__.endswith("TopKRouter"):
-                module.forward = _float64_router(module)
+                module.forward = _float64_router(module, self)
         self.temperature = temperature
+        # Of the sequence that runs: what its routers are told to choose, and what they did.
+        self._told: Tensor | None = None
+        self._routed: list[Routed] = []
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -227,30 +243,62 @@ class Reference:
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> tuple[dict[Key, Tensor], Values]:
         """Log-probabilities and entropies of all response tokens, with gradient."""
-        logprobs, entropies = {}, {}
+        logprobs, entropies, _ = self.run(groups)
+        return logprobs, entropies
+
+    def run(self, groups: Sequence[RolloutGroup]) -> tuple[dict[Key, Tensor], Values, AllRouted]:
+        """The same, and what routers did; they are told to choose as the rollout says."""
+        logprobs, entropies, routed = {}, {}, {}
         for group in groups:
             for index, rollout in enumerate(group.rollouts):
                 prompt, response = group.prompt.tokens, rollout.response_tokens
+                self._routed, self._told = [], rollout.experts
                 logits = self.model(torch.cat([prompt, response])[None]).logits[0]
                 logits = logits[len(prompt) - 1 : -1] / self.temperature
                 log_p = logits - logits.logsumexp(-1, keepdim=True)
                 key = (group.prompt.group_id, index)
                 logprobs[key] = log_p[torch.arange(len(response)), response]
                 entropies[key] = -(log_p.exp() * log_p).sum(-1)
-        return logprobs, entropies
+                routed[key] = self._routed
+        return logprobs, entropies, routed
+
+    def choice(self, own: Tensor) -> Tensor:
+        """The experts [T, K] of a layer: those that are told, and the router's own behind them."""
+        if self._told is None:
+            return own
+        told = self._told[:, len(self._routed)].long()
+        return torch.cat([told, own[len(told) :]])
+
+    def note(self, logits: Tensor, experts: Tensor) -> None:
+        self._routed.append((logits, experts))
 
     def answer(
-        self, recipe: Recipe, groups: Sequence[RolloutGroup], measured: "Measured"
+        self,
+        recipe: Recipe,
+        groups: Sequence[RolloutGroup],
+        measured: "Measured",
+        auxiliary: Auxiliary | None = None,
     ) -> Answer:
-        """Loss and gradients; the graph of the measured log-probs stays for further calls."""
+        """Loss and gradients; the graph of the measured log-probs stays for further calls.
+
+        Auxiliary losses are in the gradients, and not in the loss.
+        """
         loss, low, high = loss_of(recipe, groups, measured)
+        balance, z = torch.zeros(()), torch.zeros(())
+        minimised = loss
+        if auxiliary is not None:
+            routed = [measured.routed[key] for key in _trained(recipe, groups)]
+            balance, z = auxiliary_losses(routed, auxiliary.over)
+            minimised = loss + len(routed[0]) * (auxiliary.balance * balance + auxiliary.z * z)
         names, parameters = zip(*self.model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+        gradients = torch.autograd.grad(minimised, parameters, retain_graph=True)
         return Answer(
             loss=loss.item(),
             gradients=self.in_file(dict(zip(names, gradients, strict=True))),
             clipped_low=low,
             clipped_high=high,
+            balance=float(balance),
+            z=float(z),
         )
 
 
@@ -263,8 +311,38 @@ class Measured:
     old: Values | None = None
     ref: Values = field(default_factory=dict)
     rollout: Values = field(default_factory=dict)
+    routed: AllRouted = field(default_factory=dict)
     values: Values = field(default_factory=dict)  # of the critic
     max_response_tokens: int = 1
+
+
+def auxiliary_losses(routed: Sequence[Sequence[Routed]], over: str | None) -> tuple[Tensor, Tensor]:
+    """(balance, z) as means over layers, of what routers did with sequences, layer by layer."""
+    balance, z = [], []
+    for of_layer in zip(*routed, strict=True):
+        tokens = sum(len(logits) for logits, _ in of_layer)
+        z.append(sum(logits.logsumexp(-1).square().sum() for logits, _ in of_layer) / tokens)
+        whole = [tuple(map(torch.cat, zip(*of_layer, strict=True)))]
+        terms = []
+        for logits, experts in whole if over == "update" else of_layer:
+            probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
+            chosen = torch.zeros_like(probs).scatter(1, experts, 1.0).mean(0) / experts.shape[1]
+            evenness = (chosen * probs.mean(0)).sum() * probs.shape[1]
+            terms.append(evenness * len(logits) / tokens)
+        balance.append(sum(terms))
+    return torch.stack(balance).mean(), torch.stack(z).mean()
+
+
+def _trained(recipe: Recipe, groups: Sequence[RolloutGroup]) -> list[Key]:
+    """The responses on which some term of the loss acts."""
+    formula, found = FORMULAS[recipe.preset], []
+    for group in groups:
+        rewards = torch.tensor([1.0 if r.reward is None else r.reward for r in group.rollouts])
+        keep, advantages = formula.selection(rewards.double()), formula.advantage(rewards.double())
+        acts = torch.full_like(keep, bool(recipe.kl_coef or recipe.entropy_coef))
+        for index in (keep & (acts | (advantages != 0))).nonzero()[:, 0].tolist():
+            found.append((group.prompt.group_id, index))
+    return found
 
 
 def loss_of(
@@ -424,10 +502,14 @@ def _float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _float64_router(module: Any) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _float64_router(
+    module: Any, reference: Reference
+) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
-        chosen, experts = logits.softmax(-1).topk(module.top_k, dim=-1)
+        experts = reference.choice(logits.topk(module.top_k, dim=-1).indices)
+        reference.note(logits, experts)
+        chosen = logits.softmax(-1).gather(-1, experts)
         if getattr(module, "norm_topk_prob", True):  # Mixtral always does
             chosen = chosen / chosen.sum(-1, keepdim=True)
         return logits, chosen, experts

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from reference import Auxiliary
+
 from megatron_rl.megatron import faults
 from megatron_rl.parallel.stages import EVEN, Split
 
@@ -29,9 +31,12 @@ class Layout:
     has_every_preset: bool = False  # else a few, since each adds a second or two
     has_least: bool = False  # only what a way to split a model could get wrong
     megatron: tuple[tuple[str, Any], ...] = ()  # fields of Megatron-Core that a recipe may set
+    auxiliary: Auxiliary | None = None  # losses of routers
     is_refused_with: str | None = None  # a fault of Megatron-Core, at versions that have it
 
 
+OVER_SEQUENCES = Auxiliary(over="sequence", balance=0.3, z=0.02)
+OVER_UPDATE = Auxiliary(over="update", balance=0.2)
 EVERY_LAYOUT = (
     Layout(name="one rank", world=1, has_every_preset=True),
     Layout(name="one rank, llama", world=1, model="llama"),
@@ -244,6 +249,64 @@ EVERY_LAYOUT = (
             ("moe_router_dtype", "fp64"),
             ("bias_activation_fusion", True),
         ),
+    ),
+    Layout(
+        name="one rank, balanced",
+        world=1,
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_SEQUENCES,
+        has_least=True,
+    ),
+    Layout(
+        name="DP2, balanced",
+        world=2,
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_UPDATE,
+        has_least=True,
+    ),
+    Layout(
+        name="CP2 EP2, all recomputed, balanced",
+        world=2,
+        cp=2,
+        ep=2,
+        recompute="full",
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_SEQUENCES,
+        has_least=True,
+    ),
+    Layout(
+        name="TP2 SP EP2 ETP1, balanced",
+        world=2,
+        tp=2,
+        ep=2,
+        expert_tp=1,
+        sequence_parallel=True,
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_SEQUENCES,
+        has_least=True,
+    ),
+    Layout(
+        name="TP2 SP CP2 EP2 ETP1, balanced",
+        world=4,
+        tp=2,
+        cp=2,
+        ep=2,
+        expert_tp=1,
+        sequence_parallel=True,
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_UPDATE,
+        has_least=True,
+    ),
+    Layout(
+        name="EP2 PP2 VPP2, mixture recomputed, balanced",
+        world=4,
+        ep=2,
+        pp=2,
+        vpp=2,
+        recompute="experts",
+        model="qwen3_moe_mixed",
+        auxiliary=OVER_SEQUENCES,
+        has_least=True,
     ),
     # Models of four layers where nothing else is said; names give the layers of each stage.
     Layout(name="PP2 of 1, 3", world=2, pp=2, split=Split(first=1), has_least=True),

@@ -32,6 +32,7 @@ class Case:
     ep: int = 1
     first: int | None = None  # layers of the first of two stages, which share four
     ranks_per_node: int | None = None  # None: all on one
+    replays: bool = False  # the policy routes by the engine's choice of experts
     extras: tuple[str, ...] = ()
     is_exhaustive: bool = False  # what it shows, others show as well
 
@@ -118,7 +119,8 @@ CASES = (
     Case(model="qwen2_yarn", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
     Case(model="mistral", tp=1, pp=2, first=1, rollout_tp=1),
     Case(model="qwen3", tp=2, pp=1, rollout_tp=2, is_exhaustive=True),
-    Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2),  # 24 rows each, which vLLM pads
+    # 24 rows each, which vLLM pads.
+    Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2, replays=True, extras=("routed",)),
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
 )
 COINCIDING = {
@@ -296,6 +298,16 @@ def test_an_engine_whose_rank_is_told_to_stop_breaks_off(case, measured):
     assert found["then as before"]
 
 
+@having("routed")
+def test_the_engine_tells_of_every_input_which_experts_it_chose(case, measured):
+    """In float32 nearly always those that the policy would choose, and never those of others."""
+    found = measured(case)["routed"]
+    assert found["told"] > 1000
+    assert found["alike"] > 0.999 * found["told"]
+    assert found["gap"] < GAP_BOUND
+    assert found["gap of the token before"] > 10 * MOVED_BOUND
+
+
 @having("spread")
 def test_each_prompt_is_sampled_by_one_engine_and_ends_on_one_rank(case, measured):
     found = measured(case)["spread"]
@@ -318,7 +330,11 @@ def on_ranks(case: Case, directory: Path, out: Path) -> None:
     if case.ranks_per_node:
         os.environ["GROUP_RANK"] = str(dist.get_rank() // case.ranks_per_node)  # as torchrun does
     config = config_of(
-        directory / case.model, directory / "prompts.jsonl", case.rollout_tp, case.parallel
+        directory / case.model,
+        directory / "prompts.jsonl",
+        case.rollout_tp,
+        case.parallel,
+        routing_replay=case.replays,
     )
     run, build_left_rng = build(config)
     found = {"build_left_rng": build_left_rng, **measure(run)}

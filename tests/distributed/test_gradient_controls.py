@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import MANY_ROWS, Case, question_of
+from cases import MANY_ROWS, Case, Question, question_of
 from harness import run_on_ranks
+from reference import Recipe
 from splits import LAYOUTS
 from tiny_models import VOCAB_SIZE
 
@@ -27,10 +28,15 @@ BOUND = 1e-12
 
 CASE = Case(question=question_of("grpo"), row_tokens=MANY_ROWS)
 OF_RESPONSES = Case(question=question_of("gspo"), row_tokens=MANY_ROWS)
+ROUTED = Case(
+    question=Question(recipe=Recipe(preset="grpo"), groups="routed"), row_tokens=MANY_ROWS
+)
 WITH_REJECTED = Case(
     question=question_of("reinforce_rej"), row_tokens=MANY_ROWS, train_on_everything=True
 )
 
+BALANCED = "CP2 EP2, all recomputed, balanced"
+STAGES_BALANCED = "EP2 PP2 VPP2, mixture recomputed, balanced"
 # fault -> layouts at which it must be noticed, and the error that shows it
 FAULTS = {
     "one_rank_doubled": (("DP2", "TP2", "TP2 SP", "PP2", "CP2"), "gradient_error"),
@@ -50,10 +56,22 @@ FAULTS = {
     "no_reduction_over_parts": (("CP2",), "gradient_error"),
     "response_of_own_tokens_alone": (("CP2",), "gradient_error"),
     "layers_from_one_too_far": (("PP2 of 1, 3",), "gradient_error"),
+    "experts_balanced_by_row": ((BALANCED,), "gradient_error"),
+    "padding_balances_experts": ((BALANCED,), "gradient_error"),
+    "experts_balanced_by_part": ((BALANCED,), "gradient_error"),
+    "losses_of_routers_by_rank": (("DP2, balanced",), "gradient_error"),
+    "experts_counted_on_one_rank": (("DP2, balanced",), "gradient_error"),
+    "rows_recomputed_backwards": ((STAGES_BALANCED,), "gradient_error"),
+    "experts_not_replayed": ((BALANCED,), "gradient_error"),
+    "experts_of_the_token_before": ((BALANCED,), "gradient_error"),
 }
 WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied", "CP2")
-OTHERS = ("DP4 EP2", "PP2 of 1, 3")
-CASES_OF = {"response_of_own_tokens_alone": OF_RESPONSES}  # else CASE
+OTHERS = ("DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced", STAGES_BALANCED)
+CASES_OF = {
+    "response_of_own_tokens_alone": OF_RESPONSES,
+    "experts_not_replayed": ROUTED,
+    "experts_of_the_token_before": ROUTED,
+}  # else CASE
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +128,16 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
         problem = torch.load(problems[layout.model], weights_only=False)
         with policy_at(layout, problem, OptimizerConfig(lr=1e-3, clip_grad=0.0)) as policy:
             clean = []
+            plain = _balanced(CASE, layout)
             for fault in (f for f, (layouts, _) in FAULTS.items() if layout.name in layouts):
-                change = shift_one_target(policy) if fault == "one_target_shifted" else None
-                inject = globals().get(fault)
-                case = CASES_OF.get(fault, CASE)
+                change = CHANGES[fault](policy) if fault in CHANGES else None
+                inject = None if change else globals()[fault]
+                case = _balanced(CASES_OF.get(fault, CASE), layout)
                 found[f"{layout.name}: {fault}"] = vars_of(
                     measure(policy, case, problem, layout=layout, fault=inject, change=change)
                 )
-                clean.append(measure(policy, CASE, problem, layout=layout))
-            clean.append(measure(policy, CASE, problem, layout=layout))
+                clean.append(measure(policy, plain, problem, layout=layout))
+            clean.append(measure(policy, plain, problem, layout=layout))
             found[f"{layout.name}: none"] = vars_of(max(clean, key=lambda m: m.gradient_error))
             if layout.name in WHERE:
                 found[f"{layout.name}: changed bits"] = changed_bits(policy, problem, layout)
@@ -127,6 +146,11 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
                 found[f"{layout.name}: stops"] = error_of_a_division(policy, problem, layout)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
+
+
+def _balanced(case: Case, layout: Any) -> Case:
+    """The case with the losses of routers that the layout has."""
+    return replace(case, question=replace(case.question, auxiliary=layout.auxiliary))
 
 
 def vars_of(measurement: Any) -> dict[str, Any]:
@@ -216,6 +240,28 @@ def shift_one_target(policy: Any) -> Any:
         return (shifted, *rows[1:])
 
     return change
+
+
+def without_experts(policy: Any) -> Any:
+    return lambda rows: tuple(row.without_experts for row in rows)
+
+
+def experts_shifted(policy: Any) -> Any:
+    """Each token is told what the one before it was routed by."""
+
+    def shifted(row: Any) -> Any:
+        experts = None if row.experts is None else row.experts.roll(1, 0)
+        return replace(row, experts=experts)
+
+    return lambda rows: tuple(map(shifted, rows))
+
+
+CHANGES = {
+    "one_target_shifted": shift_one_target,
+    "experts_not_replayed": without_experts,
+    "experts_of_the_token_before": experts_shifted,
+}
+"""Faults of the rows, and not of what computes."""
 
 
 @contextmanager
@@ -404,3 +450,76 @@ def response_of_own_tokens_alone(policy: Any) -> Iterator[None]:
 
     with mock.patch.object(module.dist, "all_reduce", return_value=None):
         yield
+
+
+@contextmanager
+def experts_balanced_by_row(policy: Any) -> Iterator[None]:
+    """All sequences of a row count as one."""
+    with _other_rows(lambda row: (row.sequence_of * 0, row.is_counted, row.lengths.sum()[None])):
+        yield
+
+
+@contextmanager
+def padding_balances_experts(policy: Any) -> Iterator[None]:
+    with _other_rows(lambda row: (row.sequence_of, row.is_counted | True, row.lengths)):
+        yield
+
+
+def _other_rows(change: Any) -> Any:
+    from megatron_rl.megatron import routers as module
+
+    stock = module.Routers._row
+
+    def changed(self: Any, batch: Any) -> Any:
+        sequence_of, is_counted, lengths = change(stock(self, batch))
+        return module.RoutedRow(sequence_of=sequence_of, is_counted=is_counted, lengths=lengths)
+
+    return mock.patch.object(module.Routers, "_row", changed)
+
+
+@contextmanager
+def experts_balanced_by_part(policy: Any) -> Iterator[None]:
+    """A rank counts the experts of its own tokens of a sequence."""
+    modules = [router._module for router in policy.routers._routers]
+    assert modules
+    groups = [module.tp_cp_group for module in modules]
+    for module in modules:
+        module.tp_cp_group = mock.Mock(**{"size.return_value": 1})
+    yield
+    for module, group in zip(modules, groups, strict=True):
+        module.tp_cp_group = group
+
+
+@contextmanager
+def losses_of_routers_by_rank(policy: Any) -> Iterator[None]:
+    """Their share is that of a rank's own tokens."""
+    from megatron_rl.megatron import routers as module
+
+    stock = module.Routers.training
+
+    @contextmanager
+    def of_rank(self: Any, rows: Any) -> Iterator[None]:
+        with stock(self, rows):
+            self.num_tokens = sum(int(row.trained_lengths.sum()) for row in rows)
+            yield
+
+    with mock.patch.object(module.Routers, "training", of_rank):
+        yield
+
+
+@contextmanager
+def experts_counted_on_one_rank(policy: Any) -> Iterator[None]:
+    from megatron_rl.megatron import routers as module
+
+    with mock.patch.object(module.Routers, "_sum_chosen", return_value=None):
+        yield
+
+
+@contextmanager
+def rows_recomputed_backwards(policy: Any) -> Iterator[None]:
+    """A backward takes the newest of the rows that wait for theirs."""
+    for router in policy.routers._routers:
+        router._waiting = mock.Mock(wraps=router._waiting, popleft=router._waiting.pop)
+    yield
+    for router in policy.routers._routers:
+        router._waiting = type(router._waiting._mock_wraps)()

@@ -96,6 +96,22 @@ def test_the_gradient_norm_equals_the_unsharded_one(measurements, layout):
     assert not wrong, "\n".join(map(str, wrong))
 
 
+@pytest.mark.parametrize(
+    "layout", [layout for layout in LAYOUTS if layout.auxiliary], ids=lambda layout: layout.name
+)
+def test_the_losses_of_routers_are_reported_as_the_unsharded_ones(measurements, layout):
+    rows = measurements[layout.name]
+    wrong = [row for row in rows if not row["auxiliary_error"] < BOUND]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_a_pass_that_measures_routes_as_the_engine_did(measurements):
+    rows = [row for found in measurements.values() for row in found]
+    errors = [row["logprob_error"] for row in rows if "routed" in row["case"]]
+    assert len(errors) > 6
+    assert max(errors) < BOUND
+
+
 def test_the_cases_are_what_they_are_for(measurements, problems):
     """Rows from one to many, other counts on other ranks, ranks without a sample, real clipping."""
     rows = measurements["DP2"]

@@ -8,8 +8,9 @@ from megatron_rl.types import Sample
 CPU = torch.device("cpu")
 
 
-def sample(prompt, response, advantage=1.0, rollout=None):
+def sample(prompt, response, advantage=1.0, rollout=None, **fields):
     return Sample(
+        **fields,
         group_id=0,
         index=0,
         update=0,
@@ -150,3 +151,39 @@ def positions_of_targets(part):
     """Of the row's targets that the part predicts, counted along each sequence."""
     starts = part.cu_seqlens[:-1].repeat_interleave(torch.tensor(part.lengths))
     return (part.loss.at - starts[part.loss.at] + 1)[part.part.loss]
+
+
+def test_tokens_of_what_is_trained_are_told_without_filling():
+    rows = [sample([5, 9], [7, 2]), sample([4], [8, 6], has_gradient=False)]
+    assert packed(rows, multiple=8).trained_lengths.tolist() == [4, 0, 0]
+    assert packed(rows).trained_lengths.tolist() == [4, 0]
+
+
+EXPERTS = [[[1, 0]], [[2, 3]], [[0, 255]]]  # of one layer, for every token but the last
+NONE = [[-1, -1]]
+
+
+def test_experts_stand_at_the_tokens_that_the_engine_saw():
+    routed = sample([5, 9], [7, 2], experts=torch.tensor(EXPERTS, dtype=torch.uint8))
+    row = packed([sample([3], [4]), routed], multiple=8)
+    assert row.experts.dtype == torch.int16
+    assert row.experts.tolist() == [NONE, NONE, *EXPERTS, NONE, NONE, NONE]
+    assert row.without_experts.experts is None
+    assert packed([sample([3], [4])]).experts is None
+
+
+def test_a_part_of_a_row_has_the_experts_of_its_own_tokens():
+    routed = sample([5, 9], [7, 2], experts=torch.tensor(EXPERTS, dtype=torch.uint8))
+    parts = [
+        pack(
+            [routed],
+            weight_of=lambda _: 1.0,
+            multiple=4,
+            dtype=torch.float32,
+            device=CPU,
+            cp=2,
+            cp_rank=rank,
+        )
+        for rank in range(2)
+    ]
+    assert [part.experts.tolist() for part in parts] == [[EXPERTS[0], NONE], EXPERTS[1:]]

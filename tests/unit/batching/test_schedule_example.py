@@ -102,4 +102,23 @@ def test_a_sample_as_a_vector():
         response_tokens=torch.tensor([2]),
         advantage=0.5,
     )
-    assert _encode(example).tolist() == [7, 1, 0, 2, 1, 0, 5, 9, 2, 0x3FE0000000000000]
+    assert _encode(example).tolist() == [7, 1, 0, 2, 1, 0, 1, 0, 0, 0, 5, 9, 2, 0x3FE0000000000000]
+
+
+def test_a_sample_keeps_whether_it_has_a_gradient():
+    for has_gradient in (True, False):
+        (found,) = _decode(_encode(replace(FIRST, has_gradient=has_gradient)))
+        assert found.has_gradient is has_gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+def test_a_sample_keeps_the_experts_of_its_tokens(dtype):
+    """Of several samples in one stream, whose bytes do not fill words."""
+    many = [
+        replace(FIRST, experts=torch.arange(n * 6).view(n, 3, 2).to(dtype))
+        for n in [FIRST.num_tokens - 1]
+    ]
+    for found in _decode(torch.cat([_encode(s) for s in (*many, FIRST, *many)]))[::2]:
+        assert torch.equal(found.experts, many[0].experts)
+        assert found.experts.dtype == dtype
+    assert _decode(_encode(FIRST))[0].experts is None

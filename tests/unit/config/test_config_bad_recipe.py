@@ -172,6 +172,17 @@ def test_float64_cannot_be_clipped(case):
     case.read()
 
 
+def test_routing_is_replayed_where_something_routed_and_a_router_listens(case):
+    case.change(rollout={"routing_replay": True})
+    case.read()
+    case.change(model={"megatron": {"moe_router_fusion": True}})
+    assert only(case.config_problems()).startswith("rollout.routing_replay=True: Transformer")
+    case.change(algorithm={"preset": "sft"}, model={"megatron": {}})
+    assert only(case.config_problems()) == (
+        "rollout.routing_replay=True: nothing is sampled. Set rollout.routing_replay=false"
+    )
+
+
 def test_supervised_runs_have_no_engine_to_evaluate_with(case):
     case.change(
         algorithm={"preset": "sft"}, evaluation={"benchmarks": {"aime": {"path": "aime.jsonl"}}}

@@ -12,7 +12,12 @@ from megatron_rl.megatron import faults
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.enter import config_fields
 from megatron_rl.megatron.faults import FAULTS, SUPPORTED_VERSIONS
-from megatron_rl.megatron.refusals import config_problems, model_problems, optimizer_problems
+from megatron_rl.megatron.refusals import (
+    config_problems,
+    model_problems,
+    optimizer_problems,
+    router_problems,
+)
 from megatron_rl.megatron.settable import (
     DECIDED,
     FAULTY,
@@ -419,3 +424,54 @@ def test_clipping_in_float64_is_refused_and_in_float32_not():
 def test_what_would_route_otherwise_than_the_engine_is_refused(name):
     (problem,) = problems_of(megatron={name: 0.5})
     assert "must route tokens as the engine does" in problem
+
+
+@pytest.mark.parametrize("name", ["moe_router_enable_expert_bias", "moe_router_bias_update_rate"])
+def test_a_bias_of_experts_is_refused_since_no_family_has_one(name):
+    (problem,) = problems_of(megatron={name: 1})
+    assert "no family of weights/families has a bias of its experts" in problem
+
+
+KIND, COEFF, Z_COEFF = "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"
+
+
+@pytest.mark.parametrize(
+    "megatron",
+    [
+        {KIND: "seq_aux_loss", COEFF: 0.01},
+        {KIND: "global_aux_loss", COEFF: 1},
+        {KIND: "none", COEFF: 0.0, Z_COEFF: 0.001},
+        {Z_COEFF: None},
+    ],
+)
+def test_losses_of_routers_can_be_asked_for(megatron):
+    assert problems_of(megatron=megatron) == []
+
+
+@pytest.mark.parametrize(
+    ("megatron", "problem"),
+    [
+        ({COEFF: 0.01}, f"{COEFF}=0.01: has no effect without model.megatron.{KIND}"),
+        ({KIND: "none", COEFF: 0.01}, f"{COEFF}=0.01: has no effect without model.megatron.{KIND}"),
+        ({KIND: "seq_aux_loss"}, f"{COEFF}=None: is what model.megatron.{KIND}=seq_aux_loss is"),
+        ({KIND: "seq_aux_loss", COEFF: -0.1}, f"{COEFF}=-0.1: is what"),
+        ({KIND: "seq_aux_loss", COEFF: [0.1]}, f"{COEFF}=[0.1]: is what"),
+        ({KIND: "seq_aux_loss", COEFF: float("nan")}, f"{COEFF}=nan: is what"),
+        ({KIND: ["seq_aux_loss"]}, f"{KIND}=['seq_aux_loss']: it balances over a micro-batch"),
+        ({KIND: "aux_loss", COEFF: 0.01}, f"{KIND}='aux_loss': it balances over a micro-batch"),
+        ({Z_COEFF: "1e-3"}, f"{Z_COEFF}='1e-3': must be a number above 0"),
+        ({Z_COEFF: True}, f"{Z_COEFF}=True: must be a number above 0"),
+    ],
+)
+def test_coefficients_that_are_none_or_act_on_nothing_are_refused(megatron, problem):
+    (told,) = problems_of(megatron=megatron)
+    assert told.startswith(f"model.megatron.{problem}")
+
+
+def test_losses_of_routers_that_a_dense_model_does_not_have_are_refused():
+    megatron = {KIND: "seq_aux_loss", COEFF: 0.01, Z_COEFF: 0.001}
+    model = ModelConfig(path="m", megatron=megatron)
+    assert len(list(router_problems(ARCH, model))) == 3
+    assert not list(router_problems(EXPERTS, model))
+    nothing = ModelConfig(path="m", megatron={KIND: "none", COEFF: 0.0, Z_COEFF: None})
+    assert not list(router_problems(ARCH, nothing))

@@ -19,6 +19,7 @@ def batch_of(**constants):
         position_ids=torch.arange(3),
         cu_seqlens=torch.tensor([0, 3], dtype=torch.int32),
         lengths=(3,),
+        trained_lengths=torch.tensor([3]),
         loss=tokens,
         part=None,
         response_lengths=torch.tensor([2]),

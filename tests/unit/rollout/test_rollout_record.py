@@ -130,3 +130,22 @@ def test_a_missing_rank_and_a_damaged_file_are_told(run):
 def test_rollouts_to_other_prompts_are_refused(run):
     with pytest.raises(InputError, match="are to other prompts than iteration 4"):
         replayed(run, 0, 2, ids=range(1, 6))
+
+
+def test_experts_are_kept_and_given_back_where_they_are_asked_for(tmp_path):
+    experts = torch.arange(18, dtype=torch.uint8).view(3, 3, 2)
+    plain = group(0)
+    routed = replace(
+        plain, rollouts=tuple(replace(rollout, experts=experts) for rollout in plain.rollouts)
+    )
+    RolloutRecord(tmp_path, place(0, 1), num_iterations=2).keep([routed], 4)
+    RolloutRecord(tmp_path, place(0, 1), num_iterations=2).keep([plain], 5)
+    found = {}
+    for with_experts in (True, False):
+        source = ReplayedRollouts(tmp_path, place(0, 1), meter=None, with_experts=with_experts)
+        (found[with_experts],) = source.generate([prompt(0)], iteration=4, policy_version=9)
+    assert all(torch.equal(rollout.experts, experts) for rollout in found[True].rollouts)
+    assert all(rollout.experts is None for rollout in found[False].rollouts)
+    source = ReplayedRollouts(tmp_path, place(0, 1), meter=None, with_experts=True)
+    with pytest.raises(InputError, match=r"Set rollout\.routing_replay=false"):
+        source.generate([prompt(0)], iteration=5, policy_version=9)

@@ -7,7 +7,7 @@ import pytest
 from megatron_rl.platforms.base import CPU, CUDA
 from megatron_rl.rollout.config import LEAST_TEMPERATURE, MOST_TEMPERATURE, RolloutConfig
 from megatron_rl.rollout.refusals import CPU_HEAD_DIMS, device_problems
-from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.arch import MixtureArch, ModelArch
 
 ARCH = ModelArch(
     model_type="qwen2",
@@ -59,3 +59,21 @@ def test_a_cache_beyond_the_memory_is_refused(monkeypatch, platform, name):
     assert not list(device_problems(ARCH, RolloutConfig(kv_cache_mib=1024), platform))
     (problem,) = device_problems(ARCH, RolloutConfig(kv_cache_mib=1025), platform)
     assert str(problem).startswith(f"rollout.kv_cache_mib=1025: the {name} has 1024 MiB of memory")
+
+
+def test_routing_can_be_replayed_of_a_mixture_and_by_an_engine_that_tells(monkeypatch):
+    for platform in (CPU, CUDA):
+        monkeypatch.setattr(type(platform), "total_memory_bytes", lambda self: 1 << 36)
+    mixture = MixtureArch(num_experts=8, ffn_hidden_size=64, top_k=2, renormalized=True)
+    experts = replace(ARCH, mixture=mixture)
+    alone = RolloutConfig(routing_replay=True)
+    shared = RolloutConfig(routing_replay=True, tensor_model_parallel_size=2)
+    assert not list(device_problems(experts, alone, CPU))
+    assert not list(device_problems(experts, shared, CPU))
+    assert not list(device_problems(experts, alone, CUDA))
+    (problem,) = device_problems(experts, shared, CUDA)
+    assert str(problem).endswith(
+        "Set rollout.tensor_model_parallel_size=1 or set rollout.routing_replay=false"
+    )
+    (problem,) = device_problems(ARCH, alone, CPU)
+    assert "has no effect: the model has no experts" in str(problem)
