@@ -94,6 +94,7 @@ def row_of(lengths: tuple[int, ...]) -> Any:
 def rope_of(dtype: torch.dtype) -> Rope:
     rope = Rope.__new__(Rope)
     rope.frequencies, rope.dtype = 10.0 ** -torch.arange(WIDTH // 2), dtype
+    rope.amplitude = 1.0
     return rope
 
 
