@@ -221,6 +221,7 @@ def _build_packer(
         ),
         max_response_tokens=config.rollout.max_response_tokens,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        share_prompts=config.batching.share_prompts,
     )
 
 

@@ -18,6 +18,7 @@ from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import SIGN_SELECTIONS
 from megatron_rl.algorithms.rules import algorithm_problems
 from megatron_rl.batching.config import BatchingConfig
+from megatron_rl.batching.refusals import sharing_problems
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
@@ -40,7 +41,7 @@ from megatron_rl.rollout.config import (
     RolloutConfig,
     with_rounds_of_preset,
 )
-from megatron_rl.rollout.group_rules import group_problems
+from megatron_rl.rollout.group_rules import group_problems, most_kept
 from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
 
@@ -221,6 +222,8 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     yield from _reward_problems(config)
     yield from _training_problems(config)
     yield from _reference_problems(config)
+    most = 1 if config.is_supervised else most_kept(config.rollout, config.algorithm)
+    yield from sharing_problems(config.batching, config.parallel, config.model, most)
     if config.parallel.world_size is not None:
         yield from world_problems(config, config.parallel.world_size)
 

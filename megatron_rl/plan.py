@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.batching.refusals import layer_spec_problems
 from megatron_rl.choose import choices
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigErrors, InputError
@@ -65,6 +66,7 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
         *world_problems(config, world),
         *model_problems(arch, config.parallel),
         *layer_problems(arch, config.model, detect().device_type),
+        *layer_spec_problems(config.batching, config.model, detect().device_type),
         *router_problems(arch, config.model),
     ]
     if not config.is_supervised:

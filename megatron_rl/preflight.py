@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from megatron_rl.batching.refusals import layer_spec_problems
 from megatron_rl.checkpoint.contract import Terms, breaches, newest_terms, not_empty
 from megatron_rl.checkpoint.names import CHECKPOINTS, checkpoints_in
 from megatron_rl.config import RunConfig, world_problems
@@ -261,6 +262,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     arch = read_model_config(model.config_dir, config.model.ignore_config_fields)
     found.note(model_problems(arch, config.parallel))
     found.note(layer_problems(arch, config.model, detect().device_type))
+    found.note(layer_spec_problems(config.batching, config.model, detect().device_type))
     found.note(router_problems(arch, config.model))
     if config.has_engine:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))

@@ -130,7 +130,8 @@ class LossTokens:
     [7, 2]: the last prompt token predicts the first response token.
     """
 
-    at: Tensor  # [N] int64, ascending: the entry of the row that predicts the token
+    at: Tensor  # [N] int64: the entry of the row that predicts the token; ascending, but where
+    # responses share a prompt, whose last entry predicts the first token of each
     targets: Tensor  # [N] int64 token ids
     weights: Tensor  # [N] share of the global loss; all below are of its dtype
     advantages: Tensor  # [N]
@@ -176,6 +177,23 @@ class RowPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SharedPrompts:
+    """What the runs of a row see, where a prompt stands once before the responses to it.
+
+    A run is a sequence, a prompt, a response to it, or the padding. A token sees the keys of its
+    run up to its own, and before them, in a response, those of the prompt.
+
+    Example: prompt [5, 9] and responses [7, 2] and [8] give the row tokens [5, 9, 7, 2, 8] in runs
+    of 2, 2 and 1, prompts (None, 0, 0), keys [0, 1, 0, 1, 2, 3, 0, 1, 4] and bounds [0, 2, 6, 9].
+    """
+
+    prompts: tuple[int | None, ...]  # of each run, the run that it answers
+    keys: Tensor  # [K] int64, entries of the row: those that each run sees, one run after another
+    key_bounds: Tensor  # [runs + 1] int32
+    key_lengths: tuple[int, ...]  # of the runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MicroBatch:
     """One packed row, and what its loss is about.
 
@@ -186,7 +204,7 @@ class MicroBatch:
     tokens: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [sequences + 1] int32 bounds; the padding tail is a sequence, too
-    lengths: tuple[int, ...]  # of the sequences
+    lengths: tuple[int, ...]  # of the sequences; where prompts are shared, of all runs, as above
     trained_lengths: Tensor  # [sequences] int64, on the device, without what fills a sequence up;
     # 0: nothing of it has a gradient
     loss: LossTokens
@@ -196,6 +214,7 @@ class MicroBatch:
     samples: tuple[Sample, ...]  # in row order
     experts: Tensor | None = None  # [T, L, K] int16 in host memory, as of rollouts: by these the
     # policy routes; -1: as it would itself
+    shared: SharedPrompts | None = None  # None: every response has a prompt of its own
 
     @property
     def max_seqlen(self) -> int:

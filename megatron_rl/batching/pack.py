@@ -4,13 +4,33 @@ A response token at position p of a sequence is predicted at entry p - 1 of the 
 `LossTokens.at` points. Everything after this file speaks of the tokens that the loss is about.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_rl.parallel.context import own_entries, padded
-from megatron_rl.types import LossTokens, MicroBatch, RowPart, Sample
+from megatron_rl.types import LossTokens, MicroBatch, RowPart, Sample, SharedPrompts
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tokens of a row that stand together and see each other."""
+
+    tokens: Tensor
+    position: int  # of the first token in its sequence
+    prompt: int | None  # the run that it answers, where that is one of its own
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sample's prompt and response lie: a run, and the first token of it."""
+
+    prompt: tuple[int, int]
+    response: tuple[int, int]
 
 
 def pack(
@@ -22,6 +42,7 @@ def pack(
     device: torch.device,
     cp: int = 1,
     cp_rank: int = 0,
+    share_prompts: bool = False,
 ) -> MicroBatch:
     """One packed row of the samples, in their order, or a context-parallel rank's part of it.
 
@@ -34,21 +55,30 @@ def pack(
         device: of all tensors.
         cp: ranks that share every sequence, whose lengths are padded so that they can be cut.
         cp_rank: this rank's place among them.
+        share_prompts: samples of one group that are neighbours have their prompt in common, once.
+            Not with cp.
     """
-    lengths = list(padded([sample.num_tokens for sample in samples], cp))
+    runs, places = _runs(samples, share_prompts=share_prompts)
+    lengths = list(padded([len(run.tokens) for run in runs], cp))
     used = sum(lengths)
     padding = -used % multiple or (multiple if not used else 0)
     if padding:
         lengths.append(padding)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
+    starts = bounds.tolist()
     tokens = torch.zeros(used + padding, dtype=torch.int64)
-    for sample, start in zip(samples, bounds.tolist(), strict=False):
-        tokens[start : start + sample.num_tokens] = torch.cat(
-            [sample.prompt_tokens, sample.response_tokens]
-        )
-    position_ids = torch.cat([torch.arange(length) for length in lengths])
-    loss = _loss_tokens(samples, bounds.tolist(), weight_of, dtype)
-    experts = _experts(samples, bounds.tolist(), used + padding)
+    for run, start in zip(runs, starts, strict=False):
+        tokens[start : start + len(run.tokens)] = run.tokens
+    firsts = [*(run.position for run in runs), *[0] * bool(padding)]
+    position_ids = torch.cat(
+        [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
+    )
+    entries = [
+        (starts[place.prompt[0]] + place.prompt[1], starts[place.response[0]] + place.response[1])
+        for place in places
+    ]
+    loss = _loss_tokens(samples, entries, weight_of, dtype)
+    experts = _experts(samples, entries, used + padding)
     part = None
     if cp > 1:
         own = own_entries(lengths, cp, cp_rank, torch.device("cpu"))
@@ -64,7 +94,7 @@ def pack(
         cu_seqlens=bounds.to(device, torch.int32),
         lengths=tuple(lengths),
         trained_lengths=torch.tensor(
-            [sample.num_tokens * sample.has_gradient for sample in samples] + [0] * bool(padding),
+            [len(run.tokens) * run.is_trained for run in runs] + [0] * bool(padding),
             dtype=torch.int64,
         ).to(device),
         loss=loss.to(device),
@@ -73,24 +103,69 @@ def pack(
         group_of=torch.tensor(group_of, dtype=torch.int64).to(device),
         samples=tuple(samples),
         experts=experts.pin_memory() if experts is not None and device.type == "cuda" else experts,
+        shared=_shared(runs, lengths, starts, device),
+    )
+
+
+def _runs(samples: Sequence[Sample], *, share_prompts: bool) -> tuple[list[_Run], list[_Place]]:
+    runs: list[_Run] = []
+    places: list[_Place] = []
+    for _, members in itertools.groupby(samples, key=lambda sample: sample.group_id):
+        group = list(members)
+        prompt, at = group[0].prompt_tokens, len(runs)
+        if share_prompts and len(group) > 1:
+            runs.append(_Run(prompt, 0, None, any(sample.has_gradient for sample in group)))
+            for sample in group:
+                places.append(_Place((at, 0), (len(runs), 0)))
+                runs.append(_Run(sample.response_tokens, len(prompt), at, sample.has_gradient))
+            continue
+        for sample in group:
+            places.append(_Place((len(runs), 0), (len(runs), len(sample.prompt_tokens))))
+            whole = torch.cat([sample.prompt_tokens, sample.response_tokens])
+            runs.append(_Run(whole, 0, None, sample.has_gradient))
+    return runs, places
+
+
+def _shared(
+    runs: Sequence[_Run], lengths: Sequence[int], starts: Sequence[int], device: torch.device
+) -> SharedPrompts | None:
+    """What each run sees; None where none of them answers another."""
+    if all(run.prompt is None for run in runs):
+        return None
+    prompts = [*(run.prompt for run in runs), *[None] * (len(lengths) - len(runs))]
+    keys: list[Tensor] = []
+    key_lengths = []
+    for run, prompt in enumerate(prompts):
+        seen = [run] if prompt is None else [prompt, run]
+        keys += [torch.arange(starts[one], starts[one] + lengths[one]) for one in seen]
+        key_lengths.append(sum(lengths[one] for one in seen))
+    return SharedPrompts(
+        prompts=tuple(prompts),
+        keys=torch.cat(keys).to(device),
+        key_bounds=torch.tensor([0, *key_lengths]).cumsum(0).to(device, torch.int32),
+        key_lengths=tuple(key_lengths),
     )
 
 
 def _loss_tokens(
     samples: Sequence[Sample],
-    starts: Sequence[int],
+    entries: Sequence[tuple[int, int]],
     weight_of: Callable[[Sample], float],
     dtype: torch.dtype,
 ) -> LossTokens:
+    """entries: of the first token of each sample's prompt, and of its response."""
     counts = torch.tensor([len(sample.response_tokens) for sample in samples], dtype=torch.int64)
 
     def per_token(values: Sequence[float]) -> Tensor:
         # By way of float64, which Python numbers are, so that they are rounded once.
         return torch.tensor(values, dtype=torch.float64).to(dtype).repeat_interleave(counts)
 
-    firsts = [start + len(s.prompt_tokens) - 1 for s, start in zip(samples, starts, strict=False)]
+    at: list[Tensor] = []
+    for sample, (prompt, response) in zip(samples, entries, strict=True):
+        before = torch.arange(response - 1, response + len(sample.response_tokens) - 1)
+        before[:1] = prompt + len(sample.prompt_tokens) - 1
+        at.append(before)
     rollout = [s.rollout_logprobs for s in samples if s.rollout_logprobs is not None]
-    at = [torch.arange(f, f + n) for f, n in zip(firsts, counts.tolist(), strict=True)]
     return LossTokens(
         at=_joined(at, torch.int64),
         targets=_joined([sample.response_tokens for sample in samples], torch.int64),
@@ -100,15 +175,20 @@ def _loss_tokens(
     )
 
 
-def _experts(samples: Sequence[Sample], starts: Sequence[int], row_tokens: int) -> Tensor | None:
+def _experts(
+    samples: Sequence[Sample], entries: Sequence[tuple[int, int]], row_tokens: int
+) -> Tensor | None:
     """The experts [T, L, K] that the engine chose, where it told them of any sample."""
-    told = [(s.experts, start) for s, start in zip(samples, starts, strict=False)]
-    found = [(chosen, start) for chosen, start in told if chosen is not None]
-    if not found:
+    told = [sample.experts for sample in samples if sample.experts is not None]
+    if not told:
         return None
-    experts = torch.full((row_tokens, *found[0][0].shape[1:]), -1, dtype=torch.int16)
-    for chosen, start in found:
-        experts[start : start + len(chosen)] = chosen
+    experts = torch.full((row_tokens, *told[0].shape[1:]), -1, dtype=torch.int16)
+    for sample, (prompt, response) in zip(samples, entries, strict=True):
+        if sample.experts is not None:
+            length = len(sample.prompt_tokens)
+            of_prompt, of_response = sample.experts[:length], sample.experts[length:]
+            experts[prompt : prompt + length] = of_prompt
+            experts[response : response + len(of_response)] = of_response
     return experts
 
 

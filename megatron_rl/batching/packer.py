@@ -24,11 +24,16 @@ class Packer:
         row_multiple: int,
         max_response_tokens: int,
         dtype: torch.dtype,
+        share_prompts: bool = False,
     ) -> None:
-        """row_multiple: rows are padded to a multiple of it (Layout.row_multiple)."""
+        """row_multiple: rows are padded to a multiple of it (Layout.row_multiple).
+
+        share_prompts: the responses to a prompt that share a row have it once.
+        """
         self._groups, self._algorithm = groups, algorithm
         self._row_tokens, self._row_multiple = row_tokens, row_multiple
         self._max_response_tokens, self._dtype = max_response_tokens, dtype
+        self._share_prompts = share_prompts
         self._keep_groups_whole = algorithm.objective.trains_pairs
         # The interleaved schedule wants a multiple of the pipeline size.
         self._count_multiple = groups.layout.pp if groups.layout.vpp > 1 else 1
@@ -41,7 +46,10 @@ class Packer:
         """
         totals = self._global_totals(selection, num_updates)
         distributed = distribute(
-            selection.samples, self._groups, keep_groups_whole=self._keep_groups_whole
+            selection.samples,
+            self._groups,
+            keep_groups_whole=self._keep_groups_whole,
+            share_up_to=self._share_up_to,
         )
         return [
             MiniBatch(
@@ -58,8 +66,12 @@ class Packer:
 
     def pack_for_measuring(self, samples: Sequence[Sample]) -> tuple[MicroBatch, ...]:
         """Rows for a pass that only measures: every response token counts once."""
-        distributed = distribute(samples, self._groups)
+        distributed = distribute(samples, self._groups, share_up_to=self._share_up_to)
         return self._rows(distributed.samples, None)
+
+    @property
+    def _share_up_to(self) -> int | None:
+        return self._row_tokens if self._share_prompts else None
 
     def _rows(
         self, samples: Sequence[Sample], totals: UpdateTotals | None
@@ -75,6 +87,7 @@ class Packer:
                 self._row_tokens,
                 count_multiple=self._count_multiple,
                 keep_groups_whole=self._keep_groups_whole and totals is not None,
+                share_prompts=self._share_prompts,
             )
         )
         return tuple(
@@ -86,6 +99,7 @@ class Packer:
                 device=self._groups.platform.current_device(),
                 cp=self._groups.layout.cp,
                 cp_rank=self._groups.here.cp_rank,
+                share_prompts=self._share_prompts,
             )
             for row in rows
         )

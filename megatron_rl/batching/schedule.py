@@ -13,9 +13,10 @@ Where groups stay whole, a group is one unit of 9 or 3 tokens, and nothing trave
 replica is two ranks, and whatever one of them trains is sent to both.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,15 @@ from megatron_rl.types import Sample
 
 Key = tuple[int, int, int]  # update, group_id, index: the same order of samples on every rank
 
+UNITS_EACH = 4
+
+
+class Length(NamedTuple):
+    """Tokens of a sample."""
+
+    prompt: int
+    response: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distributed:
@@ -37,20 +47,59 @@ class Distributed:
     num_samples: Counter[int]  # update -> number of samples with a gradient over all replicas
 
 
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """Which samples travel and are packed as one unit, and how many tokens that is."""
+
+    keep_groups_whole: bool = False
+    share_up_to: int | None = None  # most tokens of a unit that shares a prompt; None: none does
+
+    def units(self, lengths: Mapping[Key, Length]) -> dict[Key, list[Key]]:
+        """Samples by unit: each alone, a whole group, or as many of a group as share a prompt.
+
+        A unit is told by the key of its first sample. The order of both is that of the keys.
+        """
+        units: dict[Key, list[Key]] = {}
+        unit: Key | None = None
+        for key in sorted(lengths):
+            is_next = unit is not None and unit[:2] == key[:2]
+            if unit is None or not is_next or not self._fits([*units[unit], key], lengths):
+                unit = key
+            units.setdefault(unit, []).append(key)
+        return units
+
+    def _fits(self, keys: Sequence[Key], lengths: Mapping[Key, Length]) -> bool:
+        if self.keep_groups_whole:
+            return True
+        return self.share_up_to is not None and self.tokens(keys, lengths) <= self.share_up_to
+
+    def tokens(self, keys: Sequence[Key], lengths: Mapping[Key, Length]) -> int:
+        """Tokens of a unit in a row."""
+        responses = sum(lengths[key].response for key in keys)
+        prompts = [lengths[key].prompt for key in keys]
+        return responses + (sum(prompts) if self.share_up_to is None else max(prompts))
+
+
 def distribute(
-    samples: Sequence[Sample], groups: Groups, *, keep_groups_whole: bool = False
+    samples: Sequence[Sample],
+    groups: Groups,
+    *,
+    keep_groups_whole: bool = False,
+    share_up_to: int | None = None,
 ) -> Distributed:
     """The samples that this rank's replica trains, balanced by tokens within each update.
 
     samples: the kept samples of the groups that this rank owns. Each sample lies on one rank before
-    and on all ranks of one data-parallel replica after. Every rank must call it.
+    and on all ranks of one data-parallel replica after. Every rank must call it. share_up_to: most
+    tokens of samples that share a prompt; None: prompts are not shared.
     """
-    own = {_key(sample): (sample.num_tokens, sample.has_gradient) for sample in samples}
-    everywhere: dict[Key, tuple[int, bool]] = {}
+    own = {_key(sample): (_length(sample), sample.has_gradient) for sample in samples}
+    everywhere: dict[Key, tuple[Length, bool]] = {}
     for part in all_gather_objects(own, groups.world):
         everywhere |= part
     lengths = {key: length for key, (length, _) in everywhere.items()}
-    replica_of = _replicas(lengths, groups.layout.dp, keep_groups_whole=keep_groups_whole)
+    together = Together(keep_groups_whole=keep_groups_whole, share_up_to=share_up_to)
+    replica_of = _replicas(lengths, groups.layout.dp, together)
     layout = groups.layout
     ranks_of = [
         [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp_rank == replica]
@@ -72,7 +121,12 @@ def distribute(
 
 
 def rows_of(
-    samples: Sequence[Sample], budget: int, *, count_multiple: int, keep_groups_whole: bool = False
+    samples: Sequence[Sample],
+    budget: int,
+    *,
+    count_multiple: int,
+    keep_groups_whole: bool = False,
+    share_prompts: bool = False,
 ) -> list[list[Sample]]:
     """The samples of one update in packed rows of at most `budget` tokens.
 
@@ -80,38 +134,40 @@ def rows_of(
     empty. A rank without samples still takes part in the reduction of gradients, and Megatron's
     interleaved pipeline schedule takes only multiples of the pipeline size.
     """
-    units: dict[Key, list[Sample]] = {}
-    for sample in samples:
-        units.setdefault(_unit(_key(sample), keep_groups_whole), []).append(sample)
-    members = list(units.values())
-    lengths = [sum(sample.num_tokens for sample in unit) for unit in members]
-    rows = [
-        [sample for index in row for sample in members[index]] for row in fill_rows(lengths, budget)
-    ]
+    by_key = {_key(sample): sample for sample in samples}
+    lengths = {key: _length(sample) for key, sample in by_key.items()}
+    together = Together(
+        keep_groups_whole=keep_groups_whole, share_up_to=budget if share_prompts else None
+    )
+    units = list(together.units(lengths).values())
+    filled = fill_rows([together.tokens(unit, lengths) for unit in units], budget)
+    rows = [[by_key[key] for index in row for key in units[index]] for row in filled]
     missing = -len(rows) % count_multiple or (count_multiple if not rows else 0)
     return rows + [[] for _ in range(missing)]
 
 
-def _replicas(lengths: dict[Key, int], dp: int, *, keep_groups_whole: bool) -> dict[Key, int]:
+def _replicas(lengths: dict[Key, Length], dp: int, together: Together) -> dict[Key, int]:
     """The data-parallel replica that trains each sample."""
-    units: defaultdict[Key, int] = defaultdict(int)
-    for key, length in lengths.items():
-        units[_unit(key, keep_groups_whole)] += length
     replica_of: dict[Key, int] = {}
-    for update in sorted({unit[0] for unit in units}):
-        keys = sorted(unit for unit in units if unit[0] == update)
-        for replica, share in enumerate(balance([units[key] for key in keys], dp)):
-            replica_of |= {keys[index]: replica for index in share}
-    return {key: replica_of[_unit(key, keep_groups_whole)] for key in lengths}
+    for update in sorted({key[0] for key in lengths}):
+        of_update = {key: length for key, length in lengths.items() if key[0] == update}
+        units = list(_small(together, of_update, dp).units(of_update).values())
+        tokens = [together.tokens(unit, of_update) for unit in units]
+        for replica, share in enumerate(balance(tokens, dp)):
+            replica_of |= {key: replica for index in share for key in units[index]}
+    return replica_of
 
 
-def _unit(key: Key, keep_groups_whole: bool) -> Key:
-    """The key of the unit that a sample travels and is packed with: itself, or all of its group.
+def _small(together: Together, lengths: Mapping[Key, Length], dp: int) -> Together:
+    """Units of which every replica gets UNITS_EACH or more, so that all can be given alike."""
+    if together.share_up_to is None or dp == 1:
+        return together
+    total = sum(length.prompt + length.response for length in lengths.values())
+    return replace(together, share_up_to=min(together.share_up_to, total // (UNITS_EACH * dp)))
 
-    A group is told by the key of its first sample: (update, group_id, 0).
-    """
-    update, group_id, index = key
-    return (update, group_id, 0 if keep_groups_whole else index)
+
+def _length(sample: Sample) -> Length:
+    return Length(len(sample.prompt_tokens), len(sample.response_tokens))
 
 
 def _key(sample: Sample) -> Key:

@@ -107,7 +107,7 @@ CONTRACT = (
         "model.ignore_config_fields "
         "model.layer_spec model.recompute_granularity model.recompute_method "
         "model.recompute_num_layers model.recompute_modules ops.backend "
-        "batching.max_tokens_per_microbatch",
+        "batching.max_tokens_per_microbatch batching.share_prompts",
         "may change",
         "the network and its gradient stay the same, to rounding",
     ),

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
+from megatron_rl.megatron.gathering import Pad
 from megatron_rl.megatron.rope import Rope, Rotation
+from megatron_rl.megatron.shared_prompts import Seen, SeenBlocks, blocks_of, seen_of
 from megatron_rl.megatron.split_attention import Half, Split, attend_split, split_of
 from megatron_rl.types import MicroBatch
 
@@ -45,6 +47,7 @@ class PackedRows(PackedSeqParams):
     tokens: Tensor = field(default_factory=_no_index)  # [P] int64 into the row; tails are repeated
     places: Tensor = field(default_factory=_no_index)  # [T] int64: tokens[places[t]] = t
     split: Split | None = None  # where ranks share every sequence; then there are no blocks
+    seen: Seen | SeenBlocks | None = None  # where responses share a prompt; no blocks either
 
 
 def packed_rows(
@@ -71,6 +74,11 @@ def packed_rows(
     if row.part is not None:
         assert sharing is not None
         plan.split = split_of(row.lengths, row.cu_seqlens, sharing)
+    elif row.shared is not None and in_blocks:
+        device = row.tokens.device
+        plan.seen = blocks_of(row.shared, row.lengths, device, most_waste=MAX_WASTE)
+    elif row.shared is not None:
+        plan.seen = seen_of(row.shared, row.lengths, row.cu_seqlens)
     elif in_blocks:
         _plan_blocks(plan, row.lengths, row.tokens.device)
     return plan
@@ -137,6 +145,8 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params.rotation is not None
         assert attention_bias is None
         query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
+        if packed_seq_params.seen is not None:
+            return self.attend_seen(query, key, value, packed_seq_params.seen).flatten(1)
         if packed_seq_params.split is None:
             return self.attend(query, key, value, packed_seq_params)
         split = packed_seq_params.split
@@ -144,6 +154,12 @@ class PackedAttention(torch.nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         """The same, of queries and keys that are turned already."""
+        raise NotImplementedError
+
+    def attend_seen(
+        self, query: Tensor, key: Tensor, value: Tensor, seen: Seen | SeenBlocks
+    ) -> Tensor:
+        """[T, heads/tp, d] attention where responses share a prompt."""
         raise NotImplementedError
 
     def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
@@ -174,6 +190,12 @@ class FlashAttention(PackedAttention):
         assert isinstance(attended, Tensor)
         return attended.flatten(1)
 
+    def attend_seen(
+        self, query: Tensor, key: Tensor, value: Tensor, seen: Seen | SeenBlocks
+    ) -> Tensor:
+        assert isinstance(seen, Seen)
+        return seen.attend(query, key, value, self.attend_half)
+
     def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
         # Where queries are fewer than keys, the last query is at the last key.
         attended = varlen_attn(
@@ -192,23 +214,6 @@ class FlashAttention(PackedAttention):
         return attended
 
 
-class _Pad(torch.autograd.Function):
-    """[T, ...] -> [P, ...], for an attention of whose padding nothing is read.
-
-    So the padding's gradient is 0, and a token's is that of its own place.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, row: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return row.index_select(0, tokens)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places), None, None
-
-
 class BlockAttention(PackedAttention):
     """torch's scaled_dot_product_attention of sequences that are padded into blocks.
 
@@ -218,7 +223,7 @@ class BlockAttention(PackedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         repeats = query.size(1) // key.size(1)
         sizes = [sequences * length for sequences, length in rows.blocks]
-        padded = [_Pad.apply(x, rows.tokens, rows.places).split(sizes) for x in (query, key, value)]
+        padded = [Pad.apply(x, rows.tokens, rows.places).split(sizes) for x in (query, key, value)]
         outputs = []
         for shape, *parts in zip(rows.blocks, *padded, strict=True):
             q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
@@ -227,6 +232,12 @@ class BlockAttention(PackedAttention):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
             outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(outputs).index_select(0, rows.places)
+
+    def attend_seen(
+        self, query: Tensor, key: Tensor, value: Tensor, seen: Seen | SeenBlocks
+    ) -> Tensor:
+        assert isinstance(seen, SeenBlocks)
+        return seen.attend(query, key, value, self.scale, self._up_to_own_end)
 
     def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
         queries, keys, values = (
@@ -243,7 +254,7 @@ class BlockAttention(PackedAttention):
         return torch.cat([part[0].transpose(0, 1) for part in attended])
 
     def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[1, heads, q, d] of the last q tokens of a sequence: [1, heads, q, d], [1, groups, k, d].
+        """[n, heads, q, d] of the last q tokens of sequences: [n, heads, q, d], [n, groups, k, d].
 
         Few at a time, since a mask is as large as the scores.
         """

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_rl.errors import InputError, NonFiniteError
 from megatron_rl.megatron.auxiliary import auxiliary_losses
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.gathering import repeated
 from megatron_rl.megatron.in_use import layers_in_use, optimizer_in_use, precision_in_use
 from megatron_rl.megatron.network import (
     HiddenStatesModel,
@@ -210,7 +211,7 @@ class TrainedModel:
     def head_input(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """[n, H] final hidden states at entries [n] of this rank, whole on its tp ranks."""
         whole: Tensor = self.chunks[-1].head_input(hidden)
-        return whole[:, 0].index_select(0, rows)
+        return repeated(whole[:, 0], rows)
 
     # -- passes ----------------------------------------------------------------------------------
 

@@ -251,11 +251,15 @@ class _Rank:
             part = row.part
             if part is not None:
                 part = replace(part, loss=moved(part.loss), at=moved(part.at))
+            shared = row.shared
+            if shared is not None:
+                keys, bounds = moved(shared.keys), moved(shared.key_bounds)
+                shared = replace(shared, keys=keys, key_bounds=bounds)
             held = {of.name: getattr(row, of.name) for of in fields(row)}
             there: dict[str, Any] = {
                 name: moved(value) for name, value in held.items() if isinstance(value, Tensor)
             }
-            rows.append(replace(row, loss=row.loss.each(moved), part=part, **there))
+            rows.append(replace(row, loss=row.loss.each(moved), part=part, shared=shared, **there))
         tokens = sum(len(row.loss.at) for row in self.rows)
         totals = UpdateTotals(
             kept_sequences=1, kept_tokens=tokens, collected_sequences=1, collected_tokens=tokens

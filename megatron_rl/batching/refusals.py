@@ -1,0 +1,36 @@
+"""What a prompt that stands once for several responses cannot go with."""
+
+from collections.abc import Iterator
+
+from megatron_rl.batching.config import BatchingConfig
+from megatron_rl.errors import ConfigError
+from megatron_rl.megatron.auxiliary import auxiliary_losses
+from megatron_rl.megatron.config import ModelConfig
+from megatron_rl.parallel.config import ParallelConfig
+
+FIELD, WAY_OUT = "batching.share_prompts", "Set batching.share_prompts=false"
+
+
+def sharing_problems(
+    batching: BatchingConfig, parallel: ParallelConfig, model: ModelConfig, most_responses: int
+) -> Iterator[ConfigError]:
+    """most_responses: of a prompt that reach an update."""
+    if not batching.share_prompts:
+        return
+    if parallel.context_parallel_size > 1:
+        rule = "cannot be split over context-parallel ranks"
+        yield ConfigError(FIELD, True, rule, f"{WAY_OUT}, or set parallel.context_parallel_size=1")
+    if auxiliary_losses(model.megatron):
+        rule = "would count a prompt once in the losses of routers, which count it once a response"
+        yield ConfigError(FIELD, True, rule, WAY_OUT)
+    if most_responses == 1:
+        yield ConfigError(FIELD, True, "has no effect with one response a prompt", WAY_OUT)
+
+
+def layer_spec_problems(
+    batching: BatchingConfig, model: ModelConfig, device_type: str
+) -> Iterator[ConfigError]:
+    """Problems of the layers that this device gives a model."""
+    if batching.share_prompts and model.uses_transformer_engine(device_type):
+        rule = "needs local layers: Transformer Engine's see all that stands before in a sequence"
+        yield ConfigError(FIELD, True, rule, f"{WAY_OUT}, or set model.layer_spec=local")
