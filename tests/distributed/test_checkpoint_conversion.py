@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 from harness import asked_for, run_on_ranks
+from layout import Layout
 from safetensors.torch import load_file
-from splits import Layout
 from tiny_models import MIXTURES, write_model
 from torch import Tensor, equal
 

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from cases import FEW_ROWS, MANY_ROWS, TEMPERATURE, Problem, owned
 from harness import run_on_ranks
+from layout import Layout
 from reference import Measured, Recipe, Reference, token_advantages
 from safetensors.torch import load_file, save_file
-from splits import LAYOUTS, Layout
+from splits import LAYOUTS
 
 SHARE = ("one rank", "DP2", "TP2 SP", "PP2 VPP2", "PP2, tied", "TP2 PP2")
 NAMES = {
