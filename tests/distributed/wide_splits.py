@@ -14,8 +14,14 @@ FAULTY = {"is_refused_with": "experts_of_smaller_tensor_parallelism"}
 
 # Vocabularies of 151 are padded to 192, and at other numbers of ranks than powers of two further.
 ODD_SIZES = (
-    Layout(name="TP2, vocabulary of 151", world=2, tp=2, model="qwen2_odd"),
-    Layout(name="TP4 SP over 2 key heads, tied", world=4, tp=4, **SP, model="qwen2_eight_heads"),
+    Layout(name="TP2, tied, vocabulary of 151", world=2, tp=2, model="qwen2_eight_heads"),
+    Layout(
+        name="TP4 SP over 2 key heads, tied, vocabulary of 151",
+        world=4,
+        tp=4,
+        **SP,
+        model="qwen2_eight_heads",
+    ),
     Layout(name="TP3 over 3 key heads, vocabulary of 151", world=3, tp=3, model="qwen2_odd"),
     Layout(name="TP3 SP over 3 key heads, tied", world=3, tp=3, **SP, model="qwen2_odd_tied"),
     Layout(name="CP3", world=3, cp=3),
