@@ -156,13 +156,13 @@ def _lines(best: list[Choice], config: RunConfig, world: int) -> Iterator[str]:
         if name != "parallel.auto" and value != _value_in(config, name)
     }
     told = " ".join(f"{name}={typed(value)}" for name, value in keys.items())
-    yield f"layout chosen for {world} ranks: {told or 'every rank has the whole model'}"
+    yield f"layout: parallel.auto chose for {world} ranks: {told or 'each has the whole model'}"
     free, need = first.fit.free, first.fit.need.total / GIB
     memory = f"a rank needs {need:.1f} GiB" + (f", and {free}" if free is not None else "")
     beside = f"; next {_told(others[0])}, {others[0].cost.total:.3g} s" if others else ""
     yield (
-        f"layout chosen {UNCONFIRMED}: an update of {first.cost.total:.3g} s "
-        f"({first.cost.told}){beside}; {memory}"
+        f"layout: {UNCONFIRMED} an update takes {first.cost.total:.3g} s ({first.cost.told})"
+        f"{beside}; {memory}"
     )
 
 
@@ -194,5 +194,6 @@ def _former(config: RunConfig, world: int) -> Chosen | None:
     if len(_engines(config)) > 1:
         name = "tensor_model_parallel_size"
         settings[f"rollout.{name}"] = recipe["rollout"][name]
-    line = f"layout kept, as {Path(terms.where).name} was made with it on {world} ranks"
+    where = Path(terms.where).name
+    line = f"layout: parallel.auto keeps that of {where}, which {world} ranks made"
     return Chosen(settings=settings, lines=(line,))
