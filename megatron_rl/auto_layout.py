@@ -156,7 +156,8 @@ def _lines(best: list[Choice], config: RunConfig, world: int) -> Iterator[str]:
         if name != "parallel.auto" and value != _value_in(config, name)
     }
     told = " ".join(f"{name}={typed(value)}" for name, value in keys.items())
-    yield f"layout: parallel.auto chose for {world} ranks: {told or 'each has the whole model'}"
+    ranks = "one rank" if world == 1 else f"{world} ranks"
+    yield f"layout: parallel.auto chose for {ranks}: {told or 'each has the whole model'}"
     free, need = first.fit.free, first.fit.need.total / GIB
     memory = f"a rank needs {need:.1f} GiB" + (f", and {free}" if free is not None else "")
     beside = f"; next {_told(others[0])}, {others[0].cost.total:.3g} s" if others else ""
