@@ -53,14 +53,14 @@ that sum for a GPU, where norms and attention are one kernel each.
 """
 
 
-def recipe(cp: int) -> RunConfig:
+def recipe(cp: int, tokens: int) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"path": "none", "dtype": "float32"},
             "algorithm": {"preset": "sft"},
             "prompts": {"path": "none.jsonl", "prompts_per_iteration": 1, "max_prompt_tokens": 64},
-            "rollout": {"max_response_tokens": TOKENS - 64},
-            "batching": {"max_tokens_per_microbatch": TOKENS},
+            "rollout": {"max_response_tokens": tokens - 64},
+            "batching": {"max_tokens_per_microbatch": tokens},
             "run": {"num_iterations": 1, "output_dir": "none"},
             "parallel": {"context_parallel_size": cp},
         }
@@ -70,37 +70,40 @@ def recipe(cp: int) -> RunConfig:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the row")
+    parser.add_argument("--cp", type=int, nargs="+", default=SIZES, help="ranks that share it")
     parser.add_argument("--of-rank", type=int, metavar="CP", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.of_rank:
-        update_on_a_rank(recipe(options.of_rank), options.output)
+        update_on_a_rank(recipe(options.of_rank, options.tokens), options.output)
         return
     cores = os.cpu_count() or 1
-    lines = [
-        HEAD.format(tokens=TOKENS, layers=ARCH.num_layers, width=ARCH.hidden_size, cores=cores)
-    ]
-    for cp in SIZES:
+    sizes = {"layers": ARCH.num_layers, "width": ARCH.hidden_size}
+    lines = [HEAD.format(tokens=options.tokens, cores=cores, **sizes)]
+    for cp in options.cp:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(cp), __file__, "--of-rank", str(cp)]
+            command += ["--tokens", str(options.tokens)]
             threads = {"OMP_NUM_THREADS": str(max(1, cores // cp))}
             subprocess.run([*command, "--output", folder], check=True, env=os.environ | threads)
             ranks = [json.loads(file.read_text()) for file in Path(folder).glob("*.json")]
         process, tensors, seconds = (
             max(rank[name] for rank in ranks) for name in ("process", "tensors", "seconds")
         )
+        planned = rehearsed(cp, options.tokens) / GIB
         lines.append(
-            f"| CP {cp} | {process / GIB:.2f} | {tensors / GIB:.2f} | {rehearsed(cp) / GIB:.2f} "
+            f"| CP {cp} | {process / GIB:.2f} | {tensors / GIB:.2f} | {planned:.2f} "
             f"| {seconds:.0f} | {ranks[0]['loss']:.9g} |\n"
         )
         options.output.write_text("".join(lines))
 
 
-def rehearsed(cp: int) -> float:
+def rehearsed(cp: int, tokens: int) -> float:
     """What a GPU holds at the peak of the update beyond what it holds before it."""
     from megatron_rl.rehearsal.rank import rehearse
 
-    found = rehearse(recipe(cp), ARCH, cp, 0)
+    found = rehearse(recipe(cp, tokens), ARCH, cp, 0)
     held = sum(nbytes for name, nbytes in found.held.items() if name != "Adam's moments")
     return found.memory["update"] - held
 

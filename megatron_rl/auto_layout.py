@@ -137,14 +137,7 @@ def _settings(choice: Choice, config: RunConfig) -> dict[str, Any]:
         "parallel.auto": False,
         **{f"parallel.{name}": getattr(choice.config.parallel, name) for name in CHOSEN},
         **{name: value for name, value in choice.settings.items() if "parallel." not in name},
-        **_engine_of(choice.config, config),
     }
-
-
-def _engine_of(chosen: RunConfig, recipe: RunConfig) -> dict[str, Any]:
-    size = chosen.rollout.tensor_model_parallel_size
-    same = size == recipe.rollout.tensor_model_parallel_size
-    return {} if same else {"rollout.tensor_model_parallel_size": size}
 
 
 def _lines(best: list[Choice], config: RunConfig, world: int) -> Iterator[str]:
