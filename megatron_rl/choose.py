@@ -6,7 +6,7 @@ no overlap. It orders layouts and predicts no seconds: nothing of it has been me
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_rl.memory import busiest_rank, itemsize, longest_row, rows_of_upda
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.weights.arch import ModelArch
 
-SIZES = (1, 2, 4, 8)
+SIZES = ENGINE = (1, 2, 4, 8)
 MOST_STAGES = 16
 EXPERT_RANKS = (1, 2, 4, 8, 16, 32, 64)
 LONG = 16384
@@ -61,20 +61,67 @@ class Choice:
     """A layout, as the settings that make it."""
 
     settings: dict[str, Any]  # those that differ from their defaults or from the recipe
+    config: RunConfig  # the recipe with them
     layout: Layout
     cost: Cost
     fit: Fit
 
 
 def choices(
-    config: RunConfig, arch: ModelArch, world: int, free: Free, *, machine: Machine | None = None
+    config: RunConfig,
+    arch: ModelArch,
+    world: int,
+    free: Free | None,
+    *,
+    machine: Machine | None = None,
+    device_type: str = "cuda",
+    engines: Sequence[int] = ENGINE,
 ) -> Iterator[Choice]:
-    """Layouts of so many GPUs that fit, the cheapest by the cost model first.
+    """Layouts of so many ranks that fit, the cheapest by the cost model first.
 
     A layout comes once, with layers computed anew only where it does not fit without. An engine's
     cut is the smallest that fits, since fewer ranks to wait for generate more.
     """
-    machine = machine or Machine()
+    seen = set()
+    for cost, changed in _costed(config, arch, world, machine or Machine()):
+        layout = changed.parallel.layout(world)
+        found = None
+        if layout not in seen:
+            fits = _fits_by_engine(changed, arch, world, free, device_type, engines)
+            found = next((pair for pair in fits if pair[1].share <= 1), None)
+        if found is not None:
+            seen.add(layout)
+            yield _choice(config, *found, cost, layout)
+
+
+def nearest_choice(
+    config: RunConfig,
+    arch: ModelArch,
+    world: int,
+    free: Free | None,
+    device_type: str,
+    engines: Sequence[int],
+) -> Choice | None:
+    """Of the layouts of which none fits, the one that needs the least; None: none is possible."""
+    nearest: Choice | None = None
+    for cost, changed in _costed(config, arch, world, Machine()):
+        for one, fitted in _fits_by_engine(changed, arch, world, free, device_type, engines):
+            if nearest is None or fitted.share < nearest.fit.share:
+                nearest = _choice(config, one, fitted, cost, changed.parallel.layout(world))
+    return nearest
+
+
+def _choice(
+    recipe: RunConfig, config: RunConfig, fitted: Fit, cost: Cost, layout: Layout
+) -> Choice:
+    settings = _settings(config, recipe)
+    return Choice(settings=settings, config=config, layout=layout, cost=cost, fit=fitted)
+
+
+def _costed(
+    config: RunConfig, arch: ModelArch, world: int, machine: Machine
+) -> list[tuple[Cost, RunConfig]]:
+    """Every possible layout, with and without layers computed anew, the cheapest first."""
     costed = []
     for parallel, computed in itertools.product(
         _layouts(config, arch, world), ({}, RECOMPUTED) if _keeps_all(config) else ({},)
@@ -82,14 +129,7 @@ def choices(
         changed = changed_in(changed_in(config, "parallel", **parallel), "model", **computed)
         if is_possible(changed_in(changed, "rollout", tensor_model_parallel_size=1), arch, world):
             costed.append((cost_of(changed, arch, world, machine), changed))
-    seen = set()
-    for cost, changed in sorted(costed, key=lambda one: one[0].total):
-        layout = changed.parallel.layout(world)
-        found = None if layout in seen else _fitting(changed, arch, world, free)
-        if found is not None:
-            seen.add(layout)
-            settings = _settings(found[0], config)
-            yield Choice(settings=settings, layout=layout, cost=cost, fit=found[1])
+    return sorted(costed, key=lambda one: one[0].total)
 
 
 def _keeps_all(config: RunConfig) -> bool:
@@ -160,6 +200,7 @@ def _layouts(config: RunConfig, arch: ModelArch, world: int) -> Iterator[dict[st
     for tp, cp, pp, ep in itertools.product(SIZES, contexts, stages, experts):
         if world % (tp * cp * pp) == 0 and pp * ep <= world:
             yield {
+                "auto": False,
                 "tensor_model_parallel_size": tp,
                 "context_parallel_size": cp,
                 "pipeline_model_parallel_size": pp,
@@ -175,20 +216,23 @@ def _layouts(config: RunConfig, arch: ModelArch, world: int) -> Iterator[dict[st
             }
 
 
-def _fitting(
-    config: RunConfig, arch: ModelArch, world: int, free: Free
-) -> tuple[RunConfig, Fit] | None:
-    """The recipe with the smallest cut of an engine with which it fits; None: with none."""
-    for engine in SIZES if config.has_engine else (1,):
+def _fits_by_engine(
+    config: RunConfig,
+    arch: ModelArch,
+    world: int,
+    free: Free | None,
+    device_type: str,
+    engines: Sequence[int],
+) -> Iterator[tuple[RunConfig, Fit]]:
+    """The recipe with each cut of an engine, from the smallest on, as far as one may help."""
+    for engine in engines if config.has_engine else engines[:1]:
         changed = changed_in(config, "rollout", tensor_model_parallel_size=engine)
         if not is_possible(changed, arch, world):
             continue
-        fitted = fit(changed, arch, world, "cuda", free)
-        if fitted.share <= 1:
-            return changed, fitted
-        if fitted.need.update > free.per_rank:
-            return None  # whatever the engine is
-    return None
+        fitted = fit(changed, arch, world, device_type, free)
+        yield changed, fitted
+        if free is not None and device_type == "cuda" and fitted.need.update > free.per_rank:
+            return  # whatever the engine is
 
 
 def _settings(changed: RunConfig, recipe: RunConfig) -> dict[str, Any]:

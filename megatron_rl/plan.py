@@ -5,10 +5,11 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.auto_layout import choose_layout
 from megatron_rl.batching.refusals import layer_spec_problems
 from megatron_rl.choose import choices
 from megatron_rl.config import RunConfig, world_problems
-from megatron_rl.errors import ConfigErrors, InputError
+from megatron_rl.errors import ConfigError, ConfigErrors, InputError
 from megatron_rl.fit import (
     HOPELESS,
     Fit,
@@ -83,11 +84,33 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
         ("passes", _passes(config)),
         *(
             (title, _memory(config, arch, layout, gpu_gib, device_type, why))
-            for title, device_type, why in _planned_devices(config, layout)
+            for title, device_type, why in _planned_devices(config, world)
         ),
         ("weight sync", _sync(config, arch, layout)),
     ):
         _print_section(section, lines)
+
+
+def with_layout(config: RunConfig, *, gpu_gib: float = H100_GIB) -> RunConfig:
+    """The recipe with a layout in the place of `parallel: auto`, which is printed.
+
+    Raises:
+        ConfigErrors: none fits, or nothing says the number of ranks.
+    """
+    if not config.parallel.auto:
+        return config
+    if config.parallel.world_size is None and "WORLD_SIZE" not in os.environ:
+        rule = "chooses for a number of ranks, which nothing says"
+        way_out = "Set parallel.world_size=8, or as many as you have"
+        raise ConfigErrors([str(ConfigError("parallel.auto", True, rule, way_out))])
+    world = _world_size(config)
+    (_, device_type, _), *_ = _planned_devices(config, world)
+    free = _free_here(world, device_type)
+    if free is None and device_type == "cuda":
+        free = free_on_planned(gpu_gib)
+    chosen = choose_layout(config, world, device_type, free)
+    print(*chosen.lines, sep="\n")
+    return chosen.applied(config)
 
 
 def print_rehearsal(config: RunConfig, rank: int | None) -> None:
@@ -256,7 +279,7 @@ def _memory(
 ) -> Iterator[tuple[str, str]]:
     """Estimates from sizes; on a GPU, what allocators and libraries add is not in them."""
     yield "device", device_type + why
-    free = _free_here(layout, device_type)
+    free = _free_here(layout.world_size, device_type)
     if free is None and device_type == "cuda":
         free = free_on_planned(gpu_gib)
     found = fit(config, arch, layout.world_size, device_type, free)
@@ -310,7 +333,7 @@ def _host(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
             yield name, f"{both} of a node of {ranks}"
 
 
-def _planned_devices(config: RunConfig, layout: Layout) -> Iterator[tuple[str, str, str]]:
+def _planned_devices(config: RunConfig, world_size: int) -> Iterator[tuple[str, str, str]]:
     """The kinds of device that a recipe is planned for: a title, the kind, and what to say of it.
 
     A recipe in 16 bits, or with Transformer Engine's layers, may be meant for GPUs where nothing
@@ -328,16 +351,16 @@ def _planned_devices(config: RunConfig, layout: Layout) -> Iterator[tuple[str, s
     setting = "layer_spec=transformer_engine" if te else f"dtype={dtype}"
     why = f", of which there is none here: model.{setting} may be meant for it"
     yield title, "cuda", f"{why}. MEGATRON_RL_DEVICE=cpu plans for a CPU alone"
-    if not te and layout.world_size <= detect().most_ranks():
+    if not te and world_size <= detect().most_ranks():
         yield "memory per rank on this machine", here, ""
 
 
-def _free_here(layout: Layout, device_type: str) -> Free | None:
+def _free_here(world_size: int, device_type: str) -> Free | None:
     """What is free on this machine, where the run's ranks could all be here."""
     platform = detect()
-    if platform.device_type != device_type or layout.world_size > platform.most_ranks():
+    if platform.device_type != device_type or world_size > platform.most_ranks():
         return None
-    return free_here(platform, layout.world_size, are_started=False)
+    return free_here(platform, world_size, are_started=False)
 
 
 def _compared(

@@ -15,8 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_rl.algorithms.objective_forms import OBJECTIVE, joined, overlaid
 from megatron_rl.errors import ConfigErrors, InputError
 from megatron_rl.files import read_text
+from megatron_rl.parallel.config import CHOSEN
 from megatron_rl.references import MIN_HIDDEN_CHARS, References, hidden, remember
 
+AUTO_LAYOUT = "parallel.auto=true"  # what `parallel=auto` is short for
 MAX_DEPTH = 32  # of mappings and lists in each other; the deepest setting has 4
 
 _UNCLEAR = (  # plain scalars that YAML 1.1 reads as numbers, and people do not
@@ -56,6 +58,7 @@ def read_recipe(
     """
     where = "overrides" if recipe is None else str(recipe)
     loaded = OmegaConf.create() if recipe is None else _read(recipe, seen=())
+    overrides = [AUTO_LAYOUT if text == "parallel=auto" else text for text in overrides]
     overrides = [_with_text_quoted(text, is_text) for text in overrides]
     syntax = [problem for text in overrides if (problem := _override_problem(text))]
     if syntax:
@@ -90,7 +93,10 @@ def _read(recipe: Path, seen: tuple[Path, ...]) -> Any:
         raise ConfigErrors([f"{recipe}: must hold sections (`run:`, `model:`, ...)"])
     if unclear := list(_unclear_numbers(root)):
         raise ConfigErrors([f"{recipe}, {problem}" for problem in unclear])
-    base = OmegaConf.to_container(loaded, resolve=False).get("base")  # type: ignore[union-attr]
+    values: Any = OmegaConf.to_container(loaded, resolve=False)
+    if values.get("parallel") == "auto":
+        loaded["parallel"] = {"auto": True}
+    base = values.get("base")
     if base is None:
         return loaded
     del loaded["base"]
@@ -182,10 +188,22 @@ def _joint(below: Any, above: Any, where: str) -> Any:
     Raises:
         ConfigErrors: a section of one is a plain value in the other.
     """
-    lower, upper = (OmegaConf.to_container(layer, resolve=False) for layer in (below, above))
+    layers: Any = [OmegaConf.to_container(layer, resolve=False) for layer in (below, above)]
+    lower, upper = layers
     if clashes := list(_clashes(lower, upper, ())):
         raise ConfigErrors([f"{where}: {clash}" for clash in clashes])
-    return overlaid(below, above)
+    return overlaid(_below_chosen(below, lower, upper), above)
+
+
+def _below_chosen(below: Any, lower: Any, upper: Any) -> Any:
+    """The lower layer, without the sizes of its layout where the upper one has them chosen."""
+    section, chooses = lower.get("parallel"), upper.get("parallel")
+    if not isinstance(section, dict) or not isinstance(chooses, dict):
+        return below
+    if chooses.get("auto") is not True:
+        return below
+    kept = {name: value for name, value in section.items() if name not in CHOSEN}
+    return OmegaConf.create(lower | {"parallel": kept})
 
 
 def _clashes(below: Any, above: Any, path: tuple[str, ...]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.auto_layout import settled
 from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.versions import refuse_newer
@@ -93,6 +94,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
     output = Path(config.run.output_dir)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_newer(output / CHECKPOINTS)
+    config = settled(config, platform.device_type, _free(platform), _say_early)
     inputs = read_inputs(config, world_size)
     config = inputs.dated(config)
     done = check_resume(config, inputs, world_size)
@@ -177,6 +179,7 @@ def evaluate_session(config: RunConfig) -> None:
         )
     platform = _start(config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config = settled(config, platform.device_type, _free(platform), _say_early)
     inputs = read_inputs(config, world_size, is_evaluation=True)
     free, is_hf = _free(platform), inputs.model.megatron_dir is None
     refuse_engine_that_cannot_fit(config, inputs.arch, world_size, free, is_alone=is_hf)

@@ -187,6 +187,11 @@ CONTRACT = (
         "what is written and shown, and when",
     ),
     _clause(
+        "parallel.auto",
+        "no matter",
+        "a layout is chosen where the run has none with as many ranks",
+    ),
+    _clause(
         "optimizer.offload",
         "no matter",
         "where state lies while the engine generates",

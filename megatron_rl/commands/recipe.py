@@ -59,14 +59,22 @@ def run(options: argparse.Namespace) -> int:
     """Read the recipe first: its problems are told before anything slow is imported."""
     config = load_config(options.recipe, options.overrides)
     if options.command == "plan":
-        from megatron_rl.plan import H100_GIB, print_inputs, print_plan, print_rehearsal
+        from megatron_rl.plan import (
+            H100_GIB,
+            print_inputs,
+            print_plan,
+            print_rehearsal,
+            with_layout,
+        )
 
+        gpu_gib = options.gpu_memory or H100_GIB
         if options.layouts:
             from megatron_rl.plan import print_layouts
 
-            print_layouts(config, options.layouts, gpu_gib=options.gpu_memory or H100_GIB)
+            print_layouts(config, options.layouts, gpu_gib=gpu_gib)
             return 0
-        print_plan(config, gpu_gib=options.gpu_memory or H100_GIB)
+        config = with_layout(config, gpu_gib=gpu_gib)
+        print_plan(config, gpu_gib=gpu_gib)
         if options.rehearse:
             print_rehearsal(config, options.rank)
         print_inputs(config)

@@ -7,12 +7,14 @@ this layout when it is loaded. Settings are those of the recipe, never those of 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 
+from megatron_rl.errors import InputError
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.megatron.writer import CheckpointWriter
 from megatron_rl.parallel.groups import Groups
@@ -32,6 +34,7 @@ GROUP_STATE = ("params", "step")
 # Entries of the state of a distributed optimizer.
 TENSORS, KIND = "param_state", "param_state_sharding_type"
 LOSS_SCALE = "grad_scaler"  # of float16
+STATE = "optimizer.state"
 
 
 def writer_of(model: TrainedModel, directory: Path, groups: Groups) -> CheckpointWriter:
@@ -48,11 +51,40 @@ def load_model(model: TrainedModel, directory: Path) -> None:
     # Byte entries of a checkpoint are pickles; this keeps torch from running them.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-    read_metadata(directory)  # a pickle, which Megatron-Core opens without looking
-    loaded = dist_checkpointing.load(sharded_state(model, is_loading=True), str(directory))
+    saved = read_metadata(directory)  # a pickle, which Megatron-Core opens without looking
+    state = sharded_state(model, is_loading=True)
+    _check_kind(model, directory, _kinds(saved.state_dict_metadata), _kinds(_keys_in(state)))
+    loaded = dist_checkpointing.load(state, str(directory))
     for number, chunk in enumerate(model.chunks):
         chunk.load_state_dict(loaded[f"model{number}"])
     model.optimizer.load_state_dict(fitted(model.optimizer, loaded["optimizer"]))
+
+
+def _check_kind(model: TrainedModel, directory: Path, saved: set[str], wanted: set[str]) -> None:
+    """Raise InputError where the state is that of an optimizer of another kind.
+
+    A checkpoint's recipe tells the same before anything is built, if it is there.
+    """
+    if not wanted or saved == wanted:
+        return
+    is_sharded = hasattr(model.optimizer.chained_optimizers[0], "model_param_group_index_map")
+    raise InputError(
+        f"{directory}: of each parameter its optimizer has kept {', '.join(sorted(saved))}, and "
+        f"this recipe's keeps {', '.join(sorted(wanted))}: it was made with another "
+        "optimizer.use_distributed_optimizer or model.dtype. Set "
+        f"optimizer.use_distributed_optimizer={str(not is_sharded).lower()}, or the former "
+        f"model.dtype, or start another run from its weights: model.path={directory}"
+    )
+
+
+def _kinds(keys: Iterable[str]) -> set[str]:
+    """What an optimizer keeps of a parameter: `exp_avg` of optimizer.state.exp_avg.NAME."""
+    return {key.split(".")[2] for key in keys if key.startswith(f"{STATE}.")}
+
+
+def _keys_in(state: Any) -> Iterator[str]:
+    for part in nested_values(state):
+        yield from (part.key,) if hasattr(part, "key") else ()
 
 
 def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.settable import DECIDED, FAULTY, OF_TE, REFUSED, VALUES
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.refusals import (
+    auto_problems,
     divisors,
     nearest,
     split_problems,
@@ -25,6 +26,10 @@ from megatron_rl.weights.arch import ModelArch
 
 def config_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[ConfigError]:
     """Problems of a layout, whatever the model."""
+    if parallel.auto:
+        yield from auto_problems(parallel)
+        yield from _override_problems(model)
+        return
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, etp = parallel.virtual_pipeline_model_parallel_size, parallel.expert_tensor_parallel_size
     is_uneven = etp is not None and etp != tp and parallel.expert_model_parallel_size == 1

@@ -28,8 +28,28 @@ class WatchdogConfig(Settings):
     """Times the median of the phase so far."""
 
 
+CHOSEN = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+)
+"""What parallel.auto chooses."""
+
+
 class ParallelConfig(Settings):
     """Sizes of the parallel axes; what is left of the world is data-parallel."""
+
+    auto: bool = False
+    """Choose the sizes below by the memory and the cost that `plan --layouts` knows; `parallel:
+    auto` is short for it. A run that goes on with as many ranks keeps what was chosen."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1, le=MAX_RANKS)
     """Ranks that share every layer's matrices."""

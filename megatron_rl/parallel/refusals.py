@@ -5,7 +5,7 @@ from dataclasses import replace
 from math import gcd, lcm
 
 from megatron_rl.errors import ConfigError
-from megatron_rl.parallel.config import MAX_RANKS, ParallelConfig
+from megatron_rl.parallel.config import CHOSEN, MAX_RANKS, ParallelConfig
 from megatron_rl.parallel.stages import EVEN, Split, splits_that_work, stage_sizes, told_sizes
 
 FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
@@ -39,6 +39,19 @@ def rank_problems(parallel: ParallelConfig, world_size: int) -> Iterator[ConfigE
             f"Start a multiple of {one.pp * lcm(one.tp * one.cp, one.etp * one.ep)} ranks, or "
             "another layout",
         )
+
+
+def auto_problems(parallel: ParallelConfig) -> Iterator[ConfigError]:
+    """Sizes beside the setting that chooses them."""
+    for name in CHOSEN:
+        value = getattr(parallel, name)
+        if value != ParallelConfig.model_fields[name].default:
+            yield ConfigError(
+                f"parallel.{name}",
+                value,
+                "stands beside parallel.auto, which chooses it",
+                "Leave it out, or set parallel.auto=false",
+            )
 
 
 def split_problems(

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layout import Layout
 from reference import FORMULAS, Answer, Auxiliary, Key, Measured, Recipe, Reference, Values
-from splits import LAYOUTS, Layout
+from splits import LAYOUTS
 from tiny_models import (
     MAX_RESPONSE_TOKENS,
     RANKED_REWARDS,
@@ -92,10 +93,23 @@ def question_of(preset: str, **changes: Any) -> Question:
 
 
 def cases_of(layout: Layout) -> Iterator[Case]:
-    """The presets, and everything that must not matter to them; at some layouts a part of it."""
-    if layout.has_least:
-        yield from least_cases(layout)
+    """The presets, and everything that must not matter to them; at some layouts a part of it.
+
+    Layouts that take turns have the least, and together every other case.
+    """
+    if not (layout.has_least or layout.takes_turns):
+        yield from _cases_at_many(layout)
         return
+    least = list(least_cases(layout))
+    yield from least
+    if layout.takes_turns:
+        names = [other.name for other in LAYOUTS if other.takes_turns]
+        whole = _cases_at_many(replace(layout, has_every_preset=True))
+        others = [case for case in whole if case not in least]
+        yield from others[names.index(layout.name) :: len(names)]
+
+
+def _cases_at_many(layout: Layout) -> Iterator[Case]:
     for preset in FORMULAS if layout.has_every_preset else FEW_PRESETS:
         yield Case(question=question_of(preset))
     yield Case(question=question_of("grpo"), row_tokens=ONE_ROW)
@@ -169,13 +183,18 @@ def least_cases(layout: Layout) -> Iterator[Case]:
 def share_of(layout: Layout) -> list[Case]:
     """What is measured where not everything is: all of it on one rank, and elsewhere in turns.
 
+    None of it at layouts that are there for the published table.
+
     Ragged rows, every term of a loss and ranks without a sample are measured at every layout, and
     each other case at one of the layouts that have every preset and at several of the others.
     """
     cases = list(cases_of(layout))
+    if not layout.is_daily:
+        return []
 
     def is_whole(other: Layout) -> bool:
-        return other.has_least or (other.world == 1 and other.has_every_preset)
+        has_few = other.has_least or other.takes_turns
+        return has_few or (other.world == 1 and other.has_every_preset)
 
     if is_whole(layout):
         return cases

@@ -11,10 +11,10 @@ from typing import Any
 import preload_megatron  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
+from layout import Layout
 from logits_on_ranks import loaded_policy
 from megatron.core import dist_checkpointing
 from policy_on_ranks import groups_at
-from splits import Layout
 from torch import Tensor
 
 import megatron_rl.weights.export as export_module

@@ -1,5 +1,6 @@
 import fcntl
 import os
+from pathlib import Path
 
 import harness
 import pytest
@@ -8,17 +9,44 @@ import torch
 harness.PRELOAD.append("preload_megatron")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--measured", help="a folder that gets what a published table is made of")
+    parser.addoption(
+        "--part", help="K/N: of the layouts of a published table every N-th, from the K-th on"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """The layouts of a part; tests that have none stay as they are."""
+    if not (part := config.getoption("part")):
+        return
+    first, step = map(int, part.split("/"))
+    names = [i.callspec.params["name"] for i in items if "name" in _params(i)]
+    mine = set(list(dict.fromkeys(names))[first - 1 :: step])
+    others = [i for i in items if _params(i).get("name", "") not in {"", *mine}]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [i for i in items if i not in others]
+
+
+def _params(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
 @pytest.fixture(scope="session")
-def problems(tmp_path_factory):
-    """Model -> file with its Problem; workers share the files and write half of them each."""
+def problems(request, tmp_path_factory):
+    """Model -> file with its Problem; workers share the files and write half of them each.
+
+    Parts of a published table share them too.
+    """
     from cases import write_problem
     from splits import LAYOUTS
 
     torch.set_num_threads(1)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if worker else base) / "problems"
-    folder.mkdir(exist_ok=True)
+    kept = request.config.getoption("measured")
+    folder = (Path(kept) if kept else base.parent if worker else base) / "problems"
+    folder.mkdir(exist_ok=True, parents=True)
     models = sorted({layout.model for layout in LAYOUTS})
     for model in models[::-1] if worker[-1:] in set("13579") else models:
         with (folder / f"{model}.lock").open("w") as lock:

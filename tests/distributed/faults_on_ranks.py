@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from cases import FEW_ROWS, Case, question_of
-from splits import Layout
+from layout import Layout
 
 NOTICED, BOUND = 1e-3, 1e-12
 Problems = dict[str, Path]

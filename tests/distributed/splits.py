@@ -1,39 +1,11 @@
-"""The ways in which models are split in the tests of gradients."""
+"""The ways in which models are split in the tests of gradients, on up to four ranks."""
 
-from dataclasses import dataclass
-from typing import Any
-
+from layout import Layout
 from reference import Auxiliary
+from wide_splits import WIDE_LAYOUTS
 
 from megatron_rl.megatron import faults
-from megatron_rl.parallel.stages import EVEN, Split
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One way to split a model; what is left of the world is data-parallel."""
-
-    name: str
-    world: int
-    tp: int = 1
-    pp: int = 1
-    cp: int = 1
-    vpp: int | None = None
-    ep: int = 1
-    expert_tp: int | None = None
-    split: Split = EVEN  # of the layers over pipeline ranks
-    sequence_parallel: bool = False
-    model: str = "qwen2"
-    recompute: str | None = None
-    chunk_rows: int | None = None  # most rows of logits alive at a time
-    ops: str = "auto"
-    overlaps_reduction: bool = False  # of gradients with the backward
-    has_every_preset: bool = False  # else a few, since each adds a second or two
-    has_least: bool = False  # only what a way to split a model could get wrong
-    megatron: tuple[tuple[str, Any], ...] = ()  # fields of Megatron-Core that a recipe may set
-    auxiliary: Auxiliary | None = None  # losses of routers
-    is_refused_with: str | None = None  # a fault of Megatron-Core, at versions that have it
-
+from megatron_rl.parallel.stages import Split
 
 OVER_SEQUENCES = Auxiliary(over="sequence", balance=0.3, z=0.02)
 OVER_UPDATE = Auxiliary(over="update", balance=0.2)
@@ -375,6 +347,6 @@ EVERY_LAYOUT = (
 )
 LAYOUTS = tuple(
     layout
-    for layout in EVERY_LAYOUT
+    for layout in (*EVERY_LAYOUT, *WIDE_LAYOUTS)
     if layout.is_refused_with is None or not faults.is_present(layout.is_refused_with)
 )

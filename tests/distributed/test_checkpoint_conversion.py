@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 from harness import asked_for, run_on_ranks
+from layout import Layout
 from safetensors.torch import load_file
-from splits import Layout
 from tiny_models import MIXTURES, write_model
 from torch import Tensor, equal
 
@@ -29,6 +29,7 @@ MODELS = (
     "qwen3_moe",
     "qwen3_moe_mixed",
     "mixtral",
+    "qwen2_eight_heads",
 )
 LAYOUTS = (
     Layout(name="TP2", world=2, tp=2),
@@ -50,15 +51,18 @@ LAYOUTS = (
 )
 # A tied head, norms of heads, and each kind of mixture, at every layout; the rest at all of them is
 # exhaustive: the rules of a family are tested by themselves (unit/weights, unit/conversion).
-SHARE = ("qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral")
+SHARE = ("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral")
 
 
 def models_of(layout: Layout) -> tuple[str, ...]:
     if layout.split != EVEN:
         return ("qwen2_tied", "qwen3_moe_mixed")
-    if layout.vpp or layout.tp == 4:
+    if layout.tp == 4:  # a vocabulary that has to be padded, and more ranks than key heads
+        return ("qwen2_eight_heads",)
+    if layout.vpp:
         return ("qwen2_tied",)
-    return MODELS if layout.ep == 1 else tuple(name for name in MODELS if name in MIXTURES)
+    of_all = MODELS[:-1]
+    return of_all if layout.ep == 1 else tuple(name for name in of_all if name in MIXTURES)
 
 
 CASES = [(layout.name, model) for layout in LAYOUTS for model in models_of(layout)]

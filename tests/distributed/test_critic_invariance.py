@@ -11,16 +11,24 @@ import torch
 import torch.distributed as dist
 from cases import FEW_ROWS, MANY_ROWS, TEMPERATURE, Problem, owned
 from harness import run_on_ranks
+from layout import Layout
 from reference import Measured, Recipe, Reference, token_advantages
 from safetensors.torch import load_file, save_file
-from splits import LAYOUTS, Layout
+from splits import LAYOUTS
 
 SHARE = ("one rank", "DP2", "TP2 SP", "PP2 VPP2", "PP2, tied", "TP2 PP2")
 NAMES = {
     1: ("one rank",),
-    2: ("DP2", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "PP2, tied", "TP2, tied"),
-    4: ("TP2 PP2", "TP2 DP2", "PP2 VPP2 DP2, tied", "TP4 SP over 2 key heads"),
-}
+    2: (
+        "DP2", "TP2", "TP2 SP", "PP2", "PP2 VPP2", "PP2, tied", "TP2, tied", "CP2",
+        "CP2, tied, definitions", "PP2 of 1, 3",
+    ),
+    4: (
+        "TP2 PP2", "TP2 DP2", "PP2 VPP2 DP2, tied", "TP4 SP over 2 key heads", "TP2 SP CP2",
+        "CP2 PP2 of 3, 1",
+    ),
+    8: ("TP2 SP CP2 DP2", "TP2 SP CP2 PP2, tied"),
+}  # fmt: skip
 CASES = (
     *(("share", name) for name in SHARE),
     *(
@@ -91,14 +99,23 @@ def reference_answers(problem: Problem, head: torch.Tensor) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def measured(problems, critics, tmp_path_factory):
-    """The share or the whole -> its layouts -> errors of each case; each is measured once."""
+def measured(request, problems, critics, tmp_path_factory):
+    """The share or the whole -> its layouts -> errors of each case; each is measured once.
+
+    --measured=DIR keeps the whole in its folder `critic`.
+    """
+    kept = request.config.getoption("measured")
 
     @functools.cache
     def measure(extent: str) -> dict[str, Any]:
         found = {}
-        for world, names in NAMES.items():
-            out = tmp_path_factory.mktemp("values") / f"{world}.json"
+        folder = tmp_path_factory.mktemp("values")
+        if kept and extent == "whole":
+            folder = Path(kept) / "critic"
+            folder.mkdir(exist_ok=True)
+        worlds = {y.world for y in LAYOUTS if extent == "whole" or y.name in SHARE} & NAMES.keys()
+        for world, names in ((world, NAMES[world]) for world in sorted(worlds)):
+            out = folder / f"{world}.json"
             asked = SHARE if extent == "share" else names
             run_on_ranks(world, measure_on_ranks, problems, critics, asked, out)
             found |= json.loads(out.read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 import harness
 import pytest
 import torch.distributed as dist
-from splits import Layout
+from layout import Layout
 
 LAYOUTS = (
     Layout(name="one rank", world=1),

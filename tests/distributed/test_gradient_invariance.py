@@ -1,4 +1,8 @@
-"""Product promise: the same loss and gradient at every parallel layout, batch split and order."""
+"""Product promise: the same loss and gradient at every parallel layout, batch split and order.
+
+--measured=DIR keeps what was measured, a file a layout, for the published table; --part=2/8
+measures the second of eight parts of the layouts, into the same DIR.
+"""
 
 import json
 from collections.abc import Callable, Iterable
@@ -9,9 +13,10 @@ import harness
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, cases_of, share_of
+from cases import ROUTED, Case, cases_of, least_cases, share_of
+from layout import Layout
 from reference import FORMULAS
-from splits import LAYOUTS, Layout
+from splits import LAYOUTS
 
 from megatron_rl.algorithms.presets import PRESETS
 
@@ -27,24 +32,38 @@ NORM_BOUND = 1e-6
 EXTENTS = {"share": share_of, "whole": cases_of}
 
 
-@pytest.fixture(
-    scope="module", params=["share", pytest.param("whole", marks=pytest.mark.exhaustive)]
-)
+WHOLE = pytest.mark.exhaustive
+EVERYWHERE = [
+    *(pytest.param("share", y.name, id=y.name) for y in LAYOUTS if y.is_daily),
+    *(pytest.param("whole", y.name, id=f"{y.name}, whole", marks=WHOLE) for y in LAYOUTS),
+]
+
+
+@pytest.fixture(scope="module")
 def measurements(request, problems, tmp_path_factory):
-    """Of cases at every layout, by the name of the layout; one start of ranks per world."""
-    results: dict[str, list[dict]] = {}
-    for world in (1, 2, 4):
-        out = tmp_path_factory.mktemp("measured") / f"{world}.json"
-        layouts = [layout for layout in LAYOUTS if layout.world == world]
-        harness.run_on_ranks(world, measure_layouts, problems, layouts, request.param, out)
-        for row in json.loads(out.read_text()):
-            results.setdefault(row["layout"], []).append(row)
+    """What is asked for, by extent and layout; one start of ranks per world."""
+    results: dict[tuple[str, str], list[dict]] = {}
+    kept = request.config.getoption("measured")
+    asked = set(harness.asked_for(request, "extent", "name"))
+    for extent in EXTENTS:
+        folder = tmp_path_factory.mktemp("measured")
+        if kept and extent == "whole":
+            folder = Path(kept)
+            folder.mkdir(parents=True, exist_ok=True)
+        here = [layout for layout in LAYOUTS if (extent, layout.name) in asked]
+        for world in sorted({layout.world for layout in here}):
+            layouts = [layout for layout in here if layout.world == world]
+            harness.run_on_ranks(world, measure_layouts, problems, layouts, extent, folder)
+        for layout in here:
+            measured = json.loads((folder / f"{layout.name}.json").read_text())
+            results[extent, layout.name] = measured["cases"]
     return results
 
 
 def measure_layouts(
-    problems: dict[str, Path], layouts: list[Layout], extent: str, out: Path
+    problems: dict[str, Path], layouts: list[Layout], extent: str, folder: Path
 ) -> None:
+    """Every case at the layouts, each of which gets a file."""
     from policy_on_ranks import (
         head_is_in_main_grad,
         measure,
@@ -57,17 +76,19 @@ def measure_layouts(
     from megatron_rl.megatron.config import OptimizerConfig
 
     loaded = {m: torch.load(problems[m], weights_only=False) for m in {y.model for y in layouts}}
-    rows = []
     for layout in layouts:
         problem = loaded[layout.model]
         with policy_at(layout, problem, OptimizerConfig(**OPTIMIZER)) as policy:
             assert uncovered_elements(policy) == 0, layout.name
+            rows = []
             for case in EXTENTS[extent](layout):
                 rows.append(asdict(measure(policy, case, problem, layout=layout)))
                 assert not policy.groups.is_last_stage or head_is_in_main_grad(policy), layout.name
             assert padding_gradient(policy, named_main_grads(policy)) == 0, layout.name
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(rows))
+        if dist.get_rank() == 0:
+            place = {"number": LAYOUTS.index(layout), "world": layout.world}
+            found = {"layout": layout.name, **place, "cases": rows}
+            (folder / f"{layout.name}.json").write_text(json.dumps(found))
 
 
 def test_the_reference_knows_every_preset():
@@ -76,45 +97,61 @@ def test_the_reference_knows_every_preset():
 
 def test_the_shares_of_all_layouts_are_the_whole():
     def of_several_ranks(cases: Callable[[Layout], Iterable[Case]]) -> set[Case]:
-        return {case for layout in LAYOUTS if layout.world > 1 for case in cases(layout)}
+        several = [layout for layout in LAYOUTS if layout.world > 1 and layout.is_daily]
+        return {case for layout in several for case in cases(layout)}
 
     assert of_several_ranks(share_of) == of_several_ranks(cases_of)
     for layout in LAYOUTS:
         assert set(share_of(layout)) <= set(cases_of(layout))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_loss_and_gradients_equal_the_unsharded_ones(measurements, layout):
-    rows = measurements[layout.name]
+def test_layouts_that_take_turns_have_every_case_together():
+    taking = [layout for layout in LAYOUTS if layout.takes_turns]
+    turns = [set(cases_of(layout)) for layout in taking]
+    (whole,) = (set(cases_of(layout)) for layout in LAYOUTS if layout.name == "one rank")
+    assert set.union(*turns) >= whole
+    least = [set(least_cases(layout)) for layout in taking]
+    assert all(some < cases for some, cases in zip(least, turns, strict=True))
+
+
+@pytest.mark.parametrize(("extent", "name"), EVERYWHERE)
+def test_loss_and_gradients_equal_the_unsharded_ones(measurements, extent, name):
+    rows = measurements[extent, name]
+    assert rows
     wrong = [row for row in rows if not max(row["loss_error"], row["gradient_error"]) < BOUND]
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_the_gradient_norm_equals_the_unsharded_one(measurements, layout):
-    wrong = [row for row in measurements[layout.name] if not row["norm_error"] < NORM_BOUND]
+@pytest.mark.parametrize(("extent", "name"), EVERYWHERE)
+def test_the_gradient_norm_equals_the_unsharded_one(measurements, extent, name):
+    wrong = [row for row in measurements[extent, name] if not row["norm_error"] < NORM_BOUND]
     assert not wrong, "\n".join(map(str, wrong))
 
 
 @pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if layout.auxiliary], ids=lambda layout: layout.name
+    ("extent", "name"), [("share", layout.name) for layout in LAYOUTS if layout.auxiliary]
 )
-def test_the_losses_of_routers_are_reported_as_the_unsharded_ones(measurements, layout):
-    rows = measurements[layout.name]
+def test_the_losses_of_routers_are_reported_as_the_unsharded_ones(measurements, extent, name):
+    rows = measurements[extent, name]
     wrong = [row for row in rows if not row["auxiliary_error"] < BOUND]
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_a_pass_that_measures_routes_as_the_engine_did(measurements):
-    rows = [row for found in measurements.values() for row in found]
+@pytest.mark.parametrize(
+    ("extent", "name"),
+    [("share", layout.name) for layout in LAYOUTS if layout.model == ROUTED and layout.auxiliary],
+)
+def test_a_pass_that_measures_routes_as_the_engine_did(measurements, extent, name):
+    rows = measurements[extent, name]
     errors = [row["logprob_error"] for row in rows if "routed" in row["case"]]
-    assert len(errors) > 6
+    assert errors
     assert max(errors) < BOUND
 
 
-def test_the_cases_are_what_they_are_for(measurements, problems):
+@pytest.mark.parametrize(("extent", "name"), [("share", "DP2")])
+def test_the_cases_are_what_they_are_for(measurements, problems, extent, name):
     """Rows from one to many, other counts on other ranks, ranks without a sample, real clipping."""
-    rows = measurements["DP2"]
+    rows = measurements[extent, name]
     assert {1, 2} <= {len(set(row["rows"])) for row in rows}, "no ragged counts"
     assert max(max(row["rows"]) for row in rows) > 4 > 1 == min(min(row["rows"]) for row in rows)
     assert any(row["empty_ranks"] for row in rows)

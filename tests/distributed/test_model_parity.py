@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import asked_for, run_on_ranks
-from splits import Layout
+from layout import Layout
 from tiny_models import MIXTURES, MODELS, VOCAB_SIZE, write_model
 
 LENGTHS = (256, 90)  # long enough for a scaled rope to show

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_on_ranks
-from splits import Layout
+from layout import Layout
 from tiny_models import write_model
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -77,6 +77,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 # Of another shape than the models that it teaches.
 TEACHER = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 24}
 MODELS["teacher"] = ("Llama", TEACHER)
+# What does not divide by two, and more ranks than key/value heads.
+ODD = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "vocab_size": 151}
+MODELS["qwen2_odd"] = ("Qwen2", ODD)
+MODELS["qwen2_odd_tied"] = ("Qwen2", {**ODD, "tie_word_embeddings": True})
+EIGHT_HEADS = {"num_attention_heads": 8, "vocab_size": 151, "tie_word_embeddings": True}
+MODELS["qwen2_eight_heads"] = ("Qwen2", EIGHT_HEADS)
+MODELS["qwen2_eight_layers"] = ("Qwen2", {"num_hidden_layers": 8})
 MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral")
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.

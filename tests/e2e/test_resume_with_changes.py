@@ -97,6 +97,24 @@ def test_a_changed_recipe_takes_effect_and_is_said(runs):
     assert (output / "config.yaml").read_bytes() == configs[1].read_bytes()
 
 
+def test_a_chosen_layout_is_written_down_and_kept(runs):
+    """On two ranks, on both once more, and on one, where it cannot be kept."""
+    parallel = []
+    for ranks, iterations in ((2, 1), (2, 2), (1, 3)):
+        length = (f"run.num_iterations={iterations}", "checkpoint.save_every=1")
+        said = runs.finish("chosen", ranks, "parallel=auto", *length)
+        kept = yaml.safe_load((runs.folder / "chosen" / "config.yaml").read_text())
+        parallel.append(kept["parallel"])
+        assert kept["parallel"]["auto"] is False
+        assert ("parallel.auto keeps that of iteration_000001, which 2 ranks" in said) == (
+            iterations == 2
+        )
+        assert ("parallel.auto chose for " in said) == (iterations != 2)
+        assert (f"resumed after iteration {iterations - 1}" in said) == (iterations > 1)
+    assert parallel[0] == parallel[1]
+    assert parallel[2]["pipeline_model_parallel_size"] == 1
+
+
 def test_what_must_stay_is_refused_and_both_ways_out_work(runs):
     output = runs.copy(runs.straight("one rank", 1), "refused")
     before = contents(output)

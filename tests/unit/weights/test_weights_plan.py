@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from weights_models import ARCHS, hf_tensors
+from weights_models import ARCHS, EIGHT_HEADS, ODD, hf_tensors
 
 from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.weights.layouts import engine_pieces, hf_shapes, megatron_pieces
@@ -38,14 +38,29 @@ EXPERT_LAYOUTS = [
     (4, 2, 1, 1, 2, 2, 2),
     (4, 1, 2, 2, 2, 2, 1),
 ]
+# More ranks than key heads, on either side, and numbers of ranks that are no powers of two.
+ODD_CASES = [
+    ("odd", (3, 3, 1, 1, 1)),
+    ("odd", (3, 1, 3, 1, 3)),
+    ("odd", (6, 6, 1, 1, 3)),
+    ("odd", (6, 3, 2, 1, 6)),
+    ("eight_heads", (8, 8, 1, 1, 2)),
+    ("eight_heads", (8, 2, 1, 1, 8)),
+]
+# ... and cp.
+SHARED_SEQUENCES = [
+    ("qwen2_tied", (8, 2, 2, 1, 4, 1, None, 2)),
+    ("qwen3_moe", (8, 2, 1, 1, 2, 4, 1, 4)),
+]
+MODELS = {**ARCHS, "odd": ODD, "eight_heads": EIGHT_HEADS}
 MIXTURES = [name for name, arch in ARCHS.items() if arch.mixture is not None]
 
 
 def layouts_of(case):
     """(training layout, engine layout)"""
-    world, tp, pp, vpp, engine_tp, ep, etp = (*case, 1, None)[:7]
+    world, tp, pp, vpp, engine_tp, ep, etp, cp = (*case, *(1, None, 1)[len(case) - 5 :])
     return (
-        Layout(world_size=world, tp=tp, pp=pp, vpp=vpp, ep=ep, expert_tp=etp),
+        Layout(world_size=world, tp=tp, pp=pp, cp=cp, vpp=vpp, ep=ep, expert_tp=etp),
         EngineLayout(world_size=world, tp=engine_tp),
     )
 
@@ -86,11 +101,13 @@ def filled(pieces, tensors):
 @pytest.mark.parametrize(
     ("name", "case"),
     [(name, case) for name in ARCHS for case in LAYOUTS]
-    + [(name, case) for name in MIXTURES for case in EXPERT_LAYOUTS],
+    + [(name, case) for name in MIXTURES for case in EXPERT_LAYOUTS]
+    + ODD_CASES
+    + SHARED_SEQUENCES,
 )
 def test_every_engine_element_arrives(name, case, ranks_per_node):
     """Every rank's moves, made by hand in one process."""
-    arch, world = ARCHS[name], case[0]
+    arch, world = MODELS[name], case[0]
     tensors = hf_tensors(arch)
     own = [pieces_of(arch, case, rank) for rank in range(world)]
     sources = [filled(train, tensors) for train, _ in own]
@@ -161,10 +178,13 @@ def missing_bytes(arch, case, rank):
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [("qwen2", case) for case in LAYOUTS] + [("qwen3_moe", case) for case in EXPERT_LAYOUTS],
+    [("qwen2", case) for case in LAYOUTS]
+    + [("qwen3_moe", case) for case in EXPERT_LAYOUTS]
+    + ODD_CASES
+    + SHARED_SEQUENCES,
 )
 def test_no_byte_travels_that_need_not(name, case):
-    arch = ARCHS[name]
+    arch = MODELS[name]
     needed = [missing_bytes(arch, case, rank) for rank in range(case[0])]
     stats = plans(arch, case)[0].stats
     assert stats.wire_total == sum(needed)

@@ -45,6 +45,9 @@ ARCHS = {
     ),
     "mixtral": replace(LLAMA, model_type="mixtral", mixture=FOUR_EXPERTS),
 }
+# What two does not divide: three key heads, and a vocabulary that padding makes 192 of.
+ODD = replace(QWEN2, num_attention_heads=6, num_query_groups=3, vocab_size=151)
+EIGHT_HEADS = replace(QWEN2, num_attention_heads=8, ffn_hidden_size=16, vocab_size=151)
 
 
 def hf_tensors(arch: ModelArch, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
