@@ -223,7 +223,13 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     yield from _training_problems(config)
     yield from _reference_problems(config)
     most = 1 if config.is_supervised else most_kept(config.rollout, config.algorithm)
-    yield from sharing_problems(config.batching, config.parallel, config.model, most)
+    yield from sharing_problems(
+        config.batching,
+        config.parallel,
+        config.model,
+        most_responses=most,
+        replays_routing=config.rollout.routing_replay,
+    )
     if config.parallel.world_size is not None:
         yield from world_problems(config, config.parallel.world_size)
 

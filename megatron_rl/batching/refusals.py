@@ -12,7 +12,12 @@ FIELD, WAY_OUT = "batching.share_prompts", "Set batching.share_prompts=false"
 
 
 def sharing_problems(
-    batching: BatchingConfig, parallel: ParallelConfig, model: ModelConfig, most_responses: int
+    batching: BatchingConfig,
+    parallel: ParallelConfig,
+    model: ModelConfig,
+    *,
+    most_responses: int,
+    replays_routing: bool,
 ) -> Iterator[ConfigError]:
     """most_responses: of a prompt that reach an update."""
     if not batching.share_prompts:
@@ -23,6 +28,10 @@ def sharing_problems(
     if auxiliary_losses(model.megatron):
         rule = "would count a prompt once in the losses of routers, which count it once a response"
         yield ConfigError(FIELD, True, rule, WAY_OUT)
+    if replays_routing:
+        rule = "would route a prompt once, and the engine routed it for each response"
+        way_out = f"{WAY_OUT}, or set rollout.routing_replay=false"
+        yield ConfigError(FIELD, True, rule, way_out)
     if most_responses == 1:
         yield ConfigError(FIELD, True, "has no effect with one response a prompt", WAY_OUT)
 

@@ -56,6 +56,8 @@ class Case:
             + [f"rows of {self.row_tokens}", self.owners, *extra]
         )
 
+    shares_prompts: bool = False
+
 
 TIGHT = {"eps_low": 0.01, "eps_high": 0.02}  # the mean over a response moves less than a token
 FEW_PRESETS = (
@@ -93,6 +95,15 @@ def question_of(preset: str, **changes: Any) -> Question:
 
 
 def cases_of(layout: Layout) -> Iterator[Case]:
+    """What is measured at a layout; rows of shared prompts have room for two responses at least."""
+    for case in _cases_of(layout):
+        if layout.shares_prompts and case.question.groups == "routed":
+            continue  # refused: the engine routes a prompt once a response
+        rows = max(case.row_tokens, PAIR_ROWS) if layout.shares_prompts else case.row_tokens
+        yield replace(case, row_tokens=rows, shares_prompts=layout.shares_prompts)
+
+
+def _cases_of(layout: Layout) -> Iterator[Case]:
     """The presets, and everything that must not matter to them; at some layouts a part of it.
 
     Layouts that take turns have the least, and together every other case.

@@ -32,5 +32,6 @@ class Layout:
     takes_turns: bool = False  # the least, and of all other cases those whose turn it is
     is_daily: bool = True  # else measured for the published table alone
     megatron: tuple[tuple[str, Any], ...] = ()  # fields of Megatron-Core that a recipe may set
+    shares_prompts: bool = False
     auxiliary: Auxiliary | None = None  # losses of routers
     is_refused_with: str | None = None  # a fault of Megatron-Core, at versions that have it

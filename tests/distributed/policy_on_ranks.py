@@ -284,6 +284,7 @@ def pack(
     *,
     update_of: dict[int, int],
     row_tokens: int,
+    shares_prompts: bool = False,
 ) -> list[MiniBatch]:
     """From this rank's groups to its packed rows, the way of the loop."""
 
@@ -296,11 +297,13 @@ def pack(
         selection,
         samples=algorithm.assign_advantages(selection.samples, sum_over_ranks=sum_over_ranks),
     )
-    packer = packer_of(policy, algorithm, row_tokens=row_tokens)
+    packer = packer_of(policy, algorithm, row_tokens=row_tokens, shares_prompts=shares_prompts)
     return packer.pack(selection, 1 + max(update_of.values()))
 
 
-def packer_of(policy: TrainedModel, algorithm: Algorithm, *, row_tokens: int) -> Packer:
+def packer_of(
+    policy: TrainedModel, algorithm: Algorithm, *, row_tokens: int, shares_prompts: bool = False
+) -> Packer:
     return Packer(
         policy.groups,
         algorithm,
@@ -310,6 +313,7 @@ def packer_of(policy: TrainedModel, algorithm: Algorithm, *, row_tokens: int) ->
         ),
         max_response_tokens=MAX_RESPONSE_TOKENS,
         dtype=policy.dtype,
+        share_prompts=shares_prompts,
     )
 
 
@@ -323,8 +327,11 @@ def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[Micro
         owned(groups, case.owners, dist.get_rank(), dist.get_world_size()),
         update_of={group.prompt.group_id: 0 for group in groups},
         row_tokens=case.row_tokens,
+        shares_prompts=case.shares_prompts,
     )
     rows = batch.microbatches
+    if case.shares_prompts and dist.get_world_size() == 1 and question.groups != "lonely":
+        assert any(row.shared is not None for row in rows)
     if question.has_old:
         rows = tuple(row.with_loss(old_logprobs=_at_rows(problem.old, row)) for row in rows)
     if algorithm.needs_ref_logprobs:

@@ -1,5 +1,7 @@
 """Samples to rows, by hand: what is shifted, padded and rounded."""
 
+from dataclasses import replace
+
 import torch
 
 from megatron_rl.batching.pack import pack
@@ -21,13 +23,14 @@ def sample(prompt, response, advantage=1.0, rollout=None, **fields):
     )
 
 
-def packed(samples, *, multiple=1, dtype=torch.float32):
+def packed(samples, *, multiple=1, dtype=torch.float32, share_prompts=False):
     return pack(
         samples,
         weight_of=lambda sample: 1 / (10 * len(sample.response_tokens)),
         multiple=multiple,
         dtype=dtype,
         device=CPU,
+        share_prompts=share_prompts,
     )
 
 
@@ -50,6 +53,29 @@ def test_each_response_token_is_predicted_at_the_entry_before_it():
     assert torch.equal(row.loss.rollout_logprobs, torch.tensor([-0.1, -1.2, -1.0, -2.0, -3.0]))
     assert row.loss.old_logprobs is None
     assert row.loss.ref_logprobs is None
+
+
+def test_a_prompt_stands_once_before_its_responses():
+    """Two responses of group 0, and one of group 1 that is alone."""
+    samples = [
+        sample([5, 9], [7, 2], 0.3),
+        sample([5, 9], [8], -0.2, has_gradient=False),
+        replace(sample([4], [6, 3]), group_id=1),
+    ]
+    row = packed(samples, multiple=10, share_prompts=True)
+    assert row.tokens.tolist() == [5, 9, 7, 2, 8, 4, 6, 3, 0, 0]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 2, 0, 1, 2, 0, 1]
+    assert row.lengths == (2, 2, 1, 3, 2)
+    assert row.cu_seqlens.tolist() == [0, 2, 4, 5, 8, 10]
+    assert row.trained_lengths.tolist() == [2, 2, 0, 3, 0]
+    assert row.loss.at.tolist() == [1, 2, 1, 5, 6]
+    assert row.loss.targets.tolist() == [7, 2, 8, 6, 3]
+    assert row.shared.prompts == (None, 0, 0, None, None)
+    assert row.shared.keys.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9]
+    assert row.shared.key_bounds.tolist() == [0, 2, 6, 9, 12, 14]
+    assert row.shared.key_lengths == (2, 4, 3, 3, 2)
+    assert packed(samples[1:], share_prompts=True).shared is None
+    assert packed(samples).tokens.tolist() == [5, 9, 7, 2, 5, 9, 8, 4, 6, 3]
 
 
 def test_numbers_are_rounded_once_to_the_dtype_of_the_run():

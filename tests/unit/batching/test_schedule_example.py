@@ -1,5 +1,6 @@
 """The worked examples of batching/schedule.py and balance.py, as tests."""
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,12 +9,22 @@ import torch
 
 from megatron_rl.batching import schedule
 from megatron_rl.batching.balance import balance, fill_rows
-from megatron_rl.batching.schedule import _decode, _encode, _key, _replicas, distribute, rows_of
+from megatron_rl.batching.schedule import (
+    Length,
+    Together,
+    _decode,
+    _encode,
+    _key,
+    _replicas,
+    distribute,
+    rows_of,
+)
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.types import Sample
 
 LENGTHS = {(0, 7, 0): 5, (0, 7, 1): 4, (0, 8, 0): 3}
-EVERYWHERE = {key: (length, True) for key, length in LENGTHS.items()}
+PARTS = {key: Length(1, length - 1) for key, length in LENGTHS.items()}
+EVERYWHERE = {key: (length, True) for key, length in PARTS.items()}
 
 
 def sample(key):
@@ -60,7 +71,7 @@ def test_one_sample_of_three_travels(sent):
 
 def test_an_update_without_a_gradient_counts_as_empty(sent, monkeypatch):
     """Such as one whose responses were all rejected, under train_on_everything."""
-    rejected = {key: (length, False) for key, length in LENGTHS.items()}
+    rejected = {key: (length, False) for key, length in PARTS.items()}
     monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [rejected])
     found = distribute([replace(FIRST, has_gradient=False)], groups(world_size=2, tp=1, pp=1))
     assert found.num_samples[0] == 0
@@ -80,9 +91,7 @@ def test_every_rank_of_a_replica_gets_a_sample(sent):
 
 
 def test_replicas_train_five_and_seven_tokens():
-    assert _replicas(LENGTHS, 2, keep_groups_whole=False) == dict(
-        zip(LENGTHS, (0, 1, 1), strict=True)
-    )
+    assert _replicas(PARTS, 2, Together()) == dict(zip(LENGTHS, (0, 1, 1), strict=True))
     assert balance([5, 4, 3], 2) == [[0], [1, 2]]
 
 
@@ -91,6 +100,47 @@ def test_rows_of_rank_one():
     assert rows_of([SECOND, THIRD], 8, count_multiple=2) == [[SECOND, THIRD], []]
     assert rows_of([], 8, count_multiple=2) == [[], []]
     assert fill_rows([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+
+
+def test_units_that_share_a_prompt_have_it_once_and_fit():
+    """A prompt of 10 tokens, responses of 4, 6, 5 and 30; another group's of 2."""
+    lengths = {(0, 1, i): Length(10, n) for i, n in enumerate((4, 6, 5, 30))}
+    lengths[0, 2, 0] = Length(10, 2)
+    together = Together(share_up_to=20)
+    units = together.units(lengths)
+    assert list(units.values()) == [
+        [(0, 1, 0), (0, 1, 1)],
+        [(0, 1, 2)],
+        [(0, 1, 3)],
+        [(0, 2, 0)],
+    ]
+    assert [together.tokens(unit, lengths) for unit in units.values()] == [20, 15, 40, 12]
+    assert len(Together().units(lengths)) == 5
+    whole = Together(keep_groups_whole=True, share_up_to=20).units(lengths)
+    assert [len(unit) for unit in whole.values()] == [4, 1]
+
+
+def test_rows_of_units_stay_within_the_budget():
+    samples = [
+        replace(
+            FIRST, group_id=g, index=i, prompt_tokens=torch.ones(10), response_tokens=torch.ones(n)
+        )
+        for g, group in enumerate(((4, 6, 5, 9), (2, 3)))
+        for i, n in enumerate(group)
+    ]
+    rows = rows_of(samples, 35, count_multiple=1, share_prompts=True)
+    assert [[(s.group_id, s.index) for s in row] for row in rows] == [
+        [(0, 0), (0, 1), (0, 2), (0, 3)],
+        [(1, 0), (1, 1)],
+    ]
+    assert len(rows_of(samples, 35, count_multiple=1)) == 3
+
+
+def test_a_group_is_cut_so_that_replicas_can_be_given_alike():
+    """Sixteen responses to one prompt, 4 replicas: no unit has more than a sixteenth of all."""
+    lengths = {(0, 1, i): Length(10, 10) for i in range(16)}
+    replica_of = _replicas(lengths, 4, Together(share_up_to=1000))
+    assert sorted(Counter(replica_of.values()).values()) == [4, 4, 4, 4]
 
 
 def test_a_sample_as_a_vector():

@@ -6,6 +6,7 @@ prints a JSON object. torch's variable-length attention runs on GPUs only; a sta
 same arguments takes its place, so what is checked is what our module asks of it.
 """
 
+import itertools
 import json
 import sys
 from types import SimpleNamespace
@@ -88,6 +89,7 @@ def row_of(lengths: tuple[int, ...]) -> Any:
         tokens=torch.zeros(sum(lengths), dtype=torch.int64),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         part=None,
+        shared=None,
     )
 
 
@@ -146,6 +148,102 @@ def run_split(kind: str, cp: int, lengths: tuple[int, ...]) -> list[Tensor]:
     return [out.detach(), mixed.grad]
 
 
+def shared_row() -> Any:
+    """Prompts of 5 and 30 tokens with three responses and one, a whole sequence, and padding."""
+    from megatron_rl.types import SharedPrompts
+
+    lengths = (5, 4, 40, 1, 30, 7, 12, 3)
+    prompts = (None, 0, 0, 0, None, 4, None, None)
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    runs = [torch.arange(*ends) for ends in itertools.pairwise(starts)]
+    seen = [
+        run if of is None else torch.cat([runs[of], run])
+        for run, of in zip(runs, prompts, strict=True)
+    ]
+    row = row_of(lengths)
+    row.position_ids = torch.cat(
+        [
+            torch.arange(len(keys) - len(run), len(keys))
+            for run, keys in zip(runs, seen, strict=True)
+        ]
+    )
+    row.shared = SharedPrompts(
+        prompts=prompts,
+        keys=torch.cat(seen),
+        key_bounds=torch.tensor([0, *map(len, seen)]).cumsum(0).int(),
+        key_lengths=tuple(map(len, seen)),
+    )
+    return row
+
+
+def run_shared(kind: str, scale: float | None) -> list[Tensor]:
+    """Output and gradient of a row whose responses share prompts."""
+    from megatron_rl.megatron import attention
+
+    row = shared_row()
+    mixed, *inputs = product(0, row.lengths)
+    module = attention.ATTENTIONS[kind](None, 1, None, "", softmax_scale=scale)
+    rows = attention.packed_rows(row, rope_of(torch.float64), in_blocks=kind == "blocks")
+    with mock.patch.object(attention, "varlen_attn", stand_in):
+        out = module(*inputs, None, packed_seq_params=rows)
+    (out * torch.arange(out.size(1))).sum().backward()
+    assert mixed.grad is not None
+    return [out.detach(), mixed.grad]
+
+
+def expected_shared(scale: float | None) -> list[Tensor]:
+    """The same, each response behind a prompt of its own."""
+    row = shared_row()
+    mixed, query, key, value = product(0, row.lengths)
+    query, key = (turned(x, row.position_ids) for x in (query, key))
+    scale = WIDTH**-0.5 if scale is None else scale
+    runs = torch.arange(len(query)).split(row.lengths)
+    seen = row.shared.keys.split(row.shared.key_lengths)
+    out = torch.cat(
+        [
+            by_formula(query[run], key[keys], value[keys], scale, True)
+            for run, keys in zip(runs, seen, strict=True)
+        ]
+    ).flatten(1)
+    (out * torch.arange(out.size(1))).sum().backward()
+    assert mixed.grad is not None
+    return [out.detach(), mixed.grad]
+
+
+def kept_of_shared_prompts() -> int:
+    """Bytes of picked keys and values that a kernel which keeps both makes a row keep."""
+    from megatron_rl.megatron import attention
+
+    row = shared_row()
+    rows = attention.packed_rows(row, rope_of(torch.float64), in_blocks=False)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    class SavingKeys(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            ctx.save_for_backward(key, value)
+            return query.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            key, value = ctx.saved_tensors
+            return gradients[0], key, value
+
+    _, query, key, value = product(0, row.lengths)
+    key, value = (x.detach().clone().requires_grad_() for x in (key, value))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = rows.seen.attend(query, key, value, lambda q, k, v, _: SavingKeys.apply(q, k, v))
+    given = torch.autograd.grad(out.sum(), (key, value))
+    counts = row.shared.keys.bincount()[:, None, None]  # each entry is given what it is, so often
+    assert all(torch.allclose(g, x * counts) for g, x in zip(given, (key, value), strict=True))
+    return sum(kept.values()) - rows.seen.half.keys.untyped_storage().nbytes()  # of all layers
+
+
 def kept_of_a_part(cp: int) -> int:
     """Bytes of gathered keys and values that a kernel which keeps both makes a part keep."""
     from megatron_rl.megatron import split_attention
@@ -191,17 +289,19 @@ def kept_of_a_part(cp: int) -> int:
     return sum(kept.values())
 
 
+def turned(heads: Tensor, position_ids: Tensor) -> Tensor:
+    """Queries or keys at their positions."""
+    frequencies = rope_of(torch.float64).frequencies
+    turn = torch.exp(1j * torch.outer(position_ids.float(), frequencies).double())
+    halves = torch.complex(*heads.split(WIDTH // 2, dim=2)) * turn[:, None]
+    return torch.cat([halves.real, halves.imag], dim=2)
+
+
 def expected(scale: float | None, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
     """The same, sequence by sequence, with angles of complex numbers."""
     mixed, query, key, value = product(0, lengths)
-    frequencies = rope_of(torch.float64).frequencies
-    turn = torch.exp(1j * torch.outer(row_of(lengths).position_ids.float(), frequencies).double())
-
-    def turned(heads: Tensor) -> Tensor:
-        halves = torch.complex(*heads.split(WIDTH // 2, dim=2)) * turn[:, None]
-        return torch.cat([halves.real, halves.imag], dim=2)
-
-    parts = zip(*(x.split(lengths) for x in (turned(query), turned(key), value)), strict=True)
+    query, key = (turned(x, row_of(lengths).position_ids) for x in (query, key))
+    parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
     scale = WIDTH**-0.5 if scale is None else scale
     out = torch.cat([by_formula(*part, scale, True) for part in parts]).flatten(1)
     (out * torch.arange(out.size(1))).sum().backward()
@@ -268,7 +368,15 @@ def main() -> None:
         for kind in ("flash", "blocks")
         for cp, row in ((2, (4, 40, 12)), (3, (6, 1200, 18)), (4, (8,)))
     }
+    told |= {
+        f"shared {kind}, scale {scale}": largest_error(
+            run_shared(kind, scale), expected_shared(scale)
+        )
+        for kind in ("flash", "blocks")
+        for scale in (None, 0.5)
+    }
     found = {
+        "shared": kept_of_shared_prompts(),
         "split": kept_of_a_part(4),
         "errors": told,
         "kept": kept_by_flash(),

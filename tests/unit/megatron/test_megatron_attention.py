@@ -40,6 +40,17 @@ def test_sequences_that_ranks_share_have_the_attention_of_whole_ones(told, kind)
     assert all(error < BOUND for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("kind", ["flash", "blocks"])
+def test_responses_behind_one_prompt_have_the_attention_of_whole_sequences(told, kind):
+    errors = {n: error for n, error in told["errors"].items() if n.startswith(f"shared {kind}")}
+    assert len(errors) == 2
+    assert all(error < BOUND for error in errors.values()), errors
+
+
+def test_keys_that_are_picked_for_every_response_are_not_kept_for_the_backward(told):
+    assert told["shared"] == 0
+
+
 def test_keys_of_other_ranks_are_not_kept_for_the_backward(told):
     """They come again, and nothing of them is left after it."""
     assert told["split"] == 0
