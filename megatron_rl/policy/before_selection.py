@@ -62,7 +62,7 @@ class BeforeSelection:
         if wants_kl:
             assert self._initial is not None
             with self._policy.weights_replaced(self._initial):
-                initial = self._policy.logprobs(batches)
+                initial = self._policy.logprobs([row.without_experts for row in batches])
             names = ("policy/kl_initial_k1", "policy/kl_initial_k3")
             self._report_means(batches, initial, _kl_sums, names)
 

@@ -297,8 +297,8 @@ class Reference:
             gradients=self.in_file(dict(zip(names, gradients, strict=True))),
             clipped_low=low,
             clipped_high=high,
-            balance=float(balance),
-            z=float(z),
+            balance=balance.item(),
+            z=z.item(),
         )
 
 

@@ -36,7 +36,6 @@ WITH_REJECTED = Case(
 )
 
 BALANCED = "CP2 EP2, all recomputed, balanced"
-STAGES_BALANCED = "EP2 PP2 VPP2, mixture recomputed, balanced"
 # fault -> layouts at which it must be noticed, and the error that shows it
 FAULTS = {
     "one_rank_doubled": (("DP2", "TP2", "TP2 SP", "PP2", "CP2"), "gradient_error"),
@@ -61,12 +60,11 @@ FAULTS = {
     "experts_balanced_by_part": ((BALANCED,), "gradient_error"),
     "losses_of_routers_by_rank": (("DP2, balanced",), "gradient_error"),
     "experts_counted_on_one_rank": (("DP2, balanced",), "gradient_error"),
-    "rows_recomputed_backwards": ((STAGES_BALANCED,), "gradient_error"),
     "experts_not_replayed": ((BALANCED,), "gradient_error"),
     "experts_of_the_token_before": ((BALANCED,), "gradient_error"),
 }
 WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied", "CP2")
-OTHERS = ("DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced", STAGES_BALANCED)
+OTHERS = ("DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced")
 CASES_OF = {
     "response_of_own_tokens_alone": OF_RESPONSES,
     "experts_not_replayed": ROUTED,
@@ -513,13 +511,3 @@ def experts_counted_on_one_rank(policy: Any) -> Iterator[None]:
 
     with mock.patch.object(module.Routers, "_sum_chosen", return_value=None):
         yield
-
-
-@contextmanager
-def rows_recomputed_backwards(policy: Any) -> Iterator[None]:
-    """A backward takes the newest of the rows that wait for theirs."""
-    for router in policy.routers._routers:
-        router._waiting = mock.Mock(wraps=router._waiting, popleft=router._waiting.pop)
-    yield
-    for router in policy.routers._routers:
-        router._waiting = type(router._waiting._mock_wraps)()

@@ -36,12 +36,20 @@ KINDS: dict[str, dict[str, Any]] = {
         "algorithm": {"preset": "iterative_dpo"},
         "rollout": {"group_size": 4},
     },
+    # A mixture, routed as the engine routed.
     "distillation": {
+        "model": {
+            "megatron": {
+                "moe_router_load_balancing_type": "global_aux_loss",
+                "moe_aux_loss_coeff": 0.01,
+                "moe_z_loss_coeff": 0.001,
+            }
+        },
         "algorithm": {
             "preset": "distillation",
             "rollout_correction": {"level": "sequence", "mode": "mask", "low": 0.5},
         },
-        "rollout": {"group_size": 2},
+        "rollout": {"group_size": 2, "routing_replay": True},
         "parallel": {"pipeline_model_parallel_size": 2},
     },
 }
@@ -54,7 +62,6 @@ def recipe_of(kind: str, model_dir: Path, output_dir: Path) -> dict[str, Any]:
         part["reference"] = {"path": str(model_dir.with_name("teacher"))}
     return {
         "run": {"output_dir": str(output_dir), "num_iterations": 4, "seed": 5},
-        "model": {"path": str(model_dir), "dtype": "float32"},
         "prompts": {
             "path": str(QUICKSTART / "data" / "train.jsonl"),
             "prompts_per_iteration": 12,
@@ -66,6 +73,7 @@ def recipe_of(kind: str, model_dir: Path, output_dir: Path) -> dict[str, Any]:
         "debug": {"record": 2},
         "metrics": {"kl_every": 1, "kl_rollouts": 8, "entropy_every": 1},
         **part,
+        "model": {"path": str(model_dir), "dtype": "float32", **part.get("model", {})},
         "rollout": {"max_response_tokens": 12, **part["rollout"]},
     }
 
@@ -74,7 +82,8 @@ def recipe_of(kind: str, model_dir: Path, output_dir: Path) -> dict[str, Any]:
 def runs(request, tmp_path_factory):
     """Folders of a run straight to its end, and of one that was killed before its last save."""
     folder = tmp_path_factory.mktemp(request.param)
-    write_model("qwen2_tied", folder / "model")
+    model = "qwen3_moe" if request.param == "distillation" else "qwen2_tied"
+    write_model(model, folder / "model")
     if request.param == "distillation":
         write_model("llama", folder / "teacher")
     train(request.param, folder, "straight")
@@ -195,6 +204,8 @@ def test_it_trained(runs):
         assert rows[-1]["policy/kl_ref_k3"] < 0.5 * rows[0]["policy/kl_ref_k3"]
         assert all(0.99 < row["policy/correction_mean"] < 1.01 for row in rows)
         assert all(row["algorithms/kept_responses_frac"] == 1 for row in rows)
+        assert all(1 <= row["policy/load_balancing_loss"] < 4 for row in rows)
+        assert all(row["policy/router_z_loss"] > 0 for row in rows)
     assert all(0 < row["policy/entropy_sampled"] < 5 for row in rows)
 
 
