@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.megatron.rope import Rope, Rotation
@@ -237,32 +236,46 @@ class BlockAttention(PackedAttention):
                 (value, half.key_lengths),
             )
         )
+        if query.dtype not in half.masks:
+            most = min(QUERIES_AT_A_TIME, max(half.query_lengths))
+            half.masks[query.dtype] = _mask_of_last(most, max(half.key_lengths), query)
+        masks = half.masks[query.dtype]
         attended = (
-            self._up_to_own_end(*sequence) for sequence in zip(queries, keys, values, strict=True)
+            self._up_to_own_end(*sequence, masks)
+            for sequence in zip(queries, keys, values, strict=True)
         )
         return torch.cat([part[0].transpose(0, 1) for part in attended])
 
-    def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor, masks: Tensor) -> Tensor:
         """[1, heads, q, d] of the last q tokens of a sequence: [1, heads, q, d], [1, groups, k, d].
 
-        Few at a time, since a mask is as large as the scores.
+        Few at a time, since a mask is as large as the scores. The backward keeps it, so all parts
+        of all layers have views of one.
         """
         parts, before = [], key.size(2) - query.size(2)
         for start in range(0, query.size(2), QUERIES_AT_A_TIME):
             part = query[:, :, start : start + QUERIES_AT_A_TIME]
             end = before + start + part.size(2)
-            mask = causal_lower_right(part.size(2), end)
             parts.append(
                 F.scaled_dot_product_attention(
                     part,
                     key[:, :, :end],
                     value[:, :, :end],
-                    attn_mask=mask,
+                    attn_mask=masks[-part.size(2) :, -end:],
                     scale=self.scale,
                     enable_gqa=query.size(1) != key.size(1),
                 )
             )
         return torch.cat(parts, dim=2)
+
+
+def _mask_of_last(queries: int, keys: int, like: Tensor) -> Tensor:
+    """[queries, keys] to be added to scores of the last queries: 0 up to their own key, then -inf.
+
+    Its last rows and columns are the mask of fewer of both.
+    """
+    mask = torch.full((queries, keys), -torch.inf, dtype=like.dtype, device=like.device)
+    return mask.triu_(keys - queries + 1)
 
 
 ATTENTIONS: dict[str, type[PackedAttention]] = {"flash": FlashAttention, "blocks": BlockAttention}
