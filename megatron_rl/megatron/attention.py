@@ -6,6 +6,7 @@ that has no kernel. ModelConfig.attention says which one a model has.
 
 import itertools
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.megatron.gathering import Pad
@@ -237,7 +237,10 @@ class BlockAttention(PackedAttention):
         self, query: Tensor, key: Tensor, value: Tensor, seen: Seen | SeenBlocks
     ) -> Tensor:
         assert isinstance(seen, SeenBlocks)
-        return seen.attend(query, key, value, self.scale, self._up_to_own_end)
+        behind = [(length, before + length) for _, length, before in seen.sizes if before]
+        masks = _masks(seen.masks, *map(max, zip(*behind, strict=True)), query)
+        attend = partial(self._up_to_own_end, masks=masks)
+        return seen.attend(query, key, value, self.scale, attend)
 
     def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
         queries, keys, values = (
@@ -248,32 +251,48 @@ class BlockAttention(PackedAttention):
                 (value, half.key_lengths),
             )
         )
+        masks = _masks(half.masks, max(half.query_lengths), max(half.key_lengths), query)
         attended = (
-            self._up_to_own_end(*sequence) for sequence in zip(queries, keys, values, strict=True)
+            self._up_to_own_end(*sequence, masks)
+            for sequence in zip(queries, keys, values, strict=True)
         )
         return torch.cat([part[0].transpose(0, 1) for part in attended])
 
-    def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor, masks: Tensor) -> Tensor:
         """[n, heads, q, d] of the last q tokens of sequences: [n, heads, q, d], [n, groups, k, d].
 
-        Few at a time, since a mask is as large as the scores.
+        Few at a time, since a mask is as large as the scores. The backward keeps it, so all parts
+        of all layers have views of one.
         """
         parts, before = [], key.size(2) - query.size(2)
         for start in range(0, query.size(2), QUERIES_AT_A_TIME):
             part = query[:, :, start : start + QUERIES_AT_A_TIME]
             end = before + start + part.size(2)
-            mask = causal_lower_right(part.size(2), end)
             parts.append(
                 F.scaled_dot_product_attention(
                     part,
                     key[:, :, :end],
                     value[:, :, :end],
-                    attn_mask=mask,
+                    attn_mask=masks[-part.size(2) :, -end:],
                     scale=self.scale,
                     enable_gqa=query.size(1) != key.size(1),
                 )
             )
         return torch.cat(parts, dim=2)
+
+
+def _masks(
+    made: dict[torch.dtype, Tensor], most_queries: int, most_keys: int, like: Tensor
+) -> Tensor:
+    """[queries, keys] to be added to scores of the last queries: 0 up to their own key, then -inf.
+
+    Its last rows and columns are the mask of fewer of both. made: those of this row, by dtype.
+    """
+    if like.dtype not in made:
+        queries = min(QUERIES_AT_A_TIME, most_queries)
+        mask = torch.full((queries, most_keys), -torch.inf, dtype=like.dtype, device=like.device)
+        made[like.dtype] = mask.triu_(most_keys - queries + 1)
+    return made[like.dtype]
 
 
 ATTENTIONS: dict[str, type[PackedAttention]] = {"flash": FlashAttention, "blocks": BlockAttention}

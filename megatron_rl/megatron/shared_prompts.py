@@ -6,7 +6,7 @@ layers compute of a token, are there once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class SeenBlocks:
     queries: Tensor  # [P] int64 into the row; tails are repeated
     places: Tensor  # [T] int64: queries[places[t]] = t
     keys: Tensor  # [K] int64 into the row; tails are repeated
+    masks: dict[torch.dtype, Tensor] = field(default_factory=dict)  # made by the first layer
 
     def attend(
         self,

@@ -7,7 +7,7 @@ fewer and send as many.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Half:
     key_lengths: tuple[int, ...]
     query_bounds: Tensor  # [sequences + 1] int32
     key_bounds: Tensor  # [sequences + 1] int32
+    masks: dict[torch.dtype, Tensor] = field(default_factory=dict)  # that all layers share
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import MANY_ROWS, Case, Question, question_of
+from cases import FEW_ROWS, MANY_ROWS, Case, Question, question_of
 from harness import run_on_ranks
 from reference import Recipe
 from splits import LAYOUTS
@@ -54,6 +54,9 @@ FAULTS = {
     "no_reduction_of_keys": (("CP2",), "gradient_error"),
     "no_reduction_over_parts": (("CP2",), "gradient_error"),
     "response_of_own_tokens_alone": (("CP2",), "gradient_error"),
+    "keys_of_prompts_for_one_response": (("DP2, shared prompts",), "gradient_error"),
+    "responses_without_prompt": (("DP2, shared prompts",), "gradient_error"),
+    "positions_go_on_behind_a_response": (("DP2, shared prompts",), "gradient_error"),
     "layers_from_one_too_far": (("PP2 of 1, 3",), "gradient_error"),
     "experts_balanced_by_row": ((BALANCED,), "gradient_error"),
     "padding_balances_experts": ((BALANCED,), "gradient_error"),
@@ -64,7 +67,7 @@ FAULTS = {
     "experts_of_the_token_before": ((BALANCED,), "gradient_error"),
 }
 WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied", "CP2")
-OTHERS = ("DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced")
+OTHERS = ("DP2, shared prompts", "DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced")
 CASES_OF = {
     "response_of_own_tokens_alone": OF_RESPONSES,
     "experts_not_replayed": ROUTED,
@@ -147,8 +150,11 @@ def measure_faults(problems: dict[str, Path], out: Path) -> None:
 
 
 def _balanced(case: Case, layout: Any) -> Case:
-    """The case with the losses of routers that the layout has."""
-    return replace(case, question=replace(case.question, auxiliary=layout.auxiliary))
+    """The case with the losses of routers that the layout has, or with its shared prompts."""
+    case = replace(case, question=replace(case.question, auxiliary=layout.auxiliary))
+    return (
+        replace(case, row_tokens=FEW_ROWS, shares_prompts=True) if layout.shares_prompts else case
+    )
 
 
 def vars_of(measurement: Any) -> dict[str, Any]:
@@ -254,7 +260,27 @@ def experts_shifted(policy: Any) -> Any:
     return lambda rows: tuple(map(shifted, rows))
 
 
+def responses_without_prompt(policy: Any) -> Any:
+    """Each run sees itself alone."""
+
+    def alone(row: Any) -> Any:
+        return replace(row, shared=None)
+
+    return lambda rows: tuple(map(alone, rows))
+
+
+def positions_go_on_behind_a_response(policy: Any) -> Any:
+    """Rope counts the responses to a prompt as one behind the other."""
+
+    def counted(row: Any) -> Any:
+        return replace(row, position_ids=torch.arange(len(row.tokens)))
+
+    return lambda rows: tuple(map(counted, rows))
+
+
 CHANGES = {
+    "responses_without_prompt": responses_without_prompt,
+    "positions_go_on_behind_a_response": positions_go_on_behind_a_response,
     "one_target_shifted": shift_one_target,
     "experts_not_replayed": without_experts,
     "experts_of_the_token_before": experts_shifted,
@@ -387,6 +413,20 @@ def keys_of_own_tokens_alone(policy: Any) -> Iterator[None]:
         return torch.cat([own] * group.size())
 
     with mock.patch.object(module, "_gathered", repeated):
+        yield
+
+
+@contextmanager
+def keys_of_prompts_for_one_response(policy: Any) -> Iterator[None]:
+    """A key has the gradient of one of those that see it, and not of all."""
+    from megatron_rl.megatron import gathering as module
+
+    def of_one(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (entries,) = ctx.saved_tensors
+        added = gradient.new_zeros(ctx.length, *gradient.shape[1:])
+        return added.index_copy_(0, entries, gradient), None
+
+    with mock.patch.object(module.Repeat, "backward", staticmethod(of_one)):
         yield
 
 
