@@ -238,7 +238,8 @@ class BlockAttention(PackedAttention):
     ) -> Tensor:
         assert isinstance(seen, SeenBlocks)
         behind = [(length, before + length) for _, length, before in seen.sizes if before]
-        masks = _masks(seen.masks, *map(max, zip(*behind, strict=True)), query)
+        most_queries, most_keys = (max(sizes) for sizes in zip(*behind, strict=True))
+        masks = _masks(seen.masks, most_queries, most_keys, query)
         attend = partial(self._up_to_own_end, masks=masks)
         return seen.attend(query, key, value, self.scale, attend)
 
