@@ -30,6 +30,8 @@ from typing import Any
 
 from synthetic import SIZES, synthetic_groups
 
+from megatron_rl.types import MiniBatch, RolloutGroup
+
 WARM_UP = 2
 GROUPS, PROMPT_TOKENS, ROW_TOKENS = 8, 24, 2048
 REWARDS = (1.0, -1.0, 1.0, -1.0)  # so that no response is left out
@@ -150,6 +152,20 @@ def run_rank(case: Case, models: Path) -> None:
 
 def make_update(case: Case, folder: Path) -> Any:
     """The update, to be called as often as one likes; every rank calls it."""
+    trainer, pack = make_trainer(case, folder, row_tokens=ROW_TOKENS)
+    batches = pack(
+        synthetic_groups(
+            [REWARDS] * GROUPS, prompt_tokens=PROMPT_TOKENS, response_tokens=RESPONSE_TOKENS
+        )
+    )
+    return lambda: trainer.update(batches)
+
+
+def make_trainer(case: Case, folder: Path, *, row_tokens: int) -> tuple[Any, Any]:
+    """A trainer, and what makes mini-batches for it of groups; every rank calls both.
+
+    The second takes share_prompts, too.
+    """
     import torch
 
     from megatron_rl.algorithms.algorithm import Algorithm
@@ -179,24 +195,25 @@ def make_update(case: Case, folder: Path) -> Any:
     policy.load(find_model(str(folder), "model.path"))
     policy.prepare_training()
     algorithm = Algorithm(AlgorithmConfig(preset="grpo"))
-    packer = Packer(
-        groups,
-        algorithm,
-        row_tokens=ROW_TOKENS,
-        row_multiple=1,
-        max_response_tokens=RESPONSE_TOKENS[1],
-        dtype=torch.float32,
-    )
-    made = synthetic_groups(
-        [REWARDS] * GROUPS, prompt_tokens=PROMPT_TOKENS, response_tokens=RESPONSE_TOKENS
-    )
-    own = made if groups.rank == 0 else []
-    update_of = dict.fromkeys(range(GROUPS), 0)
-    selection = algorithm.select(own, update_of=update_of, seed=(0,))
     plan = plan_passes(algorithm, num_updates=1, epochs=1)
     trainer = Trainer(policy, algorithm, plan, lambda _: None, epochs=1, reference=None)
-    batches = trainer.add_advantages(trainer.add_logprobs(packer.pack(selection, 1)))
-    return lambda: trainer.update(batches)
+
+    def pack(made: Sequence[RolloutGroup], *, share_prompts: bool = False) -> list[MiniBatch]:
+        packer = Packer(
+            groups,
+            algorithm,
+            row_tokens=row_tokens,
+            row_multiple=1,
+            max_response_tokens=1 << 20,
+            dtype=torch.float32,
+            share_prompts=share_prompts,
+        )
+        own = made if groups.rank == 0 else []
+        update_of = {group.prompt.group_id: 0 for group in made}
+        selection = algorithm.select(own, update_of=update_of, seed=(0,))
+        return trainer.add_advantages(trainer.add_logprobs(packer.pack(selection, 1)))
+
+    return trainer, pack
 
 
 def report(told: dict[str, Seconds]) -> list[str]:
