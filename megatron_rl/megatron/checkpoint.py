@@ -152,9 +152,15 @@ def fitted(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
     if len(own) == 1:
         return _part(own[0], saved[0], groups, loaded[TENSORS])
     return {
-        number: _part(one, saved[0], groups, loaded[number][TENSORS])
+        number: _part(one, saved[0], groups, _tensors_of(one, loaded, number))
         for number, one in enumerate(own)
     }
+
+
+def _tensors_of(optimizer: Any, loaded: dict[Any, Any], number: int) -> Any:
+    """What is loaded for one of two optimizers; an empty one finds nothing."""
+    is_empty = not optimizer.model_param_group_index_map
+    return {} if is_empty else loaded[number][TENSORS]
 
 
 def _part(
