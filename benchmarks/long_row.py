@@ -25,7 +25,7 @@ TOKENS = 32768
 SIZES = (1, 4)  # of context parallelism
 ARCH = ModelArch(
     model_type="qwen2",
-    num_layers=4,
+    num_layers=2,
     hidden_size=256,
     ffn_hidden_size=704,
     num_attention_heads=4,
@@ -46,7 +46,9 @@ sequence of {tokens:,} tokens, supervised, in float32, with a model of {layers} 
 on CPU ranks that share {cores} cores. "Process" is the largest resident memory during the update
 less that before it; "tensors" the largest sum of the memory of tensors less what was held before
 (weights, gradients, main weights), counted op by op; both of the rank that has most. "Rehearsed" is
-that sum for a GPU, where norms and attention are one kernel each.
+that sum for a GPU, where norms and attention are one kernel each. In float32 that kernel takes no
+grouped queries: where ranks share the row, keys and values are repeated for every 512 queries and
+kept, which at CP 4 is 1 GiB; in 16 bits, as long_rows.md has it, flash attention needs none of it.
 
 | layout | process, GiB | tensors, GiB | rehearsed, GiB | seconds of the update | loss |
 |---|---|---|---|---|---|

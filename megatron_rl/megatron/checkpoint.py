@@ -7,10 +7,12 @@ this layout when it is loaded. Settings are those of the recipe, never those of 
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
@@ -35,6 +37,7 @@ GROUP_STATE = ("params", "step")
 TENSORS, KIND = "param_state", "param_state_sharding_type"
 LOSS_SCALE = "grad_scaler"  # of float16
 STATE = "optimizer.state"
+EMPTY = "of no parameter"
 
 
 def writer_of(model: TrainedModel, directory: Path, groups: Groups) -> CheckpointWriter:
@@ -97,8 +100,35 @@ def sharded_state(model: TrainedModel, *, is_loading: bool) -> dict[str, Any]:
     every = {key: value for chunk in chunks.values() for key, value in chunk.items()}
     if len(model.chunks) > 1:
         every = chunks
-    optimizer = model.optimizer.sharded_state_dict(every, is_loading=is_loading, metadata=SHARDING)
+    with _steps_of_empty_parts(model.optimizer.chained_optimizers):
+        optimizer = model.optimizer.sharded_state_dict(
+            every, is_loading=is_loading, metadata=SHARDING
+        )
     return {**chunks, "optimizer": optimizer}
+
+
+@contextmanager
+def _steps_of_empty_parts(parts: Sequence[Any]) -> Iterator[None]:
+    """Inside, an optimizer without a parameter has the steps of the other one.
+
+    That of the experts is empty on a pipeline stage without them. Megatron-Core asks it for the one
+    number of steps of its parameters all the same, and fails where there is none.
+    """
+    empty = [
+        part.optimizer
+        for part in parts
+        if hasattr(part, "model_param_group_index_map")
+        and not any(group["params"] for group in part.optimizer.param_groups)
+    ]
+    states = (state for part in parts for state in part.optimizer.state.values())
+    steps = next((state["step"] for state in states if "step" in state), torch.tensor(0.0))
+    for optimizer in empty:
+        optimizer.state[EMPTY] = {"step": steps}
+    try:
+        yield
+    finally:
+        for optimizer in empty:
+            optimizer.state.pop(EMPTY, None)
 
 
 def fitted(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
@@ -122,9 +152,15 @@ def fitted(optimizer: Any, loaded: dict[Any, Any]) -> dict[Any, Any]:
     if len(own) == 1:
         return _part(own[0], saved[0], groups, loaded[TENSORS])
     return {
-        number: _part(one, saved[0], groups, loaded[number][TENSORS])
+        number: _part(one, saved[0], groups, _tensors_of(one, loaded, number))
         for number, one in enumerate(own)
     }
+
+
+def _tensors_of(optimizer: Any, loaded: dict[Any, Any], number: int) -> Any:
+    """What is loaded for one of two optimizers; an empty one finds nothing."""
+    is_empty = not optimizer.model_param_group_index_map
+    return {} if is_empty else loaded[number][TENSORS]
 
 
 def _part(

@@ -84,19 +84,33 @@ def _by_way_of_the_host(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """Causal attention as a GPU has it; for a device that torch does not know it would have none.
 
-    By flash attention, or where numbers have more than 16 bits by the memory-efficient one.
+    By flash attention, or where numbers have more than 16 bits, or a mask is added to the scores,
+    by the memory-efficient one.
     """
-    if query.element_size() == 2:
+    if enable_gqa:
+        repeats = query.size(1) // key.size(1)
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if query.element_size() == 2 and attn_mask is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         attended, *_ = flash(query, key, value, 0.0, is_causal, scale=scale)
     else:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
         keeps = torch.is_grad_enabled()
-        attended, *_ = efficient(query, key, value, None, keeps, 0.0, is_causal, scale=scale)
+        bias = attn_mask
+        if bias is not None:
+            bias = bias.expand(query.size(0), query.size(1), query.size(2), key.size(2))
+        attended, *_ = efficient(query, key, value, bias, keeps, 0.0, is_causal, scale=scale)
     assert isinstance(attended, Tensor)
     return attended
 

@@ -115,7 +115,12 @@ def _own(policy: Policy, whole: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _held(policy: Policy) -> Iterator[tuple[str, range, Tensor, dict[str, Tensor]]]:
     """(parameter, its elements, main weights, state) of all that this rank's optimizers hold."""
-    names = {id(p): name for name, p in policy.named_parameters().items()}
+    several = policy.groups.layout.vpp > 1
+    names = {
+        id(param): (f"chunk{number}." if several else "") + name
+        for number, chunk in enumerate(policy.chunks)
+        for name, param in chunk.named_parameters()
+    }
     for part in policy.optimizer.chained_optimizers:
         if hasattr(part, "model_param_group_index_map"):
             for param, (group, order) in part.model_param_group_index_map.items():

@@ -27,7 +27,6 @@ NAMES = {
         "TP2 PP2", "TP2 DP2", "PP2 VPP2 DP2, tied", "TP4 SP over 2 key heads", "TP2 SP CP2",
         "CP2 PP2 of 3, 1",
     ),
-    8: ("TP2 SP CP2 DP2", "TP2 SP CP2 PP2, tied"),
 }  # fmt: skip
 CASES = (
     *(("share", name) for name in SHARE),

@@ -41,7 +41,7 @@ EXPERT_LAYOUTS = [
 # More ranks than key heads, on either side, and numbers of ranks that are no powers of two.
 ODD_CASES = [
     ("odd", (3, 3, 1, 1, 1)),
-    ("odd", (3, 1, 3, 1, 3)),
+    ("odd", (3, 1, 1, 1, 3)),
     ("odd", (6, 6, 1, 1, 3)),
     ("odd", (6, 3, 2, 1, 6)),
     ("eight_heads", (8, 8, 1, 1, 2)),
