@@ -286,9 +286,8 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             "train another model than the one that is used",
             "Set rollout.temperature=1",
         )
-    if rollout.routing_replay and (
-        config.is_supervised or "moe_router_fusion" in config.model.megatron
-    ):
+    is_deaf = bool(config.model.megatron.get("moe_router_fusion"))
+    if rollout.routing_replay and (config.is_supervised or is_deaf):
         yield ConfigError(
             "rollout.routing_replay",
             True,

@@ -71,7 +71,8 @@ def auxiliary_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
         yield ConfigError(field, coeff, rule, f"Set {field}=0.001")
     if z_coeff and not _is_coefficient(z_coeff):
         z_field = f"model.megatron.{Z_COEFF}"
-        yield ConfigError(z_field, z_coeff, "must be a number above 0", f"Set {z_field}=0.001")
+        way_out = f"Set {z_field}=0, which switches it off, or use a small one as 0.001"
+        yield ConfigError(z_field, z_coeff, "must be a number above 0", way_out)
 
 
 def _is_coefficient(value: object) -> bool:

@@ -6,6 +6,7 @@ import pytest
 from bad_input import only
 
 from megatron_rl.config import load_config, world_problems
+from megatron_rl.errors import ConfigErrors
 
 
 def test_the_recipe_that_is_spoiled_below_is_good(case):
@@ -174,7 +175,8 @@ def test_float64_cannot_be_clipped(case):
 
 def test_routing_is_replayed_where_something_routed_and_a_router_listens(case):
     case.change(rollout={"routing_replay": True})
-    case.read()
+    with pytest.raises(ConfigErrors, match="has no effect: the model has no experts"):
+        case.read()
     case.change(model={"megatron": {"moe_router_fusion": True}})
     assert only(case.config_problems()).startswith("rollout.routing_replay=True: Transformer")
     case.change(algorithm={"preset": "sft"}, model={"megatron": {}})
