@@ -40,6 +40,7 @@ from megatron_rl.rollout.config import (
     RolloutConfig,
     with_rounds_of_preset,
 )
+from megatron_rl.rollout.engine_rules import engine_problems_of, unused_by_policy
 from megatron_rl.rollout.group_rules import group_problems
 from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
@@ -125,6 +126,18 @@ class RunConfig(Settings):
         return not self.is_supervised and self.debug.replay is None
 
     @property
+    def has_vllm(self) -> bool:
+        """True where vLLM samples them, and not the policy itself."""
+        return self.has_engine and self.rollout.engine == "vllm"
+
+    @property
+    def engine_tp(self) -> int | None:
+        """Ranks of an engine; None: the policy itself is the engine."""
+        if not self.has_engine:
+            return 1
+        return self.rollout.tensor_model_parallel_size if self.has_vllm else None
+
+    @property
     def longest_sequence(self) -> int:
         """Most tokens of a prompt and its response together."""
         return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens
@@ -181,7 +194,7 @@ class RunConfig(Settings):
     @property
     def notices(self) -> tuple[str, ...]:
         """One line for each thing that is done in another way than a setting's name may suggest."""
-        told = list(self.algorithm.notices)
+        told = [*self.algorithm.notices, *unused_by_policy(self.rollout, self.weights)]
         temperature = self.rollout.temperature
         if self.algorithm.objective.trains_pairs and temperature != 1:
             told.append(
@@ -252,6 +265,7 @@ def _run_problems(run: RunSettings) -> Iterator[ConfigError]:
 def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
     rollout = config.rollout
     yield from group_problems(rollout, config.prompts, config.algorithm)
+    yield from engine_problems_of(rollout, config.model, config.optimizer)
     for field, neutral in (("top_p", 1.0), ("top_k", -1)):
         if getattr(rollout, field) != neutral:
             yield ConfigError(

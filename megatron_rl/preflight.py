@@ -121,8 +121,9 @@ def read_inputs(config: RunConfig, world_size: int, *, is_evaluation: bool = Fal
         if prompts is not None:
             found.note(_date_problems(prompts, wanted_date))
     found.note(_replay_problems(config))
-    if config.has_engine:
+    if config.has_vllm:
         found.attempt(require_vllm)
+    if config.has_engine:
         answers = [] if prompts is None else prompts.first_answers(NUM_TRIED)
         found.attempt(try_functions, config.reward, answers)
     if arch is not None and tokenizer is not None and prompts is not None:
@@ -255,9 +256,10 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     """The network of config.json, to which the weights must belong; layout problems are noted."""
     arch = read_model_config(model.config_dir, config.model.ignore_config_fields)
     found.note(model_problems(arch, config.parallel))
-    if config.has_engine:
+    if config.has_vllm:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
-        found.note(device_problems(arch, config.rollout, detect()))
+    if config.has_engine:
+        found.note(device_problems(arch, config.rollout, config.model, detect()))
     found.note(_length_problems(config, arch))
     open_weights(model, arch)
     return arch

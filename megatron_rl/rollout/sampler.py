@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch.distributed as dist
+
 from megatron_rl.batching.balance import balance
 from megatron_rl.errors import InputError, RunError
 from megatron_rl.parallel.collectives import max_over, nothing
@@ -92,8 +94,9 @@ class Sampler:
     def share_of(self, prompts: Sequence[Prompt]) -> Share:
         """What of these prompts falls to this rank; every rank asks for the same ones."""
         share = self._engine_share(prompts)
-        tp, tp_rank = self._groups.engines.tp, self._groups.engines.tp_rank_of(self._groups.rank)
-        return Share(tuple(share), frozenset(prompt.group_id for prompt in share[tp_rank::tp]))
+        engines = self._groups.engines
+        own = share[engines.place_of(self._groups.rank) :: engines.size]
+        return Share(tuple(share), frozenset(prompt.group_id for prompt in own))
 
     def generate_share(
         self,
@@ -165,8 +168,8 @@ class Sampler:
         ]
 
     def _is_told(self, stop: StopRequest, looks: int) -> bool:
-        """True on all ranks of this engine where one of them was told; they step alike."""
-        if self._groups.engines.tp == 1:
+        """True on all ranks that step alike where one of them was told."""
+        if dist.get_world_size(self._groups.engine) == 1:
             return stop.was_told
         return looks % STEPS_BETWEEN_LOOKS == 0 and stop.agreed(self._groups.engine)
 

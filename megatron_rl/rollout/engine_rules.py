@@ -1,0 +1,65 @@
+"""What settings mean where the policy itself samples."""
+
+from collections.abc import Iterator
+
+from megatron_rl.errors import ConfigError
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.rollout.config import RolloutConfig
+from megatron_rl.weights.config import WeightSyncConfig
+
+OWN = "rollout.engine=megatron is the policy itself"
+
+
+def engine_problems_of(
+    rollout: RolloutConfig, model: ModelConfig, optimizer: OptimizerConfig
+) -> Iterator[ConfigError]:
+    """Settings of another engine, which the policy as an engine cannot follow."""
+    if rollout.engine != "megatron":
+        return
+    if rollout.dtype not in ("model", model.dtype):
+        yield ConfigError(
+            "rollout.dtype",
+            rollout.dtype,
+            f"{OWN}, in its own dtype",
+            "Set rollout.dtype=model, or set rollout.engine=vllm",
+        )
+    if rollout.tensor_model_parallel_size > 1:
+        yield ConfigError(
+            "rollout.tensor_model_parallel_size",
+            rollout.tensor_model_parallel_size,
+            f"{OWN}, as parallel.tensor_model_parallel_size splits it",
+            "Set rollout.tensor_model_parallel_size=1, or set rollout.engine=vllm",
+        )
+    if optimizer.offload == "weights":
+        yield ConfigError(
+            "optimizer.offload",
+            "weights",
+            f"{OWN}, which generates with these weights",
+            "Set optimizer.offload=optimizer, or set rollout.engine=vllm",
+        )
+    if model.layer_spec == "transformer_engine":
+        yield te_problem("model.layer_spec", model.layer_spec)
+
+
+def te_problem(field: str, value: object) -> ConfigError:
+    """Layers that keep no keys and values here."""
+    return ConfigError(
+        field,
+        value,
+        "rollout.engine=megatron keeps keys and values in the attention of local layers alone",
+        "Set model.layer_spec=local, or set rollout.engine=vllm",
+    )
+
+
+def unused_by_policy(rollout: RolloutConfig, weights: WeightSyncConfig) -> Iterator[str]:
+    """A line for settings that have nothing to set where the policy samples."""
+    names = [
+        f"weights.{name}={getattr(weights, name)}"
+        for name, field in type(weights).model_fields.items()
+        if getattr(weights, name) != field.default
+    ]
+    if rollout.enforce_eager:
+        names.append("rollout.enforce_eager=true")
+    if rollout.engine == "megatron" and names:
+        has = "has" if len(names) == 1 else "have"
+        yield f"{', '.join(names)} {has} no effect: {OWN}, with no sync and no CUDA graphs"
