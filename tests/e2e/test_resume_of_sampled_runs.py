@@ -1,4 +1,7 @@
-"""PPO, iterative DPO and a student of a teacher, sampled by the engine, resumed: the same bits."""
+"""PPO, iterative DPO and a student of a teacher, sampled and resumed: the same bits.
+
+DPO's responses are the policy's own, the others are vLLM's.
+"""
 
 import json
 import shutil
@@ -34,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "iterative_dpo": {
         "algorithm": {"preset": "iterative_dpo"},
-        "rollout": {"group_size": 4},
+        "rollout": {"group_size": 4, "engine": "megatron"},
     },
     "distillation": {
         "algorithm": {
