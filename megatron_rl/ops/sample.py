@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.ops import backend
 from megatron_rl.ops.philox import words_of_tokens
-from megatron_rl.ops.vocab_parallel import Shard, compute_dtype
+from megatron_rl.ops.vocab_parallel import Shard, compute_dtype, with_dense_rows
 
 NUM_STATS = 5
 
@@ -43,6 +44,16 @@ def draw_stats(
 
     A shard of nothing but padding is (-inf, 0, -inf, -inf, 0).
     """
+    if backend.is_native("draw_stats", logits):
+        stats: Tensor = torch.ops.megatron_rl.draw_stats(
+            with_dense_rows(logits),
+            seeds.contiguous(),
+            places.contiguous(),
+            temperatures.contiguous(),
+            shard.vocab_start,
+            shard.vocab_start + shard.num_valid(logits.size(1)),
+        )
+        return stats
     return draw_stats_definition(logits, shard, seeds, places, temperatures)
 
 

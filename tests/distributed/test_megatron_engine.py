@@ -195,7 +195,7 @@ def made(mistake: str) -> Any:
 
     return {
         "position_shifted": mock.patch.object(Decoder, "next_tokens", shifted),
-        "slots_not_moved": mock.patch.object(KeyValueCache, "move", lambda *_: None),
+        "slots_not_moved": mock.patch.object(KeyValueCache, "move"),
         "first_slot_for_all": mock.patch.object(Decoder, "prompts", in_first),
         "noise_of_slots": mock.patch.object(Slots, "noise_of", of_slots),
     }[mistake]

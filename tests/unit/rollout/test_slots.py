@@ -54,7 +54,8 @@ def drawn(slots: Slots, num_slots: int, queue: deque[Request]) -> Iterator[Respo
         responses, moves = slots.take(asked, torch.tensor(tokens), -torch.tensor(tokens).float())
         leaves = {response.key for response in responses}
         keys = moved(keys, leaves, moves)
-        assert len(keys) == slots.in_use and not leaves & set(keys)
+        assert len(keys) == slots.in_use
+        assert not leaves & set(keys)
         yield from responses
 
 
@@ -95,7 +96,8 @@ def test_a_pass_has_so_many_prompt_tokens_at_most_and_one_prompt_anyway():
     queue = deque(request(group, index, long + group) for group in range(3) for index in range(2))
     slots = Slots(6, 8, 2 * PROMPT_TOKENS_PER_STEP, [STOP])
     first = slots.admit(queue)
-    assert first is not None and [len(prompt) for prompt in first.prompts] == [long]
+    assert first is not None
+    assert [len(prompt) for prompt in first.prompts] == [long]
     assert first.slots == (range(2),)
 
 
@@ -106,9 +108,11 @@ def test_few_free_slots_wait_for_others():
     tokens = torch.full((32,), 5)
     tokens[:3] = STOP
     slots.take(range(32), tokens, torch.zeros(32))
-    assert slots.in_use == 29 and slots.admit(queue) is None
+    assert slots.in_use == 29
+    assert slots.admit(queue) is None
     tokens = torch.full((29,), 5)
     tokens[7] = STOP
     slots.take(range(29), tokens, torch.zeros(29))
     admitted = slots.admit(queue)
-    assert admitted is not None and admitted.slots == (range(28, 32),)
+    assert admitted is not None
+    assert admitted.slots == (range(28, 32),)
