@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "row_kernels.h"
-#include "vec16.h"
+#include "word16.h"
 
 namespace megatron_rl {
 namespace {
@@ -155,29 +155,26 @@ void gradient_of_row(const logit_t* row, logit_t* out, int num_valid, int num_co
   std::memset(out + num_valid, 0, sizeof(logit_t) * (num_columns - num_valid));
 }
 
-constexpr int kCounters = 16;              // of Philox, of a block of the race
+constexpr int kCounters = kLanes;          // of Philox, of a block of the race
 constexpr int kRaceBlock = 4 * kCounters;  // tokens
 
-// Words of the tokens 4 * first to 4 * first + 63, in plain loops that compilers vectorise.
+// Words of the tokens 4 * first to 4 * first + 63; see philox.
 MRL_INLINE void words_of_block(uint32_t first, const RowNoise& noise, uint32_t* words) {
-  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  for (int i = 0; i < kCounters; ++i) {
-    c0[i] = first + static_cast<uint32_t>(i);
-    c1[i] = noise.place;
-    c2[i] = c3[i] = 0;
-  }
+  Word16 c0 = Word16::from(first), c1 = Word16::all(noise.place);
+  Word16 c2 = Word16::all(0), c3 = Word16::all(0);
   uint32_t key0 = noise.key0, key1 = noise.key1;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    for (int i = 0; i < kCounters; ++i) philox_round(c0[i], c1[i], c2[i], c3[i], key0, key1);
+    Word16 high0, low0, high1, low1;
+    multiply(c0, Word16::all(kPhiloxFactor0), high0, low0);
+    multiply(c2, Word16::all(kPhiloxFactor1), high1, low1);
+    c0 = high1 ^ c1 ^ Word16::all(key0);
+    c1 = low1;
+    c2 = high0 ^ c3 ^ Word16::all(key1);
+    c3 = low0;
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }
-  for (int i = 0; i < kCounters; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
-  }
+  store_by_turns(c0, c1, c2, c3, words);
 }
 
 // Whether any of a block may win; see kGenerous.

@@ -207,7 +207,10 @@ def error_of(folder: Path, model: str, answers: dict[str, Any], kind: str) -> fl
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(
-        folder / model, dtype=torch.float64, attn_implementation="eager"
+        folder / model,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
     )
     largest = 0.0
     for key, (tokens, logprobs, _) in answers.items():
