@@ -88,7 +88,7 @@ class _Run:
             began = time.monotonic()
             os.environ[GATES] = str(self.gates)
             self.process = start(
-                self.recipe, self.ranks, self.log, mark=self.name, program=(__file__, "--run")
+                self.recipe, self.ranks, self.log, mark=self.name, program=(__file__,)
             )
         while any(not (self.gates / f"{rank}.{iteration}").exists() for rank in range(self.ranks)):
             if self.process.poll() is not None:
@@ -184,8 +184,7 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if "--run" in sys.argv:
-        sys.argv.remove("--run")
+    if GATES in os.environ:
         run_behind_gates()
     else:
         main()
