@@ -88,7 +88,7 @@ def build_run(
     critic = _build_critic(config, inputs, groups, config.most_steps)
     reference = _build_reference(config, inputs, policy, initial) if passes.ref else None
     packer = _build_packer(config, algorithm, groups, policy.dtype)
-    stop = StopRequest()
+    stop, away = StopRequest(), _offloaded(config, policy, critic, reference)
     (times or StartTimes()).end("model")
     return Run(
         config=config,
@@ -98,16 +98,7 @@ def build_run(
         meter=meter,
         profiler=profiler,
         prompts=inputs.prompts,
-        rollouts=_build_rollouts(
-            config,
-            inputs,
-            groups,
-            meter,
-            stop,
-            say,
-            policy,
-            _offloaded(config, policy, critic, reference),
-        ),
+        rollouts=_build_rollouts(config, inputs, groups, meter, stop, say, policy, away),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         record=RolloutRecord(output_dir, groups, num_iterations=config.debug.record),
         selector=_build_selector(config, algorithm, groups, meter),
