@@ -12,6 +12,7 @@ learning rate is so small that both sample from the same policy all the time.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -104,8 +105,12 @@ class _Run:
         self.seconds.append(time.monotonic() - began)
 
     def end(self) -> None:
-        if self.process is not None:
-            self.process.wait(120)
+        """Wait until it has ended; where a gate is missing, end it."""
+        if self.process is None:
+            return
+        if len(self.seconds) < self.recipe["run"]["num_iterations"]:
+            os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait(120)
 
     def line(self) -> str:
         """Medians without the first iteration."""
