@@ -28,7 +28,7 @@ def engine_problems_of(
             "rollout.tensor_model_parallel_size",
             rollout.tensor_model_parallel_size,
             f"{OWN}, as parallel.tensor_model_parallel_size splits it",
-            "Set rollout.tensor_model_parallel_size=1, or set rollout.engine=vllm",
+            "Set rollout.tensor_model_parallel_size=1",
         )
     if optimizer.offload == "weights":
         yield ConfigError(
