@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.distributed as dist
-
 from megatron_rl.batching.balance import balance
 from megatron_rl.errors import InputError, RunError
 from megatron_rl.parallel.collectives import max_over, nothing
@@ -61,6 +59,8 @@ class Sampler:
         """progress: is called after engine steps."""
         self._engine, self._tokenizer, self._groups = engine, tokenizer, groups
         self._run_seed, self._progress = run_seed, progress
+        (in_step,) = (ranks for ranks in groups.engines.in_step if groups.rank in ranks)
+        self._steps_alone = len(in_step) == 1
 
     def generate(
         self,
@@ -169,7 +169,7 @@ class Sampler:
 
     def _is_told(self, stop: StopRequest, looks: int) -> bool:
         """True on all ranks that step alike where one of them was told."""
-        if dist.get_world_size(self._groups.engine) == 1:
+        if self._steps_alone:
             return stop.was_told
         return looks % STEPS_BETWEEN_LOOKS == 0 and stop.agreed(self._groups.engine)
 
