@@ -21,8 +21,8 @@ def machine(monkeypatch):
     asked = []
 
     def set_to(*names):
-        def checks(directory, *, has_engine):
-            asked.append((directory, has_engine))
+        def checks(directory, *, has_vllm):
+            asked.append((directory, has_vllm))
             return [
                 Check(name=name, look=lambda name=name: OUTCOMES[name], remedy=f"mend {name}")
                 for name in names
