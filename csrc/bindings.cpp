@@ -15,6 +15,9 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
   m.def(
       "row_stats(Tensor logits, Tensor targets, Tensor? weights, int vocab_start, "
       "int valid_vocab, float inv_temp, bool with_entropy) -> Tensor");
+  m.def(
+      "draw_stats(Tensor logits, Tensor seeds, Tensor places, Tensor temperatures, "
+      "int vocab_start, int valid_vocab) -> Tensor");
   m.def("merge_stats(Tensor stats) -> (Tensor logprobs, Tensor entropy, Tensor log_sum_exp)");
   m.def("token_loss(Tensor stats, " MRL_LOSS_INPUTS
         "float inv_temp) -> (Tensor logprobs, Tensor entropy, Tensor params, Tensor loss, "

@@ -42,8 +42,11 @@ from megatron_rl.policy.reference import FirstWeights, OtherModel, Reference
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
 from megatron_rl.reward.scorer import RewardScorer
+from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.gold import GoldRollouts
 from megatron_rl.rollout.group_rules import most_prompts, most_responses
+from megatron_rl.rollout.kv_cache import policy_token_bytes
+from megatron_rl.rollout.megatron_engine import MegatronEngine
 from megatron_rl.rollout.record import ReplayedRollouts, RolloutRecord
 from megatron_rl.rollout.rollouts import Rollouts
 from megatron_rl.rollout.rounds import Rounds, RoundsPlan
@@ -67,8 +70,7 @@ def build_run(
     times: StartTimes | None = None,
 ) -> Run:
     """All parts of a run; every rank calls it, after init_distributed."""
-    rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
-    groups = join(platform, config.parallel, rollout_tp)
+    groups = join(platform, config.parallel, config.engine_tp)
     _check_same_prompts(inputs, groups)
     ops = choose_ops(config.ops.backend, groups)
     output_dir = Path(config.run.output_dir)
@@ -86,7 +88,7 @@ def build_run(
     critic = _build_critic(config, inputs, groups, config.most_steps)
     reference = _build_reference(config, inputs, policy, initial) if passes.ref else None
     packer = _build_packer(config, algorithm, groups, policy.dtype)
-    stop = StopRequest()
+    stop, away = StopRequest(), _offloaded(config, policy, critic, reference)
     (times or StartTimes()).end("model")
     return Run(
         config=config,
@@ -96,9 +98,7 @@ def build_run(
         meter=meter,
         profiler=profiler,
         prompts=inputs.prompts,
-        rollouts=_build_rollouts(
-            config, inputs, groups, meter, stop, say, _offloaded(config, policy, critic, reference)
-        ),
+        rollouts=_build_rollouts(config, inputs, groups, meter, stop, say, policy, away),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         record=RolloutRecord(output_dir, groups, num_iterations=config.debug.record),
         selector=_build_selector(config, algorithm, groups, meter),
@@ -161,11 +161,12 @@ def _build_rollouts(
     meter: Meter,
     stop: StopRequest,
     say: Callable[[str], None],
+    policy: Policy,
     trainer: OffloadedTrainer,
 ) -> Rollouts:
     if config.has_engine:
         return build_sampled(
-            config, inputs, groups, meter, stop, say, load_weights=False, trainer=trainer
+            config, inputs, groups, meter, stop, say, policy=policy, trainer=trainer
         )
     if config.debug.replay is None:
         return GoldRollouts(groups, meter)
@@ -305,7 +306,7 @@ def choose_ops(choice: Backend, groups: Groups) -> str:
 def build_engine(
     config: RunConfig, inputs: Inputs, groups: Groups, *, load_weights: bool
 ) -> VllmEngine:
-    """This rank's part of the rollout engine."""
+    """This rank's part of vLLM."""
     rollout = config.rollout
     if rollout.kv_cache_mib is None:
         rollout = rollout.model_copy(update={"kv_cache_mib": inputs.kv_cache_mib})
@@ -318,6 +319,24 @@ def build_engine(
         max_model_len=longest_in_engine(config, inputs.arch),
         eos_ids=inputs.tokenizer.eos_ids,
         load_weights=load_weights,
+    )
+
+
+def policy_as_engine(
+    config: RunConfig, inputs: Inputs, groups: Groups, policy: Policy
+) -> MegatronEngine:
+    """This rank's part of the policy, as the engine."""
+    rollout, platform = config.rollout, groups.platform
+    share = rollout.gpu_memory_utilization * platform.total_memory_bytes()
+    mib = rollout.kv_cache_mib or inputs.kv_cache_mib
+    return MegatronEngine(
+        policy,
+        groups,
+        eos_ids=inputs.tokenizer.eos_ids,
+        max_model_len=longest_in_engine(config, inputs.arch),
+        max_num_seqs=rollout.max_num_seqs,
+        cache_bytes=share if mib is None else mib << 20,
+        token_bytes=policy_token_bytes(inputs.arch, groups.layout, itemsize=policy.dtype.itemsize),
     )
 
 
@@ -344,23 +363,31 @@ def build_sampled(
     stop: StopRequest,
     say: Callable[[str], None],
     *,
-    load_weights: bool,
+    policy: Policy | None,
     trainer: OffloadedTrainer | None = None,
 ) -> SampledRollouts:
     """The engine and all that hangs on it.
 
     Args:
-        load_weights: the engine reads model.path itself.
+        policy: whose weights it samples with. None: vLLM reads model.path itself.
         trainer: on the same device; it leaves while the engine is built, which then sleeps until
             the first weights come.
     """
     trainer = trainer or OffloadedTrainer("none", [], groups)
     scorer = RewardScorer(config.reward)
     trainer.leaves()
-    engine = build_engine(config, inputs, groups, load_weights=load_weights)
+    engine: Engine
+    sync = None
+    if config.has_vllm:
+        engine = build_engine(config, inputs, groups, load_weights=policy is None)
+        sync = WeightSync(
+            inputs.arch, groups, config.weights, engine.weights, DTYPES[config.engine_dtype]
+        )
+    else:
+        assert policy is not None
+        engine = policy_as_engine(config, inputs, groups, policy)
     if trainer.offload != "none":
         engine.sleep()
-    dtype = DTYPES[config.engine_dtype]
     sampler = Sampler(
         engine, inputs.tokenizer, groups, run_seed=config.run.seed, progress=meter.progress
     )
@@ -375,7 +402,7 @@ def build_sampled(
         engine=engine,
         sampler=sampler,
         scorer=scorer,
-        sync=WeightSync(inputs.arch, groups, config.weights, engine.weights, dtype),
+        sync=sync,
         evaluator=_build_evaluator(config, inputs, groups),
         reward=config.reward,
         draw=draw,

@@ -36,10 +36,15 @@ from megatron_rl.recipe import Recipe, is_list, read_recipe
 from megatron_rl.references import References, hidden, replaced
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.rollout.config import (
-    LEAST_TEMPERATURE,
     DebugConfig,
     RolloutConfig,
     with_rounds_of_preset,
+)
+from megatron_rl.rollout.engine_rules import (
+    engine_problems_of,
+    routing_problems,
+    sampling_problems,
+    unused_by_policy,
 )
 from megatron_rl.rollout.group_rules import group_problems, most_kept
 from megatron_rl.settings import Settings
@@ -126,6 +131,18 @@ class RunConfig(Settings):
         return not self.is_supervised and self.debug.replay is None
 
     @property
+    def has_vllm(self) -> bool:
+        """True where vLLM samples them, and not the policy itself."""
+        return self.has_engine and self.rollout.engine == "vllm"
+
+    @property
+    def engine_tp(self) -> int | None:
+        """Ranks of an engine; None: the policy itself is the engine."""
+        if not self.has_engine:
+            return 1
+        return self.rollout.tensor_model_parallel_size if self.has_vllm else None
+
+    @property
     def longest_sequence(self) -> int:
         """Most tokens of a prompt and its response together."""
         return self.prompts.max_prompt_tokens + self.rollout.max_response_tokens
@@ -182,7 +199,7 @@ class RunConfig(Settings):
     @property
     def notices(self) -> tuple[str, ...]:
         """One line for each thing that is done in another way than a setting's name may suggest."""
-        told = list(self.algorithm.notices)
+        told = [*self.algorithm.notices, *unused_by_policy(self.rollout, self.weights)]
         temperature = self.rollout.temperature
         if self.algorithm.objective.trains_pairs and temperature != 1:
             told.append(
@@ -261,42 +278,11 @@ def _run_problems(run: RunSettings) -> Iterator[ConfigError]:
 def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
     rollout = config.rollout
     yield from group_problems(rollout, config.prompts, config.algorithm)
-    for field, neutral in (("top_p", 1.0), ("top_k", -1)):
-        if getattr(rollout, field) != neutral:
-            yield ConfigError(
-                f"rollout.{field}",
-                getattr(rollout, field),
-                "the trainer scores the whole distribution, so a truncated one would make every "
-                "ratio wrong",
-                f"Set rollout.{field}={neutral}",
-            )
-    if 0 < config.evaluation.temperature < LEAST_TEMPERATURE:
-        yield ConfigError(
-            "evaluation.temperature",
-            config.evaluation.temperature,
-            f"vLLM would sample at {LEAST_TEMPERATURE}",
-            "Set evaluation.temperature=0 for greedy sampling, or set "
-            f"evaluation.temperature={LEAST_TEMPERATURE}, or more",
-        )
-    if config.is_supervised and rollout.temperature != 1:
-        yield ConfigError(
-            "rollout.temperature",
-            rollout.temperature,
-            "nothing is sampled, and log-probs at another temperature than 1 would "
-            "train another model than the one that is used",
-            "Set rollout.temperature=1",
-        )
-    is_deaf = bool(config.model.megatron.get("moe_router_fusion"))
-    if rollout.routing_replay and (config.is_supervised or is_deaf):
-        yield ConfigError(
-            "rollout.routing_replay",
-            True,
-            "nothing is sampled"
-            if config.is_supervised
-            else "Transformer Engine's router, which model.megatron.moe_router_fusion asks for, "
-            "chooses by itself",
-            "Set rollout.routing_replay=false",
-        )
+    yield from engine_problems_of(rollout, config.model, config.optimizer)
+    yield from sampling_problems(
+        rollout, config.evaluation.temperature, is_supervised=config.is_supervised
+    )
+    yield from routing_problems(rollout, config.model, is_supervised=config.is_supervised)
     if config.is_supervised and config.evaluation.benchmarks:
         yield ConfigError(
             "evaluation.benchmarks",

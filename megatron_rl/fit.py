@@ -402,7 +402,7 @@ def is_possible(config: RunConfig, arch: ModelArch, world: int) -> bool:
         world_problems(config, world),
         model_problems(arch, config.parallel),
     ]
-    if config.has_engine:
+    if config.has_vllm:
         found.append(engine_problems(arch, config.rollout.tensor_model_parallel_size))
     if config.reference.path and (reference := reference_arch(config)):
         found.append(reference_problems(config.reference.path, reference, config.parallel))

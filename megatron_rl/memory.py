@@ -22,7 +22,7 @@ from megatron_rl.ops import native
 from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.group_rules import most_kept
-from megatron_rl.rollout.kv_cache import cache_mib, sequence_bytes
+from megatron_rl.rollout.kv_cache import cache_mib, policy_token_bytes, sequence_bytes
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import expert_pieces, shared_pieces
@@ -143,12 +143,11 @@ def _on_a_cpu(
     held = {PROCESS: PROCESS_BYTES + (SAVING_BYTES if saves else 0.0)} | held
     if config.has_engine:
         mib = wanted_kv_mib(config, arch, layout) if kv_mib is None else kv_mib
-        sizes = (
-            ENGINE_PROCESS_BYTES,
-            _engine_weights(config, arch, is_cpu=True),
-            float(mib << 20),
-        )
-        held |= dict(zip(ENGINE, sizes, strict=True))
+        if config.has_vllm:
+            libraries, weights = ENGINE[:2]
+            held |= {libraries: ENGINE_PROCESS_BYTES}
+            held |= {weights: _engine_weights(config, arch, is_cpu=True)}
+        held |= {ENGINE[2]: float(mib << 20)}
     if copied := _leaving(config, parts, "cpu"):
         held["copies of what leaves"] = copied  # of the trainer, which are kept
     if keeps_initial_weights(config):
@@ -193,15 +192,13 @@ def _on_a_gpu(
         passing = {**leaves, **comes_late, **passing}
     generating: dict[str, float] = {}
     if config.has_engine:  # asleep during an update
-        weights = _engine_weights(config, arch, is_cpu=False)
+        weights = _engine_weights(config, arch, is_cpu=False) if config.has_vllm else 0.0
         share = config.rollout.gpu_memory_utilization * device_bytes
         least = float(kv_bytes_of_sequence(config, arch))
         if config.rollout.kv_cache_mib is not None:
             share, least = 0.0, float(config.rollout.kv_cache_mib << 20)
-        generating = {
-            "engine weights": weights,
-            "key/value cache and buffers": max(share - weights, least),
-        }
+        generating = {"engine weights": weights} if config.has_vllm else {}
+        generating["key/value cache and buffers"] = max(share - weights, least)
     return Need(
         held=stays, passing=passing, stepping=stepping, generating=generating, instead=instead
     )
@@ -247,7 +244,9 @@ def wanted_kv_mib(config: RunConfig, arch: ModelArch, layout: Layout) -> int:
     """MiB per rank of a CPU engine's cache: of the recipe, or as many as its rollouts can use."""
     if config.rollout.kv_cache_mib is not None:
         return config.rollout.kv_cache_mib
-    engines = layout.world_size // config.rollout.tensor_model_parallel_size
+    engines = layout.copies
+    if config.engine_tp is not None:
+        engines = layout.world_size // config.engine_tp
     drawn = config.prompts.prompts_per_iteration * config.rollout.group_size  # of a round
     sequences = min(config.rollout.max_num_seqs, -(-drawn // engines))
     return cache_mib(kv_bytes_of_sequence(config, arch), sequences)
@@ -255,6 +254,10 @@ def wanted_kv_mib(config: RunConfig, arch: ModelArch, layout: Layout) -> int:
 
 def kv_bytes_of_sequence(config: RunConfig, arch: ModelArch) -> int:
     """Bytes per rank that the longest sequence takes of an engine's cache."""
+    if config.engine_tp is None:
+        layout = config.parallel.layout(config.smallest_world)
+        of_token = policy_token_bytes(arch, layout, itemsize=itemsize(config.model.dtype))
+        return longest_in_engine(config, arch) * of_token
     return sequence_bytes(
         arch,
         tokens=longest_in_engine(config, arch),
@@ -384,7 +387,7 @@ def _passing(
 def _engine_step(config: RunConfig, arch: ModelArch) -> float:
     """What a step of the engine takes on a CPU: a layer of its prompts, and rows of logits."""
     rollout, nbytes = config.rollout, itemsize(config.engine_dtype)
-    tp = rollout.tensor_model_parallel_size
+    tp = config.engine_tp or config.parallel.tensor_model_parallel_size
     sequences = min(rollout.max_num_seqs, config.prompts.prompts_per_iteration * rollout.group_size)
     prompts = min(PROMPT_TOKENS_PER_STEP, sequences * config.prompts.max_prompt_tokens)
     layer = 3 * arch.ffn_hidden_size + arch.query_rows + 2 * arch.key_rows

@@ -36,7 +36,7 @@ from megatron_rl.memory import (
     keeps_initial_weights,
     reference_arch,
 )
-from megatron_rl.parallel.layout import EngineLayout, Layout
+from megatron_rl.parallel.layout import EngineLayout, Layout, PolicyEngines
 from megatron_rl.parallel.stages import told_sizes
 from megatron_rl.platforms.base import detect
 from megatron_rl.preflight import read_data
@@ -70,7 +70,7 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
         *layer_spec_problems(config.batching, config.model, detect().device_type),
         *router_problems(arch, config.model),
     ]
-    if not config.is_supervised:
+    if config.has_vllm:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
     told = [str(problem) for problem in problems]
     if config.reference.path and (reference := reference_arch(config)):
@@ -204,9 +204,12 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
         f"{arch.vocab_size} padded to {padded_vocab_size(arch.vocab_size, layout.tp)}",
     )
     if not config.is_supervised:
-        rollout_tp = config.rollout.tensor_model_parallel_size
-        engines = layout.world_size // rollout_tp
-        yield "rollout engines", f"{engines} of TP {rollout_tp}, {config.engine_dtype}"
+        tp = config.engine_tp
+        engines: EngineLayout | PolicyEngines = PolicyEngines(layout)
+        if tp is not None:
+            engines = EngineLayout(world_size=layout.world_size, tp=tp)
+        told = f"{engines.num_engines} of {engines.told}, {config.engine_dtype}"
+        yield "rollout engines", told if tp is not None else f"{told}: the policy itself"
 
 
 def _iteration(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -396,6 +399,9 @@ def _on_planned(config: RunConfig, arch: ModelArch, found: Fit, world_size: int)
 def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
     if config.is_supervised:
         yield "none", "supervised training has no engine"
+        return
+    if config.engine_tp is None:
+        yield "none", "the policy itself samples"
         return
     engines = EngineLayout(
         world_size=layout.world_size, tp=config.rollout.tensor_model_parallel_size

@@ -127,8 +127,9 @@ def read_inputs(config: RunConfig, world_size: int, *, is_evaluation: bool = Fal
         if prompts is not None:
             found.note(_date_problems(prompts, wanted_date))
     found.note(_replay_problems(config))
-    if config.has_engine:
+    if config.has_vllm:
         found.attempt(require_vllm)
+    if config.has_engine:
         answers = [] if prompts is None else prompts.first_answers(NUM_TRIED)
         found.attempt(try_functions, config.reward, answers)
     if arch is not None and tokenizer is not None and prompts is not None:
@@ -264,9 +265,10 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     found.note(layer_problems(arch, config.model, detect().device_type))
     found.note(layer_spec_problems(config.batching, config.model, detect().device_type))
     found.note(router_problems(arch, config.model))
-    if config.has_engine:
+    if config.has_vllm:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
-        found.note(device_problems(arch, config.rollout, detect()))
+    if config.has_engine:
+        found.note(device_problems(arch, config.rollout, config.model, detect()))
     found.note(_length_problems(config, arch))
     open_weights(model, arch)
     return arch

@@ -181,8 +181,8 @@ def evaluate_session(config: RunConfig) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = settled(config, platform.device_type, _free(platform), _say_early)
     inputs = read_inputs(config, world_size, is_evaluation=True)
-    free, is_hf = _free(platform), inputs.model.megatron_dir is None
-    refuse_engine_that_cannot_fit(config, inputs.arch, world_size, free, is_alone=is_hf)
+    free, is_alone = _free(platform), _reads_weights_itself(config, inputs)
+    refuse_engine_that_cannot_fit(config, inputs.arch, world_size, free, is_alone=is_alone)
     kv_cache_mib = kv_mib_alone(config, inputs.arch, world_size, free)
     enter(platform)
     init_distributed(platform)
@@ -193,22 +193,28 @@ def evaluate_session(config: RunConfig) -> None:
         _evaluate(config, inputs, platform, watchdog)
 
 
+def _reads_weights_itself(config: RunConfig, inputs: Inputs) -> bool:
+    """Whether an evaluation needs no policy: vLLM reads Hugging Face files, and no others."""
+    return config.has_vllm and inputs.model.megatron_dir is None
+
+
 def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: Watchdog) -> None:
     from megatron_rl.build import build_policy, build_sampled
     from megatron_rl.metrics.meter import Meter
 
-    groups = join(platform, config.parallel, config.rollout.tensor_model_parallel_size)
+    groups = join(platform, config.parallel, config.engine_tp)
     if groups.is_main:
         read = (config, inputs.tokenizer, inputs.prompts, inputs.benchmarks)
         print(*evaluation_lines(*read), sep="\n", flush=True)
     meter = Meter(groups, watchdog)
-    # The engine reads Hugging Face files itself; others come through the policy and the bridge.
-    is_hf = inputs.model.megatron_dir is None
+    policy = None
+    if not _reads_weights_itself(config, inputs):
+        policy = build_policy(config, inputs, groups, run_updates=1)  # none is taken
     rollouts = build_sampled(
-        config, inputs, groups, meter, StopRequest(), _say_early, load_weights=is_hf
+        config, inputs, groups, meter, StopRequest(), _say_early, policy=policy
     )
-    if not is_hf:
-        rollouts.receive(build_policy(config, inputs, groups, run_updates=1))  # none is taken
+    if policy is not None:
+        rollouts.receive(policy)
     with meter.phase("evaluation"):
         evaluation = rollouts.evaluate(iteration=None, policy_version=0)
     assert evaluation is not None  # no signal is listened for, so one ends the process

@@ -1,8 +1,9 @@
-// The two loops over a row of logits on a CPU, compiled once per instruction set.
+// The three loops over a row of logits on a CPU, compiled once per instruction set.
 #pragma once
 
 #include "../common/logit_types.h"
 #include "../dlogits/gradient_row.h"
+#include "../draw_stats/draw_stats.h"
 #include "../row_stats/row_record.h"
 
 namespace megatron_rl {
@@ -18,6 +19,10 @@ struct RowKernels {
   // that is read soon: it is brought from memory while this one is computed.
   void (*gradient)(const logit_t* row, logit_t* out, int num_valid, int num_columns, int target,
                    const GradientRow<acc_t>& params, acc_t inv_temp, const logit_t* next);
+
+  // The first token with the largest z + noise. max: of z.
+  Winner<acc_t> (*race)(const logit_t* row, int num_valid, acc_t inv_temp, acc_t max,
+                        const RowNoise& noise);
 };
 
 struct RowKernelTable {

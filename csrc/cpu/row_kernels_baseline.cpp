@@ -39,6 +39,25 @@ void gradient_of_doubles(const double* row, double* out, int num_valid, int num_
   std::memset(out + num_valid, 0, sizeof(double) * (num_columns - num_valid));
 }
 
+Winner<double> race_of_doubles(const double* row, int num_valid, double inv_temp, double /*max*/,
+                               const RowNoise& noise) {
+  Winner<double> best = {negative_infinity<double>(), negative_infinity<double>(), -1};
+  uint32_t words[kRaceBlock];
+  const int64_t behind = noise.vocab_start + num_valid;
+  for (int64_t counter = noise.vocab_start / 4; 4 * counter < behind; counter += kCounters) {
+    words_of_block(static_cast<uint32_t>(counter), noise, words);
+    const int64_t start = 4 * counter - noise.vocab_start;
+    for (int i = 0; i < kRaceBlock; ++i) {
+      const int64_t column = start + i;
+      if (column < 0 || column >= num_valid) continue;
+      const double z = row[column] * inv_temp;
+      const double score = z + gumbel_of(words[i]);
+      if (score > best.score) best = {score, z, column};
+    }
+  }
+  return best;
+}
+
 const RowKernelTable& best_table() {
   const char* wanted = std::getenv("MEGATRON_RL_CPU_ISA");
   const auto allows = [&](const char* name) {
@@ -56,7 +75,8 @@ const RowKernelTable& best_table() {
 
 }  // namespace
 
-const RowKernels<double> kRowKernelsDouble = {stats_of_doubles, gradient_of_doubles};
+const RowKernels<double> kRowKernelsDouble = {stats_of_doubles, gradient_of_doubles,
+                                              race_of_doubles};
 
 const RowKernelTable& row_kernel_table() {
   static const RowKernelTable& table = best_table();

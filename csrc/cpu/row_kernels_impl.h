@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "row_kernels.h"
-#include "vec16.h"
+#include "word16.h"
 
 namespace megatron_rl {
 namespace {
@@ -155,11 +155,76 @@ void gradient_of_row(const logit_t* row, logit_t* out, int num_valid, int num_co
   std::memset(out + num_valid, 0, sizeof(logit_t) * (num_columns - num_valid));
 }
 
+constexpr int kCounters = kLanes;          // of Philox, of a block of the race
+constexpr int kRaceBlock = 4 * kCounters;  // tokens
+
+// Words of the tokens 4 * first to 4 * first + 63; see philox.
+MRL_INLINE void words_of_block(uint32_t first, const RowNoise& noise, uint32_t* words) {
+  Word16 c0 = Word16::from(first), c1 = Word16::all(noise.place);
+  Word16 c2 = Word16::all(0), c3 = Word16::all(0);
+  uint32_t key0 = noise.key0, key1 = noise.key1;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    Word16 high0, low0, high1, low1;
+    multiply(c0, Word16::all(kPhiloxFactor0), high0, low0);
+    multiply(c2, Word16::all(kPhiloxFactor1), high1, low1);
+    c0 = high1 ^ c1 ^ Word16::all(key0);
+    c1 = low1;
+    c2 = high0 ^ c3 ^ Word16::all(key1);
+    c3 = low0;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  store_by_turns(c0, c1, c2, c3, words);
+}
+
+// Whether any of a block may win; see kGenerous.
+template <typename logit_t>
+MRL_INLINE bool may_win(const logit_t* block, const uint32_t* words, float scale, float best) {
+  float uniform[kRaceBlock];
+  for (int i = 0; i < kRaceBlock; ++i) uniform[i] = static_cast<float>(words[i]) * 0x1p-32f;
+  const Vec16 scales = Vec16::all(scale);
+  const Vec16 minus_best = Vec16::all(-best * static_cast<float>(kLog2E));
+  Vec16 most = Vec16::all(-1.f);
+  for (int i = 0; i < kRaceBlock; i += kLanes) {
+    const Vec16 exponent =
+        megatron_rl::max(Vec16::all(kExp2Floor), fma(Vec16::load(block + i), scales, minus_best));
+    const Vec16 bound = fma(exp2(exponent), Vec16::all(kGenerous), Vec16::all(kGenerousUniform));
+    most = megatron_rl::max(most, bound - Vec16::load(uniform + i));
+  }
+  return max(most) > 0.f;
+}
+
+template <typename logit_t>
+Winner<float> race_of_row(const logit_t* row, int num_valid, float inv_temp, float max,
+                          const RowNoise& noise) {
+  Winner<float> best = {max + kLeastNoise, negative_infinity<float>(), -1};
+  const float scale = inv_temp * static_cast<float>(kLog2E);
+  uint32_t words[kRaceBlock];
+  const int64_t first_counter = noise.vocab_start / 4;
+  const int64_t behind = noise.vocab_start + num_valid;
+  for (int64_t counter = first_counter; 4 * counter < behind; counter += kCounters) {
+    words_of_block(static_cast<uint32_t>(counter), noise, words);
+    const int64_t start = 4 * counter - noise.vocab_start;  // column of the block's first token
+    const bool is_whole = start >= 0 && start + kRaceBlock <= num_valid;
+    if (is_whole && !may_win(row + start, words, scale, best.score)) continue;
+    for (int i = 0; i < kRaceBlock; ++i) {
+      const int64_t column = start + i;
+      if (column < 0 || column >= num_valid) continue;
+      const float z = widen(row[column]) * inv_temp;
+      const float uniform = static_cast<float>(words[i]) * 0x1p-32f;
+      if (uniform > kGenerous * std::exp(z - best.score) + kGenerousUniform) continue;
+      const float score = z + static_cast<float>(gumbel_of(words[i]));
+      if (score > best.score) best = {score, z, column};
+    }
+  }
+  return best;
+}
+
 constexpr RowKernelTable table(const char* instruction_set) {
   return {instruction_set,
-          {stats_of_row<Bf16>, gradient_of_row<Bf16>},
-          {stats_of_row<Fp16>, gradient_of_row<Fp16>},
-          {stats_of_row<float>, gradient_of_row<float>}};
+          {stats_of_row<Bf16>, gradient_of_row<Bf16>, race_of_row<Bf16>},
+          {stats_of_row<Fp16>, gradient_of_row<Fp16>, race_of_row<Fp16>},
+          {stats_of_row<float>, gradient_of_row<float>, race_of_row<float>}};
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ CONTRACT = (
     _clause(
         "rollout.group_size rollout.rounds.max_responses rollout.rounds.until_positive "
         "rollout.rounds.until_negative rollout.rounds.fill rollout.rounds.max_prompts "
-        "rollout.max_response_tokens rollout.temperature rollout.top_p "
+        "rollout.engine rollout.max_response_tokens rollout.temperature rollout.top_p "
         "rollout.top_k rollout.dtype rollout.max_num_seqs rollout.gpu_memory_utilization "
         "rollout.kv_cache_mib rollout.enforce_eager rollout.routing_replay rollout.max_logprob_gap "
         "rollout.tensor_model_parallel_size",

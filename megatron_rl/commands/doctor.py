@@ -36,16 +36,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    directory, has_engine = Path.cwd(), True
+    directory, has_vllm = Path.cwd(), True
     if options.recipe is not None:
         if "=" in options.recipe.name and not options.recipe.exists():
             raise ConfigErrors([f"override {str(options.recipe)!r}: name a recipe before it"])
         config = load_config(options.recipe, options.overrides)
-        directory, has_engine = Path(config.run.output_dir), config.has_engine
+        directory, has_vllm = Path(config.run.output_dir), config.has_vllm
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0  # the first rank looks at the machine that they share
     start = time.monotonic()
-    results = run_checks(all_checks(directory, has_engine=has_engine), options.deadline)
+    results = run_checks(all_checks(directory, has_vllm=has_vllm), options.deadline)
     last = summary(results, time.monotonic() - start)
     print(*table(results), "", last, sep="\n", flush=True)
     has_failed = any(result.outcome == "failed" for result in results)

@@ -15,8 +15,8 @@ WIDTH = 98
 OVER_LOOPBACK = f"GLOO_SOCKET_IFNAME=lo NCCL_P2P_DISABLE=1 {AGAIN}"
 
 
-def all_checks(directory: Path, *, has_engine: bool) -> list[Check]:
-    """Every check. directory: where a run would write; has_engine: it would sample."""
+def all_checks(directory: Path, *, has_vllm: bool) -> list[Check]:
+    """Every check. directory: where a run would write; has_vllm: it would sample with vLLM."""
     checks = [
         _check("Python", versions.check_python),
         _check("Megatron-Core", versions.check_megatron_core),
@@ -36,7 +36,7 @@ def all_checks(directory: Path, *, has_engine: bool) -> list[Check]:
         _check("memory", machine.check_memory),
         Check(name="clock", look=check_clock, remedy=SET_CLOCK),
     ]
-    return [check for check in checks if has_engine or check.name != "vLLM"]
+    return [check for check in checks if has_vllm or check.name != "vLLM"]
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:

@@ -7,7 +7,7 @@ that has no kernel. ModelConfig.attention says which one a model has.
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,14 @@ def _no_index() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
+class Remembered(Protocol):
+    """Keys and values of earlier tokens, beside which a row is attended to."""
+
+    def attend(self, layer: "PackedAttention", query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As PackedAttention.attend, of queries and keys that are turned."""
+        ...
+
+
 @dataclass
 class PackedRows(PackedSeqParams):
     """Megatron's parameters of a packed row, its rotation, and how it is padded into blocks.
@@ -48,6 +56,7 @@ class PackedRows(PackedSeqParams):
     places: Tensor = field(default_factory=_no_index)  # [T] int64: tokens[places[t]] = t
     split: Split | None = None  # where ranks share every sequence; then there are no blocks
     seen: Seen | SeenBlocks | None = None  # where responses share a prompt; no blocks either
+    remembered: Remembered | None = None  # where responses are sampled
 
 
 def packed_rows(
@@ -61,16 +70,15 @@ def packed_rows(
 
     rope: of local layers, without which nothing is planned. sharing: those that have parts of it.
     """
-    plan = PackedRows(
-        qkv_format="thd",
-        cu_seqlens_q=row.cu_seqlens,
-        cu_seqlens_kv=row.cu_seqlens,
-        max_seqlen_q=row.max_seqlen,
-        max_seqlen_kv=row.max_seqlen,
+    plan = rows_of(
+        row.lengths,
+        row.cu_seqlens,
+        row.position_ids,
+        rope,
+        in_blocks=in_blocks and row.part is None and row.shared is None,
     )
     if rope is None:
         return plan
-    plan.rotation = rope.rotation(row.position_ids)
     if row.part is not None:
         assert sharing is not None
         plan.split = split_of(row.lengths, row.cu_seqlens, sharing)
@@ -79,8 +87,31 @@ def packed_rows(
         plan.seen = blocks_of(row.shared, row.lengths, device, most_waste=MAX_WASTE)
     elif row.shared is not None:
         plan.seen = seen_of(row.shared, row.lengths, row.cu_seqlens)
-    elif in_blocks:
-        _plan_blocks(plan, row.lengths, row.tokens.device)
+    return plan
+
+
+def rows_of(
+    lengths: tuple[int, ...],
+    cu_seqlens: Tensor,
+    position_ids: Tensor,
+    rope: Rope | None,
+    *,
+    in_blocks: bool,
+) -> PackedRows:
+    """The same for sequences of these lengths, whose bounds are cu_seqlens."""
+    longest = max(lengths)
+    plan = PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    if rope is None:
+        return plan
+    plan.rotation = rope.rotation(position_ids)
+    if in_blocks:
+        _plan_blocks(plan, lengths, position_ids.device)
     return plan
 
 
@@ -127,7 +158,7 @@ class PackedAttention(torch.nn.Module):
         **_: object,
     ) -> None:
         super().__init__()
-        self.scale = softmax_scale
+        self.scale, self.layer_number = softmax_scale, layer_number
 
     def forward(
         self,
@@ -147,6 +178,8 @@ class PackedAttention(torch.nn.Module):
         query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
         if packed_seq_params.seen is not None:
             return self.attend_seen(query, key, value, packed_seq_params.seen).flatten(1)
+        if packed_seq_params.remembered is not None:
+            return packed_seq_params.remembered.attend(self, query, key, value)
         if packed_seq_params.split is None:
             return self.attend(query, key, value, packed_seq_params)
         split = packed_seq_params.split

@@ -8,8 +8,11 @@ from megatron_rl.parallel.groups import TIMEOUT, Groups, make_groups
 from megatron_rl.platforms.base import Platform
 
 
-def join(platform: Platform, parallel: ParallelConfig, rollout_tp: int) -> Groups:
-    """All process groups of a run; every rank calls it, after init_distributed."""
+def join(platform: Platform, parallel: ParallelConfig, rollout_tp: int | None) -> Groups:
+    """All process groups of a run; every rank calls it, after init_distributed.
+
+    rollout_tp: ranks of a rollout engine; None: the policy itself is the engine.
+    """
     enter(platform)
     from megatron.core import parallel_state
 

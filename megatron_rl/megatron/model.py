@@ -13,8 +13,10 @@ from torch import Tensor
 from megatron_rl.errors import InputError, NonFiniteError
 from megatron_rl.megatron.auxiliary import auxiliary_losses
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.decoding import Decoder
 from megatron_rl.megatron.gathering import repeated
 from megatron_rl.megatron.in_use import layers_in_use, optimizer_in_use, precision_in_use
+from megatron_rl.megatron.kv_cache import KeyValueCache
 from megatron_rl.megatron.network import (
     HiddenStatesModel,
     ValueModel,
@@ -212,6 +214,25 @@ class TrainedModel:
         """[n, H] final hidden states at entries [n] of this rank, whole on its tp ranks."""
         whole: Tensor = self.chunks[-1].head_input(hidden)
         return repeated(whole[:, 0], rows)
+
+    # -- sampling --------------------------------------------------------------------------------
+
+    def decoder(self) -> Decoder:
+        """The chunks of this rank as they sample; local layers only."""
+        assert self._rope is not None
+        return Decoder(
+            self.chunks,
+            self._rope,
+            self.groups,
+            in_blocks=self._in_blocks,
+            dtype=self.dtype,
+            hidden_size=self.arch.hidden_size,
+            is_split=self.config.sequence_parallel,
+        )
+
+    def key_value_cache(self, num_slots: int, num_tokens: int) -> KeyValueCache:
+        """Room for so many sequences of so many tokens, in every layer of this rank."""
+        return KeyValueCache(num_slots, num_tokens)
 
     # -- passes ----------------------------------------------------------------------------------
 

@@ -19,8 +19,6 @@ if not FAULT:
     except ImportError as error:  # compiled for a torch that is no longer here
         FAULT = f"it cannot be loaded: {error}"
 
-BUILT = not FAULT
-
 OPS = (
     "row_stats",
     "merge_stats",
@@ -30,7 +28,13 @@ OPS = (
     "policy_loss_onepass_",
     "rescale_if_",
     "group_stats",
+    "draw_stats",
 )
+if not FAULT and (missing := [op for op in OPS if not hasattr(torch.ops.megatron_rl, op)]):
+    FAULT = f"it was compiled from other sources, without {', '.join(missing)}"
+
+BUILT = not FAULT
+
 _COMPILED = {
     device: frozenset(
         op
@@ -72,6 +76,10 @@ if BUILT:
     @torch.library.register_fake("megatron_rl::row_stats")
     def _row_stats(logits: Tensor, targets: Tensor, *rest: object) -> Tensor:
         return logits.new_empty((logits.shape[0], 4), dtype=_compute_dtype(logits))
+
+    @torch.library.register_fake("megatron_rl::draw_stats")
+    def _draw_stats(logits: Tensor, *rest: object) -> Tensor:
+        return logits.new_empty((logits.shape[0], 5), dtype=torch.float64)
 
     @torch.library.register_fake("megatron_rl::merge_stats")
     def _merge_stats(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:

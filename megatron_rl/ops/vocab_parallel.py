@@ -57,7 +57,7 @@ def shard_stats(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
     """
     if backend.is_native("row_stats", logits):
         stats: Tensor = torch.ops.megatron_rl.row_stats(
-            _with_dense_rows(logits),
+            with_dense_rows(logits),
             targets.contiguous(),
             None,
             shard.vocab_start,
@@ -69,7 +69,7 @@ def shard_stats(logits: Tensor, targets: Tensor, shard: Shard) -> Tensor:
     return shard_stats_definition(logits, targets, shard)
 
 
-def _with_dense_rows(logits: Tensor) -> Tensor:
+def with_dense_rows(logits: Tensor) -> Tensor:
     """The same logits, copied if the columns of a row are not next to each other."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
@@ -160,7 +160,7 @@ def shard_gradient(
     # is not multiplied by 0.
     of_all = -of_target if entropy_grad is None else -(of_target + entropy * of_entropy)
     gradient: Tensor = torch.ops.megatron_rl.dlogits(
-        _with_dense_rows(logits),
+        with_dense_rows(logits),
         targets.contiguous(),
         torch.stack([log_sum_exp, of_target, of_entropy, of_all], dim=1),
         None,

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
+from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout, PolicyEngines
 from megatron_rl.platforms.base import Platform
 
 TIMEOUT = timedelta(minutes=30)
@@ -22,11 +22,11 @@ class Groups:
 
     platform: Platform
     layout: Layout
-    engines: EngineLayout
+    engines: EngineLayout | PolicyEngines
     rank: int
     world: dist.ProcessGroup  # gloo over the whole world, for CPU tensors and objects
     bridge: dist.ProcessGroup  # weight sync, apart from everybody else's collectives
-    engine: dist.ProcessGroup  # gloo, the ranks of this rank's rollout engine
+    engine: dist.ProcessGroup  # gloo, the ranks that generate in step with this one
     tensor_parallel: dist.ProcessGroup | None  # Megatron's; None where a layer is not split
     context_parallel: dist.ProcessGroup | None  # Megatron's; None where a sequence is not split
     nodes: tuple[int, ...]  # of every rank, the number of its node
@@ -105,19 +105,22 @@ def store_of_this_attempt(name: str) -> Store:
 def make_groups(
     platform: Platform,
     layout: Layout,
-    rollout_tp: int,
+    rollout_tp: int | None,
     *,
     tensor_parallel: dist.ProcessGroup | None,
     context_parallel: dist.ProcessGroup | None,
 ) -> Groups:
-    """The groups of a run; Megatron has made the two given ones already. Every rank calls it."""
+    """The groups of a run; Megatron has made the two given ones already. Every rank calls it.
+
+    rollout_tp: ranks of a rollout engine; None: the policy itself is the engine.
+    """
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    engines = EngineLayout(world_size=world_size, tp=rollout_tp)
+    engines: EngineLayout | PolicyEngines = PolicyEngines(layout)
+    if rollout_tp is not None:
+        engines = EngineLayout(world_size=world_size, tp=rollout_tp)
     # Every rank has to call new_group for all groups, also for those that it is not in.
-    engine_groups = [
-        dist.new_group([engine * rollout_tp + tp for tp in range(rollout_tp)], backend="gloo")
-        for engine in range(engines.num_engines)
-    ]
+    made = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in engines.in_step}
+    (engine,) = (group for ranks, group in made.items() if rank in ranks)
     world = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Groups(
         platform=platform,
@@ -126,7 +129,7 @@ def make_groups(
         rank=rank,
         world=world,
         bridge=dist.new_group(timeout=TIMEOUT),
-        engine=engine_groups[engines.engine_of(rank)],
+        engine=engine,
         tensor_parallel=tensor_parallel,
         context_parallel=context_parallel,
         nodes=_nodes(world),

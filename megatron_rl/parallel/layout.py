@@ -3,6 +3,7 @@
 This is arithmetic alone: every rank finds the same answer, and so does a process without ranks.
 """
 
+import math
 from dataclasses import dataclass
 
 from megatron_rl.parallel.stages import EVEN, Split, layers_of_stages
@@ -46,6 +47,11 @@ class Layout:
         return self.world_size // (self.tp * self.cp * self.pp)
 
     @property
+    def stage_size(self) -> int:
+        """Ranks of a pipeline stage, which are consecutive."""
+        return self.tp * self.copies
+
+    @property
     def axes(self) -> str:
         """The sizes, to be read."""
         shared = f" x CP {self.cp}" if self.cp > 1 else ""
@@ -84,7 +90,7 @@ class Layout:
         return layers_of_stages(num_layers, self.pp, self.vpp, self.split)
 
     def coordinates(self, global_rank: int) -> Coordinates:
-        stage = self.tp * self.copies
+        stage = self.stage_size
         in_stage = global_rank % stage
         return Coordinates(
             tp_rank=global_rank % self.tp,
@@ -103,7 +109,7 @@ class Layout:
 
     def ranks_of_experts(self, etp_rank: int, ep_rank: int, pp_rank: int) -> tuple[int, ...]:
         """The ranks that hold the same part of the same experts."""
-        stage = self.tp * self.copies
+        stage = self.stage_size
         return tuple(
             pp_rank * stage + etp_rank + self.etp * (ep_rank + self.ep * replica)
             for replica in range(self.expert_dp)
@@ -121,12 +127,80 @@ class EngineLayout:
     def num_engines(self) -> int:
         return self.world_size // self.tp
 
+    @property
+    def size(self) -> int:
+        """Ranks of an engine."""
+        return self.tp
+
+    @property
+    def told(self) -> str:
+        """What an engine is, to be read."""
+        return f"TP {self.tp}"
+
+    @property
+    def in_step(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that generate in step, which those of an engine do."""
+        return tuple(
+            tuple(range(engine * self.tp, (engine + 1) * self.tp))
+            for engine in range(self.num_engines)
+        )
+
     def engine_of(self, global_rank: int) -> int:
         return global_rank // self.tp
 
     def tp_rank_of(self, global_rank: int) -> int:
         return global_rank % self.tp
 
+    def place_of(self, global_rank: int) -> int:
+        """Its number among the ranks of its engine."""
+        return self.tp_rank_of(global_rank)
+
     def ranks_of(self, tp_rank: int) -> tuple[int, ...]:
         """The ranks that hold the same shard of an engine, one in each engine."""
         return tuple(engine * self.tp + tp_rank for engine in range(self.num_engines))
+
+
+@dataclass(frozen=True)
+class PolicyEngines:
+    """The policy as engines: each is a copy of the model on tp x pp ranks.
+
+    Ranks that share experts with others generate in step with them, each with its own prompts.
+    """
+
+    layout: Layout
+
+    @property
+    def num_engines(self) -> int:
+        return self.layout.copies
+
+    @property
+    def size(self) -> int:
+        """Ranks of an engine."""
+        return self.layout.tp * self.layout.pp
+
+    @property
+    def told(self) -> str:
+        """What an engine is, to be read."""
+        return f"TP {self.layout.tp} x PP {self.layout.pp}"
+
+    @property
+    def in_step(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks that generate in step."""
+        layout, stage = self.layout, self.layout.stage_size
+        span = math.lcm(layout.tp, layout.etp * layout.ep)
+        return tuple(
+            tuple(
+                pp_rank * stage + rank
+                for pp_rank in range(layout.pp)
+                for rank in range(start, start + span)
+            )
+            for start in range(0, stage, span)
+        )
+
+    def engine_of(self, global_rank: int) -> int:
+        return global_rank % self.layout.stage_size // self.layout.tp
+
+    def place_of(self, global_rank: int) -> int:
+        """Its number among the ranks of its engine."""
+        here = self.layout.coordinates(global_rank)
+        return here.tp_rank + self.layout.tp * here.pp_rank

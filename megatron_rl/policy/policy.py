@@ -10,9 +10,10 @@ from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.gradients import MainGrad
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.objectives.loss import Loss, no_extrema
-from megatron_rl.ops.head import Head
+from megatron_rl.ops.head import LOGITS_BYTES, Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
-from megatron_rl.ops.vocab_parallel import Shard
+from megatron_rl.ops.sample import sample_tokens
+from megatron_rl.ops.vocab_parallel import Shard, row_slices
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.types import LossTokens, MicroBatch
@@ -76,6 +77,39 @@ class Policy(TrainedModel):
 
         self.forward(microbatches, measure)
         return collected if self.groups.is_last_stage else None
+
+    def sample(
+        self,
+        hidden: Tensor,
+        repeats: Tensor | None,
+        seeds: Tensor,
+        places: Tensor,
+        temperatures: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(tokens [n] int64, log-probs [n]) drawn behind final hidden states; last stage only.
+
+        Args:
+            hidden: [m, H].
+            repeats: [n] int64, ascending: the hidden state of each token; None: one each.
+            seeds: [n] int64 of the requests.
+            places: [n] int64 of the tokens in their responses.
+            temperatures: [n] float64; 0 is greedy.
+        """
+        weight, shard, device = self.head_weight, self._shard(), hidden.device
+        most = max(1, LOGITS_BYTES // (len(weight) * hidden.element_size()))
+        found = []
+        for rows in row_slices(len(seeds), most):
+            if repeats is None:
+                logits = hidden[rows] @ weight.T
+            else:
+                of_row = repeats[rows]
+                first, last = int(of_row[0]), int(of_row[-1])
+                logits = hidden[first : last + 1] @ weight.T
+                logits = logits.index_select(0, (of_row - first).to(device))
+            own = (x[rows].to(device) for x in (seeds, places, temperatures))
+            found.append(sample_tokens(logits, shard, *own))
+        tokens, logprobs = zip(*found, strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
 
     def update(self, microbatches: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         """One optimizer step on a mini-batch whose weights are shares of the global loss."""

@@ -64,8 +64,7 @@ def rehearse(config: RunConfig, arch: ModelArch, world_size: int, rank: int) -> 
     world.join()
     try:
         enter(platform)
-        rollout_tp = config.rollout.tensor_model_parallel_size if config.has_engine else 1
-        groups = join(platform, config.parallel, rollout_tp)
+        groups = join(platform, config.parallel, config.engine_tp)
         result = _Rank(config, arch, groups, world).run()
     finally:
         rehearsed.leave()

@@ -47,8 +47,16 @@ class RoundsConfig(Settings):
     groups that there are, and says so."""
 
 
+Engine = Literal["vllm", "megatron"]
+
+
 class RolloutConfig(Settings):
     """Sampling, and the engine that does it."""
+
+    engine: Engine = "vllm"
+    """What samples. `vllm`: an engine beside the policy, to which weights are sent. `megatron`: the
+    policy itself, with a key/value cache: no second copy of the weights and no vLLM, at any layout
+    with local layers."""
 
     group_size: int = Field(default=4, ge=1, le=2**16)
     """Responses per prompt, where there are rounds in each of them; those of one prompt are graded
@@ -73,17 +81,19 @@ class RolloutConfig(Settings):
     """Must be -1 (off), for the same reason."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1, le=2**16)
-    """Ranks of one engine, which must divide its heads; more ranks make more engines, each with
-    prompts of its own."""
+    """Ranks of one vLLM engine, which must divide its heads; more ranks make more engines, each
+    with prompts of its own."""
 
     dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
     """Dtype of the engine; `model`: as model.dtype."""
 
     max_num_seqs: int = Field(default=256, ge=1, le=2**16)
-    """Responses one engine generates at a time; vLLM keeps buffers for as many."""
+    """Responses one engine generates at a time; vLLM keeps buffers for as many. Of engine megatron
+    as many as the key/value cache has room for, each at its longest."""
 
     gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
-    """Share of a GPU's memory that the engine may use beside the trainer."""
+    """Share of a GPU's memory that the engine may use beside the trainer. Of engine megatron it is
+    all for keys and values."""
 
     kv_cache_mib: int | None = Field(default=None, gt=0)
     """Size of the key/value cache per rank, which must fit into the memory of the machine. None: by

@@ -7,8 +7,6 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megatron_rl.weights.sync import EngineWeights
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -34,11 +32,6 @@ class Response:
 
 class Engine(Protocol):
     """A sampling engine on this rank (its shard of it, with tensor parallelism)."""
-
-    @property
-    def weights(self) -> EngineWeights:
-        """The engine's weights, into which the bridge writes."""
-        ...
 
     def generate(
         self,

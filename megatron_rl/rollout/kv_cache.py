@@ -1,5 +1,6 @@
 """The size of an engine's key/value cache on a CPU; on a GPU vLLM takes what is left to it."""
 
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.weights.arch import ModelArch
 
 LEAST_MIB = 256
@@ -11,6 +12,14 @@ def sequence_bytes(arch: ModelArch, *, tokens: int, tp: int, itemsize: int) -> i
     heads = max(1, arch.num_query_groups // tp)  # ranks beyond the heads have copies
     per_token = 2 * arch.num_layers * heads * arch.head_dim * itemsize
     return -(-tokens // BLOCK) * BLOCK * per_token
+
+
+def policy_token_bytes(arch: ModelArch, layout: Layout, *, itemsize: int) -> int:
+    """Bytes of a token's keys and values on the rank of the policy that has most layers."""
+    heads = max(1, arch.num_query_groups // layout.tp)
+    stages = layout.layers_of(arch.num_layers)
+    most = max(sum(map(len, stages[rank :: layout.pp])) for rank in range(layout.pp))
+    return 2 * most * heads * arch.head_dim * itemsize
 
 
 def cache_mib(of_sequence: int, num_sequences: int) -> int:

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.parallel.refusals import split_problems
 from megatron_rl.platforms.base import Platform
 from megatron_rl.rollout.config import RolloutConfig
+from megatron_rl.rollout.engine_rules import te_problem
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -25,15 +27,22 @@ def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
 
 
 def device_problems(
-    arch: ModelArch, rollout: RolloutConfig, platform: Platform
+    arch: ModelArch, rollout: RolloutConfig, model: ModelConfig, platform: Platform
 ) -> Iterator[ConfigError | str]:
     """Why the engine cannot run this model on the device of this rank."""
-    is_cpu = platform.device_type == "cpu"
-    if is_cpu and arch.head_dim not in CPU_HEAD_DIMS:
+    is_cpu, is_policy = platform.device_type == "cpu", rollout.engine == "megatron"
+    if (
+        is_policy
+        and model.layer_spec == "auto"
+        and model.uses_transformer_engine(platform.device_type)
+    ):
+        yield te_problem("model.layer_spec", "auto")
+    if is_cpu and not is_policy and arch.head_dim not in CPU_HEAD_DIMS:
         yield (
             f"model.path: its attention heads have {arch.head_dim} elements (head_dim, or "
             "hidden_size / num_attention_heads): on a CPU vLLM has "
-            f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model, or a GPU"
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model or a GPU, or set "
+            "rollout.engine=megatron"
         )
     if rollout.routing_replay:
         yield from _replay_problems(arch, rollout, is_cpu=is_cpu)

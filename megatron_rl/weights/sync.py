@@ -127,10 +127,12 @@ class WeightSync:
         dtype: torch.dtype,
     ) -> None:
         self._groups, self._config, self._engine, self._dtype = groups, config, engine, dtype
+        engines = groups.engines
+        assert isinstance(engines, EngineLayout)
         self._plan = plan_sync(
             arch,
             groups.layout,
-            groups.engines,
+            engines,
             rank=groups.rank,
             itemsize=dtype.itemsize,
             mib=config.bucket_mib,
@@ -139,7 +141,7 @@ class WeightSync:
         self._names = list(hf_shapes(arch))
         self._sources = _owned(training_holders(arch, groups.layout), groups.rank)
         self._targets, self._copies = _copies(
-            engine_holders(arch, groups.engines), groups.engines.tp_rank_of(groups.rank)
+            engine_holders(arch, engines), engines.tp_rank_of(groups.rank)
         )
         self._pushes = 0
 

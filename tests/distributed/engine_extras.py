@@ -25,6 +25,7 @@ from engine_on_ranks import (
     train_once,
 )
 
+import megatron_rl.build as build_module
 import megatron_rl.rollout.sampler as sampler_module
 import megatron_rl.weights.sync as sync_module
 from megatron_rl.errors import RunError
@@ -261,6 +262,26 @@ def spread(run: Run) -> dict[str, Any]:
     }
 
 
+def policy_as_engine(run: Run) -> list[int]:
+    """Greedy responses on which vLLM and the policy as an engine agree, and all of them."""
+    asked = requests_of([prompt.tokens.tolist() for prompt in run.prompts.all_prompts()[:12]])
+    greedy = [replace(request, temperature=0.0) for request in asked]
+    of_vllm, found = answers(run, greedy), []
+
+    def compare(response: Any) -> None:
+        tokens, bits, reason = of_vllm[response.key]
+        logprobs = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        found.append(
+            response.tokens.tolist() == tokens
+            and response.finish_reason == reason
+            and bool((logprobs - response.logprobs).abs().max() < 1e-5)
+        )
+
+    engine = build_module.policy_as_engine(run.config, run.inputs, run.groups, run.policy)
+    engine.generate(greedy, compare, lambda: True)
+    return [sum(found), len(greedy)]
+
+
 EXTRAS: dict[str, Callable[[Run], Any]] = {
     function.__name__: function
     for function in (
@@ -277,5 +298,6 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
         broken_off,
         routed,
         spread,
+        policy_as_engine,
     )
 }

@@ -78,13 +78,15 @@ class Measurement:
 
 
 @contextmanager
-def groups_at(layout: Layout) -> Iterator[tuple[ParallelConfig, Groups]]:
+def groups_at(
+    layout: Layout, rollout_tp: int | None = 1
+) -> Iterator[tuple[ParallelConfig, Groups]]:
     """The configuration of a layout, and Megatron's groups for as long as they are used."""
     gc.collect()  # models hold their groups in circles, and so the threads of those before
     parallel = _parallel(layout)
     with _groups_destroyed():
         try:
-            yield parallel, join(detect(), parallel, 1)
+            yield parallel, join(detect(), parallel, rollout_tp)
         finally:
             parallel_state.destroy_model_parallel()
 

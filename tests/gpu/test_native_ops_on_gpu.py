@@ -19,6 +19,7 @@ from megatron_rl.ops.head import Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.loss_spec import Correction, SharedTerms
 from megatron_rl.ops.native_loss import loss_arguments
+from megatron_rl.ops.sample import draw_stats, draw_stats_definition
 from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.types import LossTokens
 
@@ -258,3 +259,20 @@ def test_no_op_waits_for_the_device_and_all_can_be_captured():
     torch.cuda.synchronize()
     assert torch.equal(captured, expected)
     assert torch.equal(work, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_draw_stats(vocab, dtype):
+    """A token may be another one where two are nearly equal, which is rare."""
+    torch.manual_seed(vocab)
+    logits = (torch.randn(64, vocab) * 2).to(dtype)
+    temperatures = torch.full((64,), 0.7, dtype=torch.float64)
+    temperatures[::5] = 0.0
+    asked = (torch.randint(2**62, (64,)), torch.arange(64), temperatures)
+    shard = Shard(None, 3, vocab + 2, 1.0)  # the last column is padding
+    found = draw_stats(logits.to(GPU), shard, *(x.to(GPU) for x in asked)).cpu()
+    expected = draw_stats_definition(logits, shard, *asked)
+    is_same = found[:, 4] == expected[:, 4]
+    assert is_same.sum() >= 63
+    torch.testing.assert_close(found[is_same], expected[is_same], atol=1e-4, rtol=1e-4)

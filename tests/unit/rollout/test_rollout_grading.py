@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_rl.errors import InputError, RunError
+from megatron_rl.parallel.layout import EngineLayout
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach
 from megatron_rl.rollout.engine import Response
@@ -62,8 +63,7 @@ def scorer():
 def groups(monkeypatch):
     """Those of a lone rank, whose word is everybody's."""
     monkeypatch.setattr("megatron_rl.rollout.sampler.max_over", lambda values, _: list(values))
-    one = SimpleNamespace(tp=1, num_engines=1, tp_rank_of=lambda rank: 0, engine_of=lambda rank: 0)
-    return SimpleNamespace(rank=0, engines=one, world=None)
+    return SimpleNamespace(rank=0, engines=EngineLayout(world_size=1, tp=1), world=None)
 
 
 @pytest.mark.parametrize("logprob", [float("nan"), float("-inf")])

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.platforms.base import CPU, CUDA
 from megatron_rl.rollout.config import LEAST_TEMPERATURE, MOST_TEMPERATURE, RolloutConfig
 from megatron_rl.rollout.refusals import CPU_HEAD_DIMS, device_problems
 from megatron_rl.weights.arch import MixtureArch, ModelArch
 
+MODEL = ModelConfig(path="model")
 ARCH = ModelArch(
     model_type="qwen2",
     num_layers=2,
@@ -47,17 +49,27 @@ def test_the_head_sizes_are_those_of_vllms_attention_on_a_cpu():
 def test_a_head_size_that_the_engine_lacks_on_a_cpu_is_refused_there_alone(monkeypatch):
     other = replace(ARCH, head_dim=16)
     monkeypatch.setattr(type(CUDA), "total_memory_bytes", lambda self: 1 << 36)
-    assert not list(device_problems(ARCH, RolloutConfig(), CPU))
-    (problem,) = device_problems(other, RolloutConfig(), CPU)
+    assert not list(device_problems(ARCH, RolloutConfig(), MODEL, CPU))
+    (problem,) = device_problems(other, RolloutConfig(), MODEL, CPU)
     assert "its attention heads have 16 elements" in str(problem)
-    assert not list(device_problems(other, RolloutConfig(), CUDA))
+    assert not list(device_problems(other, RolloutConfig(), MODEL, CUDA))
+    assert not list(device_problems(other, RolloutConfig(engine="megatron"), MODEL, CPU))
+
+
+def test_the_policy_samples_with_local_layers_alone(monkeypatch):
+    monkeypatch.setattr(type(CUDA), "total_memory_bytes", lambda self: 1 << 36)
+    monkeypatch.setattr(ModelConfig, "uses_transformer_engine", lambda self, device: True)
+    assert not list(device_problems(ARCH, RolloutConfig(), MODEL, CUDA))
+    (problem,) = device_problems(ARCH, RolloutConfig(engine="megatron"), MODEL, CUDA)
+    assert "Set model.layer_spec=local" in str(problem)
 
 
 @pytest.mark.parametrize(("platform", "name"), [(CPU, "machine"), (CUDA, "GPU")])
 def test_a_cache_beyond_the_memory_is_refused(monkeypatch, platform, name):
     monkeypatch.setattr(type(platform), "total_memory_bytes", lambda self: 1024 << 20)
-    assert not list(device_problems(ARCH, RolloutConfig(kv_cache_mib=1024), platform))
-    (problem,) = device_problems(ARCH, RolloutConfig(kv_cache_mib=1025), platform)
+    fits, too_large = RolloutConfig(kv_cache_mib=1024), RolloutConfig(kv_cache_mib=1025)
+    assert not list(device_problems(ARCH, fits, MODEL, platform))
+    (problem,) = device_problems(ARCH, too_large, MODEL, platform)
     assert str(problem).startswith(f"rollout.kv_cache_mib=1025: the {name} has 1024 MiB of memory")
 
 

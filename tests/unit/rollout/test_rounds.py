@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.signs import Signs, signs
+from megatron_rl.parallel.layout import EngineLayout
 from megatron_rl.reward.scorer import Score
 from megatron_rl.rollout.config import RoundsConfig
 from megatron_rl.rollout.engine import Response
@@ -71,8 +72,7 @@ def alone(monkeypatch):
     monkeypatch.setattr("megatron_rl.rollout.sampler.max_over", lambda values, _: list(values))
     monkeypatch.setattr(f"{ROUNDS}.all_gather_objects", lambda item, _: [item])
     monkeypatch.setattr(f"{ROUNDS}.sum_over", lambda values, _: list(values))
-    one = SimpleNamespace(tp=1, num_engines=1, tp_rank_of=lambda rank: 0, engine_of=lambda rank: 0)
-    return SimpleNamespace(rank=0, engines=one, world=None)
+    return SimpleNamespace(rank=0, engines=EngineLayout(world_size=1, tp=1), world=None)
 
 
 def plan_of(*, group_size=2, wanted=3, most=6, max_prompts=None, **config):

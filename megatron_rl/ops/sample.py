@@ -1,0 +1,115 @@
+"""Sample tokens from a softmax whose vocabulary is split over tp ranks.
+
+The token is the argmax of scaled logits plus Gumbel noise, which is a sample of their softmax. The
+noise of a token is a function of the request's seed, the place in its response and the token's id
+(philox.py), so a request has the same response at every layout and beside any others, but where
+logits that are rounded differently are nearly equal.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.ops import backend
+from megatron_rl.ops.philox import words_of_tokens
+from megatron_rl.ops.vocab_parallel import Shard, compute_dtype, with_dense_rows
+
+NUM_STATS = 5
+
+
+def sample_tokens(
+    logits: Tensor, shard: Shard, seeds: Tensor, places: Tensor, temperatures: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(tokens [N] int64, their log-probs [N] float32 or float64), the same bits on all tp ranks.
+
+    Collectives: one all-gather of 5 numbers a row. shard.temperature is not looked at.
+
+    Args:
+        logits: [N, V/tp], this rank's columns, any float dtype.
+        shard: which columns these are.
+        seeds: [N] int64 of the requests.
+        places: [N] int64, of the token in its response.
+        temperatures: [N] float64; 0 takes the most probable token, and its log-prob at 1.
+    """
+    stats = draw_stats(logits, shard, seeds, places, temperatures)
+    tokens, logprobs = merge_draws(_gathered(stats, shard.tp_group))
+    return tokens, logprobs.to(compute_dtype(logits.dtype))
+
+
+def draw_stats(
+    logits: Tensor, shard: Shard, seeds: Tensor, places: Tensor, temperatures: Tensor
+) -> Tensor:
+    """[N, 5] float64 of a shard, z being scaled logits: max z, sum exp(z - max), and of the token
+    with the largest z + noise: that sum, its z and its id.
+
+    A shard of nothing but padding is (-inf, 0, -inf, -inf, 0).
+    """
+    if backend.is_native("draw_stats", logits):
+        stats: Tensor = torch.ops.megatron_rl.draw_stats(
+            with_dense_rows(logits),
+            seeds.contiguous(),
+            places.contiguous(),
+            temperatures.contiguous(),
+            shard.vocab_start,
+            shard.vocab_start + shard.num_valid(logits.size(1)),
+        )
+        return stats
+    return draw_stats_definition(logits, shard, seeds, places, temperatures)
+
+
+def draw_stats_definition(
+    logits: Tensor, shard: Shard, seeds: Tensor, places: Tensor, temperatures: Tensor
+) -> Tensor:
+    """The same in PyTorch: the native op must equal it, and it runs where there is none."""
+    num_valid = shard.num_valid(logits.size(1))
+    stats = logits.new_zeros(len(logits), NUM_STATS, dtype=torch.float64)
+    if num_valid == 0:
+        stats[:, [0, 2, 3]] = -torch.inf
+        return stats
+    is_greedy = temperatures == 0
+    inverse = (1.0 / temperatures.where(~is_greedy, 1.0)).to(compute_dtype(logits.dtype))
+    scaled = logits[:, :num_valid].to(inverse.dtype) * inverse[:, None]
+    scores = scaled
+    if not bool(is_greedy.all()):
+        end = shard.vocab_start + num_valid
+        noise = gumbel(words_of_tokens(seeds, places, shard.vocab_start, end)).to(scaled.dtype)
+        scores = scaled + noise.masked_fill_(is_greedy[:, None], 0.0)
+    best, at = scores.max(dim=1)
+    row_max = scaled.amax(dim=1)
+    stats[:, 0] = row_max
+    stats[:, 1] = (scaled - row_max[:, None]).exp_().sum(dim=1)
+    stats[:, 2] = best
+    stats[:, 3] = scaled.gather(1, at[:, None])[:, 0]
+    stats[:, 4] = at + shard.vocab_start
+    return stats
+
+
+def gumbel(words: Tensor) -> Tensor:
+    """Gumbel noise of words [...] of 32 random bits; float64.
+
+    -log(E) of an exponential variable E = -log(1 - u). The largest noise has the smallest u, where
+    numbers are finest.
+    """
+    uniform = (words.double() + 0.5) * 2.0**-32
+    return -(-torch.log1p(-uniform)).log()
+
+
+def merge_draws(gathered: Tensor) -> tuple[Tensor, Tensor]:
+    """[tp, N, 5] -> (tokens [N] int64, log-probs [N] float64)."""
+    row_max = gathered[:, :, 0].amax(dim=0)
+    total = torch.zeros_like(row_max)
+    for shard in gathered:  # rank order: a sum in another order would have other bits
+        total = total + (shard[:, 0] - row_max).exp() * shard[:, 1]
+    winner = gathered[:, :, 2].argmax(dim=0)
+    best = gathered.gather(0, winner[None, :, None].expand(1, -1, NUM_STATS))[0]
+    return best[:, 4].long(), best[:, 3] - row_max - total.log()
+
+
+def _gathered(stats: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """[N, 5] of this rank -> [tp, N, 5] in rank order: the one collective."""
+    num_ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
+    if num_ranks == 1:
+        return stats[None]
+    gathered = stats.new_empty(num_ranks * len(stats), NUM_STATS)
+    dist.all_gather_into_tensor(gathered, stats.contiguous(), group=tp_group)
+    return gathered.view(num_ranks, len(stats), NUM_STATS)

@@ -1,0 +1,196 @@
+"""The policy itself as the engine: its own Megatron-Core model samples, with a key/value cache.
+
+Megatron-Core's own inference does not serve here: its static batches have one position for all
+sequences, and its dynamic ones need CUDA and flash-attn (versions 0.16.1 and 0.19.2).
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.parallel.collectives import max_over
+from megatron_rl.parallel.groups import Groups
+from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.slots import Slots
+
+if TYPE_CHECKING:  # they import Megatron-Core, which must be entered first
+    from megatron_rl.megatron.decoding import Row
+    from megatron_rl.megatron.kv_cache import KeyValueCache
+    from megatron_rl.policy.policy import Policy
+
+
+@dataclass(slots=True)
+class _Lane:
+    """Responses that go through the pipeline while those of other lanes are in other stages."""
+
+    slots: Slots
+    cache: "KeyValueCache"
+    row: "Row | None" = None  # that is on its way through the chunks
+    asked: range = range(0)  # the slots that get a token from it
+    repeats: Tensor | None = None  # [n] int64: the entry of row.at that each of them has
+    drawn: Tensor | None = None  # [n, 2] float64 tokens and log-probs, on the last stage
+
+
+class MegatronEngine:
+    """This rank's part of its copy of the model; its ranks generate together, the same requests."""
+
+    def __init__(
+        self,
+        policy: "Policy",
+        groups: Groups,
+        *,
+        eos_ids: Sequence[int],
+        max_model_len: int,
+        max_num_seqs: int,
+        cache_bytes: float,
+        token_bytes: int,
+    ) -> None:
+        """Build it beside a policy whose weights it never copies.
+
+        Args:
+            cache_bytes: of this rank, for keys and values; there is room for a sequence anyway.
+            token_bytes: of those, what a token takes on the rank that has most layers.
+        """
+        self._policy, self._groups = policy, groups
+        self._stop_ids, self._max_model_len = list(eos_ids), max_model_len
+        self._max_num_seqs = max_num_seqs
+        self._most_tokens = int(cache_bytes // token_bytes)  # of all slots together
+        self._decoder = policy.decoder()
+        self._shares_experts = groups.layout.ep > 1
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        on_finished: Callable[[Response], None],
+        between_steps: Callable[[], bool],
+    ) -> None:
+        """Sample all requests; on_finished runs as each is done, while others go on."""
+        self._policy.residence.bring_weights()
+        queue = deque(requests)
+        lanes = self._lanes(requests)
+        with self._decoder.running():
+            while self._any(bool(queue) or any(lane.asked or lane.slots.in_use for lane in lanes)):
+                for chunk in range(self._decoder.num_chunks):
+                    for lane in lanes:
+                        if chunk == 0:
+                            self._settle(lane, on_finished)
+                            self._begin(lane, queue)
+                        if lane.row is not None:
+                            self._pass(lane, chunk)
+                if not between_steps():
+                    for lane in lanes:  # other ranks have sent what they drew
+                        self._drawn_in(lane)
+                    return
+
+    @property
+    def is_awake(self) -> bool:
+        """Nothing of it ever leaves the device: it has no weights, and no cache between calls."""
+        return True
+
+    def sleep(self, *, keeps_weights: bool = False) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+    def wake_for_weights(self) -> None:
+        pass
+
+    def wake_for_generation(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    def _lanes(self, requests: Sequence[Request]) -> list[_Lane]:
+        """As many as there are pipeline ranks, so that each has something to do."""
+        limits = [
+            (
+                min(len(request.prompt_tokens) + request.max_tokens, self._max_model_len),
+                request.max_tokens,
+            )
+            for request in requests
+        ]
+        longest = max((total for total, _ in limits), default=1)
+        longest_response = max((response for _, response in limits), default=1)
+        num_lanes = self._groups.layout.pp
+        in_all = min(self._max_num_seqs, len(requests), self._most_tokens // longest)
+        each = max(1, -(-in_all // num_lanes))
+        return [
+            _Lane(
+                Slots(each, longest_response, longest, self._stop_ids),
+                self._policy.key_value_cache(each, longest),
+            )
+            for _ in range(num_lanes)
+        ]
+
+    def _any(self, is_busy: bool) -> bool:
+        """Whether a rank that this one generates in step with has something to do."""
+        if not self._shares_experts:
+            return is_busy
+        return bool(max_over([float(is_busy)], self._groups.engine)[0])
+
+    def _settle(self, lane: _Lane, on_finished: Callable[[Response], None]) -> None:
+        """Take what the lane's last row has brought."""
+        drawn, asked = self._drawn_in(lane), lane.asked
+        lane.asked = range(0)
+        if drawn is None:
+            return
+        responses, moves = lane.slots.take(asked, drawn[:, 0].long(), drawn[:, 1].float())
+        if moves is not None:
+            device = self._groups.platform.current_device()
+            places = (moves.sources.to(device), moves.targets.to(device))
+            lane.cache.move(*places, moves.num_tokens)
+        for response in responses:
+            on_finished(response)
+
+    def _drawn_in(self, lane: _Lane) -> Tensor | None:
+        """[n, 2] float64 tokens and log-probs of the lane's last row; None: it had none."""
+        if not lane.asked:
+            return None
+        if self._groups.is_last_stage:
+            return lane.drawn
+        drawn = torch.empty(len(lane.asked), 2, dtype=torch.float64)
+        dist.recv(drawn, self._last_stage, group=self._groups.world)
+        return drawn
+
+    def _begin(self, lane: _Lane, queue: deque[Request]) -> None:
+        """Find the lane's next row: of new prompts, or of a token for each of its responses."""
+        first, lane.repeats = lane.slots.in_use, None
+        admitted = lane.slots.admit(queue)
+        if admitted is not None:
+            lane.row = self._decoder.prompts(lane.cache, admitted.prompts, admitted.slots)
+            lane.asked = range(first, lane.slots.in_use)
+            counts = torch.tensor([len(slots) for slots in admitted.slots])
+            lane.repeats = torch.arange(len(counts)).repeat_interleave(counts)
+        elif lane.slots.in_use:
+            lane.row = self._decoder.next_tokens(lane.cache, *lane.slots.next_row())
+            lane.asked = range(lane.slots.in_use)
+        else:
+            lane.row = self._decoder.nothing() if self._shares_experts else None
+
+    def _pass(self, lane: _Lane, chunk: int) -> None:
+        """Run the lane's row through a chunk; behind the last one, draw its tokens."""
+        assert lane.row is not None
+        hidden = self._decoder.run(chunk, lane.row)
+        if hidden is None or not lane.asked:
+            return
+        tokens, logprobs = self._policy.sample(
+            hidden, lane.repeats, *lane.slots.noise_of(lane.asked)
+        )
+        lane.drawn = torch.stack([tokens.double(), logprobs.double()], dim=1).cpu()
+        layout, rank = self._groups.layout, self._groups.rank
+        for pp_rank in range(layout.pp - 1):
+            target = rank % layout.stage_size + pp_rank * layout.stage_size
+            work: Any = dist.isend(lane.drawn, target, group=self._groups.world)
+            self._decoder.sent(work, lane.drawn)
+
+    @property
+    def _last_stage(self) -> int:
+        layout = self._groups.layout
+        return self._groups.rank % layout.stage_size + (layout.pp - 1) * layout.stage_size

@@ -1,0 +1,62 @@
+"""What settings mean where the policy itself samples."""
+
+from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.parallel.layout import Layout
+from megatron_rl.rollout.config import RolloutConfig
+from megatron_rl.rollout.engine_rules import engine_problems_of, unused_by_policy
+from megatron_rl.rollout.kv_cache import policy_token_bytes
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.config import WeightSyncConfig
+
+MODEL = ModelConfig(path="model", dtype="float32")
+
+
+def fields(rollout: RolloutConfig, model=MODEL, **optimizer) -> list[str]:
+    found = engine_problems_of(rollout, model, OptimizerConfig(**optimizer))
+    return [str(problem).partition("=")[0] for problem in found]
+
+
+def test_what_the_policy_as_engine_cannot_follow_is_refused_and_vllm_can():
+    settings = {"dtype": "float16", "tensor_model_parallel_size": 2}
+    te = ModelConfig(path="model", dtype="float32", layer_spec="transformer_engine")
+    assert not fields(RolloutConfig(**settings), te, offload="weights")
+    assert fields(RolloutConfig(engine="megatron", **settings), te, offload="weights") == [
+        "rollout.dtype",
+        "rollout.tensor_model_parallel_size",
+        "optimizer.offload",
+        "model.layer_spec",
+    ]
+    assert not fields(RolloutConfig(engine="megatron", dtype="float32"), offload="optimizer")
+
+
+def test_what_has_no_effect_is_said():
+    weights = WeightSyncConfig(bucket_mib=7)
+    assert not list(unused_by_policy(RolloutConfig(enforce_eager=True), weights))
+    assert not list(unused_by_policy(RolloutConfig(engine="megatron"), WeightSyncConfig()))
+    policy = RolloutConfig(engine="megatron", enforce_eager=True)
+    (line,) = unused_by_policy(policy, weights)
+    assert line.startswith("weights.bucket_mib=7, rollout.enforce_eager=true have no effect: ")
+
+
+def test_a_token_takes_keys_and_values_in_every_layer_of_the_rank_that_has_most():
+    """6 layers over two stages: 3 on a rank. 4 key heads over TP 2: 2 on a rank."""
+    arch = ModelArch(
+        model_type="qwen2",
+        num_layers=6,
+        hidden_size=64,
+        ffn_hidden_size=256,
+        num_attention_heads=8,
+        num_query_groups=4,
+        head_dim=8,
+        vocab_size=112,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling_factor=None,
+        max_position_embeddings=256,
+        qkv_bias=True,
+        tied_embeddings=False,
+    )
+    layout = Layout(world_size=4, tp=2, pp=2)
+    assert policy_token_bytes(arch, layout, itemsize=2) == 2 * 3 * 2 * 8 * 2
+    alone = Layout(world_size=8, tp=8, pp=1)  # ranks beyond the heads have one each
+    assert policy_token_bytes(arch, alone, itemsize=2) == 2 * 6 * 1 * 8 * 2
