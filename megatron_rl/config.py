@@ -18,7 +18,6 @@ from megatron_rl.algorithms.config import AlgorithmConfig
 from megatron_rl.algorithms.presets import SIGN_SELECTIONS
 from megatron_rl.algorithms.rules import algorithm_problems
 from megatron_rl.batching.config import BatchingConfig
-from megatron_rl.batching.refusals import sharing_problems
 from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
@@ -30,6 +29,7 @@ from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
 from megatron_rl.parallel.refusals import rank_problems
 from megatron_rl.policy.config import CriticConfig, ReferenceConfig
+from megatron_rl.policy.refusals import sharing_problems
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
 from megatron_rl.recipe import Recipe, is_list, read_recipe

@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.auto_layout import choose_layout
-from megatron_rl.batching.refusals import layer_spec_problems
 from megatron_rl.choose import choices
 from megatron_rl.config import RunConfig, world_problems
 from megatron_rl.errors import ConfigError, ConfigErrors, InputError
@@ -39,6 +38,7 @@ from megatron_rl.memory import (
 from megatron_rl.parallel.layout import EngineLayout, Layout, PolicyEngines
 from megatron_rl.parallel.stages import told_sizes
 from megatron_rl.platforms.base import detect
+from megatron_rl.policy.refusals import layer_spec_problems
 from megatron_rl.preflight import read_data
 from megatron_rl.rehearsal.report import ranks_that_differ, rehearsal_lines
 from megatron_rl.rollout.group_rules import most_kept, most_prompts, most_responses

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from megatron_rl.batching.refusals import layer_spec_problems
 from megatron_rl.checkpoint.contract import Terms, breaches, newest_terms, not_empty
 from megatron_rl.checkpoint.names import CHECKPOINTS, checkpoints_in
 from megatron_rl.config import RunConfig, world_problems
@@ -22,6 +21,7 @@ from megatron_rl.megatron.refusals import (
 from megatron_rl.megatron.stored_files import open_critic_weights, open_weights
 from megatron_rl.metrics.starts import date_in
 from megatron_rl.platforms.base import detect
+from megatron_rl.policy.refusals import layer_spec_problems
 from megatron_rl.prompts.clock import today
 from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer

@@ -181,7 +181,8 @@ def evaluate_session(config: RunConfig) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config = settled(config, platform.device_type, _free(platform), _say_early)
     inputs = read_inputs(config, world_size, is_evaluation=True)
-    free, is_alone = _free(platform), _reads_weights_itself(config, inputs)
+    # vLLM reads Hugging Face files itself; all else comes through a policy.
+    free, is_alone = _free(platform), config.has_vllm and inputs.model.megatron_dir is None
     refuse_engine_that_cannot_fit(config, inputs.arch, world_size, free, is_alone=is_alone)
     kv_cache_mib = kv_mib_alone(config, inputs.arch, world_size, free)
     enter(platform)
@@ -191,11 +192,6 @@ def evaluate_session(config: RunConfig) -> None:
     recorder = _Recorder(config, is_main=dist.get_rank() == 0)
     with _then_end(), _watched(config, recorder) as watchdog:
         _evaluate(config, inputs, platform, watchdog)
-
-
-def _reads_weights_itself(config: RunConfig, inputs: Inputs) -> bool:
-    """Whether an evaluation needs no policy: vLLM reads Hugging Face files, and no others."""
-    return config.has_vllm and inputs.model.megatron_dir is None
 
 
 def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: Watchdog) -> None:
