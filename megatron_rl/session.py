@@ -191,10 +191,12 @@ def evaluate_session(config: RunConfig) -> None:
     inputs = replace(inputs, kv_cache_mib=least_of_all(kv_cache_mib))
     recorder = _Recorder(config, is_main=dist.get_rank() == 0)
     with _then_end(), _watched(config, recorder) as watchdog:
-        _evaluate(config, inputs, platform, watchdog)
+        _evaluate(config, inputs, platform, watchdog, is_alone=is_alone)
 
 
-def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: Watchdog) -> None:
+def _evaluate(
+    config: RunConfig, inputs: Inputs, platform: Platform, watchdog: Watchdog, *, is_alone: bool
+) -> None:
     from megatron_rl.build import build_policy, build_sampled
     from megatron_rl.metrics.meter import Meter
 
@@ -204,7 +206,7 @@ def _evaluate(config: RunConfig, inputs: Inputs, platform: Platform, watchdog: W
         print(*evaluation_lines(*read), sep="\n", flush=True)
     meter = Meter(groups, watchdog)
     policy = None
-    if not _reads_weights_itself(config, inputs):
+    if not is_alone:
         policy = build_policy(config, inputs, groups, run_updates=1)  # none is taken
     rollouts = build_sampled(
         config, inputs, groups, meter, StopRequest(), _say_early, policy=policy
