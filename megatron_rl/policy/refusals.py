@@ -30,8 +30,7 @@ def sharing_problems(
         yield ConfigError(FIELD, True, rule, WAY_OUT)
     if replays_routing:
         rule = "would route a prompt once, and the engine routed it for each response"
-        way_out = f"{WAY_OUT}, or set rollout.routing_replay=false"
-        yield ConfigError(FIELD, True, rule, way_out)
+        yield ConfigError(FIELD, True, rule, f"{WAY_OUT}, or set rollout.routing_replay=false")
     if most_responses == 1:
         yield ConfigError(FIELD, True, "has no effect with one response a prompt", WAY_OUT)
 

@@ -89,7 +89,7 @@ def routing_problems(
         yield ConfigError(field, True, rule, way_out)
     if rollout.engine == "megatron":
         rule = f"{OWN}, whose router chooses alike when it samples and when it trains"
-        yield ConfigError(field, True, rule, f"{way_out}, or set rollout.engine=vllm")
+        yield ConfigError(field, True, rule, way_out)
 
 
 def te_problem(field: str, value: object) -> ConfigError:
