@@ -32,7 +32,8 @@ struct RowKernelTable {
   RowKernels<float> fp32;
 };
 
-// Those of the running machine; MEGATRON_RL_CPU_ISA=avx512|avx2|baseline asks for lesser ones.
+// Those of the running machine; MEGATRON_RL_CPU_ISA=avx512|avx2|baseline asks for others that it
+// has, and raises an error where it has not.
 const RowKernelTable& row_kernel_table();
 
 extern const RowKernelTable kRowKernelsBaseline;

@@ -1,6 +1,8 @@
 // Compiled for every machine of the architecture; also holds what needs no vectors.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "row_kernels_impl.h"
 
@@ -70,7 +72,10 @@ const RowKernelTable& best_table() {
   if (has_avx2 && has_avx512 && allows("avx512")) return kRowKernelsAvx512;
   if (has_avx2 && allows("avx2")) return kRowKernelsAvx2;
 #endif
-  return kRowKernelsBaseline;
+  if (allows("baseline")) return kRowKernelsBaseline;
+  throw std::runtime_error("MEGATRON_RL_CPU_ISA=" + std::string(wanted) +
+                           ": this processor has no such instructions that the package knows of. "
+                           "Unset it, or name avx512, avx2 or baseline");
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ void typed_dlogits(const Checks& checks, const Tensor& logits, const Tensor& out
       /*host_scale=*/acc_t(1),
   };
   if (logits.is_cpu()) {
+    row_kernel_table();  // an error is raised here, and not in a thread
     for_rows(logits.size(0), logits.size(1),
              [&](int64_t begin, int64_t end) { dlogits_cpu(args, begin, end); });
     return;

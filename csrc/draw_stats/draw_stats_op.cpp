@@ -54,6 +54,7 @@ Tensor draw_stats(const Tensor& logits, const Tensor& seeds, const Tensor& place
                                     input<double>(temperatures),
                                     output<DrawRecord>(stats)};
     if (logits.is_cpu()) {
+      row_kernel_table();  // an error is raised here, and not in a thread
       for_rows(num_rows, logits.size(1),
                [&](int64_t begin, int64_t end) { draw_rows(args, begin, end); });
       return;

@@ -56,6 +56,7 @@ LossOutputs typed_onepass(const Checks& checks, const Tensor& logits, const Tens
   };
   const auto loss = outputs.args<acc_t>(records, num_tokens, 1, arguments, inv_temp);
   if (logits.is_cpu()) {
+    row_kernel_table();  // an error is raised here, and not in a thread
     for_rows(num_tokens, logits.size(1),
              [&](int64_t begin, int64_t end) { policy_loss_onepass_cpu(args, begin, end); });
     token_loss_cpu(loss);

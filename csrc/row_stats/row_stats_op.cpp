@@ -23,6 +23,7 @@ Tensor typed_row_stats(const Checks& checks, const Tensor& logits, const Tensor&
       with_entropy,
   };
   if (logits.is_cpu()) {
+    row_kernel_table();  // an error is raised here, and not in a thread
     for_rows(logits.size(0), logits.size(1),
              [&](int64_t begin, int64_t end) { row_stats_cpu(args, begin, end); });
     return stats;
