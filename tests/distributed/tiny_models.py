@@ -81,6 +81,7 @@ MODELS["teacher"] = ("Llama", TEACHER)
 ODD = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "vocab_size": 151}
 MODELS["qwen2_odd"] = ("Qwen2", ODD)
 MODELS["qwen2_odd_tied"] = ("Qwen2", {**ODD, "tie_word_embeddings": True})
+OF_THREES = ("qwen2_odd", "qwen2_odd_tied")  # whose sizes divide by three, and not by two
 EIGHT_HEADS = {"num_attention_heads": 8, "vocab_size": 151, "tie_word_embeddings": True}
 MODELS["qwen2_eight_heads"] = ("Qwen2", EIGHT_HEADS)
 MODELS["qwen2_eight_layers"] = ("Qwen2", {"num_hidden_layers": 8})
