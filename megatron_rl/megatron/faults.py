@@ -217,6 +217,17 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="state_of_several_buckets",
+            versions=SUPPORTED_VERSIONS,
+            wrong="cuts a checkpoint's optimizer state where parameters stand in a buffer with the "
+            "padding of its buckets, out of tensors without that padding: all parameters after the "
+            "first padded bucket (the tied embedding under PP; most of them under "
+            "`overlap_grad_reduce`) are saved wrong, with a warning at most",
+            action="repaired",
+            by="repairs.leave_padding_out",
+            probes=ALONE,
+        ),
+        Fault(
             name="optimizer_offload_by_copies",
             versions=SUPPORTED_VERSIONS,
             wrong="takes an optimizer's tensors off the device by copies that are not pinned, from "

@@ -5,7 +5,9 @@ a new fault.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -111,10 +113,46 @@ def _with_states(stock: Callable[..., Any]) -> Callable[..., Any]:
     return sharded_state_dict
 
 
+# -- what the distributed optimizer saves ----------------------------------------------------------
+
+
+def leave_padding_out() -> None:
+    """Cut a checkpoint's state where it stands: it is gathered without the padding of buckets."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    stock = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    @functools.wraps(stock)
+    def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _without_padding(self.buffers):
+            return stock(self, *args, **kwargs)
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_state
+
+
+@contextmanager
+def _without_padding(buffers: Sequence[Any]) -> Iterator[None]:
+    """Inside, the parameters of a buffer stand where they would if no bucket were padded."""
+    padded = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding = (bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)
+        before = list(accumulate(padding, initial=0))
+        buffer.param_index_map = {
+            param: (start - before[bucket], end - before[bucket], bucket)
+            for param, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, positions in zip(buffers, padded, strict=True):
+            buffer.param_index_map = positions
+
+
 REPAIRS = {
     "router_without_transformer_engine": bind_router_product,
     "dispatcher_without_numpy": give_numpy_on_a_cpu,
     "adam_without_states": give_states_to_load_into,
     "adam_step_not_saved": keep_step,
     "adam_step_shared": give_own_steps,
+    "state_of_several_buckets": leave_padding_out,
 }

@@ -5,7 +5,7 @@ Imported on ranks only, after preload_megatron has adapted Megatron-Core.
 
 import multiprocessing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from layout import Layout
 from megatron.core import dist_checkpointing
-from policy_on_ranks import groups_at
+from policy_on_ranks import groups_at, small_buckets
 from torch import Tensor
 
 from megatron_rl.errors import InputError
@@ -88,7 +88,8 @@ def _policy_at(layout: Layout, source: Path, **optimizer: Any) -> Iterator[Polic
             run_updates=1,
         )
         policy.load(ModelSource(config_dir=source))
-        policy.prepare_training()
+        with small_buckets() if layout.overlaps_reduction else nullcontext():
+            policy.prepare_training()
         yield policy
 
 

@@ -20,11 +20,12 @@ pytestmark = pytest.mark.slow
 SP = {"sequence_parallel": True}
 MIXED = {"model": "qwen3_moe_mixed"}
 SIX = {"model": "qwen2_six_layers"}
+BUCKETS = {"overlaps_reduction": True}  # most of them padded
 COUNTS_ENDS = Split(counts_embedding=True, counts_loss=True)
 # In this order each next one switches dimensions on that the last has not, and others off.
 DENSE = (
     Layout(name="DP4", world=4, **SIX),
-    Layout(name="CP2 PP2 of 4, 2", world=4, cp=2, pp=2, split=Split(last=2), **SIX),
+    Layout(name="CP2 PP2 of 4, 2", world=4, cp=2, pp=2, split=Split(last=2), **BUCKETS, **SIX),
     Layout(name="TP2 SP CP2", world=4, tp=2, cp=2, **SP, **SIX),
     Layout(name="PP4 of 1, 2, 2, 1", world=4, pp=4, split=COUNTS_ENDS, **SIX),
     Layout(name="CP4", world=4, cp=4, **SIX),
@@ -32,7 +33,7 @@ DENSE = (
     Layout(name="TP4 over 2 key heads", world=4, tp=4, **SIX),
 )
 MIXTURES = (
-    Layout(name="EP2 DP4, experts", world=4, ep=2, **MIXED),
+    Layout(name="EP2 DP4, experts", world=4, ep=2, **BUCKETS, **MIXED),
     Layout(name="CP2 PP2 of 1, 3, experts", world=4, cp=2, pp=2, split=Split(first=1), **MIXED),
     Layout(
         name="TP2 SP CP2 EP4 ETP1",

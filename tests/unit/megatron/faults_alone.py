@@ -158,6 +158,17 @@ def adam_step_shared() -> bool:
     return steps[0] is steps[1]
 
 
+def state_of_several_buckets() -> bool:
+    """Of a bias and a weight, each in a bucket: are other main weights saved than they have?"""
+    module, optimizer = _stepped(overlap_grad_reduce=True, bucket_size=1)
+    (buffer,) = optimizer.chained_optimizers[0].buffers
+    assert [bucket.numel_unpadded for bucket in buffer.buckets] == [8, 64]
+    saved = _sharded(module, optimizer)["optimizer"]["param_state"].values()
+    bias, weight = (state["param"].data for state in saved)
+    assert bias.equal(module.module.bias)
+    return not weight.equal(module.module.weight)
+
+
 def optimizer_offload_by_copies() -> bool:
     """Nothing leaves a CPU, and nothing in the source pins, or keeps a view one."""
     import inspect
@@ -284,7 +295,7 @@ def _counted(where: Any, name: str) -> Iterator[list[None]]:
         yield calls
 
 
-def _optimizer(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def _optimizer(dtype: torch.dtype = torch.float32, **buckets: Any) -> tuple[Any, Any]:
     """A linear layer with its bias, and torch's Adam of both under the distributed optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -293,7 +304,7 @@ def _optimizer(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     _lone_rank()
     config = _config(params_dtype=dtype)
     linear = ColumnParallelLinear(8, 8, config=config, init_method=torch.nn.init.normal_)
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, **buckets)
     module = DistributedDataParallel(config, ddp_config, linear)
     settings = OptimizerConfig(
         optimizer="adam", lr=0.1, params_dtype=dtype, use_distributed_optimizer=True
@@ -301,8 +312,8 @@ def _optimizer(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return module, get_megatron_optimizer(settings, [module])
 
 
-def _stepped() -> tuple[Any, Any]:
-    module, optimizer = _optimizer()
+def _stepped(**buckets: Any) -> tuple[Any, Any]:
+    module, optimizer = _optimizer(**buckets)
     module.zero_grad_buffer()
     output, bias = module(torch.ones(2, 1, 8))
     (output.sum() + (0 if bias is None else bias.sum())).backward()

@@ -80,12 +80,12 @@ def test_routing_can_be_replayed_of_a_mixture_and_by_an_engine_that_tells(monkey
     experts = replace(ARCH, mixture=mixture)
     alone = RolloutConfig(routing_replay=True)
     shared = RolloutConfig(routing_replay=True, tensor_model_parallel_size=2)
-    assert not list(device_problems(experts, alone, CPU))
-    assert not list(device_problems(experts, shared, CPU))
-    assert not list(device_problems(experts, alone, CUDA))
-    (problem,) = device_problems(experts, shared, CUDA)
+    assert not list(device_problems(experts, alone, MODEL, CPU))
+    assert not list(device_problems(experts, shared, MODEL, CPU))
+    assert not list(device_problems(experts, alone, MODEL, CUDA))
+    (problem,) = device_problems(experts, shared, MODEL, CUDA)
     assert str(problem).endswith(
         "Set rollout.tensor_model_parallel_size=1 or set rollout.routing_replay=false"
     )
-    (problem,) = device_problems(ARCH, alone, CPU)
+    (problem,) = device_problems(ARCH, alone, MODEL, CPU)
     assert "has no effect: the model has no experts" in str(problem)
