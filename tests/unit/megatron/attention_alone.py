@@ -70,6 +70,31 @@ class Saving(torch.autograd.Function):
         return out
 
 
+class SavingKeys(torch.autograd.Function):
+    """Keeps keys and values for its backward, which gives them as their own gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(key, value)
+        return query.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = ctx.saved_tensors
+        return gradients[0], key, value
+
+
+def _counting(kept: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context in which kept gets the address and the bytes of all memory that a backward keeps."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+
+
 def product(seed: int, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys and values as views of the product that Megatron-Core cuts them from."""
     drawn = torch.Generator().manual_seed(seed)
@@ -217,26 +242,9 @@ def kept_of_shared_prompts() -> int:
     row = shared_row()
     rows = attention.packed_rows(row, rope_of(torch.float64), in_blocks=False)
     kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        memory = tensor.untyped_storage()
-        kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    class SavingKeys(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            ctx.save_for_backward(key, value)
-            return query.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            key, value = ctx.saved_tensors
-            return gradients[0], key, value
-
     _, query, key, value = product(0, row.lengths)
     key, value = (x.detach().clone().requires_grad_() for x in (key, value))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with _counting(kept):
         out = rows.seen.attend(query, key, value, lambda q, k, v, _: SavingKeys.apply(q, k, v))
     given = torch.autograd.grad(out.sum(), (key, value))
     counts = row.shared.keys.bincount()[:, None, None]  # each entry is given what it is, so often
@@ -253,23 +261,6 @@ def kept_of_a_part(cp: int) -> int:
     split = split_attention.split_of(lengths, row_of(lengths).cu_seqlens, group)
     _, query, key, value = product(0, tuple(length // cp for length in lengths))
     kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        memory = tensor.untyped_storage()
-        kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    class SavingKeys(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            ctx.save_for_backward(key, value)
-            return query.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            key, value = ctx.saved_tensors
-            return gradients[0], key, value
-
     repeated = mock.patch.object(
         split_attention, "_gathered", lambda own, _: own.repeat(cp, 1, 1, 1)
     )
@@ -279,7 +270,7 @@ def kept_of_a_part(cp: int) -> int:
         for half in split.halves:
             seen = both.index_select(0, half.keys)
             with (
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+                _counting(kept),
                 own.in_place_of(seen, half.keys),
             ):
                 out = SavingKeys.apply(query.index_select(0, half.queries), seen[:, 0], seen[:, 1])

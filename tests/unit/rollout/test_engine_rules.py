@@ -1,11 +1,14 @@
 """What settings mean where the policy itself samples."""
 
+from dataclasses import replace
+
+from rollout_models import ARCH
+
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine_rules import engine_problems_of, unused_by_policy
 from megatron_rl.rollout.kv_cache import policy_token_bytes
-from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.config import WeightSyncConfig
 
 MODEL = ModelConfig(path="model", dtype="float32")
@@ -40,22 +43,7 @@ def test_what_has_no_effect_is_said():
 
 def test_a_token_takes_keys_and_values_in_every_layer_of_the_rank_that_has_most():
     """6 layers over two stages: 3 on a rank. 4 key heads over TP 2: 2 on a rank."""
-    arch = ModelArch(
-        model_type="qwen2",
-        num_layers=6,
-        hidden_size=64,
-        ffn_hidden_size=256,
-        num_attention_heads=8,
-        num_query_groups=4,
-        head_dim=8,
-        vocab_size=112,
-        rms_norm_eps=1e-6,
-        rope_theta=1e4,
-        rope_scaling_factor=None,
-        max_position_embeddings=256,
-        qkv_bias=True,
-        tied_embeddings=False,
-    )
+    arch = replace(ARCH, num_layers=6, num_attention_heads=8, num_query_groups=4, head_dim=8)
     layout = Layout(world_size=4, tp=2, pp=2)
     assert policy_token_bytes(arch, layout, itemsize=2) == 2 * 3 * 2 * 8 * 2
     alone = Layout(world_size=8, tp=8, pp=1)  # ranks beyond the heads have one each

@@ -3,30 +3,15 @@
 from dataclasses import replace
 
 import pytest
+from rollout_models import ARCH
 
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.platforms.base import CPU, CUDA
 from megatron_rl.rollout.config import LEAST_TEMPERATURE, MOST_TEMPERATURE, RolloutConfig
 from megatron_rl.rollout.refusals import CPU_HEAD_DIMS, device_problems
-from megatron_rl.weights.arch import MixtureArch, ModelArch
+from megatron_rl.weights.arch import MixtureArch
 
 MODEL = ModelConfig(path="model")
-ARCH = ModelArch(
-    model_type="qwen2",
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=256,
-    num_attention_heads=2,
-    num_query_groups=2,
-    head_dim=32,
-    vocab_size=112,
-    rms_norm_eps=1e-6,
-    rope_theta=1e4,
-    rope_scaling_factor=None,
-    max_position_embeddings=256,
-    qkv_bias=True,
-    tied_embeddings=False,
-)
 
 
 def test_vllm_takes_the_temperatures_that_we_take_and_no_others():
