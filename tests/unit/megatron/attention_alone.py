@@ -85,7 +85,7 @@ class SavingKeys(torch.autograd.Function):
 
 
 def _counting(kept: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
-    """A context in which kept gets the address and the bytes of all memory that a backward keeps."""
+    """A context in which kept gets the address and bytes of all memory that a backward keeps."""
 
     def keep(tensor: Tensor) -> Tensor:
         memory = tensor.untyped_storage()
