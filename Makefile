@@ -2,10 +2,12 @@
 # PYTHON names the Python that .venv is made with, for example: make install PYTHON=3.11
 # VENV names another environment than .venv, for example: make test VENV=.venv-3.11
 # TESTS names some of the tests, for example: make test TESTS=tests/unit
+# ARGS goes to pytest as it is.
 
 PYTHON ?=
 VENV ?= .venv
 TESTS ?=
+ARGS ?=
 RUN := $(VENV)/bin/python -m
 export MEGATRON_RL_VENV := $(VENV)
 
@@ -20,7 +22,7 @@ quickstart: install
 
 # Two files at a time: many tests are single processes. In the order of the folders, the slow first.
 test: install
-	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(RUN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) $(TESTS)
 
 test-fast: install
 	$(RUN) pytest -m "not slow and not gpu and not cluster and not exhaustive"
@@ -34,12 +36,13 @@ test-exhaustive: install
 test-cluster: install
 	$(RUN) pytest -m cluster tests/cluster
 
-# The share that depends on Megatron-Core, with Python 3.11 and its older version.
+# The share that depends on Megatron-Core, with Python 3.11 and its older version: gradients at
+# every third layout.
 OTHER := tests/architecture tests/unit/megatron tests/distributed/test_faults.py \
 	tests/distributed/test_gradient_invariance.py tests/distributed/test_checkpoint_conversion.py \
 	tests/e2e/test_resume.py tests/e2e/test_megatron_settings.py
 test-other:
-	@$(MAKE) test VENV=.venv-3.11 PYTHON=3.11 TESTS="$(OTHER)"
+	@$(MAKE) test VENV=.venv-3.11 PYTHON=3.11 ARGS=--part=1/3 TESTS="$(OTHER)"
 
 lint: install
 	$(RUN) ruff check .

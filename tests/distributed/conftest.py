@@ -12,7 +12,7 @@ harness.PRELOAD.append("preload_megatron")
 def pytest_addoption(parser):
     parser.addoption("--measured", help="a folder that gets what a published table is made of")
     parser.addoption(
-        "--part", help="K/N: of the layouts of a published table every N-th, from the K-th on"
+        "--part", help="K/N: of the layouts of the gradient table every N-th, from the K-th on"
     )
 
 
@@ -21,9 +21,10 @@ def pytest_collection_modifyitems(config, items):
     if not (part := config.getoption("part")):
         return
     first, step = map(int, part.split("/"))
-    names = [i.callspec.params["name"] for i in items if "name" in _params(i)]
-    mine = set(list(dict.fromkeys(names))[first - 1 :: step])
-    others = [i for i in items if _params(i).get("name", "") not in {"", *mine}]
+    measured = [i for i in items if {"extent", "name"} <= _params(i).keys()]
+    names = dict.fromkeys(i.callspec.params["name"] for i in measured)
+    mine = set(list(names)[first - 1 :: step])
+    others = [i for i in measured if i.callspec.params["name"] not in mine]
     config.hook.pytest_deselected(items=others)
     items[:] = [i for i in items if i not in others]
 
