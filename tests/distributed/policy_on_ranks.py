@@ -332,7 +332,8 @@ def microbatches_of(policy: Policy, case: Case, problem: Problem) -> tuple[Micro
         shares_prompts=case.shares_prompts,
     )
     rows = batch.microbatches
-    if case.shares_prompts and dist.get_world_size() == 1 and question.groups != "lonely":
+    keeps_all = question.recipe.preset == "grpo" and question.groups == "graded"
+    if case.shares_prompts and keeps_all and dist.get_world_size() == 1:
         assert any(row.shared is not None for row in rows)
     if question.has_old:
         rows = tuple(row.with_loss(old_logprobs=_at_rows(problem.old, row)) for row in rows)
