@@ -186,10 +186,10 @@ def test_what_would_train_another_network_without_an_error_is_ours(name):
 
 
 def test_every_field_of_every_tested_version_is_decided_once():
-    """But for a size that Megatron-Core keeps outside of TransformerConfig, refused as others."""
+    """But for settings of layouts that TransformerConfig does not have, refused as others."""
     assert FIELDS.keys() == set(SUPPORTED_VERSIONS)
     of_all = {name for names in FIELDS.values() for name in names}
-    assert Counter(DECIDED) == Counter([*of_all, "world_size", "overlap_grad_reduce"])
+    assert Counter(DECIDED) == Counter([*of_all, "world_size", "overlap_grad_reduce", "auto"])
 
 
 def test_the_listed_fields_are_those_of_the_installed_version():
