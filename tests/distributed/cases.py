@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from layout import Layout
-from reference import FORMULAS, Answer, Auxiliary, Key, Measured, Recipe, Reference, Values
+from reference import FORMULAS, Answer, Key, Measured, Recipe, Reference, Values
+from router_reference import Auxiliary
 from splits import LAYOUTS
 from tiny_models import (
     MAX_RESPONSE_TOKENS,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from reference import Auxiliary
+from router_reference import Auxiliary
 
 from megatron_rl.parallel.stages import EVEN, Split
 

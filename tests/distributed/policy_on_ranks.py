@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from cases import TEMPERATURE, Case, Problem, owned
 from layout import Layout
 from megatron.core import parallel_state
-from reference import Answer, Auxiliary, Recipe, Values
+from reference import Answer, Recipe, Values
+from router_reference import Auxiliary
 from tiny_models import MAX_RESPONSE_TOKENS, VOCAB_SIZE
 from torch import Tensor
 from torch.distributed.distributed_c10d import _world

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from router_reference import Auxiliary, Routed, auxiliary_losses
 from torch import Tensor
 
 from megatron_rl.types import RolloutGroup
 
 Key = tuple[int, int]  # group_id, position in the group
 Values = Mapping[Key, Tensor]  # [R] float64 each
-Routed = tuple[Tensor, Tensor]  # of a router: its logits [T, E], the experts chosen [T, K]
 AllRouted = Mapping[Key, list[Routed]]  # of each layer with experts
 STD_EPS = 1e-6
 # In files, of all but Mixtral and of Mixtral: the block's name, gate, up and down.
@@ -50,15 +50,6 @@ class Recipe:
     tau_negative: float = 1.05
     dpo_beta: float = 0.1
     dpo_reference: str = "initial"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Auxiliary:
-    """Auxiliary losses of routers: over what experts are balanced, and the coefficients."""
-
-    over: str | None = None  # "sequence" or "update"
-    balance: float = 0.0
-    z: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,23 +305,6 @@ class Measured:
     routed: AllRouted = field(default_factory=dict)
     values: Values = field(default_factory=dict)  # of the critic
     max_response_tokens: int = 1
-
-
-def auxiliary_losses(routed: Sequence[Sequence[Routed]], over: str | None) -> tuple[Tensor, Tensor]:
-    """(balance, z) as means over layers, of what routers did with sequences, layer by layer."""
-    balance, z = [], []
-    for of_layer in zip(*routed, strict=True):
-        tokens = sum(len(logits) for logits, _ in of_layer)
-        z.append(sum(logits.logsumexp(-1).square().sum() for logits, _ in of_layer) / tokens)
-        whole = [tuple(map(torch.cat, zip(*of_layer, strict=True)))]
-        terms = []
-        for logits, experts in whole if over == "update" else of_layer:
-            probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
-            chosen = torch.zeros_like(probs).scatter(1, experts, 1.0).mean(0) / experts.shape[1]
-            evenness = (chosen * probs.mean(0)).sum() * probs.shape[1]
-            terms.append(evenness * len(logits) / tokens)
-        balance.append(sum(terms))
-    return torch.stack(balance).mean(), torch.stack(z).mean()
 
 
 def _trained(recipe: Recipe, groups: Sequence[RolloutGroup]) -> list[Key]:

@@ -1,7 +1,7 @@
 """The ways in which models are split in the tests of gradients, on up to four ranks."""
 
 from layout import Layout
-from reference import Auxiliary
+from router_reference import Auxiliary
 from wide_splits import WIDE_LAYOUTS
 
 from megatron_rl.megatron import faults
