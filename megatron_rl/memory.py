@@ -21,6 +21,7 @@ from megatron_rl.megatron.config import Offload
 from megatron_rl.ops import native
 from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
+from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP
 from megatron_rl.rollout.group_rules import most_kept
 from megatron_rl.rollout.kv_cache import cache_mib, policy_token_bytes, sequence_bytes
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
@@ -43,8 +44,6 @@ DEFINITION_COPIES = 5  # of the logits, in float32, where no native op turns the
 SAVED_COPIES = 8
 """What a save of a distributed optimizer holds beside the models, in float32 copies of the weights;
 measured. The first replica gathers main weights and both moments, and describes and writes them."""
-
-PROMPT_TOKENS_PER_STEP = 8192  # of an engine on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+PROMPT_TOKENS_PER_STEP = 8192
+"""Tokens of prompts in one forward pass, where an engine has no measure of its own: of vLLM on a
+CPU, and of the policy."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP, Request, Response
 
-PROMPT_TOKENS_PER_STEP = 8192  # tokens of prompts in one forward pass
 FREE_SHARE = 8
 """New prompts go through the model when one slot in so many is free: a pass of a single prompt
 costs a small model as much as a token of everybody."""

@@ -13,7 +13,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.layout import EngineLayout
 from megatron_rl.rollout.config import RolloutConfig
-from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP, Request, Response
 from megatron_rl.rollout.kv_cache import LEAST_MIB
 from megatron_rl.rollout.shared_memory import private_shared_memory
 from megatron_rl.rollout.vllm_routing import RoutedRequests, narrowest
@@ -31,7 +31,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about weights, which we verify ourselves
 }
 RETURN_ROUTING = {"enable_return_routed_experts": True}
-PROMPT_TOKENS_PER_STEP = 8192  # tokens of prompts in one forward pass, on a CPU
 
 
 def require_vllm() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_rl.rollout.engine import Request, Response
-from megatron_rl.rollout.slots import PROMPT_TOKENS_PER_STEP, Moves, Slots
+from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP, Request, Response
+from megatron_rl.rollout.slots import Moves, Slots
 
 STOP = 1
 
