@@ -60,7 +60,7 @@ def experts_without_sequence_parallelism(problems: Problems) -> bool:
 
 def norm_without_mark(problems: Problems) -> bool:
     """What stock code reduces where our norm does not mark its weight."""
-    from test_gradient_controls import norms_without_tag
+    from gradient_faults import norms_without_tag
 
     return _measured(problems, TP2_SP, fault=norms_without_tag).gradient_error > NOTICED
 
