@@ -106,7 +106,9 @@ class BuildNative(build_ext):
     """Host files with the C++ compiler, kernels with nvcc, one library of both."""
 
     def build_extension(self, ext: Extension) -> None:
-        Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
+        # What an earlier build left would otherwise stay where this one fails.
+        for folder in (Path(self.build_lib), ROOT):
+            (folder / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         try:
             if ext.name == "megatron_rl._C":
                 self._build_ops(ext)

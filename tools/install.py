@@ -39,6 +39,12 @@ DEVICE_VARIABLE = "MEGATRON_RL_DEVICE"
 TORCH_VARIABLE = "MEGATRON_RL_TORCH_BUILD"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
+NATIVE_WARNING = "megatron_rl: WARNING: "  # as setup.py writes it
+PRINT_NATIVE_DEVICES = (
+    "from megatron_rl.ops import native; "
+    "print(', '.join(native.devices()) or f'none, since {native.FAULT}')"
+)
+
 TIMEOUT_OF_PYTHON_S = 60
 TIMEOUT_OF_PROBE_S = 300
 SECONDS_BETWEEN_SIGNS_OF_LIFE = 30
@@ -180,7 +186,7 @@ def plan_cuda(site_packages: Path) -> list[Step]:
 
 
 PACKAGE_STEP = Step(
-    "megatron_rl itself, editable", ("--no-deps", "--no-build-isolation", "-e", ".")
+    "megatron_rl itself, editable", ("--no-deps", "--no-build-isolation", "-v", "-e", ".")
 )
 
 
@@ -195,6 +201,12 @@ def work_left(wanted: Stamp, found: Stamp | None) -> str:
     if found.requirements != wanted.requirements:
         return "requirements"
     return "package" if found.package != wanted.package else "nothing"
+
+
+def left_out(output: str) -> list[str]:
+    """What setup.py's warnings in the output of a build say is missing."""
+    parts = (line.partition(NATIVE_WARNING) for line in output.splitlines())
+    return [reason.strip() for _, warning, reason in parts if warning]
 
 
 # Actions.
@@ -234,6 +246,7 @@ def main(named_python: str | None = None) -> None:
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]")
     check_imports(torch)
+    print(native_parts())
     STAMP.write_text(json.dumps(wanted._asdict()))
     print(f"Installed in {time.monotonic() - start:.0f} s. Next: make quickstart, or make test")
 
@@ -428,6 +441,21 @@ def check_imports(torch_build: str) -> None:
             f"torch is a build for {build} where one for {torch_build} was asked for. Remove "
             f"{VENV}, check pip's configured sources, or set {DEVICE_VARIABLE} or {TORCH_VARIABLE}"
         )
+
+
+def native_parts() -> str:
+    """What of csrc/ is there and what was left out, which pip says in its log only."""
+    built = subprocess.run(
+        [str(VENV_PYTHON), "-W", "ignore", "-c", PRINT_NATIVE_DEVICES],
+        cwd=VENV,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    last_step = LOG.read_text(encoding="utf-8").rpartition("\n$ ")[2]
+    warnings = [f"WARNING: {reason}" for reason in left_out(last_step)]
+    where = [f"The compiler's output is in {LOG}"] if warnings else []
+    return "\n".join([f"Native ops: {built.stdout.strip()}", *warnings, *where])
 
 
 if __name__ == "__main__":

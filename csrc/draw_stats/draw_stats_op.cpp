@@ -1,7 +1,7 @@
-#include "draw_stats.h"
-
+#include "../common/cuda_stream.h"
 #include "../common/tensors.h"
 #include "../cpu/row_kernels.h"
+#include "draw_stats_launch.h"
 
 namespace megatron_rl {
 namespace {

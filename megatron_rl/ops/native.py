@@ -55,6 +55,11 @@ def take_as_compiled(device_type: str) -> None:
         _COMPILED[device_type] = frozenset(OPS)
 
 
+def devices() -> tuple[str, ...]:
+    """The kinds of devices that ops were compiled for: "cpu", "cuda"."""
+    return tuple(kind for kind, ops in _COMPILED.items() if ops)
+
+
 def has(op: str, device: torch.device) -> bool:
     """True where op was compiled for this kind of device."""
     return op in _COMPILED.get(device.type, ())

@@ -337,3 +337,20 @@ def test_conditions_that_always_hold_are_left_out(lock):
     assert lock.shortened(f"six==1.17.0 ; {always} and extra == 'x' \\\n    --hash=sha256:0\n") == (
         "six==1.17.0 ; extra == 'x' \\\n    --hash=sha256:0\n"
     )
+
+
+def test_what_a_build_left_out_is_found_in_the_output_of_pip(install):
+    output = """
+      nvcc -c csrc/a.cu
+
+      megatron_rl: WARNING: the CUDA ops are left out, the CPU ops are built: nvcc csrc/a.cu:
+      a.cu(3): error: identifier "b" is undefined
+    """
+    assert install.left_out(output) == [
+        "the CUDA ops are left out, the CPU ops are built: nvcc csrc/a.cu:"
+    ]
+    assert install.left_out("Successfully installed megatron_rl-0.1.0") == []
+
+
+def test_setup_writes_the_warning_that_the_installation_looks_for(install):
+    assert f'f"\\n{install.NATIVE_WARNING}' in Path(ROOT, "setup.py").read_text()
