@@ -40,10 +40,6 @@ TORCH_VARIABLE = "MEGATRON_RL_TORCH_BUILD"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 NATIVE_WARNING = "megatron_rl: WARNING: "  # as setup.py writes it
-PRINT_NATIVE_DEVICES = (
-    "from megatron_rl.ops import native; "
-    "print(', '.join(native.devices()) or f'none, since {native.FAULT}')"
-)
 
 TIMEOUT_OF_PYTHON_S = 60
 TIMEOUT_OF_PROBE_S = 300
@@ -185,9 +181,7 @@ def plan_cuda(site_packages: Path) -> list[Step]:
     ]
 
 
-PACKAGE_STEP = Step(
-    "megatron_rl itself, editable", ("--no-deps", "--no-build-isolation", "-v", "-e", ".")
-)
+PACKAGE_STEP = Step("megatron_rl, editable", ("--no-deps", "--no-build-isolation", "-ve", "."))
 
 
 def work_left(wanted: Stamp, found: Stamp | None) -> str:
@@ -246,7 +240,6 @@ def main(named_python: str | None = None) -> None:
     for number, step in enumerate(steps, start=1):
         run_step(step, f"[{number}/{len(steps)}]")
     check_imports(torch)
-    print(native_parts())
     STAMP.write_text(json.dumps(wanted._asdict()))
     print(f"Installed in {time.monotonic() - start:.0f} s. Next: make quickstart, or make test")
 
@@ -424,8 +417,11 @@ def hint(step: Step) -> str:
 
 
 def check_imports(torch_build: str) -> None:
-    """A wrong build of torch installs without a word, so look at the result."""
-    code = "import torch, megatron.core, megatron_rl; print(torch.version.cuda or 'cpu')"
+    """A wrong build of torch, and parts left out, install without a word: look at the result."""
+    code = (
+        "import torch, megatron.core; from megatron_rl.ops import native; "
+        "print(torch.version.cuda or 'cpu', ', '.join(native.devices()) or 'none: definitions run')"
+    )
     check = subprocess.run(
         [str(VENV_PYTHON), "-W", "ignore", "-c", code],
         cwd=VENV,
@@ -435,27 +431,15 @@ def check_imports(torch_build: str) -> None:
     )
     if check.returncode != 0:
         raise InstallError(f"The installed packages do not import:\n{check.stderr.strip()}")
-    build = check.stdout.split()[-1]
+    build, devices = check.stdout.strip().splitlines()[-1].split(maxsplit=1)
     if torch_build != "any" and (build == "cpu") != (torch_build == "cpu"):
         raise InstallError(
             f"torch is a build for {build} where one for {torch_build} was asked for. Remove "
             f"{VENV}, check pip's configured sources, or set {DEVICE_VARIABLE} or {TORCH_VARIABLE}"
         )
-
-
-def native_parts() -> str:
-    """What of csrc/ is there and what was left out, which pip says in its log only."""
-    built = subprocess.run(
-        [str(VENV_PYTHON), "-W", "ignore", "-c", PRINT_NATIVE_DEVICES],
-        cwd=VENV,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    last_step = LOG.read_text(encoding="utf-8").rpartition("\n$ ")[2]
-    warnings = [f"WARNING: {reason}" for reason in left_out(last_step)]
-    where = [f"The compiler's output is in {LOG}"] if warnings else []
-    return "\n".join([f"Native ops: {built.stdout.strip()}", *warnings, *where])
+    print(f"Native ops: {devices}")
+    for reason in left_out(LOG.read_text(encoding="utf-8").rpartition("\n$ ")[2]):
+        print(f"WARNING: {reason} (the compiler's output is in {LOG})")
 
 
 if __name__ == "__main__":
