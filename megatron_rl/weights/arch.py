@@ -72,7 +72,8 @@ class ModelArch:
     @property
     def dense_rows(self) -> list[tuple[str, int]]:
         """(name, number) of the rows that tensor parallelism cuts of feed-forward networks, but of
-        experts."""
+        experts.
+        """
         rows = []
         if not all(self.has_experts(layer) for layer in range(self.num_layers)):
             rows.append(("rows of the feed-forward layer", self.ffn_hidden_size))
@@ -106,7 +107,8 @@ class ModelArch:
             return 3 * self.hidden_size * self.ffn_hidden_size
         expert = 3 * self.hidden_size * self.mixture.ffn_hidden_size
         shared = 3 * self.hidden_size * self.mixture.shared_ffn_hidden_size
-        return self.mixture.num_experts * (expert + self.hidden_size) + shared
+        bias = self.mixture.num_experts if self.mixture.has_bias else 0
+        return self.mixture.num_experts * (expert + self.hidden_size) + bias + shared
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -80,7 +80,9 @@ EVERY_LAYOUT = (
         name="TP2 SP, qwen3", world=2, tp=2, sequence_parallel=True, model="qwen3", has_least=True
     ),
     Layout(name="one rank, experts", world=1, model="qwen3_moe_raw", has_least=True),
-    Layout(name="one rank, sigmoids and a shared expert", world=1, model="glm4_moe", has_least=True),
+    Layout(
+        name="one rank, sigmoids and a shared expert", world=1, model="glm4_moe", has_least=True
+    ),
     Layout(
         name="TP2 SP, sigmoids and a shared expert",
         world=2,

@@ -76,9 +76,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 GLM4 = {
-    **{"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
-    **{"attention_bias": True, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7},
-    **{"num_nextn_predict_layers": 0, "head_dim": 24, "use_qk_norm": True},
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "attention_bias": True,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "num_nextn_predict_layers": 0,
+    "head_dim": 24,
+    "use_qk_norm": True,
 }
 MODELS["glm4_moe"] = ("Glm4Moe", GLM4)
 # Of another shape than the models that it teaches.
@@ -138,7 +144,9 @@ def write_model(name: str, model_dir: Path) -> None:
     torch.manual_seed(list(MODELS).index(name))
     family, changes = MODELS[name]
     config_class = getattr(transformers, f"{family}Config")
-    settings = copy.deepcopy({**SIZES, **changes})  # of whose dictionaries transformers makes its own
+    settings = copy.deepcopy(
+        {**SIZES, **changes}
+    )  # of whose dictionaries transformers makes its own
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**settings))
     with torch.no_grad():
         for parameter in model.parameters():

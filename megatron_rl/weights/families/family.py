@@ -31,15 +31,21 @@ class MixtureFields:
     dense."""
 
     @property
+    def of_dense_layers(self) -> tuple[str, ...]:
+        """The fields that say which layers are dense."""
+        if self.is_sigmoid:
+            return ("first_k_dense_replace",)
+        return ("decoder_sparse_step", "mlp_only_layers") if self.has_dense_layers else ()
+
+    @property
     def used(self) -> frozenset[str]:
         """The fields that are read."""
-        own = frozenset({self.ffn_hidden_size, "num_experts_per_tok", *self.num_experts})
-        if self.has_dense_layers:
-            own |= {"decoder_sparse_step", "mlp_only_layers"}
+        named = (*self.num_experts, *self.of_dense_layers)
+        own = frozenset({self.ffn_hidden_size, "num_experts_per_tok", *named})
         if self.renormalized is None:
             own |= {"norm_topk_prob"}
         if self.is_sigmoid:
-            own |= {"routed_scaling_factor", "n_shared_experts", "first_k_dense_replace"}
+            own |= {"routed_scaling_factor", "n_shared_experts"}
         return own
 
 

@@ -258,10 +258,9 @@ def _mixture(names: MixtureFields, fields: Fields, layers: int) -> MixtureArch:
     if names.is_sigmoid:
         dense_layers = frozenset(range(min(layers, fields.count("first_k_dense_replace"))))
     if len(dense_layers) == layers:
-        by = "first_k_dense_replace" if names.is_sigmoid else "decoder_sparse_step, mlp_only_layers"
         raise InputError(
-            f"{fields.where}: by {by} there is no layer with experts. Name it by the dense "
-            "model_type that it is"
+            f"{fields.where}: {' and '.join(names.of_dense_layers)} leave no layer with experts. "
+            "Name it by the dense model_type that it is"
         )
     ffn_hidden_size = fields.number(names.ffn_hidden_size)
     mixture = MixtureArch(
