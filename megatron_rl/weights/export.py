@@ -69,11 +69,7 @@ def export_hf(
     exact = float32_names(arch)
     dtypes = {name: torch.float32 if name in exact else dtype for name in shapes}
     nbytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    # Tensors of one dtype travel together, so each dtype has files of its own.
-    by_dtype = {
-        one: plan_files({n: b for n, b in nbytes.items() if dtypes[n] == one}, file_mib << 20)
-        for one in dict.fromkeys(dtypes.values())
-    }
+    by_dtype = _files_by_dtype(nbytes, dtypes, file_mib << 20)
     files = list(chain.from_iterable(by_dtype.values()))
     temporary = output.with_name(f".{output.name}.partial")
     room = Room("the export", output.parent, needed=sum(nbytes.values()) + ROOM_FOR_THE_REST)
@@ -101,17 +97,7 @@ def export_hf(
     writer = _FileSequence(temporary, files, shapes, dtypes)
     for one, its_files in by_dtype.items():
         for names_of in _batches(its_files, nbytes, groups.layout.world_size):
-            own = {name: shapes[name] for name in names_of[groups.rank]}
-            tensors = {name: torch.empty(shape, dtype=one) for name, shape in own.items()}
-            execute(
-                _plan(sources, names_of, shapes, groups, one),
-                params,
-                tensors,
-                group=groups.bridge,
-                dtype=one,
-                device=groups.platform.current_device(),
-                after_bucket=lambda _: None,
-            )
+            tensors = _gathered(params, sources, names_of, shapes, groups, one)
             on_the_disk(partial(writer.write, tensors))
     if is_critic:
         on_the_disk(write_head, has_part=writes_head)
@@ -147,6 +133,38 @@ class _FileSequence:
             self._directory / file_name(number, len(self._files)),
             {name: (self._dtypes[name], self._shapes[name]) for name in self._files[number]},
         )
+
+
+def _files_by_dtype(
+    nbytes: Mapping[str, int], dtypes: Mapping[str, torch.dtype], limit_bytes: int
+) -> dict[torch.dtype, list[tuple[str, ...]]]:
+    """The tensors of each file; those of one dtype travel together, so it has files of its own."""
+    return {
+        dtype: plan_files({n: b for n, b in nbytes.items() if dtypes[n] == dtype}, limit_bytes)
+        for dtype in dict.fromkeys(dtypes.values())
+    }
+
+
+def _gathered(
+    params: Mapping[str, Tensor],
+    sources: Sequence[Holders],
+    names_of: Sequence[Sequence[str]],
+    shapes: Shapes,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The whole tensors of this rank's batch; every rank calls it, with the batches of all."""
+    own = {name: torch.empty(shapes[name], dtype=dtype) for name in names_of[groups.rank]}
+    execute(
+        _plan(sources, names_of, shapes, groups, dtype),
+        params,
+        own,
+        group=groups.bridge,
+        dtype=dtype,
+        device=groups.platform.current_device(),
+        after_bucket=lambda _: None,
+    )
+    return own
 
 
 def _batches(

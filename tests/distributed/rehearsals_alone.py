@@ -35,6 +35,7 @@ LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("Mistral-7B-Instruct-v0.3", 128, 0, 2, {"tp": 8, "sequence_parallel": True}),
     ("Mixtral-8x7B-Instruct-v0.1", 32, 0, 2, {"tp": 2, "sequence_parallel": True, "ep": 8}),
     ("Qwen3-30B-A3B", 256, 255, 4, {"pp": 2, "ep": 16}),
+    ("GLM-4.5", 512, 500, 8, {"tp": 4, "pp": 2, "sequence_parallel": True, "ep": 32}),
     ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),
 )
 PASSES = ("sft", "grpo", "ppo", "iterative_dpo", "distillation")

@@ -80,11 +80,9 @@ EVERY_LAYOUT = (
         name="TP2 SP, qwen3", world=2, tp=2, sequence_parallel=True, model="qwen3", has_least=True
     ),
     Layout(name="one rank, experts", world=1, model="qwen3_moe_raw", has_least=True),
+    Layout(name="one rank, sigmoids, shared expert", world=1, model="glm4_moe", has_least=True),
     Layout(
-        name="one rank, sigmoids and a shared expert", world=1, model="glm4_moe", has_least=True
-    ),
-    Layout(
-        name="TP2 SP, sigmoids and a shared expert",
+        name="TP2 SP, sigmoids, shared expert",
         world=2,
         tp=2,
         sequence_parallel=True,
@@ -101,7 +99,7 @@ EVERY_LAYOUT = (
         has_least=True,
     ),
     Layout(
-        name="PP2 VPP2, sigmoids and a shared expert",
+        name="PP2 VPP2, sigmoids, shared expert",
         world=2,
         pp=2,
         vpp=2,
@@ -110,7 +108,7 @@ EVERY_LAYOUT = (
         is_daily=False,
     ),
     Layout(
-        name="TP2 SP EP4 ETP1, sigmoids and a shared expert",
+        name="TP2 SP EP4 ETP1, sigmoids, shared expert",
         world=4,
         tp=2,
         ep=4,

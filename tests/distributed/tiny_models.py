@@ -144,9 +144,7 @@ def write_model(name: str, model_dir: Path) -> None:
     torch.manual_seed(list(MODELS).index(name))
     family, changes = MODELS[name]
     config_class = getattr(transformers, f"{family}Config")
-    settings = copy.deepcopy(
-        {**SIZES, **changes}
-    )  # of whose dictionaries transformers makes its own
+    settings = copy.deepcopy({**SIZES, **changes})  # transformers changes dictionaries
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**settings))
     with torch.no_grad():
         for parameter in model.parameters():

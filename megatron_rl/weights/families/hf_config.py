@@ -56,7 +56,7 @@ IGNORED = {
     "max_sequence_length",
 }
 IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
-# How many layers stand behind the last one, which guess tokens ahead and whose tensors are left out.
+# How many layers stand behind the last one and guess tokens ahead; their tensors are left out.
 IGNORED_WITH_LAYERS_BEHIND = {"num_nextn_predict_layers", "num_mtp_layers"}
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),

@@ -476,3 +476,8 @@ def test_losses_of_routers_that_a_dense_model_does_not_have_are_refused():
     assert not list(router_problems(EXPERTS, model))
     nothing = ModelConfig(path="m", megatron={KIND: "none", COEFF: 0.0, Z_COEFF: None})
     assert not list(router_problems(ARCH, nothing))
+    sigmoids = replace(EXPERTS, mixture=replace(EXPERTS.mixture, score="sigmoid"))
+    told = [str(problem) for problem in router_problems(sigmoids, model)]
+    assert len(told) == 3
+    assert "this model's have sigmoids and a balancing bias" in told[0]
+    assert not list(router_problems(sigmoids, nothing))
