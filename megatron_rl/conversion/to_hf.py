@@ -20,7 +20,7 @@ from megatron_rl.weights.hf_files import (
     plan_files,
     write_index,
 )
-from megatron_rl.weights.layouts import hf_shapes
+from megatron_rl.weights.layouts import float32_names, hf_shapes
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
 FORMAT = 1  # of the journal; another number discards unfinished work
@@ -45,7 +45,8 @@ def convert_to_hf(
         config_dir: holds config.json, tokenizer and chat template, which are copied.
         output: the directory to make.
         arch: the architecture that config_dir describes.
-        dtype: the dtype of all weights in output; None: each keeps its own.
+        dtype: the dtype of weights in output; None: each keeps its own, as what is float32 in a
+            model of any dtype does in either case.
         file_bytes: most bytes of tensors in one safetensors file.
         progress: is told the bytes of the weights as they are written.
 
@@ -53,7 +54,10 @@ def convert_to_hf(
         InputError: the checkpoint cannot be used, or the output cannot be written.
     """
     shapes = hf_shapes(arch)
-    dtypes = {name: dtype or checkpoint.dtypes[name] for name in shapes}
+    kept = float32_names(arch)
+    dtypes = {
+        name: checkpoint.dtypes[name] if dtype is None or name in kept else dtype for name in shapes
+    }
     nbytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     files = plan_files(nbytes, file_bytes)
     identity = {

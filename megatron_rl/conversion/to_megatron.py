@@ -33,7 +33,7 @@ from megatron_rl.weights.dcp_files import (
 )
 from megatron_rl.weights.disk import sync
 from megatron_rl.weights.hf_files import CONFIG, HfCheckpoint, copy_companions
-from megatron_rl.weights.layouts import MegatronParam, hf_shapes
+from megatron_rl.weights.layouts import MegatronParam, hf_shapes, is_behind
 from megatron_rl.weights.model_source import COMPANION_DIR, TRACKER
 from megatron_rl.weights.pieces import Box, blocks, size
 
@@ -79,13 +79,14 @@ def convert_to_megatron(
         arch: the architecture that source describes.
         tp: the tensor parallelism that it is meant for, which decides the padding of the
             vocabulary; any other layout loads it too.
-        dtype: the dtype of all weights; None: each keeps its own.
+        dtype: the dtype of weights; None: each keeps its own. What is float32 in a model of any
+            dtype is so here, too.
         progress: is told the bytes of the weights as they are written.
 
     Raises:
         InputError: source cannot be used, or the output cannot be written.
     """
-    checkpoint = HfCheckpoint(source, hf_shapes(arch))
+    checkpoint = HfCheckpoint(source, hf_shapes(arch), lambda name: is_behind(arch, name))
     plan = _plan(arch, checkpoint, tp, dtype)
     final = output / f"iter_{ITERATION:07d}"
     identity = {
@@ -124,7 +125,10 @@ def _plan(arch: ModelArch, checkpoint: HfCheckpoint, tp: int, dtype: torch.dtype
     naming = stock_naming(arch)
     tensors = stored_params(arch, lambda _: naming)
     dtypes = {
-        key: dtype or _common_dtype(stored, checkpoint, key) for key, stored in tensors.items()
+        key: torch.float32
+        if stored.first.in_float32
+        else dtype or _common_dtype(stored, checkpoint, key)
+        for key, stored in tensors.items()
     }
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, list[tuple[str, Box]]] = defaultdict(list)

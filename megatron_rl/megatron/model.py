@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from megatron_rl.megatron.optimizer import (
 )
 from megatron_rl.megatron.residence import Residence
 from megatron_rl.megatron.rope import Rope
-from megatron_rl.megatron.routers import Routers
+from megatron_rl.megatron.routers import Routers, biases_of_routers
 from megatron_rl.megatron.schedule import Measure, finalize_without_dividing, run_schedule
 from megatron_rl.megatron.stored_files import open_weights
 from megatron_rl.megatron.stored_names import local_name
@@ -104,13 +105,13 @@ class TrainedModel:
     # -- weights ---------------------------------------------------------------------------------
 
     def named_parameters(self) -> dict[str, Tensor]:
-        """This rank's parameters under the names of weights/layouts."""
+        """This rank's parameters, and biases of routers, under the names of weights/layouts."""
         self.residence.bring_weights()
         vpp = self.groups.layout.vpp
         return {
-            (f"chunk{chunk}." if vpp > 1 else "") + local_name(name): parameter.data
+            (f"chunk{chunk}." if vpp > 1 else "") + local_name(name): tensor.data
             for chunk, module in enumerate(self.chunks)
-            for name, parameter in module.named_parameters()
+            for name, tensor in chain(module.named_parameters(), biases_of_routers(module))
         }
 
     @torch.no_grad()

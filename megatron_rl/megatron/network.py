@@ -14,6 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from megatron_rl.megatron.config import Attention
+from megatron_rl.megatron.routers import biases_kept
 from megatron_rl.megatron.spec import block_spec
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
@@ -117,6 +118,7 @@ def _build_chunk(
         post_process=parallel_state.is_pipeline_last_stage(**where),
         position_embedding_type="rope" if use_te else "none",  # local layers have rope.py
         rotary_base=arch.rope_theta,
+        rotary_percent=(arch.rotary_dim or arch.head_dim) / arch.head_dim,
         rope_scaling=arch.rope_scaling_factor is not None,
         rope_scaling_factor=arch.rope_scaling_factor or 8.0,
         share_embeddings_and_output_weights=arch.tied_embeddings,
@@ -132,4 +134,5 @@ def in_training_precision(
     """The chunks, in 16 bits where the config asks for it."""
     if not (config.bf16 or config.fp16):
         return list(chunks)
-    return [Float16Module(config, chunk) for chunk in chunks]
+    with biases_kept(chunks):
+        return [Float16Module(config, chunk) for chunk in chunks]

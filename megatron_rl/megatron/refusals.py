@@ -169,12 +169,15 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
 
 def router_problems(arch: ModelArch, model: ModelConfig) -> Iterator[ConfigError]:
     """Losses of routers that the model does not have."""
-    for name in FIELDS if arch.mixture is None else ():
+    if arch.mixture is None:
+        reason = "has no effect: the model has no experts"
+    elif arch.mixture.score != "softmax":
+        reason = "is of routers with a softmax: this model's have sigmoids and a balancing bias"
+    else:
+        return
+    for name in FIELDS:
         if (value := model.megatron.get(name)) not in (None, 0, "none"):
-            field = f"model.megatron.{name}"
-            yield ConfigError(
-                field, value, "has no effect: the model has no experts", "Leave it out"
-            )
+            yield ConfigError(f"model.megatron.{name}", value, reason, "Leave it out")
 
 
 def reference_problems(path: str, arch: ModelArch, parallel: ParallelConfig) -> Iterator[str]:

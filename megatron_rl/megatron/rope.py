@@ -18,16 +18,21 @@ from megatron_rl.weights.families.hf_rope import LLAMA3_ROPE
 class Rotation:
     """The angles of one packed row.
 
-    Each turns an entry of the first half of a head and its partner in the second half.
+    Each turns an entry of the first half of a head and its partner in the second half. Where only
+    the first r entries of a head turn, these are the head's halves, and the rest stays.
     """
 
-    cos: Tensor  # [T, 1, d/2]
-    sin: Tensor  # [T, 1, d/2]
+    cos: Tensor  # [T, 1, r/2]
+    sin: Tensor  # [T, 1, r/2]
 
     def turned(self, heads: Tensor) -> Tensor:
         """[T, heads, d] queries or keys at their positions."""
-        turned: Tensor = _Turn.apply(heads, self.cos, self.sin)
-        return turned
+        size = 2 * self.cos.shape[-1]
+        if size == heads.shape[-1]:
+            turned: Tensor = _Turn.apply(heads, self.cos, self.sin)
+            return turned
+        turning, still = heads.split((size, heads.shape[-1] - size), dim=-1)
+        return torch.cat([_Turn.apply(turning, self.cos, self.sin), still], dim=-1)
 
 
 class Rope:
@@ -35,7 +40,7 @@ class Rope:
 
     def __init__(self, arch: ModelArch, dtype: torch.dtype, device: torch.device) -> None:
         # On the CPU first: powers of another device are others in the last bit.
-        self.frequencies = frequencies(arch).to(device)  # [d/2]
+        self.frequencies = frequencies(arch).to(device)  # [r/2]
         self.amplitude = 1.0 if arch.yarn is None else arch.yarn.amplitude
         self.dtype = dtype
 
@@ -47,12 +52,13 @@ class Rope:
 
 
 def frequencies(arch: ModelArch) -> Tensor:
-    """[d/2] float32 radians per position.
+    """[r/2] float32 radians per position, r entries of a head turning: all of them, mostly.
 
     Under llama3's scaling, waves much longer than the context of pretraining are stretched by its
     factor, much shorter ones not at all, and those between by a blend of both.
     """
-    exponents = torch.arange(0, arch.head_dim, 2, dtype=torch.float32) / arch.head_dim
+    size = arch.rotary_dim or arch.head_dim
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
     lengths = arch.rope_theta**exponents  # of the waves, over 2 pi, in tokens
     if arch.yarn is not None:
         return _stretched_by_yarn(lengths, arch.rope_theta, arch.yarn)

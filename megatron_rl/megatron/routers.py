@@ -170,6 +170,26 @@ class Routers:
         )
 
 
+def biases_of_routers(chunk: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, [E] float32) of each bias that corrects a choice of experts: buffers, not trained."""
+    for name, module in chunk.named_modules():
+        if isinstance(module, TopKRouter) and module.expert_bias is not None:
+            yield f"{name}.expert_bias", module.expert_bias
+
+
+@contextmanager
+def biases_kept(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Inside, the chunks may be cast to 16 bits; biases of routers are float32 and whole behind it.
+
+    Megatron-Core makes them float32 again where they are used, from what the cast has left.
+    """
+    kept = [tensor.clone() for chunk in chunks for _, tensor in biases_of_routers(chunk)]
+    yield
+    found = (tensor for chunk in chunks for _, tensor in biases_of_routers(chunk))
+    for tensor, values in zip(found, kept, strict=True):
+        tensor.data = values
+
+
 class EngineChoice:
     """Routes by the engine's choice, in the place of Megatron-Core's RouterReplay.
 

@@ -91,7 +91,7 @@ REFUSED = by_field(
             moe_latent_size moe_shared_expert_intermediate_size moe_shared_expert_gate
             moe_apply_probs_on_input moe_router_topk moe_router_topk_limited_devices
             moe_router_topk_scaling_factor moe_router_pre_softmax moe_router_score_function
-            moe_router_num_groups moe_router_group_topk mtp_num_layers
+            moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias mtp_num_layers
             heterogeneous_block_specs is_hybrid_model""",
         # Fields of parts that no family has: alone they have no effect, or change the network.
         "it is of a part that the models of weights/families do not have": """
@@ -118,10 +118,9 @@ REFUSED = by_field(
             moe_expert_rank_capacity_factor moe_pad_expert_input_to_capacity
             moe_router_quantile_balancing_ema""",
         "it is rollout.routing_replay": "moe_enable_routing_replay",
-        # DeepSeek-V3's, which goes with scores by a sigmoid: a checkpoint has it as a tensor of its
-        # own, and so has the engine. Trained alone it would route by what neither of them knows.
-        "no family of weights/families has a bias of its experts, and without it the engine would "
-        "choose other experts": "moe_router_enable_expert_bias moe_router_bias_update_rate",
+        # Megatron-Core counts the tokens of every row, padding and prompts that are run again among
+        # them, so that the bias would move another way at every layout.
+        "the bias of experts is the checkpoint's and stays as it is": "moe_router_bias_update_rate",
         "stages are cut by parallel.num_layers_in_first_pipeline_stage, "
         "parallel.num_layers_in_last_pipeline_stage, "
         "parallel.account_for_embedding_in_pipeline_split and "

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from megatron_rl.weights.dcp_files import (
     read_stored_tensors,
 )
 from megatron_rl.weights.hf_files import HfCheckpoint, WeightFiles
-from megatron_rl.weights.layouts import MegatronParam, hf_shapes
+from megatron_rl.weights.layouts import MegatronParam, hf_shapes, is_behind
 from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece, Tensors, intersection
 
@@ -45,14 +46,15 @@ def open_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
     """
     if source.megatron_dir is not None:
         return MegatronCheckpoint(source.megatron_dir, arch)
-    return HfCheckpoint(source.config_dir, hf_shapes(arch))
+    return HfCheckpoint(source.config_dir, hf_shapes(arch), partial(is_behind, arch))
 
 
 def open_critic_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
     """The weights of an exported critic, or of a language model of either kind."""
     if source.megatron_dir is not None:
         return MegatronCheckpoint(source.megatron_dir, arch)
-    return HfCheckpoint(source.config_dir, critic_shapes(arch, source.config_dir))
+    shapes = critic_shapes(arch, source.config_dir)
+    return HfCheckpoint(source.config_dir, shapes, partial(is_behind, arch))
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class MegatronCheckpoint:
 
         Args:
             directory: it holds `.metadata`.
-            main_weights: read the optimizer's float32 weights instead of the model's.
+            main_weights: read the optimizer's float32 weights instead of the model's; what is not
+                trained has none.
 
         Raises:
             InputError: damaged, hostile, or not a checkpoint of this model.
@@ -79,7 +82,7 @@ class MegatronCheckpoint:
         self.directory = directory
         self._stored = read_stored_tensors(directory)
         if main_weights:
-            self._stored = _main_weights(directory, self._stored)
+            self._stored |= _main_weights(directory, self._stored)
         params = stored_params(arch, lambda param: self._naming_of(param, arch))
         self._check_keys(params)
         self.chunks = tuple(

@@ -23,6 +23,7 @@ MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj")
 DENSE_LINEARS = ("mlp.linear_fc1", "mlp.linear_fc2")
 EXPERT_LINEARS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+SHARED_EXPERT_LINEARS = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 # Only Transformer Engine's layers ask for this entry.
 ATTENTION_STATE = "self_attention.core_attention"
 
@@ -134,7 +135,11 @@ def extra_state_keys(arch: ModelArch, naming: Naming) -> Iterator[str]:
         at: Lead = (layer,) if naming.is_stacked else ()
         of: Lead = (arch.num_layers,) if naming.is_stacked else ()
         has_experts = arch.has_experts(layer)
-        for module in (*LINEARS, ATTENTION_STATE, *(() if has_experts else DENSE_LINEARS)):
+        shared = arch.mixture is not None and arch.mixture.shared_ffn_hidden_size
+        of_all = () if has_experts else DENSE_LINEARS
+        if has_experts and shared:
+            of_all = SHARED_EXPERT_LINEARS
+        for module in (*LINEARS, ATTENTION_STATE, *of_all):
             yield _extra_state(prefix + module, at or (0,), of or (1,))
         count = arch.mixture.num_experts if arch.mixture and has_experts else 0
         for expert in range(count):

@@ -72,6 +72,8 @@ def transformer_config(
     }
     if arch.mixture is not None:
         settings |= _mixture_settings(arch.mixture, arch.num_layers, use_te=use_te)
+        if arch.mixture.score == "sigmoid":
+            settings |= _sigmoid_settings(arch.mixture, dtype)
     if model.recompute_modules is not None:
         settings["recompute_modules"] = list(model.recompute_modules)
     if vpp is not None:  # see faults.py, interleaving_without_overlap
@@ -112,4 +114,17 @@ def _mixture_settings(mixture: MixtureArch, num_layers: int, *, use_te: bool) ->
         # See routers.py, which balances.
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": use_te,
+    }
+
+
+def _sigmoid_settings(mixture: MixtureArch, dtype: torch.dtype) -> dict[str, Any]:
+    """What DeepSeek-V3's router has besides, and the expert that every token meets."""
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": mixture.has_bias,
+        "moe_router_bias_update_rate": 0.0,  # the bias is the checkpoint's
+        "moe_router_topk_scaling_factor": mixture.scale,
+        # transformers and vLLM compute these logits in float32 whatever the model's dtype.
+        "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
+        "moe_shared_expert_intermediate_size": mixture.shared_ffn_hidden_size,
     }

@@ -20,7 +20,7 @@ from megatron_rl.rollout.vllm_routing import RoutedRequests, narrowest
 from megatron_rl.rollout.vllm_silence import quiet_binding
 from megatron_rl.rollout.vllm_weights import VllmWeights
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.layouts import engine_pieces
+from megatron_rl.weights.layouts import engine_pieces, float32_names
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in our process
@@ -105,7 +105,8 @@ class VllmEngine:
         engines = groups.engines
         assert isinstance(engines, EngineLayout)
         pieces = engine_pieces(arch, engines, engines.tp_rank_of(groups.rank))
-        self.weights = VllmWeights(worker.model_runner.get_model(), self._llm, pieces, dtype)
+        model = worker.model_runner.get_model()
+        self.weights = VllmWeights(model, self._llm, pieces, dtype, float32_names(arch))
         self._mixture = arch.mixture if config.routing_replay else None
         self._mixtures = [layer for layer in range(arch.num_layers) if arch.has_experts(layer)]
         self._routed = None

@@ -7,7 +7,7 @@ in place, which keeps the addresses that CUDA graphs hold. Experts are treated l
 everywhere, since several of vLLM's kernels reorder them, each in its own way.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -20,11 +20,18 @@ class VllmWeights:
     """The EngineWeights of this rank's vLLM worker."""
 
     def __init__(
-        self, model: torch.nn.Module, llm: Any, pieces: list[Piece], dtype: torch.dtype
+        self,
+        model: torch.nn.Module,
+        llm: Any,
+        pieces: list[Piece],
+        dtype: torch.dtype,
+        in_float32: Collection[str] = (),
     ) -> None:
+        """in_float32: Hugging Face tensors that the engine reads where they are, never packed."""
         self._model, self._llm, self._dtype = model, llm, dtype
         self._shapes = local_shapes(pieces)
         self._live = dict(model.named_parameters())
+        self._never_packed = {piece.param for piece in pieces if piece.hf in in_float32}
         self._staged: dict[str, Tensor] = {}
         unknown, unfed = set(self._shapes) - set(self._live), set(self._live) - set(self._shapes)
         if unknown or unfed:
@@ -42,10 +49,11 @@ class VllmWeights:
             # and experts may be padded while they are packed.
             is_whole = live.numel() and not self._is_of_experts(name)
             shape = tuple(live.shape) if is_whole else self._shapes[name]
-            # The engine's dtype is what the loader would bring. The live parameter's may differ (a
-            # packed layer keeps its bias in float32), and with a weight of another dtype vLLM
-            # silently chooses another kernel.
-            self._staged[name] = torch.zeros(shape, dtype=self._dtype, device=live.device)
+            # What the loader would bring, since with a weight of another dtype vLLM silently
+            # chooses another kernel: weights are of the dtype that the module has them in, float32
+            # for some routers; of a bias a packed layer keeps a copy in float32.
+            dtype = self._dtype if name.endswith(".bias") else live.dtype
+            self._staged[name] = torch.zeros(shape, dtype=dtype, device=live.device)
         return self._staged[name]
 
     def commit(self, modules: Iterable[str]) -> None:
@@ -66,6 +74,8 @@ class VllmWeights:
             raise RuntimeError("the prefix cache could not be reset: a request is still running")
 
     def _is_packed(self, name: str) -> bool:
+        if name in self._never_packed:
+            return False
         module = self._model.get_submodule(name.rpartition(".")[0])
         has_copy = hasattr(module, "cpu_linear")
         return self._live[name].numel() == 0 or has_copy or self._is_of_experts(name)

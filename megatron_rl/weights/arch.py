@@ -1,6 +1,7 @@
 """The architecture of a decoder, in numbers; a family reads it from a config.json."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 VOCAB_MULTIPLE = 64  # vLLM's padding
 
@@ -14,6 +15,10 @@ class MixtureArch:
     top_k: int  # experts per token
     renormalized: bool  # True: the chosen experts' probabilities are scaled to sum to 1
     dense_layers: frozenset[int] = frozenset()  # layers with one ordinary feed-forward network
+    score: Literal["softmax", "sigmoid"] = "softmax"  # of a router's logits
+    has_bias: bool = False  # experts are chosen by score + bias, and weighed by the score
+    scale: float = 1.0  # by which the chosen experts' probabilities are multiplied
+    shared_ffn_hidden_size: int = 0  # of the expert that every token meets; 0: there is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,7 @@ class ModelArch:
     qk_norm: bool = False  # norms over head_dim on queries and keys, before rope
     mixture: MixtureArch | None = None
     yarn: YarnRope | None = None
+    rotary_dim: int | None = None  # entries of a head, the first ones, that turn; None: all
 
     @property
     def query_rows(self) -> int:
@@ -65,10 +71,15 @@ class ModelArch:
 
     @property
     def dense_rows(self) -> list[tuple[str, int]]:
-        """(name, number) of the rows that tensor parallelism cuts in a dense layer, if any is."""
-        if all(self.has_experts(layer) for layer in range(self.num_layers)):
-            return []
-        return [("rows of the feed-forward layer", self.ffn_hidden_size)]
+        """(name, number) of the rows that tensor parallelism cuts of feed-forward networks, but of
+        experts.
+        """
+        rows = []
+        if not all(self.has_experts(layer) for layer in range(self.num_layers)):
+            rows.append(("rows of the feed-forward layer", self.ffn_hidden_size))
+        if self.mixture is not None and self.mixture.shared_ffn_hidden_size:
+            rows.append(("rows of the shared expert", self.mixture.shared_ffn_hidden_size))
+        return rows
 
     @property
     def expert_rows(self) -> list[tuple[str, int]]:
@@ -95,7 +106,9 @@ class ModelArch:
         if self.mixture is None or not self.has_experts(layer):
             return 3 * self.hidden_size * self.ffn_hidden_size
         expert = 3 * self.hidden_size * self.mixture.ffn_hidden_size
-        return self.mixture.num_experts * (expert + self.hidden_size)
+        shared = 3 * self.hidden_size * self.mixture.shared_ffn_hidden_size
+        bias = self.mixture.num_experts if self.mixture.has_bias else 0
+        return self.mixture.num_experts * (expert + self.hidden_size) + bias + shared
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

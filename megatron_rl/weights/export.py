@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from math import prod
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from megatron_rl.weights.hf_files import (
     plan_files,
     write_index,
 )
-from megatron_rl.weights.layouts import hf_pieces, hf_shapes
+from megatron_rl.weights.layouts import float32_names, hf_pieces, hf_shapes
 from megatron_rl.weights.pieces import whole
 from megatron_rl.weights.plan import Holders, Plan, build_plan
 from megatron_rl.weights.room import ROOM_FOR_THE_REST, Room
@@ -66,8 +66,11 @@ def export_hf(
     sources, shapes = training_holders(arch, groups.layout), hf_shapes(arch)
     if is_critic:
         sources, shapes = critic_holders(sources), without_lm_head(shapes)
-    nbytes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    files = plan_files(nbytes, file_mib << 20)
+    exact = float32_names(arch)
+    dtypes = {name: torch.float32 if name in exact else dtype for name in shapes}
+    nbytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    by_dtype = _files_by_dtype(nbytes, dtypes, file_mib << 20)
+    files = list(chain.from_iterable(by_dtype.values()))
     temporary = output.with_name(f".{output.name}.partial")
     room = Room("the export", output.parent, needed=sum(nbytes.values()) + ROOM_FOR_THE_REST)
 
@@ -91,20 +94,11 @@ def export_hf(
 
     on_the_disk(prepare, has_part=groups.is_main)
     writes_head = groups.is_first_copy and groups.here.dp_rank == 0
-    writer = _FileSequence(temporary, files, shapes, dtype)
-    for names_of in _batches(files, nbytes, groups.layout.world_size):
-        own = {name: shapes[name] for name in names_of[groups.rank]}
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in own.items()}
-        execute(
-            _plan(sources, names_of, shapes, groups, dtype),
-            params,
-            tensors,
-            group=groups.bridge,
-            dtype=dtype,
-            device=groups.platform.current_device(),
-            after_bucket=lambda _: None,
-        )
-        on_the_disk(partial(writer.write, tensors))
+    writer = _FileSequence(temporary, files, shapes, dtypes)
+    for one, its_files in by_dtype.items():
+        for names_of in _batches(its_files, nbytes, groups.layout.world_size):
+            tensors = _gathered(params, sources, names_of, shapes, groups, one)
+            on_the_disk(partial(writer.write, tensors))
     if is_critic:
         on_the_disk(write_head, has_part=writes_head)
     on_the_disk(finish, has_part=groups.is_main)
@@ -118,9 +112,9 @@ class _FileSequence:
         directory: Path,
         files: Sequence[tuple[str, ...]],
         shapes: Shapes,
-        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype],
     ) -> None:
-        self._directory, self._files, self._shapes, self._dtype = directory, files, shapes, dtype
+        self._directory, self._files, self._shapes, self._dtypes = directory, files, shapes, dtypes
         self._number_of = {name: number for number, names in enumerate(files) for name in names}
         self._writer: TensorFileWriter | None = None
 
@@ -137,8 +131,40 @@ class _FileSequence:
     def _open(self, number: int) -> TensorFileWriter:
         return TensorFileWriter(
             self._directory / file_name(number, len(self._files)),
-            {name: (self._dtype, self._shapes[name]) for name in self._files[number]},
+            {name: (self._dtypes[name], self._shapes[name]) for name in self._files[number]},
         )
+
+
+def _files_by_dtype(
+    nbytes: Mapping[str, int], dtypes: Mapping[str, torch.dtype], limit_bytes: int
+) -> dict[torch.dtype, list[tuple[str, ...]]]:
+    """The tensors of each file; those of one dtype travel together, so it has files of its own."""
+    return {
+        dtype: plan_files({n: b for n, b in nbytes.items() if dtypes[n] == dtype}, limit_bytes)
+        for dtype in dict.fromkeys(dtypes.values())
+    }
+
+
+def _gathered(
+    params: Mapping[str, Tensor],
+    sources: Sequence[Holders],
+    names_of: Sequence[Sequence[str]],
+    shapes: Shapes,
+    groups: Groups,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The whole tensors of this rank's batch; every rank calls it, with the batches of all."""
+    own = {name: torch.empty(shapes[name], dtype=dtype) for name in names_of[groups.rank]}
+    execute(
+        _plan(sources, names_of, shapes, groups, dtype),
+        params,
+        own,
+        group=groups.bridge,
+        dtype=dtype,
+        device=groups.platform.current_device(),
+        after_bucket=lambda _: None,
+    )
+    return own
 
 
 def _batches(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -51,15 +51,22 @@ class WeightFiles(Protocol):
 class HfCheckpoint:
     """The tensors of a model directory, checked against what the model must have."""
 
-    def __init__(self, model_dir: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        is_left_out: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         """Read the headers of all files.
+
+        is_left_out: whether a tensor of this name may be there that is not in shapes.
 
         Raises:
             InputError: index, headers, file sizes and `shapes` do not agree.
         """
         self.model_dir = model_dir
         self._file_of = _open_files(model_dir)
-        self._check_names(shapes)
+        self._check_names(shapes, is_left_out)
         for name, shape in shapes.items():
             self._check_tensor(name, shape)
         self.dtypes = {name: DTYPES[self._entry(name).dtype] for name in shapes}
@@ -82,7 +89,9 @@ class HfCheckpoint:
     def _entry(self, name: str) -> Entry:
         return self._file_of[name].entries[name]
 
-    def _check_names(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _check_names(
+        self, shapes: Mapping[str, tuple[int, ...]], is_left_out: Callable[[str], bool]
+    ) -> None:
         is_tied_head = HEAD not in shapes and {HEAD, EMBEDDING} <= self._file_of.keys()
         if is_tied_head and not self._is_equal(HEAD, EMBEDDING):
             raise InputError(
@@ -93,7 +102,9 @@ class HfCheckpoint:
         extra = sorted(
             name
             for name in set(self._file_of) - set(shapes)
-            if not name.endswith("rotary_emb.inv_freq") and not (is_tied_head and name == HEAD)
+            if not name.endswith("rotary_emb.inv_freq")
+            and not (is_tied_head and name == HEAD)
+            and not is_left_out(name)
         )
         if missing or extra:
             raise InputError(

@@ -1,6 +1,7 @@
 """The pieces of one rank, on the training side, in the engine, and in Hugging Face files."""
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ class MegatronParam:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     is_vocabulary: bool  # rows of padding may follow; `shape` and `pieces` are without them
+    in_float32: bool  # float32 in a model of any dtype, and not trained
 
     @property
     def name(self) -> str:
@@ -62,7 +64,7 @@ def _places(arch: ModelArch) -> Iterator[Place]:
     yield Place(rule=EMBEDDING)
     for layer in range(arch.num_layers):
         has_experts = arch.has_experts(layer)
-        for rule in (*family.attention, *(family.router if has_experts else family.dense)):
+        for rule in (*family.attention_of(arch), *(family.router if has_experts else family.dense)):
             yield Place(rule=rule, layer=layer)
         for expert in range(arch.mixture.num_experts if arch.mixture and has_experts else 0):
             for rule in family.experts:
@@ -92,6 +94,7 @@ def megatron_params(arch: ModelArch) -> list[MegatronParam]:
                 shape=shape,
                 pieces=tuple(pieces),
                 is_vocabulary=place.rule.megatron in VOCABULARY,
+                in_float32=place.rule.in_float32,
             )
         )
     return params
@@ -104,6 +107,23 @@ def hf_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
         for place in places(arch)
         for name, shape in place.rule.hf_shapes(arch).items()
     }
+
+
+def float32_names(arch: ModelArch) -> frozenset[str]:
+    """Hugging Face tensors that are float32 in a model of any dtype, and are not trained."""
+    return frozenset(
+        _numbered(name, place.layer, place.expert)
+        for place in places(arch)
+        if place.rule.in_float32
+        for name in place.rule.hf_shapes(arch)
+    )
+
+
+def is_behind(arch: ModelArch, name: str) -> bool:
+    """Whether a tensor of a checkpoint is of a layer behind the last one, which no model has."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    is_known = FAMILIES[arch.model_type].has_layers_behind
+    return is_known and layer is not None and int(layer[1]) >= arch.num_layers
 
 
 def hf_pieces(shapes: dict[str, tuple[int, ...]]) -> list[Piece]:

@@ -10,7 +10,7 @@ back. `Qkv` has an example with numbers.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.pieces import Piece, Span, whole
@@ -25,6 +25,11 @@ class Rule(Protocol):
     @property
     def megatron(self) -> str:
         """Name of the parameter in a model of Megatron-Core's local layers."""
+        ...
+
+    @property
+    def in_float32(self) -> bool:
+        """True where it is float32 in a model of any dtype, and is not trained."""
         ...
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]: ...
@@ -55,6 +60,7 @@ class Copy:
     engine: str
     shape: Shape
     axis: int | None = None
+    in_float32: bool = False
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
         return {self.hf: self.shape(arch)}
@@ -84,6 +90,7 @@ class Vocab:
     megatron: str
     hf: str
     engine: str
+    in_float32: ClassVar[bool] = False
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
         return {self.hf: (arch.vocab_size, arch.hidden_size)}
@@ -127,6 +134,7 @@ class Qkv:
     hf: str  # {proj} stands for q, k and v
     engine: str
     is_bias: bool = False
+    in_float32: ClassVar[bool] = False
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
         return {
@@ -183,6 +191,7 @@ class GateUp:
     hf_up: str
     engine: str
     rows: Size
+    in_float32: ClassVar[bool] = False
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
         shape = (self.rows(arch), arch.hidden_size)

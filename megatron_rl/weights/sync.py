@@ -6,8 +6,10 @@ pieces. Both totals must be equal, tensor by tensor.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -24,6 +26,7 @@ from megatron_rl.weights.config import WeightSyncConfig
 from megatron_rl.weights.layouts import (
     engine_pieces,
     expert_pieces,
+    float32_names,
     hf_shapes,
     shared_pieces,
 )
@@ -103,11 +106,17 @@ def plan_sync(
     itemsize: int,
     mib: int,
     nodes: Sequence[int],
+    in_float32: bool = False,
 ) -> Plan:
-    """The plan that every sync of a run executes; needs no process group."""
+    """The plan that every sync of a run executes; needs no process group.
+
+    in_float32: that of the tensors which are float32 in a model of any dtype; else of all others.
+    """
+    exact = float32_names(arch)
+    names = exact if in_float32 else hf_shapes(arch).keys() - exact
     return build_plan(
-        training_holders(arch, layout),
-        engine_holders(arch, engines),
+        those(training_holders(arch, layout), names),
+        those(engine_holders(arch, engines), names),
         rank=rank,
         itemsize=itemsize,
         bucket_bytes=mib << 20,
@@ -115,8 +124,19 @@ def plan_sync(
     )
 
 
+def those(holders: Iterable[Holders], names: Collection[str]) -> list[Holders]:
+    """The holders with the pieces of these Hugging Face tensors alone."""
+    return [
+        replace(holder, pieces=tuple(piece for piece in holder.pieces if piece.hf in names))
+        for holder in holders
+    ]
+
+
 class WeightSync:
-    """The bridge of one run: plan once, push every iteration."""
+    """The bridge of one run: plan once, push every iteration.
+
+    What is float32 in a model of any dtype goes over a part of its own, which is small.
+    """
 
     def __init__(
         self,
@@ -126,28 +146,31 @@ class WeightSync:
         engine: EngineWeights,
         dtype: torch.dtype,
     ) -> None:
-        self._groups, self._config, self._engine, self._dtype = groups, config, engine, dtype
+        self._groups, self._every, self._engine = groups, config.verify_one_in, engine
         engines = groups.engines
         assert isinstance(engines, EngineLayout)
-        self._plan = plan_sync(
+        plan = partial(
+            plan_sync,
             arch,
             groups.layout,
             engines,
             rank=groups.rank,
-            itemsize=dtype.itemsize,
             mib=config.bucket_mib,
             nodes=groups.nodes,
         )
-        self._names = list(hf_shapes(arch))
-        self._sources = _owned(training_holders(arch, groups.layout), groups.rank)
-        self._targets, self._copies = _copies(
-            engine_holders(arch, engines), engines.tp_rank_of(groups.rank)
-        )
+        exact = float32_names(arch)
+        trained = [name for name in hf_shapes(arch) if name not in exact]
+        self._parts = [_Part(arch, groups, engine, plan(itemsize=dtype.itemsize), trained, dtype)]
+        if exact:
+            width = torch.float32
+            small = plan(itemsize=width.itemsize, in_float32=True)
+            self._parts.append(_Part(arch, groups, engine, small, sorted(exact), width))
         self._pushes = 0
 
     @property
     def stats(self) -> PlanStats:
-        return self._plan.stats
+        """Of the weights in the engine's dtype."""
+        return self._parts[0].plan.stats
 
     def push(self, params: Mapping[str, Tensor]) -> SyncReport:
         """Make the engine's weights equal to params; every rank of the run calls it.
@@ -155,9 +178,67 @@ class WeightSync:
         Raises:
             RunError: on all ranks, naming the tensors that arrived wrong.
         """
-        every = self._config.verify_one_in if self._pushes else 1
-        checked = self._names[self._pushes % every :: every]
+        every = self._every if self._pushes else 1
+        first = self._pushes % every
         self._pushes += 1
+        with torch.no_grad():
+            arrived = [part.move(params, part.names[first::every]) for part in self._parts]
+            self._engine.finish()
+            checks = [
+                part.wrong(params, part.names[first::every], sums)
+                for part, sums in zip(self._parts, arrived, strict=True)
+            ]
+        wrong = list(chain.from_iterable(checks))
+        checked = sum(len(part.names[first::every]) for part in self._parts)
+        error: Exception | None = None
+        if wrong:
+            error = RunError(
+                f"weight sync: {len(wrong)} of {checked} verified tensors differ between "
+                f"policy and engine {self._groups.engines.engine_of(self._groups.rank)}: "
+                f"{wrong[:4]}. Sampling would go on with other weights than were trained"
+            )
+        agree_or_raise(error, self._groups.world)
+        return SyncReport(
+            received_bytes=sum(part.received_bytes for part in self._parts),
+            verified_tensors=checked,
+        )
+
+
+class _Part:
+    """The tensors that travel in one dtype."""
+
+    def __init__(
+        self,
+        arch: ModelArch,
+        groups: Groups,
+        engine: EngineWeights,
+        plan: Plan,
+        names: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        engines = groups.engines
+        assert isinstance(engines, EngineLayout)
+        self.plan, self.names = plan, names
+        self._groups, self._engine, self._dtype = groups, engine, dtype
+        own = frozenset(names)
+        self._sources = _owned(those(training_holders(arch, groups.layout), own), groups.rank)
+        self._targets, self._copies = _copies(
+            those(engine_holders(arch, engines), own), engines.tp_rank_of(groups.rank)
+        )
+
+    @property
+    def received_bytes(self) -> int:
+        """What this rank receives from others in a push."""
+        received = sum(
+            move.numel
+            for bucket in self.plan.buckets
+            for move in bucket
+            if move.receiver == self._groups.rank != move.sender
+        )
+        return received * self._dtype.itemsize
+
+    def move(self, params: Mapping[str, Tensor], checked: Sequence[str]) -> Tensor:
+        """Hand the weights over; checksums [len(checked), copies] int64 of what arrived here."""
         line_of = {name: line for line, name in enumerate(checked)}
         arrived = torch.zeros(len(checked), self._copies, dtype=torch.int64)
 
@@ -166,52 +247,31 @@ class WeightSync:
             for module in modules:
                 for piece, copies in self._targets[module]:
                     if piece.hf in line_of:
-                        value = checksum(piece.of(self._engine), piece.box).cpu()
-                        arrived[line_of[piece.hf], list(copies)] += value
+                        # The engine may keep what travels in 16 bits in float32: the same values.
+                        values = piece.of(self._engine).to(self._dtype)
+                        total = checksum(values, piece.box).cpu()
+                        arrived[line_of[piece.hf], list(copies)] += total
             self._engine.commit(modules)
 
-        error: Exception | None = None
-        with torch.no_grad():
-            execute(
-                self._plan,
-                params,
-                self._engine,
-                group=self._groups.bridge,
-                dtype=self._dtype,
-                device=self._groups.platform.current_device(),
-                after_bucket=commit,
-            )
-            self._engine.finish()
-            wrong = self._wrong(checked, params, line_of, arrived)
-        if wrong:
-            error = RunError(
-                f"weight sync: {len(wrong)} of {len(checked)} verified tensors differ between "
-                f"policy and engine {self._groups.engines.engine_of(self._groups.rank)}: "
-                f"{wrong[:4]}. Sampling would go on with other weights than were trained"
-            )
-        agree_or_raise(error, self._groups.world)
-        received = sum(
-            move.numel
-            for bucket in self._plan.buckets
-            for move in bucket
-            if move.receiver == self._groups.rank != move.sender
+        execute(
+            self.plan,
+            params,
+            self._engine,
+            group=self._groups.bridge,
+            dtype=self._dtype,
+            device=self._groups.platform.current_device(),
+            after_bucket=commit,
         )
-        return SyncReport(
-            received_bytes=received * self._dtype.itemsize,
-            verified_tensors=len(checked),
-        )
+        return arrived
 
-    def _wrong(
-        self,
-        checked: Sequence[str],
-        params: Mapping[str, Tensor],
-        line_of: Mapping[str, int],
-        arrived: Tensor,
+    def wrong(
+        self, params: Mapping[str, Tensor], checked: Sequence[str], arrived: Tensor
     ) -> list[str]:
         """Names of the tensors whose checksum differs in any copy that this engine holds.
 
-        arrived: [len(checked), copies] int64, this rank's part; line_of says which line is whose.
+        arrived: this rank's part, as move() returned it.
         """
+        line_of = {name: line for line, name in enumerate(checked)}
         expected = torch.zeros(len(checked), dtype=torch.int64)
         for piece in self._sources:
             if piece.hf in line_of:

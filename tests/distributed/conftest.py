@@ -9,13 +9,6 @@ import torch
 harness.PRELOAD.append("preload_megatron")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--measured", help="a folder that gets what a published table is made of")
-    parser.addoption(
-        "--part", help="K/N: of the layouts of the gradient table every N-th, from the K-th on"
-    )
-
-
 def pytest_collection_modifyitems(config, items):
     """The layouts of a part; tests that have none stay as they are."""
     if not (part := config.getoption("part")):

@@ -1,11 +1,12 @@
 """Random models that both sides of the weight bridge can run, with the quickstart's tokenizer."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import EIGHT_EXPERTS, LLAMA3_ROPE, YARN_ROPE
+from tiny_models import EIGHT_EXPERTS, GLM4, LLAMA3_ROPE, YARN_ROPE
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SIZES: dict[str, Any] = {
@@ -37,6 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe",
         {**EIGHT_EXPERTS, "head_dim": 64, "norm_topk_prob": True, "mlp_only_layers": [1]},
     ),
+    "glm4_moe": ("Glm4Moe", {**GLM4, "head_dim": 32}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
@@ -51,11 +53,14 @@ def write_model(name: str, model_dir: Path) -> None:
     make_model.make_model(model_dir, QUICKSTART / "data" / "train.jsonl")
     torch.manual_seed(len(name))
     family, changes = MODELS[name]
-    settings = {**SIZES, "vocab_size": make_model.VOCAB_SIZE, **changes}
+    settings = copy.deepcopy({**SIZES, "vocab_size": make_model.VOCAB_SIZE, **changes})
     config = getattr(transformers, f"{family}Config")(**settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.3 * torch.randn_like(bias))
     model.save_pretrained(model_dir)

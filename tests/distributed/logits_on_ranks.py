@@ -128,6 +128,15 @@ def with_another_softmax(arch: ModelArch) -> ModelArch:
     return replace(arch, mixture=mixture)
 
 
+def without_scale_of_routers(arch: ModelArch) -> ModelArch:
+    assert arch.mixture is not None
+    return replace(arch, mixture=replace(arch.mixture, scale=1.0))
+
+
+def whole_heads_turned(arch: ModelArch) -> ModelArch:
+    return replace(arch, rotary_dim=None)
+
+
 def with_another_epsilon(arch: ModelArch) -> ModelArch:
     return replace(arch, rms_norm_eps=10 * arch.rms_norm_eps)
 
@@ -148,6 +157,19 @@ def swapped(one: str, other: str) -> ChangePieces:
         return [changed.get((piece.param, piece.index), piece) for piece in pieces]
 
     return change
+
+
+def biases_of_routers_reversed(pieces: list[Piece], policy: Policy) -> list[Piece]:
+    """The first layer with experts has the bias of the last one."""
+    changed = []
+    for piece in pieces:
+        if piece.param.endswith("expert_bias"):
+            layers = policy.arch.num_layers
+            number = int(piece.hf.split(".")[2])
+            hf = piece.hf.replace(f".{number}.", f".{layers - number}.")  # layer 0 is dense
+            piece = replace(piece, hf=hf)
+        changed.append(piece)
+    return changed
 
 
 def gate_over_up_cut_as_one(pieces: list[Piece], policy: Policy) -> list[Piece]:

@@ -201,7 +201,7 @@ class Reference:
         for module in self.model.modules():  # transformers computes these in float32
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = _float64_norm(module)
-            if type(module).__name__.endswith("TopKRouter"):
+            if type(module).__name__.lower().endswith("topkrouter"):
                 module.forward = _float64_router(module, self)
         self.temperature = temperature
         # Of the sequence that runs: what its routers are told to choose, and what they did.
@@ -481,6 +481,14 @@ def _float64_router(
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
+        if hasattr(module, "e_score_correction_bias"):
+            scores = logits.sigmoid()
+            corrected = scores + module.e_score_correction_bias
+            experts = reference.choice(corrected.topk(module.top_k, dim=-1).indices)
+            reference.note(logits, experts)
+            chosen = scores.gather(-1, experts)
+            chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
+            return logits, chosen * module.routed_scaling_factor, experts
         experts = reference.choice(logits.topk(module.top_k, dim=-1).indices)
         reference.note(logits, experts)
         chosen = logits.softmax(-1).gather(-1, experts)

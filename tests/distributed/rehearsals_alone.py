@@ -35,6 +35,7 @@ LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("Mistral-7B-Instruct-v0.3", 128, 0, 2, {"tp": 8, "sequence_parallel": True}),
     ("Mixtral-8x7B-Instruct-v0.1", 32, 0, 2, {"tp": 2, "sequence_parallel": True, "ep": 8}),
     ("Qwen3-30B-A3B", 256, 255, 4, {"pp": 2, "ep": 16}),
+    ("GLM-4.5", 512, 500, 8, {"tp": 4, "pp": 2, "sequence_parallel": True, "ep": 32}),
     ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),
 )
 PASSES = ("sft", "grpo", "ppo", "iterative_dpo", "distillation")
@@ -117,13 +118,14 @@ def _rehearsed(
 
 def _check_weights(found: Rehearsal, arch: ModelArch, sizes: dict[str, Any]) -> None:
     """Against the model's parameters, by hand: 2 bytes each, of which the rank has its share."""
-    experts = 0
+    experts = dense = 0
     if arch.mixture is not None:
         mixture = arch.mixture
         experts = 3 * arch.hidden_size * mixture.ffn_hidden_size * mixture.num_experts
+        dense = 3 * arch.hidden_size * mixture.shared_ffn_hidden_size
     tp, pp, ep = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("ep", 1)
     attention = arch.hidden_size * (2 * arch.query_rows + 2 * arch.key_rows)
-    dense = 0 if experts else 3 * arch.hidden_size * arch.ffn_hidden_size
+    dense = dense if experts else 3 * arch.hidden_size * arch.ffn_hidden_size
     layer = (attention + dense) / tp + experts / ep
     vocabulary = arch.vocab_size * arch.hidden_size / tp
     stage = found.rank // (found.world_size // pp)

@@ -29,6 +29,7 @@ MODELS = (
     "qwen3_moe",
     "qwen3_moe_mixed",
     "mixtral",
+    "glm4_moe",
     "qwen2_eight_heads",
 )
 LAYOUTS = (
@@ -51,7 +52,7 @@ LAYOUTS = (
 )
 # A tied head, norms of heads, and each kind of mixture, at every layout; the rest at all of them is
 # exhaustive: the rules of a family are tested by themselves (unit/weights, unit/conversion).
-SHARE = ("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral")
+SHARE = ("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe")
 
 
 def models_of(layout: Layout) -> tuple[str, ...]:

@@ -134,6 +134,8 @@ CASES = (
     # 24 rows each, which vLLM pads.
     Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2, replays=True, extras=("routed",)),
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
+    Case(model="glm4_moe", tp=2, pp=1, ep=2, rollout_tp=1, replays=True, extras=("routed",)),
+    Case(model="glm4_moe", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
 )
 COINCIDING = {
     case.name

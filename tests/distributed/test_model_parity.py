@@ -38,6 +38,9 @@ MISTAKES = {
     "with_another_epsilon": (("qwen2",), "one rank"),
     "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
     "head_norms_swapped": (("qwen3", "qwen3_moe"), "one rank"),
+    "biases_of_routers_reversed": (("glm4_moe",), "one rank"),
+    "without_scale_of_routers": (("glm4_moe",), "one rank"),
+    "whole_heads_turned": (("glm4_moe",), "one rank"),
     "gate_over_up_cut_as_one": (("qwen2", "mistral"), "TP2 SP"),
 }
 
@@ -99,6 +102,9 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
         "with_another_softmax": {"change_arch": ranks.with_another_softmax},
         "with_another_epsilon": {"change_arch": ranks.with_another_epsilon},
         "gate_and_up_swapped": {"change_pieces": ranks.swapped("gate_proj", "up_proj")},
+        "biases_of_routers_reversed": {"change_pieces": ranks.biases_of_routers_reversed},
+        "without_scale_of_routers": {"change_arch": ranks.without_scale_of_routers},
+        "whole_heads_turned": {"change_arch": ranks.whole_heads_turned},
         "head_norms_swapped": {"change_pieces": ranks.swapped("q_norm", "k_norm")},
         "gate_over_up_cut_as_one": {"change_pieces": ranks.gate_over_up_cut_as_one},
     }

@@ -1,5 +1,6 @@
 """Random models of four layers on disk, and random graded groups to train them on."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": WIDE_ROPE},
     ),
 }
+GLM4 = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "attention_bias": True,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "num_nextn_predict_layers": 0,
+    "head_dim": 24,
+    "use_qk_norm": True,
+}
+MODELS["glm4_moe"] = ("Glm4Moe", GLM4)
 # Of another shape than the models that it teaches.
 TEACHER = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 24}
 MODELS["teacher"] = ("Llama", TEACHER)
@@ -85,7 +98,7 @@ OF_THREES = ("qwen2_odd", "qwen2_odd_tied")  # whose sizes divide by three, and 
 EIGHT_HEADS = {"num_attention_heads": 8, "vocab_size": 151, "tie_word_embeddings": True}
 MODELS["qwen2_eight_heads"] = ("Qwen2", EIGHT_HEADS)
 MODELS["qwen2_eight_layers"] = ("Qwen2", {"num_hidden_layers": 8})
-MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral")
+MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe")
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.
 REWARDS: tuple[tuple[float, ...], ...] = (
@@ -131,11 +144,15 @@ def write_model(name: str, model_dir: Path) -> None:
     torch.manual_seed(list(MODELS).index(name))
     family, changes = MODELS[name]
     config_class = getattr(transformers, f"{family}Config")
-    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**{**SIZES, **changes}))
+    settings = copy.deepcopy({**SIZES, **changes})  # transformers changes dictionaries
+    model = getattr(transformers, f"{family}ForCausalLM")(config_class(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.copy_(0.3 * torch.randn_like(bias))
     model.save_pretrained(model_dir)
 
 

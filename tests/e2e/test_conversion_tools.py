@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = (
     "qwen2_tied",
     pytest.param("llama3_rope", marks=pytest.mark.exhaustive),
-    "qwen3_moe",
+    "glm4_moe",
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_on_ranks
+from safetensors.torch import load_file
 from training_runs import LAST, PP2, TP2, build, error_of, everywhere, exported
 
 from megatron_rl.checkpoint.manifest import write_manifest
@@ -75,12 +76,34 @@ def test_another_layout_continues_with_the_same_loss(runs, straight_tp2):
     check_continuation(runs.records(straight_tp2), runs.records("TP2 to PP2"))
 
 
+def test_biases_of_routers_stay_what_they_were_to_the_last_bit(runs):
+    """They are float32 in a model of bfloat16: in the export, and in the checkpoint behind it."""
+    model = runs.folder / "models" / "glm4_moe"
+    settings = (f"model.path={model}", "model.dtype=bfloat16", *EP2)
+    for end in (1, 2):
+        runs.finish("biases", 2, *settings, f"run.num_iterations={end}")
+        exported, original = (load_tensors(d) for d in (runs.folder / "biases" / "hf", model))
+        names = [name for name in original if name.endswith("e_score_correction_bias")]
+        assert len(names) == 3
+        for name in names:
+            assert exported[name].dtype == torch.float32
+            assert torch.equal(exported[name], original[name])
+        head = exported["lm_head.weight"]
+        assert head.dtype == torch.bfloat16
+        assert not torch.equal(head, original["lm_head.weight"].bfloat16())
+
+
+def load_tensors(directory):
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def test_experts_continue_at_another_layout(runs):
     """With expert parallelism Megatron has two optimizers, and without it one: there and back.
 
     Between, stages have one layer and three.
     """
-    settings = (f"model.path={runs.folder / 'models' / 'qwen3_moe'}", "run.num_iterations=8")
+    settings = (f"model.path={runs.folder / 'models' / 'glm4_moe'}", "run.num_iterations=8")
     runs.finish("EP2", 2, *settings, *EP2, "checkpoint.keep_last=3")
     copied = runs.copy("EP2", "EP2 to PP2 to EP2") / "checkpoints"
     for name in (LAST, "iteration_000008"):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.rows import QK_NORM, QKV_BIAS
 from megatron_rl.weights.rules import Rule
 
@@ -14,11 +15,38 @@ class MixtureFields:
     ffn_hidden_size: str
     """The field with the size of one expert."""
 
+    num_experts: tuple[str, ...] = ("num_experts", "num_local_experts")
+    """The fields with the number of experts: spellings of one thing."""
+
     renormalized: bool | None = None
     """True: the chosen experts' probabilities are scaled to sum to 1; None: norm_topk_prob says."""
 
     has_dense_layers: bool = False
     """True: decoder_sparse_step and mlp_only_layers can make some layers dense."""
+
+    is_sigmoid: bool = False
+    """True: as DeepSeek-V3 has it (arXiv:2412.19437, section 2.1.2). Scores are sigmoids, a bias
+    corrects the choice, routed_scaling_factor scales the chosen probabilities, n_shared_experts say
+    how wide the expert is that every token meets, and the first first_k_dense_replace layers are
+    dense."""
+
+    @property
+    def of_dense_layers(self) -> tuple[str, ...]:
+        """The fields that say which layers are dense."""
+        if self.is_sigmoid:
+            return ("first_k_dense_replace",)
+        return ("decoder_sparse_step", "mlp_only_layers") if self.has_dense_layers else ()
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The fields that are read."""
+        named = (*self.num_experts, *self.of_dense_layers)
+        own = frozenset({self.ffn_hidden_size, "num_experts_per_tok", *named})
+        if self.renormalized is None:
+            own |= {"norm_topk_prob"}
+        if self.is_sigmoid:
+            own |= {"routed_scaling_factor", "n_shared_experts"}
+        return own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +77,21 @@ class Family:
     """Fields that we do not implement, with the values at which they change nothing."""
 
     mixture: MixtureFields | None = None
+
+    partial_rotary: float | None = None
+    """The share of a head that turns where partial_rotary_factor is absent; None: heads turn
+    whole, and the field is refused."""
+
+    has_optional_qk_norm: bool = False
+    """True: use_qk_norm says whether queries and keys have norms."""
+
+    has_layers_behind: bool = False
+    """True: a checkpoint may hold layers behind the last one, which guess tokens ahead and which
+    the network does without."""
+
+    def attention_of(self, arch: ModelArch) -> tuple[Rule, ...]:
+        """The norms and the attention of the layers of one model."""
+        return tuple(rule for rule in self.attention if arch.qk_norm or rule not in QK_NORM)
 
     @property
     def qkv_bias(self) -> bool:

@@ -10,6 +10,7 @@ LARGEST = {
     "num_hidden_layers": 1024,
     "num_experts": 1024,
     "num_local_experts": 1024,
+    "n_routed_experts": 1024,
     "max_position_embeddings": 2**24,  # of which the engine makes a table of angles
 }
 MAX_SIZE = 2**31 - 1
@@ -36,6 +37,10 @@ class Fields:
                 f"{LARGEST.get(name, MAX_SIZE)}, and tables of that size are made. Mend config.json"
             )
         return value
+
+    def count(self, name: str) -> int:
+        """The field as a whole number, which may be 0."""
+        return 0 if self.values.get(name) == 0 else self.number(name)
 
     def real(self, name: str) -> float:
         value = self.values.get(name)

@@ -5,6 +5,7 @@ does not change the network). Any other field is an error that names it.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import MixtureArch, ModelArch
@@ -27,15 +28,6 @@ USED = {
     "rope_parameters",
     "max_position_embeddings",
     "tie_word_embeddings",
-}
-USED_BY_MIXTURES = {
-    "num_experts",
-    "num_local_experts",  # transformers 5 writes num_experts so
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "decoder_sparse_step",
-    "mlp_only_layers",
 }
 # Fields of training, generation and bookkeeping that do not change the network. Those that begin
 # with one of IGNORED_PREFIXES are of the program that wrote the file.
@@ -64,6 +56,8 @@ IGNORED = {
     "max_sequence_length",
 }
 IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
+# How many layers stand behind the last one and guess tokens ahead; their tensors are left out.
+IGNORED_WITH_LAYERS_BEHIND = {"num_nextn_predict_layers", "num_mtp_layers"}
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),  # True would also put a bias on the output projection
@@ -122,7 +116,8 @@ def read_arch(
             f"{where}: num_key_value_heads={groups} must divide num_attention_heads={heads}"
         )
     layers = fields.number("num_hidden_layers")
-    rope = read_rope(fields, config.get("rope_theta"), ignored)
+    head_dim = fields.number("head_dim", hidden // heads)
+    rope = read_rope(fields, config.get("rope_theta"), ignored, family.partial_rotary)
     positions = fields.number("max_position_embeddings")
     if rope.yarn is not None:  # the engine's table of angles ends there
         positions = min(positions, rope.yarn.positions)
@@ -133,7 +128,8 @@ def read_arch(
         ffn_hidden_size=fields.number("intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=fields.number("head_dim", hidden // heads),
+        head_dim=head_dim,
+        rotary_dim=rope.rotary_dim(head_dim, where),
         vocab_size=fields.number("vocab_size"),
         rms_norm_eps=fields.real("rms_norm_eps"),
         rope_theta=rope.theta,
@@ -141,7 +137,7 @@ def read_arch(
         yarn=rope.yarn,
         max_position_embeddings=positions,
         qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
+        qk_norm=fields.flag("use_qk_norm") if family.has_optional_qk_norm else family.qk_norm,
         tied_embeddings=fields.flag("tie_word_embeddings"),
         mixture=None if family.mixture is None else _mixture(family.mixture, fields, layers),
     )
@@ -158,7 +154,13 @@ def _refuse_unhonoured(
     }
     harmless = USED | IGNORED | {"layer_types"}
     if family.mixture is not None:
-        harmless |= USED_BY_MIXTURES | IGNORED_OF_MIXTURES
+        harmless |= family.mixture.used | IGNORED_OF_MIXTURES
+    if family.has_optional_qk_norm:
+        harmless |= {"use_qk_norm"}
+    if family.partial_rotary is not None:
+        harmless |= {"partial_rotary_factor"}
+    if family.has_layers_behind:
+        harmless |= IGNORED_WITH_LAYERS_BEHIND
     settings = {**family.defaults, **config}
     if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
         harmless |= {"sliding_window"}
@@ -229,14 +231,14 @@ def _refuse_windows(layer_types: object, where: str) -> None:
 
 
 def _mixture(names: MixtureFields, fields: Fields, layers: int) -> MixtureArch:
-    values = fields.values
-    counts = [values[name] for name in ("num_experts", "num_local_experts") if name in values]
-    if len(counts) == 2 and counts[0] != counts[1]:
+    given = [name for name in names.num_experts if name in fields.values]
+    counts = [f"{name}={fields.values[name]!r}" for name in given]
+    if any(fields.values[name] != fields.values[given[0]] for name in given):
         raise InputError(
-            f"{fields.where}: num_experts={counts[0]!r} and num_local_experts={counts[1]!r} are "
-            "two spellings of one thing and differ. Remove the wrong one"
+            f"{fields.where}: {' and '.join(counts)} are two spellings of one thing and differ. "
+            "Remove the wrong one"
         )
-    spelling = "num_experts" if "num_experts" in values else "num_local_experts"
+    spelling = given[0] if given else names.num_experts[-1]
     num_experts, top_k = fields.number(spelling), fields.number("num_experts_per_tok")
     if top_k > num_experts:
         raise InputError(
@@ -250,18 +252,32 @@ def _mixture(names: MixtureFields, fields: Fields, layers: int) -> MixtureArch:
             f"{fields.where}: num_experts_per_tok=1 with probabilities that are scaled to sum to 1 "
             "weighs every expert with 1: Megatron-Core does not train such a router"
         )
-    dense_layers = _dense_layers(fields, layers) if names.has_dense_layers else frozenset()
+    dense_layers: frozenset[int] = frozenset()
+    if names.has_dense_layers:
+        dense_layers = _dense_layers(fields, layers)
+    if names.is_sigmoid:
+        dense_layers = frozenset(range(min(layers, fields.count("first_k_dense_replace"))))
     if len(dense_layers) == layers:
         raise InputError(
-            f"{fields.where}: decoder_sparse_step and mlp_only_layers leave no layer with experts. "
+            f"{fields.where}: {' and '.join(names.of_dense_layers)} leave no layer with experts. "
             "Name it by the dense model_type that it is"
         )
-    return MixtureArch(
+    ffn_hidden_size = fields.number(names.ffn_hidden_size)
+    mixture = MixtureArch(
         num_experts=num_experts,
-        ffn_hidden_size=fields.number(names.ffn_hidden_size),
+        ffn_hidden_size=ffn_hidden_size,
         top_k=top_k,
         renormalized=renormalized,
         dense_layers=dense_layers,
+    )
+    if not names.is_sigmoid:
+        return mixture
+    return replace(
+        mixture,
+        score="sigmoid",
+        has_bias=True,
+        scale=fields.real("routed_scaling_factor"),
+        shared_ffn_hidden_size=fields.number("n_shared_experts") * ffn_hidden_size,
     )
 
 

@@ -36,25 +36,38 @@ class Rope:
     """What a config.json says of it; at most one of the two scalings."""
 
     theta: float
+    share: float = 1.0  # of a head that turns
     llama3_factor: float | None = None
     yarn: YarnRope | None = None
 
+    def rotary_dim(self, head_dim: int, where: str) -> int | None:
+        """Entries of a head that turn; None: all of them."""
+        if self.share == 1:
+            return None
+        found = int(head_dim * self.share)
+        if found % 2 or not 0 < found < head_dim:
+            raise InputError(
+                f"{where}: partial_rotary_factor={shown(self.share)} turns {found} entries of a "
+                f"head of {head_dim}: it must be an even number of them, at most all. Mend "
+                "config.json"
+            )
+        return found
 
-def read_rope(fields: Fields, told_theta: object, ignored: Collection[str]) -> Rope:
+
+def read_rope(
+    fields: Fields, told_theta: object, ignored: Collection[str], partial: float | None = None
+) -> Rope:
     """The rope of a model.
 
     told_theta: rope_theta as config.json itself has it. ignored: names that a person says change
-    nothing.
+    nothing. partial: the share of a head that turns where no field says it; None: heads turn whole,
+    and other shares are refused.
     """
     rope = _settings(fields, told_theta)
     theta = Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
     kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
     rope.pop("type", None)
-    if rope.pop("partial_rotary_factor", None) not in _WHOLE:
-        raise InputError(
-            f"{fields.where}: a partial_rotary_factor other than 1 is not supported. Use a model "
-            "that rotates whole heads"
-        )
+    share = _share(fields, rope.pop("partial_rotary_factor", None), partial)
     if not isinstance(kind, str) or kind not in _HONOURED:
         raise InputError(
             f"{fields.where}: rope type {kind!r} is not supported: {', '.join(_HONOURED)} are. Use "
@@ -69,8 +82,27 @@ def read_rope(fields: Fields, told_theta: object, ignored: Collection[str]) -> R
             + (f". {_INSTEAD[name]}" if name in _INSTEAD else "")
         )
     if kind == "llama3":
-        return Rope(theta, llama3_factor=_llama3_factor(rope, fields.where))
-    return Rope(theta, yarn=_yarn(rope, fields.where) if kind == "yarn" else None)
+        return Rope(theta, share, llama3_factor=_llama3_factor(rope, fields.where))
+    return Rope(theta, share, yarn=_yarn(rope, fields.where) if kind == "yarn" else None)
+
+
+def _share(fields: Fields, told: object, partial: float | None) -> float:
+    """The share of a head that turns; told: by the rope's own parameters."""
+    if partial is None:
+        if told not in _WHOLE:
+            raise InputError(
+                f"{fields.where}: a partial_rotary_factor other than 1 is not supported. Use a "
+                "model that rotates whole heads"
+            )
+        return 1.0
+    name = "partial_rotary_factor"
+    found = [value for value in (fields.values.get(name), told) if value is not None]
+    if any(value != found[0] for value in found):
+        raise InputError(
+            f"{fields.where}: {name} is {found[0]!r}, and {found[1]!r} in rope_parameters: two "
+            "spellings of one thing differ. Remove the wrong one"
+        )
+    return Fields({name: found[0] if found else partial}, fields.where).real(name)
 
 
 def _settings(fields: Fields, told_theta: object) -> dict[str, object]:

@@ -4,7 +4,7 @@ A row names one parameter in Megatron-Core's local layers, in Hugging Face files
 """
 
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.rules import Copy, GateUp, Qkv, Rule, Vocab
+from megatron_rl.weights.rules import Copy, GateUp, Qkv, Rule, Size, Vocab
 
 MEGATRON_LAYER = "decoder.layers.{i}."
 HF_LAYER = "model.layers.{i}."
@@ -34,9 +34,35 @@ def _expert_rows(arch: ModelArch) -> int:
     return arch.mixture.ffn_hidden_size
 
 
+def _shared_expert_rows(arch: ModelArch) -> int:
+    assert arch.mixture is not None
+    return arch.mixture.shared_ffn_hidden_size
+
+
 def _num_experts(arch: ModelArch) -> int:
     assert arch.mixture is not None
     return arch.mixture.num_experts
+
+
+def _feed_forward(megatron: str, hf: str, rows: Size) -> tuple[Rule, ...]:
+    """The matrices of a feed-forward network, whose output projection tensor parallelism cuts."""
+    megatron, hf = MEGATRON_LAYER + megatron, HF_LAYER + hf
+    return (
+        GateUp(
+            megatron=megatron + ".linear_fc1.weight",
+            hf_gate=hf + ".gate_proj.weight",
+            hf_up=hf + ".up_proj.weight",
+            engine=hf + ".gate_up_proj.weight",
+            rows=rows,
+        ),
+        Copy(
+            megatron=megatron + ".linear_fc2.weight",
+            hf=hf + ".down_proj.weight",
+            engine=hf + ".down_proj.weight",
+            shape=lambda arch: (arch.hidden_size, rows(arch)),
+            axis=1,
+        ),
+    )
 
 
 def _norm(megatron: str, hf: str) -> Copy:
@@ -81,21 +107,16 @@ QKV_BIAS = Qkv(
 )
 QK_NORM: tuple[Rule, ...] = (_head_norm("q"), _head_norm("k"))
 
-DENSE: tuple[Rule, ...] = (
-    GateUp(
-        megatron=MEGATRON_LAYER + "mlp.linear_fc1.weight",
-        hf_gate=HF_LAYER + "mlp.gate_proj.weight",
-        hf_up=HF_LAYER + "mlp.up_proj.weight",
-        engine=HF_LAYER + "mlp.gate_up_proj.weight",
-        rows=_ffn_rows,
-    ),
-    Copy(
-        megatron=MEGATRON_LAYER + "mlp.linear_fc2.weight",
-        hf=HF_LAYER + "mlp.down_proj.weight",
-        engine=HF_LAYER + "mlp.down_proj.weight",
-        shape=lambda arch: (arch.hidden_size, _ffn_rows(arch)),
-        axis=1,
-    ),
+DENSE = _feed_forward("mlp", "mlp", _ffn_rows)
+SHARED_EXPERT = _feed_forward("mlp.shared_experts", "mlp.shared_experts", _shared_expert_rows)
+# What corrects the choice of experts (arXiv:2408.15664): float32 whatever the model's dtype, and no
+# gradient reaches it.
+ROUTER_BIAS = Copy(
+    megatron=MEGATRON_LAYER + "mlp.router.expert_bias",
+    hf=HF_LAYER + "mlp.gate.e_score_correction_bias",
+    engine=HF_LAYER + "mlp.gate.e_score_correction_bias",
+    shape=lambda arch: (_num_experts(arch),),
+    in_float32=True,
 )
 
 

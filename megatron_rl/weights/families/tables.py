@@ -7,7 +7,16 @@ those of hf_config.py. Every other field is refused by name.
 """
 
 from megatron_rl.weights.families.family import Family, MixtureFields
-from megatron_rl.weights.families.rows import ATTENTION, DENSE, QK_NORM, QKV_BIAS, experts, router
+from megatron_rl.weights.families.rows import (
+    ATTENTION,
+    DENSE,
+    QK_NORM,
+    QKV_BIAS,
+    ROUTER_BIAS,
+    SHARED_EXPERT,
+    experts,
+    router,
+)
 
 # Llama 2 and 3.x; 3.1 and later scale their rope.
 LLAMA = Family(
@@ -67,6 +76,43 @@ MIXTRAL = Family(
     mixture=MixtureFields(ffn_hidden_size="intermediate_size", renormalized=True),
 )
 
+# GLM-4.5, 4.6 and 4.7. Its first expert groups are one: n_group and topk_group choose nothing.
+GLM4_MOE = Family(
+    model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    attention=(*ATTENTION, QKV_BIAS, *QK_NORM),
+    dense=DENSE,
+    router=(*router("mlp"), ROUTER_BIAS, *SHARED_EXPERT),
+    experts=experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    defaults={
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 1,
+    },
+    neutral={
+        "attention_bias": (True,),  # of queries, keys and values alone
+        "norm_topk_prob": (True,),
+        "n_group": (1,),
+        "topk_group": (1,),
+    },
+    mixture=MixtureFields(
+        ffn_hidden_size="moe_intermediate_size",
+        num_experts=("n_routed_experts",),
+        renormalized=True,
+        is_sigmoid=True,
+    ),
+    partial_rotary=0.5,
+    has_optional_qk_norm=True,
+    has_layers_behind=True,
+)
+
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL)
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GLM4_MOE)
 }

@@ -56,6 +56,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
         **MOE,
     },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,
@@ -82,7 +90,9 @@ def write_model(
         (folder / file).write_bytes(content)
     generator = torch.Generator().manual_seed(list(CONFIGS).index(name))
     tensors = {
-        tensor: torch.randn(shape, generator=generator).to(dtype)
+        tensor: torch.randn(shape, generator=generator).to(
+            torch.float32 if tensor.endswith("e_score_correction_bias") else dtype
+        )
         for tensor, shape in hf_shapes(read_model_config(folder)).items()
     }
     save_tensors(folder, tensors, num_files)

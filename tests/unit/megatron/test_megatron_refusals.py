@@ -426,10 +426,11 @@ def test_what_would_route_otherwise_than_the_engine_is_refused(name):
     assert "must route tokens as the engine does" in problem
 
 
-@pytest.mark.parametrize("name", ["moe_router_enable_expert_bias", "moe_router_bias_update_rate"])
-def test_a_bias_of_experts_is_refused_since_no_family_has_one(name):
-    (problem,) = problems_of(megatron={name: 1})
-    assert "no family of weights/families has a bias of its experts" in problem
+def test_whether_experts_have_a_bias_is_the_models_and_the_bias_stays():
+    (problem,) = problems_of(megatron={"moe_router_enable_expert_bias": True})
+    assert "the model's config.json decides it" in problem
+    (problem,) = problems_of(megatron={"moe_router_bias_update_rate": 1e-3})
+    assert "the bias of experts is the checkpoint's and stays as it is" in problem
 
 
 KIND, COEFF, Z_COEFF = "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"
@@ -475,3 +476,8 @@ def test_losses_of_routers_that_a_dense_model_does_not_have_are_refused():
     assert not list(router_problems(EXPERTS, model))
     nothing = ModelConfig(path="m", megatron={KIND: "none", COEFF: 0.0, Z_COEFF: None})
     assert not list(router_problems(ARCH, nothing))
+    sigmoids = replace(EXPERTS, mixture=replace(EXPERTS.mixture, score="sigmoid"))
+    told = [str(problem) for problem in router_problems(sigmoids, model)]
+    assert len(told) == 3
+    assert "this model's have sigmoids and a balancing bias" in told[0]
+    assert not list(router_problems(sigmoids, nothing))

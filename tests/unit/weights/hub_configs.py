@@ -145,8 +145,46 @@ MIXTRAL: dict[str, Any] = {  # Mixtral-8x7B-Instruct-v0.1
     "router_jitter_noise": 0.0,
     "vocab_size": 32000,
 }
+GLM4_MOE: dict[str, Any] = {  # GLM-4.5-Air
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": [151329, 151336, 151338],
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.54.0",
+    "use_cache": True,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
 CONFIGS = {
-    config["model_type"]: config for config in (QWEN2, LLAMA, MISTRAL, QWEN3, QWEN3_MOE, MIXTRAL)
+    config["model_type"]: config
+    for config in (QWEN2, LLAMA, MISTRAL, QWEN3, QWEN3_MOE, MIXTRAL, GLM4_MOE)
 }
 # Elements of all tensors in the models' files, tied heads counted once.
 NUM_PARAMETERS = {
@@ -156,4 +194,5 @@ NUM_PARAMETERS = {
     "qwen3": 596_049_920,
     "qwen3_moe": 30_532_122_624,
     "mixtral": 46_702_792_704,
+    "glm4_moe": 106_852_251_264,  # without the layer behind the last one
 }

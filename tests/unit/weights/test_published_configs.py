@@ -40,7 +40,9 @@ def num_parameters_by_transformers(directory):
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    return sum(parameter.numel() for parameter in model.parameters())  # a tied head counts once
+    weights = sum(weight.numel() for weight in model.parameters())  # a tied head counts once
+    biases = (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    return weights + sum(bias.numel() for bias in biases)
 
 
 def test_all_that_is_not_known_is_named_at_once_with_a_way_out(directory_of):

@@ -37,6 +37,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [1], "tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
 }
 
 

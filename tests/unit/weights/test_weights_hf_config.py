@@ -3,6 +3,7 @@ import json
 import pytest
 from hub_configs import (
     CONFIGS,
+    GLM4_MOE,
     LLAMA,
     LLAMA3_SCALING,
     MISTRAL,
@@ -14,7 +15,7 @@ from hub_configs import (
 )
 
 from megatron_rl.errors import InputError
-from megatron_rl.weights.arch import YarnRope
+from megatron_rl.weights.arch import MixtureArch, YarnRope
 from megatron_rl.weights.families.registry import read_model_config
 
 
@@ -152,6 +153,26 @@ def test_an_absent_field_is_what_transformers_takes(read, tmp_path, family, abse
         assert (theirs.decoder_sparse_step, theirs.mlp_only_layers) == (1, [])
 
 
+def test_the_fields_of_sigmoid_routers(read):
+    arch = read(GLM4_MOE, first_k_dense_replace=3, routed_scaling_factor=2.5, n_shared_experts=2)
+    assert arch.rotary_dim == 64
+    assert not arch.qk_norm
+    assert read(GLM4_MOE, use_qk_norm=True).qk_norm
+    assert arch.mixture == MixtureArch(
+        num_experts=128,
+        ffn_hidden_size=1408,
+        top_k=8,
+        renormalized=True,
+        dense_layers=frozenset({0, 1, 2}),
+        score="sigmoid",
+        has_bias=True,
+        scale=2.5,
+        shared_ffn_hidden_size=2816,
+    )
+    assert not read(GLM4_MOE, first_k_dense_replace=0).mixture.dense_layers
+    assert read(GLM4_MOE, partial_rotary_factor=1.0).rotary_dim is None
+
+
 def test_null_fields_are_derived(read):
     assert read(LLAMA, head_dim=None).head_dim == 128
     assert read(LLAMA, num_key_value_heads=None).num_query_groups == 24
@@ -167,6 +188,21 @@ def test_an_absent_window_is_one_where_transformers_takes_it_so(read):
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
+        (GLM4_MOE, {"attention_bias": False}, "attention_bias=False is not supported"),
+        (GLM4_MOE, {"n_group": 8}, r"n_group=8 is not supported.*only \(1,\)"),
+        (GLM4_MOE, {"norm_topk_prob": False}, "norm_topk_prob=False is not supported"),
+        (GLM4_MOE, {"num_experts": 4}, "num_experts=4 is not supported.*not known"),
+        (GLM4_MOE, {"first_k_dense_replace": 46}, "first_k_dense_replace leave no layer with exp"),
+        (GLM4_MOE, {"first_k_dense_replace": -1}, "first_k_dense_replace=-1 must be a positive"),
+        (GLM4_MOE, {"routed_scaling_factor": 0}, "routed_scaling_factor=0 must be a positive num"),
+        (GLM4_MOE, {"partial_rotary_factor": 0.51}, "turns 65 entries of a head of 128"),
+        (GLM4_MOE, {"partial_rotary_factor": 1.5}, "turns 192 entries of a head of 128"),
+        (
+            GLM4_MOE,
+            {"rope_parameters": {"rope_theta": 1000000, "partial_rotary_factor": 0.25}},
+            "partial_rotary_factor is 0.5, and 0.25 in rope_parameters",
+        ),
+        (MIXTRAL, {"norm_topk_prob": True}, "norm_topk_prob=True is not supported.*not known"),
         (QWEN2, {"logit_scale": 2.0}, "logit_scale=2.0 is not supported.*not known"),
         (QWEN2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         (QWEN2, {"attention_dropout": 0.1}, "attention_dropout=0.1"),

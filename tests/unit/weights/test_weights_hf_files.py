@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from megatron_rl.weights.hf_files import (
     plan_files,
     write_index,
 )
-from megatron_rl.weights.layouts import hf_pieces, hf_shapes
+from megatron_rl.weights.layouts import hf_pieces, hf_shapes, is_behind
 
 ARCH, TIED = ARCHS["qwen2"], ARCHS["qwen2_tied"]
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -256,3 +257,16 @@ def test_a_tied_head_without_an_embedding_is_refused(tmp_path):
     write_checkpoint(tmp_path, tensors)
     with pytest.raises(InputError, match=r"missing \['model\.embed_tokens\.weight'\]"):
         opened(tmp_path, TIED)
+
+
+def test_layers_behind_the_last_one_are_left_out_where_a_family_may_have_them(tmp_path):
+    glm = ARCHS["glm4_moe"]
+    tensors = hf_tensors(glm)
+    behind = f"model.layers.{glm.num_layers}.eh_proj.weight"
+    directory = write_checkpoint(tmp_path, {**tensors, behind: torch.ones(2, 2)})
+    found = HfCheckpoint(directory, hf_shapes(glm), partial(is_behind, glm))
+    assert found.dtypes.keys() == tensors.keys()
+    with pytest.raises(InputError, match=rf"1 not known \['{behind}'\]"):
+        opened(directory, glm)
+    assert not is_behind(glm, f"model.layers.{glm.num_layers - 1}.mlp.gate.weight")
+    assert not is_behind(ARCH, f"model.layers.{ARCH.num_layers}.mlp.gate.weight")

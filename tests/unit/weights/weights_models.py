@@ -44,6 +44,20 @@ ARCHS = {
         tied_embeddings=True,
     ),
     "mixtral": replace(LLAMA, model_type="mixtral", mixture=FOUR_EXPERTS),
+    "glm4_moe": replace(
+        QWEN3,
+        model_type="glm4_moe",
+        qkv_bias=True,
+        rotary_dim=2,
+        mixture=replace(
+            FOUR_EXPERTS,
+            dense_layers=frozenset({0}),
+            score="sigmoid",
+            has_bias=True,
+            scale=2.5,
+            shared_ffn_hidden_size=8,
+        ),
+    ),
 }
 # What two does not divide: three key heads, and a vocabulary that padding makes 192 of.
 ODD = replace(QWEN2, num_attention_heads=6, num_query_groups=3, vocab_size=151)
