@@ -99,15 +99,15 @@ def skipped_commit(run: Run) -> list[str]:
 
 def skipped_moves(run: Run) -> list[str]:
     """A plan without the moves of one module, on all ranks."""
-    sync = run.rollouts.sync
+    part = run.rollouts.sync._parts[0]
     less = replace(
-        sync._plan,
+        part.plan,
         buckets=tuple(
             tuple(m for m in bucket if m.module != "model.layers.3.self_attn.qkv_proj")
-            for bucket in sync._plan.buckets
+            for bucket in part.plan.buckets
         ),
     )
-    with patched(sync, "_plan", less):
+    with patched(part, "plan", less):
         error = error_of(lambda: push(run), RunError)
     push(run)
     return everywhere(error)

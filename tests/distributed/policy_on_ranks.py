@@ -203,7 +203,8 @@ def _model_at(
         },
         **RECOMPUTE[layout.recompute],
     )
-    with groups_at(layout) as (parallel, groups), _ops(layout), routers_in_own_dtype():
+    in_own_dtype = routers_in_own_dtype() if dtype == "float64" else nullcontext()
+    with groups_at(layout) as (parallel, groups), _ops(layout), in_own_dtype:
         arch = read_model_config(problem.model_dir)
         model = build(arch, settings, parallel, optimizer, groups, run_updates=10)
         model.load(ModelSource(config_dir=model_dir))
