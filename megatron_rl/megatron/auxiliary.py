@@ -1,4 +1,4 @@
-"""Auxiliary losses of routers: what model.megatron may ask for. routers.py computes them."""
+"""Auxiliary losses of routers, and their bias: what model.megatron may ask for; see routers.py."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,9 @@ KIND, COEFF, Z_COEFF = (
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
 )
-FIELDS = (KIND, COEFF, Z_COEFF)
+BIAS_RATE = "moe_router_bias_update_rate"
+LOSSES = (KIND, COEFF, Z_COEFF)
+FIELDS = (*LOSSES, BIAS_RATE)
 """Megatron's names. Its own routers are not told of them."""
 
 KINDS: tuple[str, ...] = ("none", "seq_aux_loss", "global_aux_loss")
@@ -21,13 +23,15 @@ KINDS: tuple[str, ...] = ("none", "seq_aux_loss", "global_aux_loss")
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryLosses:
-    """What an update adds to its loss for the routers."""
+    """What an update adds to its loss for the routers, and how it moves their bias."""
 
     balanced_over: Literal["sequence", "update"] | None = None
     balance_coeff: float = 0.0
     z_coeff: float = 0.0
+    bias_rate: float = 0.0
 
     def __bool__(self) -> bool:
+        """True where there is a loss."""
         return self.balanced_over is not None or self.z_coeff > 0
 
 
@@ -42,13 +46,14 @@ def auxiliary_losses(overrides: Mapping[str, Any]) -> AuxiliaryLosses:
         balanced_over=balanced_over,
         balance_coeff=float(overrides[COEFF]) if balanced_over else 0.0,
         z_coeff=float(overrides.get(Z_COEFF) or 0.0),
+        bias_rate=float(overrides.get(BIAS_RATE) or 0.0),
     )
 
 
 def auxiliary_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
     """Coefficients that are none, and those that act on nothing."""
     kind, field = overrides.get(KIND, "none"), f"model.megatron.{COEFF}"
-    coeff, z_coeff = overrides.get(COEFF), overrides.get(Z_COEFF)
+    coeff = overrides.get(COEFF)
     if kind not in KINDS:
         yield ConfigError(
             f"model.megatron.{KIND}",
@@ -69,10 +74,11 @@ def auxiliary_problems(overrides: Mapping[str, Any]) -> Iterator[ConfigError]:
     elif not _is_coefficient(coeff):
         rule = f"is what model.megatron.{KIND}={kind} is multiplied by: a number above 0"
         yield ConfigError(field, coeff, rule, f"Set {field}=0.001")
-    if z_coeff and not _is_coefficient(z_coeff):
-        z_field = f"model.megatron.{Z_COEFF}"
-        way_out = f"Set {z_field}=0, which switches it off, or use a small one as 0.001"
-        yield ConfigError(z_field, z_coeff, "must be a number above 0", way_out)
+    for name in (Z_COEFF, BIAS_RATE):
+        if (value := overrides.get(name)) and not _is_coefficient(value):
+            field = f"model.megatron.{name}"
+            way_out = f"Set {field}=0, which switches it off, or use a small one as 0.001"
+            yield ConfigError(field, value, "must be a number above 0", way_out)
 
 
 def _is_coefficient(value: object) -> bool:

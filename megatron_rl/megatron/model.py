@@ -288,6 +288,7 @@ class TrainedModel:
                 f"{self.name} version {self.version}: the gradient norm is {grad_norm}. The "
                 "weights of this run can no longer be trusted; resume from the last checkpoint"
             )
+        self.routers.move_biases()
         self.scheduler.step(increment=1)
         self.version += 1
         counted = {f"{self.name}/nonfinite_updates": 0.0} if skips else {}

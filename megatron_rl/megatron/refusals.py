@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_rl.errors import ConfigError
 from megatron_rl.megatron import faults
-from megatron_rl.megatron.auxiliary import FIELDS, auxiliary_problems
+from megatron_rl.megatron.auxiliary import BIAS_RATE, FIELDS, LOSSES, auxiliary_problems
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.settable import DECIDED, FAULTY, OF_TE, REFUSED, VALUES
 from megatron_rl.parallel.config import ParallelConfig
@@ -168,14 +168,16 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
 
 
 def router_problems(arch: ModelArch, model: ModelConfig) -> Iterator[ConfigError]:
-    """Losses of routers that the model does not have."""
+    """Losses and biases of routers that the model does not have."""
+    reasons: dict[str, str] = {}
     if arch.mixture is None:
-        reason = "has no effect: the model has no experts"
-    elif arch.mixture.score != "softmax":
+        reasons = dict.fromkeys(FIELDS, "has no effect: the model has no experts")
+    elif arch.mixture.has_bias:
         reason = "is of routers with a softmax: this model's have sigmoids and a balancing bias"
+        reasons = dict.fromkeys(LOSSES, reason)
     else:
-        return
-    for name in FIELDS:
+        reasons[BIAS_RATE] = "has no effect: the model's routers have no bias"
+    for name, reason in reasons.items():
         if (value := model.megatron.get(name)) not in (None, 0, "none"):
             yield ConfigError(f"model.megatron.{name}", value, reason, "Leave it out")
 

@@ -15,6 +15,11 @@ experts, of which a token has K:
 tokens; `global_aux_loss` takes them over the update. f has no gradient. The update's loss gets the
 sum over layers of coefficient times loss; metrics are means over layers without the coefficient.
 
+Where routers have a bias that corrects the choice of experts, an update moves it by
+`moe_router_bias_update_rate` (arXiv:2408.15664, algorithm 1): up for an expert that was chosen less
+often than the mean, by the same T tokens, and down for one that was chosen more often.
+Megatron-Core counts padding as well.
+
 A row that says which experts the engine chose is routed by them, in passes that measure and in
 updates. Only the choice is the engine's: probabilities are those of the policy's own logits, and
 so are gradients.
@@ -100,8 +105,12 @@ class Routers:
         """Forward and backward passes of an update, of these rows on this rank."""
         if not self._losses:
             is_told = any(batch.experts is not None for batch in microbatches)
-            with self._running("train" if is_told else "measure"):
+            for router in self._routers:
+                router.chosen.zero_()
+            with self._running("train" if is_told or self._losses.bias_rate else "measure"):
                 yield
+            if self._losses.bias_rate:
+                self._sum_chosen()
             return
         own = sum(s.num_tokens for mb in microbatches for s in mb.samples if s.has_gradient)
         tokens = torch.tensor([own if self._groups.is_first_copy else 0])
@@ -110,8 +119,15 @@ class Routers:
         with self._running("train"):
             yield
 
+    def move_biases(self) -> None:
+        """Move the biases by what the last update chose; every rank calls it."""
+        for router in self._routers if self._losses.bias_rate else ():
+            router.move_bias(self._losses.bias_rate)
+
     def metrics(self, model: str) -> dict[str, float]:
         """Losses of the update that ran last, means over layers; every rank asks for them."""
+        if self._losses.bias_rate:
+            return {f"{model}/expert_overload": self._overload()}
         if not self._losses:
             return {}
         found = torch.zeros(2, dtype=torch.float64)
@@ -122,6 +138,15 @@ class Routers:
         balance, z = (found / layers).tolist()
         told = {f"{model}/load_balancing_loss": balance} if self._losses.balanced_over else {}
         return told | ({f"{model}/router_z_loss": z} if self._losses.z_coeff else {})
+
+    def _overload(self) -> float:
+        """How much more often than the mean the most chosen expert was, mean over layers."""
+        layers = sum(map(self._arch.has_experts, range(self._arch.num_layers)))
+        over = torch.zeros(self._arch.num_layers, dtype=torch.float64)
+        for router in self._routers:
+            over[router.layer] = (router.chosen.max() / router.chosen.mean() - 1).cpu()
+        dist.all_reduce(over, op=dist.ReduceOp.MAX, group=self._groups.world)
+        return float(over.sum()) / layers
 
     @contextmanager
     def _running(self, which: Pass) -> Iterator[None]:
@@ -237,13 +262,20 @@ class _Router:
     def routing(self, logits: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
         row, running = self._row_of_call(), self._of_model.running
         probabilities, routing_map = self._routed(row, logits, *args, **settings)
-        if running == "count" and row is not None:
+        # Of what is recomputed, the pass that has gradients counts.
+        is_update = running == "train" and torch.is_grad_enabled()
+        moves_bias = is_update and self._of_model.losses.bias_rate > 0
+        if (running == "count" or moves_bias) and row is not None:
             self.chosen += (routing_map & row.is_counted[:, None]).sum(0)
-        has_loss = running == "train" and bool(self._of_model.losses) and torch.is_grad_enabled()
+        has_loss = is_update and bool(self._of_model.losses)
         if has_loss and row is not None:
             loss = self._loss(logits.flatten(0, -2), routing_map, row)
             probabilities = MoEAuxLossAutoScaler.apply(probabilities, loss)
         return probabilities, routing_map
+
+    def move_bias(self, rate: float) -> None:
+        mean = self.chosen.mean()
+        self._module.expert_bias += rate * torch.sign(mean - self.chosen).to(torch.float32)
 
     def _routed(
         self, row: RoutedRow | None, logits: Tensor, *args: Any, **settings: Any

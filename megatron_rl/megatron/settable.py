@@ -54,7 +54,9 @@ SETTABLE_OF_TE = by_field(
 OF_ROUTERS = by_field(
     {
         "losses of routers, which are ours (auxiliary.py)": """
-            moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff"""
+            moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff""",
+        "the step of the bias of experts after an update, which is ours, too": """
+            moe_router_bias_update_rate""",
     }
 )
 NO_DROPOUT = "the engine samples without dropout, so the trainer must score without it"
@@ -118,9 +120,6 @@ REFUSED = by_field(
             moe_expert_rank_capacity_factor moe_pad_expert_input_to_capacity
             moe_router_quantile_balancing_ema""",
         "it is rollout.routing_replay": "moe_enable_routing_replay",
-        # Megatron-Core counts the tokens of every row, padding and prompts that are run again among
-        # them, so that the bias would move another way at every layout.
-        "the bias of experts is the checkpoint's and stays as it is": "moe_router_bias_update_rate",
         "stages are cut by parallel.num_layers_in_first_pipeline_stage, "
         "parallel.num_layers_in_last_pipeline_stage, "
         "parallel.account_for_embedding_in_pipeline_split and "

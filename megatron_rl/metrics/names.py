@@ -66,6 +66,8 @@ METRICS: dict[str, str] = {
     "over layers; 1: evenly",
     "policy/router_z_loss": "mean square of the logarithm of the routers' summed exponentials, "
     "without its coefficient, mean over layers",
+    "policy/expert_overload": "by which share the most chosen expert exceeds the mean of all, mean "
+    "over layers; 0: evenly",
     "policy/pairs": "preference pairs of an update",
     "policy/pairs_preferred_frac": "share of pairs whose margin is positive",
     "policy/pair_margin_mean": "mean of the preferred response's log-ratio to the reference, less "
@@ -79,6 +81,7 @@ METRICS: dict[str, str] = {
     "critic/lr": "learning rate of the critic's last update",
     "critic/load_balancing_loss": "the same as the policy's, of the critic's routers",
     "critic/router_z_loss": "the same as the policy's, of the critic's routers",
+    "critic/expert_overload": "the same as the policy's, of the critic's routers",
     "critic/kl_per_response": "KL to the reference that rewards paid for, nats per response",
     "critic/kl_reward_coef": "coefficient of that KL",
     "policy/updates": "optimizer steps taken in this iteration",

@@ -25,8 +25,9 @@ def sharing_problems(
     if parallel.context_parallel_size > 1:
         rule = "cannot be split over context-parallel ranks"
         yield ConfigError(FIELD, True, rule, f"{WAY_OUT}, or set parallel.context_parallel_size=1")
-    if auxiliary_losses(model.megatron):
-        rule = "would count a prompt once in the losses of routers, which count it once a response"
+    of_routers = auxiliary_losses(model.megatron)
+    if of_routers or of_routers.bias_rate:
+        rule = "would count a prompt once for the routers' balance, which counts it once a response"
         yield ConfigError(FIELD, True, rule, WAY_OUT)
     if replays_routing:
         rule = "would route a prompt once, and the engine routed it for each response"

@@ -350,3 +350,6 @@ def experts_counted_on_one_rank(policy: Any) -> Iterator[None]:
 
     with mock.patch.object(module.Routers, "_sum_chosen", return_value=None):
         yield
+
+
+biases_moved_by_rank, padding_moves_biases = experts_counted_on_one_rank, padding_balances_experts

@@ -73,6 +73,8 @@ class Measurement:
     worst_tensor: str
     norm_error: float
     auxiliary_error: float  # of the metrics
+    bias_error: float  # of biases of routers after the update
+    biases_moved: int  # entries, of all ranks
     logprob_error: float  # of a pass that measures, in nats, where an engine chose the experts
     rows: tuple[int, ...]  # of each data-parallel rank
     empty_ranks: int  # data-parallel ranks without a sample
@@ -413,6 +415,7 @@ def measure(
         metrics = policy.update(rows, minimised).metrics
         loss = metrics["policy/loss"]
         norm = policy.optimizer.get_grad_norm()
+    bias_error, biases_moved = _biases(policy, weights, answer, layout)
     for name, parameter in policy.named_parameters().items():
         parameter.copy_(weights[name])
     error, worst = largest_error(policy, named_main_grads(policy), answer.gradients)
@@ -428,6 +431,8 @@ def measure(
         gradient_error=error,
         worst_tensor=worst,
         norm_error=abs(norm - answer.norm) / answer.norm,
+        bias_error=bias_error,
+        biases_moved=biases_moved,
         auxiliary_error=_auxiliary_error(metrics, answer, case.question.auxiliary),
         logprob_error=max(
             (float((own - _at_rows(problem.routed, row)).abs().max()) for row, own in pairs),
@@ -436,6 +441,24 @@ def measure(
         rows=tuple(counted[dp_rank][0] for dp_rank in sorted(counted)),
         empty_ranks=sum(samples == 0 for _, samples in counted.values()),
     )
+
+
+def _biases(
+    policy: Policy, before: dict[str, Tensor], answer: Answer, layout: Layout
+) -> tuple[float, int]:
+    """(largest error, entries that moved) of the biases of routers after an update."""
+    rate = dict(layout.megatron).get("moe_router_bias_update_rate", 0.0)
+    after, found = policy.named_parameters(), torch.zeros(2, dtype=torch.float64)
+    mixtures = [n for n in range(policy.arch.num_layers) if policy.arch.has_experts(n)]
+    for piece in policy.pieces:
+        if piece.param.endswith("expert_bias"):
+            chosen = answer.chosen[mixtures.index(int(piece.hf.split(".")[2]))]
+            step = (rate * torch.sign(chosen.mean() - chosen)).to(torch.float32)
+            error = (after[piece.param] - (before[piece.param] + step)).abs().max().double()
+            moved = (after[piece.param] != before[piece.param]).sum()
+            found = torch.stack([found[0].maximum(error), found[1] + moved])
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found[0].item(), int(found[1])
 
 
 def _auxiliary_error(

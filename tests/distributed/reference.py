@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from router_reference import Auxiliary, Routed, auxiliary_losses
+from router_reference import Auxiliary, Routed, auxiliary_losses, chosen_experts
 from torch import Tensor
 
 from megatron_rl.types import RolloutGroup
@@ -180,6 +180,7 @@ class Answer:
     clipped_high: int
     balance: float = 0.0  # auxiliary losses without coefficients, means over layers
     z: float = 0.0
+    chosen: Tensor | None = None  # [L, E] float64: times that each expert of a layer was chosen
 
     @property
     def norm(self) -> float:
@@ -277,8 +278,8 @@ class Reference:
         loss, low, high = loss_of(recipe, groups, measured)
         balance, z = torch.zeros(()), torch.zeros(())
         minimised = loss
+        routed = [measured.routed[key] for key in _trained(recipe, groups)]
         if auxiliary is not None:
-            routed = [measured.routed[key] for key in _trained(recipe, groups)]
             balance, z = auxiliary_losses(routed, auxiliary.over)
             minimised = loss + len(routed[0]) * (auxiliary.balance * balance + auxiliary.z * z)
         names, parameters = zip(*self.model.named_parameters(), strict=True)
@@ -290,6 +291,7 @@ class Reference:
             clipped_high=high,
             balance=balance.item(),
             z=z.item(),
+            chosen=chosen_experts(routed) if routed and routed[0] else None,
         )
 
 

@@ -33,3 +33,16 @@ def auxiliary_losses(routed: Sequence[Sequence[Routed]], over: str | None) -> tu
             terms.append(evenness * len(logits) / tokens)
         balance.append(sum(terms))
     return torch.stack(balance).mean(), torch.stack(z).mean()
+
+
+def chosen_experts(routed: Sequence[Sequence[Routed]]) -> Tensor:
+    """[L, E] how often each expert was chosen, of what routers did with sequences."""
+    return torch.stack(
+        [
+            sum(
+                experts.flatten().bincount(minlength=logits.shape[1]).double()
+                for logits, experts in of_layer
+            )
+            for of_layer in zip(*routed, strict=True)
+        ]
+    )

@@ -9,6 +9,7 @@ from megatron_rl.parallel.stages import Split
 
 OVER_SEQUENCES = Auxiliary(over="sequence", balance=0.3, z=0.02)
 OVER_UPDATE = Auxiliary(over="update", balance=0.2)
+MOVING = (("moe_router_bias_update_rate", 0.01),)  # biases of routers
 EVERY_LAYOUT = (
     Layout(name="one rank", world=1, has_every_preset=True),
     Layout(name="one rank, llama", world=1, model="llama"),
@@ -87,6 +88,7 @@ EVERY_LAYOUT = (
         tp=2,
         sequence_parallel=True,
         model="glm4_moe",
+        megatron=MOVING,
         has_least=True,
     ),
     Layout(
@@ -96,6 +98,7 @@ EVERY_LAYOUT = (
         ep=2,
         recompute="full",
         model="glm4_moe",
+        megatron=MOVING,
         has_least=True,
     ),
     Layout(
@@ -104,6 +107,7 @@ EVERY_LAYOUT = (
         pp=2,
         vpp=2,
         model="glm4_moe",
+        megatron=MOVING,
         has_least=True,
         is_daily=False,
     ),
@@ -115,6 +119,7 @@ EVERY_LAYOUT = (
         expert_tp=1,
         sequence_parallel=True,
         model="glm4_moe",
+        megatron=MOVING,
         has_least=True,
     ),
     Layout(
@@ -122,6 +127,7 @@ EVERY_LAYOUT = (
         world=4,
         ep=2,
         model="glm4_moe",
+        megatron=MOVING,
         has_least=True,
         overlaps_reduction=True,
         is_daily=False,

@@ -30,6 +30,7 @@ WITH_REJECTED = Case(
     question=question_of("reinforce_rej"), row_tokens=MANY_ROWS, train_on_everything=True
 )
 
+SIGMOIDS = "CP2 EP2, sigmoids, all recomputed"
 BALANCED = "CP2 EP2, all recomputed, balanced"
 # fault -> layouts at which it must be noticed, and the error that shows it
 FAULTS = {
@@ -58,11 +59,13 @@ FAULTS = {
     "experts_balanced_by_part": ((BALANCED,), "gradient_error"),
     "losses_of_routers_by_rank": (("DP2, balanced",), "gradient_error"),
     "experts_counted_on_one_rank": (("DP2, balanced",), "gradient_error"),
+    "biases_moved_by_rank": ((SIGMOIDS,), "bias_error"),
+    "padding_moves_biases": ((SIGMOIDS,), "bias_error"),
     "experts_not_replayed": ((BALANCED,), "gradient_error"),
     "experts_of_the_token_before": ((BALANCED,), "gradient_error"),
 }
 WHERE = ("DP2", "TP2", "TP2 SP", "PP2", "PP2, tied", "CP2")
-OTHERS = ("DP2, shared prompts", "DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced")
+OTHERS = ("DP2, shared prompts", "DP4 EP2", "PP2 of 1, 3", BALANCED, "DP2, balanced", SIGMOIDS)
 CASES_OF = {
     "response_of_own_tokens_alone": OF_RESPONSES,
     "experts_not_replayed": ROUTED,

@@ -139,6 +139,20 @@ def test_the_losses_of_routers_are_reported_as_the_unsharded_ones(measurements, 
 
 @pytest.mark.parametrize(
     ("extent", "name"),
+    [("share", y.name) for y in LAYOUTS if y.model == "glm4_moe" and y.is_daily],
+)
+def test_biases_of_routers_move_by_what_the_update_chose(measurements, extent, name):
+    """To the last bit: up where an expert was chosen less often than the mean, else down."""
+    rows = measurements[extent, name]
+    assert not [row for row in rows if row["bias_error"] > 0]
+    moves = "moe_router_bias_update_rate" in dict(
+        next(y.megatron for y in LAYOUTS if y.name == name)
+    )
+    assert all((row["biases_moved"] > 0) == moves for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("extent", "name"),
     [("share", layout.name) for layout in LAYOUTS if layout.model == ROUTED and layout.auxiliary],
 )
 def test_a_pass_that_measures_routes_as_the_engine_did(measurements, extent, name):

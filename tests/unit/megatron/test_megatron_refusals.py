@@ -426,14 +426,24 @@ def test_what_would_route_otherwise_than_the_engine_is_refused(name):
     assert "must route tokens as the engine does" in problem
 
 
-def test_whether_experts_have_a_bias_is_the_models_and_the_bias_stays():
+def test_whether_experts_have_a_bias_is_the_models_and_its_step_is_not():
     (problem,) = problems_of(megatron={"moe_router_enable_expert_bias": True})
     assert "the model's config.json decides it" in problem
-    (problem,) = problems_of(megatron={"moe_router_bias_update_rate": 1e-3})
-    assert "the bias of experts is the checkpoint's and stays as it is" in problem
+    assert problems_of(megatron={BIAS_RATE: 1e-3}) == []
+    (problem,) = problems_of(megatron={BIAS_RATE: -1e-3})
+    assert "must be a number above 0" in problem
+
+
+def test_a_step_of_a_bias_that_the_model_does_not_have_is_refused():
+    model = ModelConfig(path="m", megatron={BIAS_RATE: 1e-3})
+    (problem,) = router_problems(EXPERTS, model)
+    assert "has no effect: the model's routers have no bias" in str(problem)
+    biased = replace(EXPERTS, mixture=replace(EXPERTS.mixture, score="sigmoid", has_bias=True))
+    assert not list(router_problems(biased, model))
 
 
 KIND, COEFF, Z_COEFF = "moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff"
+BIAS_RATE = "moe_router_bias_update_rate"
 
 
 @pytest.mark.parametrize(
@@ -476,7 +486,7 @@ def test_losses_of_routers_that_a_dense_model_does_not_have_are_refused():
     assert not list(router_problems(EXPERTS, model))
     nothing = ModelConfig(path="m", megatron={KIND: "none", COEFF: 0.0, Z_COEFF: None})
     assert not list(router_problems(ARCH, nothing))
-    sigmoids = replace(EXPERTS, mixture=replace(EXPERTS.mixture, score="sigmoid"))
+    sigmoids = replace(EXPERTS, mixture=replace(EXPERTS.mixture, score="sigmoid", has_bias=True))
     told = [str(problem) for problem in router_problems(sigmoids, model)]
     assert len(told) == 3
     assert "this model's have sigmoids and a balancing bias" in told[0]
