@@ -159,7 +159,7 @@ def _balanced(case: Case, layout: Any) -> Case:
 def vars_of(measurement: Any) -> dict[str, Any]:
     return {
         name: getattr(measurement, name)
-        for name in ("gradient_error", "loss_error", "norm_error", "worst_tensor")
+        for name in ("gradient_error", "bias_error", "loss_error", "norm_error", "worst_tensor")
     }
 
 
