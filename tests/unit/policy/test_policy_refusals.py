@@ -27,7 +27,7 @@ def told(batching=SHARED, *, parallel=None, model=None, most_responses=8, replay
     ("settings", "message"),
     [
         ({"parallel": {"context_parallel_size": 2}}, "cannot be split over context-parallel"),
-        ({"model": {"megatron": {"moe_z_loss_coeff": 0.1}}}, "in the losses of routers"),
+        ({"model": {"megatron": {"moe_z_loss_coeff": 0.1}}}, "for the routers' balance"),
         ({"replays_routing": True}, "the engine routed it for each response"),
         ({"most_responses": 1}, "has no effect with one response"),
     ],
