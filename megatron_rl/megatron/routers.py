@@ -104,12 +104,11 @@ class Routers:
     def training(self, microbatches: Sequence[MicroBatch]) -> Iterator[None]:
         """Forward and backward passes of an update, of these rows on this rank."""
         if not self._losses:
+            moves_bias = self._losses.bias_rate > 0
             is_told = any(batch.experts is not None for batch in microbatches)
-            for router in self._routers:
-                router.chosen.zero_()
-            with self._running("train" if is_told or self._losses.bias_rate else "measure"):
+            with self._running("train" if is_told or moves_bias else "measure"):
                 yield
-            if self._losses.bias_rate:
+            if moves_bias:
                 self._sum_chosen()
             return
         own = sum(s.num_tokens for mb in microbatches for s in mb.samples if s.has_gradient)
@@ -258,6 +257,8 @@ class _Router:
     def begin(self) -> None:
         self._waiting.clear()
         self.found.zero_()
+        if self._of_model.losses.bias_rate:
+            self.chosen.zero_()
 
     def routing(self, logits: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
         row, running = self._row_of_call(), self._of_model.running

@@ -41,7 +41,7 @@ class MegatronParam:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     is_vocabulary: bool  # rows of padding may follow; `shape` and `pieces` are without them
-    in_float32: bool  # float32 in a model of any dtype, and not trained
+    in_float32: bool  # float32 in a model of any dtype, without a gradient
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ def hf_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
 
 
 def float32_names(arch: ModelArch) -> frozenset[str]:
-    """Hugging Face tensors that are float32 in a model of any dtype, and are not trained."""
+    """Hugging Face tensors that are float32 in a model of any dtype, and get no gradient."""
     return frozenset(
         _numbered(name, place.layer, place.expert)
         for place in places(arch)

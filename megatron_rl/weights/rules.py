@@ -29,7 +29,7 @@ class Rule(Protocol):
 
     @property
     def in_float32(self) -> bool:
-        """True where it is float32 in a model of any dtype, and is not trained."""
+        """True where it is float32 in a model of any dtype, and no gradient reaches it."""
         ...
 
     def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]: ...

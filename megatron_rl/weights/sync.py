@@ -115,8 +115,8 @@ def plan_sync(
     exact = float32_names(arch)
     names = exact if in_float32 else hf_shapes(arch).keys() - exact
     return build_plan(
-        those(training_holders(arch, layout), names),
-        those(engine_holders(arch, engines), names),
+        of_tensors(training_holders(arch, layout), names),
+        of_tensors(engine_holders(arch, engines), names),
         rank=rank,
         itemsize=itemsize,
         bucket_bytes=mib << 20,
@@ -124,7 +124,7 @@ def plan_sync(
     )
 
 
-def those(holders: Iterable[Holders], names: Collection[str]) -> list[Holders]:
+def of_tensors(holders: Iterable[Holders], names: Collection[str]) -> list[Holders]:
     """The holders with the pieces of these Hugging Face tensors alone."""
     return [
         replace(holder, pieces=tuple(piece for piece in holder.pieces if piece.hf in names))
@@ -221,9 +221,9 @@ class _Part:
         self.plan, self.names = plan, names
         self._groups, self._engine, self._dtype = groups, engine, dtype
         own = frozenset(names)
-        self._sources = _owned(those(training_holders(arch, groups.layout), own), groups.rank)
+        self._sources = _owned(of_tensors(training_holders(arch, groups.layout), own), groups.rank)
         self._targets, self._copies = _copies(
-            those(engine_holders(arch, engines), own), engines.tp_rank_of(groups.rank)
+            of_tensors(engine_holders(arch, engines), own), engines.tp_rank_of(groups.rank)
         )
 
     @property

@@ -13,11 +13,11 @@ def pytest_collection_modifyitems(config, items):
     """The layouts of a part; tests that have none stay as they are."""
     if not (part := config.getoption("part")):
         return
-    first, step = map(int, part.split("/"))
+    from splits import is_in_part
+
+    part, of = map(int, part.split("/"))
     measured = [i for i in items if {"extent", "name"} <= _params(i).keys()]
-    names = dict.fromkeys(i.callspec.params["name"] for i in measured)
-    mine = set(list(names)[first - 1 :: step])
-    others = [i for i in measured if i.callspec.params["name"] not in mine]
+    others = [i for i in measured if not is_in_part(i.callspec.params["name"], part, of)]
     config.hook.pytest_deselected(items=others)
     items[:] = [i for i in items if i not in others]
 

@@ -424,8 +424,18 @@ EVERY_LAYOUT = (
         has_least=True,
     ),
 )
+_OF_EVERY_VERSION = (*EVERY_LAYOUT, *WIDE_LAYOUTS)
 LAYOUTS = tuple(
     layout
-    for layout in (*EVERY_LAYOUT, *WIDE_LAYOUTS)
+    for layout in _OF_EVERY_VERSION
     if layout.is_refused_with is None or not faults.is_present(layout.is_refused_with)
 )
+
+
+def is_in_part(name: str, part: int, of: int) -> bool:
+    """Whether a part of the layouts, counted from 1, has this one; the same at every version.
+
+    What an older version of Megatron-Core refuses is in the first part, which the newer one runs.
+    """
+    number, layout = next((n, y) for n, y in enumerate(_OF_EVERY_VERSION) if y.name == name)
+    return part == (1 if layout.is_refused_with else number % of + 1)
