@@ -15,12 +15,12 @@ from unittest import mock
 import preload_megatron  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from cases import TEMPERATURE, Case, Problem, owned
 from layout import Layout
 from megatron.core import parallel_state
-from reference import Answer, Recipe, Values
+from reference import Recipe, Values
 from router_reference import Auxiliary
+from routers_on_ranks import auxiliary_error, bias_changes, routers_in_own_dtype
 from tiny_models import MAX_RESPONSE_TOKENS, VOCAB_SIZE
 from torch import Tensor
 from torch.distributed.distributed_c10d import _world
@@ -236,21 +236,6 @@ def _ops(layout: Layout) -> Iterator[None]:
         backend.choose("auto", device)
 
 
-@contextmanager
-def routers_in_own_dtype() -> Iterator[None]:
-    """Megatron-Core's routers ask for float32, which would limit a comparison to 1e-7."""
-    to_float32 = Tensor.float
-
-    def softmax(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        return F.softmax(values, dim=dim, dtype=None if values.dtype == torch.float64 else dtype)
-
-    def unless_float64(values: Tensor) -> Tensor:
-        return values if values.dtype == torch.float64 else to_float32(values)
-
-    with mock.patch("torch.softmax", softmax), mock.patch.object(Tensor, "float", unless_float64):
-        yield
-
-
 def _small_chunks(layout: Layout) -> AbstractContextManager[Any]:
     row_bytes = 8 * padded_vocab_size(VOCAB_SIZE, layout.tp) // layout.tp
     return mock.patch.object(head_module, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
@@ -415,7 +400,7 @@ def measure(
         metrics = policy.update(rows, minimised).metrics
         loss = metrics["policy/loss"]
         norm = policy.optimizer.get_grad_norm()
-    bias_error, biases_moved = _biases(policy, weights, answer, layout)
+    bias_error, biases_moved = bias_changes(policy, weights, answer, layout)
     for name, parameter in policy.named_parameters().items():
         parameter.copy_(weights[name])
     error, worst = largest_error(policy, named_main_grads(policy), answer.gradients)
@@ -433,7 +418,7 @@ def measure(
         norm_error=abs(norm - answer.norm) / answer.norm,
         bias_error=bias_error,
         biases_moved=biases_moved,
-        auxiliary_error=_auxiliary_error(metrics, answer, case.question.auxiliary),
+        auxiliary_error=auxiliary_error(metrics, answer, case.question.auxiliary),
         logprob_error=max(
             (float((own - _at_rows(problem.routed, row)).abs().max()) for row, own in pairs),
             default=0.0,
@@ -441,35 +426,6 @@ def measure(
         rows=tuple(counted[dp_rank][0] for dp_rank in sorted(counted)),
         empty_ranks=sum(samples == 0 for _, samples in counted.values()),
     )
-
-
-def _biases(
-    policy: Policy, before: dict[str, Tensor], answer: Answer, layout: Layout
-) -> tuple[float, int]:
-    """(largest error, entries that moved) of the biases of routers after an update."""
-    rate = dict(layout.megatron).get("moe_router_bias_update_rate", 0.0)
-    after, found = policy.named_parameters(), torch.zeros(2, dtype=torch.float64)
-    mixtures = [n for n in range(policy.arch.num_layers) if policy.arch.has_experts(n)]
-    for piece in policy.pieces:
-        if piece.param.endswith("expert_bias"):
-            chosen = answer.chosen[mixtures.index(int(piece.hf.split(".")[2]))]
-            step = (rate * torch.sign(chosen.mean() - chosen)).to(torch.float32)
-            error = (after[piece.param] - (before[piece.param] + step)).abs().max().double()
-            moved = (after[piece.param] != before[piece.param]).sum()
-            found = torch.stack([found[0].maximum(error), found[1] + moved])
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found[0].item(), int(found[1])
-
-
-def _auxiliary_error(
-    metrics: dict[str, float], answer: Answer, auxiliary: Auxiliary | None
-) -> float:
-    wanted = {} if auxiliary is None else {"load_balancing_loss": answer.balance}
-    if auxiliary is not None and auxiliary.z:
-        wanted["router_z_loss"] = answer.z
-    names = {name for name in metrics if "load_balancing" in name or "router_z" in name}
-    assert names == {f"policy/{name}" for name in wanted}
-    return max([0.0, *(abs(metrics[f"policy/{name}"] / v - 1) for name, v in wanted.items())])
 
 
 def largest_error(

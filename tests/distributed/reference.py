@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from float64_modules import float64_norm, float64_router
 from router_reference import Auxiliary, Routed, auxiliary_losses, chosen_experts
 from torch import Tensor
 
@@ -201,9 +201,9 @@ class Reference:
         )
         for module in self.model.modules():  # transformers computes these in float32
             if type(module).__name__.endswith("RMSNorm"):
-                module.forward = _float64_norm(module)
+                module.forward = float64_norm(module)
             if type(module).__name__.lower().endswith("topkrouter"):
-                module.forward = _float64_router(module, self)
+                module.forward = float64_router(module, self)
         self.temperature = temperature
         # Of the sequence that runs: what its routers are told to choose, and what they did.
         self._told: Tensor | None = None
@@ -469,33 +469,3 @@ def _correction(correction: tuple[str, str, float, float], log_ratio: Tensor) ->
         return weights * ((low <= weights) & (weights <= high))
     bounds = torch.tensor([low, high], dtype=torch.float64)
     return torch.maximum(torch.minimum(weights, bounds[1]), bounds[0])
-
-
-def _float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
-    def forward(hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
-
-    return forward
-
-
-def _float64_router(
-    module: Any, reference: Reference
-) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    def forward(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(hidden.reshape(-1, module.hidden_dim), module.weight)
-        if hasattr(module, "e_score_correction_bias"):
-            scores = logits.sigmoid()
-            corrected = scores + module.e_score_correction_bias
-            experts = reference.choice(corrected.topk(module.top_k, dim=-1).indices)
-            reference.note(logits, experts)
-            chosen = scores.gather(-1, experts)
-            chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
-            return logits, chosen * module.routed_scaling_factor, experts
-        experts = reference.choice(logits.topk(module.top_k, dim=-1).indices)
-        reference.note(logits, experts)
-        chosen = logits.softmax(-1).gather(-1, experts)
-        if getattr(module, "norm_topk_prob", True):  # Mixtral always does
-            chosen = chosen / chosen.sum(-1, keepdim=True)
-        return logits, chosen, experts
-
-    return forward
