@@ -185,7 +185,7 @@ def _world_size(config: RunConfig) -> int:
 
 
 def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
-    yield "model", f"{arch.model_type}, {arch.num_parameters:,} parameters"
+    yield "model", arch.described
     yield (
         "ranks",
         f"{layout.world_size} = {layout.axes}"

@@ -383,7 +383,7 @@ def _start_lines(run: "Run") -> list[str]:
         + layout.experts
         + (f", stages of {told_sizes(stages)} layers" if layout.split != EVEN else "")
         + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
-        f"model: {run.policy.arch.model_type}, {run.policy.arch.num_parameters:,} parameters, "
+        f"model: {run.policy.arch.described}, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         *run.policy.in_use,
         run.ops,
@@ -401,10 +401,7 @@ def _start_lines(run: "Run") -> list[str]:
 def _reference_lines(run: "Run") -> Iterator[str]:
     if run.inputs.reference is not None:
         source, arch = run.inputs.reference
-        yield (
-            f"reference: {arch.model_type}, {arch.num_parameters:,} parameters, "
-            f"from {source.megatron_dir or source.config_dir}"
-        )
+        yield (f"reference: {arch.described}, from {source.megatron_dir or source.config_dir}")
 
 
 def _input_lines(run: "Run") -> list[str]:

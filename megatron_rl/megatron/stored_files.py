@@ -23,7 +23,7 @@ from megatron_rl.weights.dcp_files import (
     read_stored_tensors,
 )
 from megatron_rl.weights.hf_files import HfCheckpoint, WeightFiles
-from megatron_rl.weights.layouts import MegatronParam, hf_shapes, is_behind
+from megatron_rl.weights.layouts import MegatronParam, hf_shapes, is_behind, megatron_params
 from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece, Tensors, intersection
 
@@ -82,7 +82,9 @@ class MegatronCheckpoint:
         self.directory = directory
         self._stored = read_stored_tensors(directory)
         if main_weights:
-            self._stored |= _main_weights(directory, self._stored)
+            untrained = _untrained_keys(arch)
+            own = {key: stored for key, stored in self._stored.items() if key in untrained}
+            self._stored = own | _main_weights(directory, self._stored)
         params = stored_params(arch, lambda param: self._naming_of(param, arch))
         self._check_keys(params)
         self.chunks = tuple(
@@ -159,6 +161,12 @@ def describe(directory: Path, iteration: int) -> None:
     """
     torch.save({"iteration": iteration, "checkpoint_version": 3.0}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(DESCRIPTION))
+
+
+def _untrained_keys(arch: ModelArch) -> set[str]:
+    """Keys, in any naming, of what has no main weights: the optimizer does not know it."""
+    untrained = [param for param in megatron_params(arch) if param.in_float32]
+    return {naming.key(param, arch) for param in untrained for naming in NAMINGS}
 
 
 def _is_padded(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

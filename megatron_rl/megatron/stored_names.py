@@ -135,11 +135,10 @@ def extra_state_keys(arch: ModelArch, naming: Naming) -> Iterator[str]:
         at: Lead = (layer,) if naming.is_stacked else ()
         of: Lead = (arch.num_layers,) if naming.is_stacked else ()
         has_experts = arch.has_experts(layer)
-        shared = arch.mixture is not None and arch.mixture.shared_ffn_hidden_size
-        of_all = () if has_experts else DENSE_LINEARS
-        if has_experts and shared:
-            of_all = SHARED_EXPERT_LINEARS
-        for module in (*LINEARS, ATTENTION_STATE, *of_all):
+        of_every_token: tuple[str, ...] = DENSE_LINEARS
+        if arch.mixture and has_experts:
+            of_every_token = SHARED_EXPERT_LINEARS if arch.mixture.shared_ffn_hidden_size else ()
+        for module in (*LINEARS, ATTENTION_STATE, *of_every_token):
             yield _extra_state(prefix + module, at or (0,), of or (1,))
         count = arch.mixture.num_experts if arch.mixture and has_experts else 0
         for expert in range(count):

@@ -122,7 +122,7 @@ def _sigmoid_settings(mixture: MixtureArch, dtype: torch.dtype) -> dict[str, Any
     return {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": mixture.has_bias,
-        "moe_router_bias_update_rate": 0.0,  # the bias is the checkpoint's
+        "moe_router_bias_update_rate": 0.0,  # see routers.py, which moves it
         "moe_router_topk_scaling_factor": mixture.scale,
         # transformers and vLLM compute these logits in float32 whatever the model's dtype.
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",

@@ -60,6 +60,7 @@ class ModelArch:
     mixture: MixtureArch | None = None
     yarn: YarnRope | None = None
     rotary_dim: int | None = None  # entries of a head, the first ones, that turn; None: all
+    layers_behind: int = 0  # that a checkpoint may hold behind the last one, and that are left out
 
     @property
     def query_rows(self) -> int:
@@ -71,9 +72,7 @@ class ModelArch:
 
     @property
     def dense_rows(self) -> list[tuple[str, int]]:
-        """(name, number) of the rows that tensor parallelism cuts of feed-forward networks, but of
-        experts.
-        """
+        """(name, number) of the rows that tensor parallelism cuts where every token goes."""
         rows = []
         if not all(self.has_experts(layer) for layer in range(self.num_layers)):
             rows.append(("rows of the feed-forward layer", self.ffn_hidden_size))
@@ -89,6 +88,14 @@ class ModelArch:
     def has_experts(self, layer: int) -> bool:
         """True where a layer, counted over the whole model, is a mixture of experts."""
         return self.mixture is not None and layer not in self.mixture.dense_layers
+
+    @property
+    def described(self) -> str:
+        """The model in a line of a report."""
+        told = f"{self.model_type}, {self.num_parameters:,} parameters"
+        if self.layers_behind:
+            told += f" (without {self.layers_behind} behind the last layer, for guessing ahead)"
+        return told
 
     @property
     def num_parameters(self) -> int:

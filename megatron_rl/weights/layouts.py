@@ -120,10 +120,9 @@ def float32_names(arch: ModelArch) -> frozenset[str]:
 
 
 def is_behind(arch: ModelArch, name: str) -> bool:
-    """Whether a tensor of a checkpoint is of a layer behind the last one, which no model has."""
+    """Whether a tensor of a checkpoint is of a layer behind the last one, which is left out."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    is_known = FAMILIES[arch.model_type].has_layers_behind
-    return is_known and layer is not None and int(layer[1]) >= arch.num_layers
+    return layer is not None and 0 <= int(layer[1]) - arch.num_layers < arch.layers_behind
 
 
 def hf_pieces(shapes: dict[str, tuple[int, ...]]) -> list[Piece]:

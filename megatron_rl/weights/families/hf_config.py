@@ -57,7 +57,7 @@ IGNORED = {
 }
 IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
 # How many layers stand behind the last one and guess tokens ahead; their tensors are left out.
-IGNORED_WITH_LAYERS_BEHIND = {"num_nextn_predict_layers", "num_mtp_layers"}
+LAYERS_BEHIND = "num_nextn_predict_layers"
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),  # True would also put a bias on the output projection
@@ -96,6 +96,7 @@ DEFAULTS: dict[str, object] = {
     "norm_topk_prob": False,
     "decoder_sparse_step": 1,
     "mlp_only_layers": None,
+    LAYERS_BEHIND: 0,
 }
 
 
@@ -130,6 +131,7 @@ def read_arch(
         num_query_groups=groups,
         head_dim=head_dim,
         rotary_dim=rope.rotary_dim(head_dim, where),
+        layers_behind=fields.count(LAYERS_BEHIND) if family.has_layers_behind else 0,
         vocab_size=fields.number("vocab_size"),
         rms_norm_eps=fields.real("rms_norm_eps"),
         rope_theta=rope.theta,
@@ -160,7 +162,7 @@ def _refuse_unhonoured(
     if family.partial_rotary is not None:
         harmless |= {"partial_rotary_factor"}
     if family.has_layers_behind:
-        harmless |= IGNORED_WITH_LAYERS_BEHIND
+        harmless |= {LAYERS_BEHIND}
     settings = {**family.defaults, **config}
     if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
         harmless |= {"sliding_window"}

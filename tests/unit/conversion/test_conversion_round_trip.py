@@ -39,6 +39,9 @@ def stored(directory, *keys):
     return state
 
 
+BIAS = "e_score_correction_bias"
+
+
 @pytest.mark.parametrize(
     ("dtype", "num_files", "tp"),
     [(torch.float32, 1, 1), (torch.bfloat16, 3, 2)],
@@ -210,9 +213,13 @@ def test_weights_are_cast_where_a_dtype_is_asked_for(tmp_path):
         assert config["torch_dtype"] == "bfloat16"
 
 
-def test_main_weights_are_the_optimizers(tmp_path):
-    """A checkpoint whose model is 1, with the weights in question as the optimizer's."""
-    tensors = write_model("qwen2", tmp_path / "hf")
+@pytest.mark.parametrize("model_name", ["qwen2", "glm4_moe"])
+def test_main_weights_are_the_optimizers(tmp_path, model_name):
+    """A checkpoint whose model is 1, with the weights in question as the optimizer's.
+
+    The bias of routers has none there, and is the model's.
+    """
+    tensors = write_model(model_name, tmp_path / "hf")
     directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
     with pytest.raises(InputError, match="it holds no main weights"):
         to_hf(directory, tmp_path / "none", main_weights=True)
@@ -222,6 +229,8 @@ def test_main_weights_are_the_optimizers(tmp_path):
         shutil.copy(file, ones / f"optimizer_{file.name}")
     with edited_metadata(directory) as main, edited_metadata(ones) as model:
         for index, place in main.storage_data.items():
+            if index.fqn.endswith("expert_bias"):
+                continue
             place.relative_path = f"optimizer_{place.relative_path}"
             key = f"optimizer.state.param.{index.fqn}"
             model.state_dict_metadata[key] = main.state_dict_metadata[index.fqn]
@@ -229,7 +238,13 @@ def test_main_weights_are_the_optimizers(tmp_path):
     to_hf(ones, tmp_path / "model")
     assert all((tensor == 1).all() for tensor in read_tensors(tmp_path / "model").values())
     to_hf(ones, tmp_path / "main", main_weights=True)
-    assert are_equal(read_tensors(tmp_path / "main"), tensors)
+    expected = {n: torch.ones_like(t) if n.endswith(BIAS) else t for n, t in tensors.items()}
+    assert are_equal(read_tensors(tmp_path / "main"), expected)
+    with edited_metadata(ones) as model:
+        norm = "optimizer.state.param.decoder.final_layernorm.weight"
+        del model.state_dict_metadata[norm]
+    with pytest.raises(InputError, match=r"it has no decoder\.final_layernorm\.weight"):
+        to_hf(ones, tmp_path / "partial", main_weights=True)
 
 
 def test_parts_of_one_tensor_in_two_dtypes_need_a_choice(tmp_path):

@@ -156,6 +156,8 @@ def test_an_absent_field_is_what_transformers_takes(read, tmp_path, family, abse
 def test_the_fields_of_sigmoid_routers(read):
     arch = read(GLM4_MOE, first_k_dense_replace=3, routed_scaling_factor=2.5, n_shared_experts=2)
     assert arch.rotary_dim == 64
+    assert arch.described.endswith(" (without 1 behind the last layer, for guessing ahead)")
+    assert "behind" not in read(GLM4_MOE, without=("num_nextn_predict_layers",)).described
     assert not arch.qk_norm
     assert read(GLM4_MOE, use_qk_norm=True).qk_norm
     assert arch.mixture == MixtureArch(

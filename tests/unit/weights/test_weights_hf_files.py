@@ -268,5 +268,6 @@ def test_layers_behind_the_last_one_are_left_out_where_a_family_may_have_them(tm
     assert found.dtypes.keys() == tensors.keys()
     with pytest.raises(InputError, match=rf"1 not known \['{behind}'\]"):
         opened(directory, glm)
+    assert not is_behind(glm, f"model.layers.{glm.num_layers + 1}.mlp.gate.weight")
     assert not is_behind(glm, f"model.layers.{glm.num_layers - 1}.mlp.gate.weight")
     assert not is_behind(ARCH, f"model.layers.{ARCH.num_layers}.mlp.gate.weight")

@@ -49,6 +49,7 @@ ARCHS = {
         model_type="glm4_moe",
         qkv_bias=True,
         rotary_dim=2,
+        layers_behind=1,
         mixture=replace(
             FOUR_EXPERTS,
             dense_layers=frozenset({0}),
