@@ -14,6 +14,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.fit import RECOMPUTED, Fit, Free, changed_in, fit, is_possible
 from megatron_rl.memory import busiest_rank, itemsize, longest_row, rows_of_update
 from megatron_rl.parallel.layout import Layout
+from megatron_rl.parallel.stages import splits_that_work
 from megatron_rl.weights.arch import ModelArch
 
 SIZES = ENGINE = (1, 2, 4, 8)
@@ -143,11 +144,12 @@ def cost_of(config: RunConfig, arch: ModelArch, world: int, machine: Machine) ->
     rows = rows_of_update(config, layout, row)
     tokens = row * rows  # of a replica
     layers, is_anew = arch.num_layers, config.model.recompute_granularity == "full"
+    most = max(map(len, layout.layers_of(layers)))  # of a stage, for which the others wait
     attended = 2 * 2 * arch.query_rows * config.longest_sequence / 2 * layers
     operations = (2 * active_parameters(arch) + attended) * (4 if is_anew else 3) * tokens
-    computing = operations / (layout.tp * layout.cp * layout.pp) / machine.operations
+    computing = operations * most / layers / (layout.tp * layout.cp) / machine.operations
 
-    here = layers / layout.pp * tokens / layout.cp  # tokens times layers of a rank
+    here = most * tokens / layout.cp  # tokens times layers of a rank
     hidden = arch.hidden_size * nbytes
 
     def seconds(sent: float, ranks: int, span: int) -> float:
@@ -198,17 +200,19 @@ def _layouts(config: RunConfig, arch: ModelArch, world: int) -> Iterator[dict[st
     experts = EXPERT_RANKS if arch.mixture is not None else (1,)
     stages = range(1, MOST_STAGES + 1)
     for tp, cp, pp, ep in itertools.product(SIZES, contexts, stages, experts):
-        if world % (tp * cp * pp) == 0 and pp * ep <= world:
+        if world % (tp * cp * pp) or pp * ep > world:
+            continue
+        for split in splits_that_work(arch.num_layers, pp, 1):
             yield {
                 "auto": False,
                 "tensor_model_parallel_size": tp,
                 "context_parallel_size": cp,
                 "pipeline_model_parallel_size": pp,
                 "virtual_pipeline_model_parallel_size": None,
-                "num_layers_in_first_pipeline_stage": None,
-                "num_layers_in_last_pipeline_stage": None,
-                "account_for_embedding_in_pipeline_split": False,
-                "account_for_loss_in_pipeline_split": False,
+                "num_layers_in_first_pipeline_stage": split.first,
+                "num_layers_in_last_pipeline_stage": split.last,
+                "account_for_embedding_in_pipeline_split": split.counts_embedding,
+                "account_for_loss_in_pipeline_split": split.counts_loss,
                 "expert_model_parallel_size": ep,
                 "expert_tensor_parallel_size": 1 if ep > 1 else None,
                 "sequence_parallel": tp > 1,

@@ -22,6 +22,7 @@ from megatron_rl.checkpoint.config import CheckpointConfig
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.explain import explain, takes_only_text, takes_text_or_list
+from megatron_rl.megatron.auxiliary import auxiliary_losses
 from megatron_rl.megatron.config import ModelConfig, Offload, OptimizerConfig
 from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
@@ -176,12 +177,14 @@ class RunConfig(Settings):
         return self.run.num_iterations * self.num_updates * self.optimizer.epochs
 
     @property
-    def steps_of_iteration(self) -> dict[str, int]:
+    def steps_of_iteration(self) -> dict[str, Any]:
         """What the forward passes of an iteration depend on, as plan_passes wants it."""
         return {
             "num_updates": self.num_updates,
             "epochs": self.optimizer.epochs,
             "critic_warmup": self.critic.warmup_updates,
+            "counts_experts": auxiliary_losses(self.model.megatron).balanced_over == "update",
+            "replays_routing": self.rollout.routing_replay,
         }
 
     def offload_on(self, device_type: str) -> Offload:

@@ -32,6 +32,7 @@ from megatron_rl.weights.pieces import size
 
 GIB = 2**30
 PROCESS = "process and libraries"
+REPLAYED = "experts that the engine chose"
 ENGINE = ("engine's libraries", "engine weights", "key/value cache")
 # Measured on a CPU, with Python 3.11 and 3.12: a supervised run of a model of 0.1 million
 # parameters, what an engine of that model adds without its cache, and what a save leaves behind.
@@ -151,6 +152,8 @@ def _on_a_cpu(
         held["copies of what leaves"] = copied  # of the trainer, which are kept
     if keeps_initial_weights(config):
         held["first weights"] = float(params * itemsize(config.model.dtype))
+    if config.rollout.routing_replay:
+        held[REPLAYED] = replayed_bytes(config, arch, layout)
     instead = {}
     if saves and config.optimizer.use_distributed_optimizer:
         instead["copies for a checkpoint"] = params * 4.0 * SAVED_COPIES
@@ -219,6 +222,21 @@ def _leaving(config: RunConfig, parts: Sequence["_Part"], device_type: str) -> f
     }
     kept = kinds[config.offload_on(device_type)]
     return sum(part.nbytes for part in parts if part.kind in kept)
+
+
+def replayed_bytes(config: RunConfig, arch: ModelArch, layout: Layout) -> float:
+    """Bytes of host memory for the experts that the engine chose, of the longest sequences.
+
+    They are there twice: with the rollouts that a rank drew, and with the rows that it trains.
+    """
+    if arch.mixture is None:
+        return 0.0
+    mixtures = sum(map(arch.has_experts, range(arch.num_layers)))
+    chosen = mixtures * arch.mixture.top_k * config.longest_sequence  # of a response
+    prompts, rollout = config.prompts.prompts_per_iteration, config.rollout
+    drawn = prompts * rollout.group_size / layout.world_size  # of a round
+    trained = prompts * most_kept(rollout, config.algorithm) / (layout.dp * layout.cp)
+    return chosen * (drawn * (1 if arch.mixture.num_experts <= 256 else 2) + trained * 2)
 
 
 def keeps_initial_weights(config: RunConfig) -> bool:

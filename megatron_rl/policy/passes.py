@@ -17,9 +17,24 @@ class PassPlan:
 
 
 def plan_passes(
-    algorithm: Algorithm, *, num_updates: int, epochs: int, critic_warmup: int = 0
+    algorithm: Algorithm,
+    *,
+    num_updates: int,
+    epochs: int,
+    critic_warmup: int = 0,
+    counts_experts: bool = False,
+    replays_routing: bool = False,
 ) -> PassPlan:
-    """Decide once per run; the reasons are printed at start-up and by `plan`."""
+    """Decide once per run; the reasons are printed at start-up and by `plan`.
+
+    Args:
+        algorithm: the recipe's.
+        num_updates: mini-batches of an iteration.
+        epochs: times that each is trained.
+        critic_warmup: updates of the critic that the policy waits for.
+        counts_experts: a loss of routers is balanced over whole updates.
+        replays_routing: tokens go to the experts that the engine chose.
+    """
     old_first = algorithm.has_advantages_by_logprobs or critic_warmup > 0
     values = algorithm.choice.needs_critic
     reasons = [
@@ -28,6 +43,12 @@ def plan_passes(
     ]
     if values:
         reasons.append(("value pass", "every kept response, algorithm.advantage=gae"))
+    if counts_experts:
+        why = "every row of an update, moe_router_load_balancing_type=global_aux_loss asks how many"
+        reasons.append(("pass that counts experts", f"{why} tokens each expert has"))
+    if replays_routing:
+        told = "passes of the policy take the experts that the engine chose"
+        reasons.append(("routing replay", f"{told}, references and critic their own"))
     return PassPlan(
         old=algorithm.needs_old_logprobs and (num_updates > 1 or old_first),
         old_first=old_first,

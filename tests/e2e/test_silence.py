@@ -73,7 +73,8 @@ def test_an_evaluation_says_no_more_than_its_table(runs):
 OURS = (
     "ops: ", "layout: ", "model: ", "layers: ", "precision: ", "optimizer: ",
     "prompts: ", "first prompt, ", "benchmark ", "contamination: ", "algorithm: ",
-    "old-log-prob pass: ", "reference pass: ", "iteration ", "resumed after iteration ",
+    "old-log-prob pass: ", "reference pass: ", "pass that counts experts: ", "routing replay: ",
+    "iteration ", "resumed after iteration ",
     "run.num_iterations 2 -> 3", "done: ", "rollout: ", "rounds: ", "engine probe: ",
     "packed row: ",
     "key/value cache: ", "offload: ", "memory: ", "profile: ", "  ",

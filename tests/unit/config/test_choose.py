@@ -87,6 +87,25 @@ def test_stages_wait_at_both_ends():
     assert staged.pipeline == staged.computing / 16
 
 
+def test_the_stage_with_most_layers_is_waited_for():
+    """Three layers on two ranks, the first of which has two: two thirds of the operations."""
+    three = replace(SMALL, num_layers=3)
+    uneven = {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 2}
+    alone, staged = cost(1, arch=three), cost(2, arch=three, **uneven)
+    assert staged.computing == pytest.approx(alone.computing * 2 / 3, rel=1e-12)
+
+
+def test_stages_that_do_not_divide_the_layers_are_proposed_as_what_can_be_typed():
+    """31 layers is a prime, so without uneven stages no pipeline could be proposed."""
+    found = first(400, recipe(response=8168), replace(QWEN_7B, num_layers=31), 8)
+    staged = [choice for choice in found if choice.layout.pp > 1]
+    assert {choice.layout.pp for choice in staged} >= {2, 4, 8}
+    for choice in staged:
+        assert len(set(map(len, choice.layout.layers_of(31)))) > 1
+        sizes = [name for name in choice.settings if "layers_in" in name or "account_for" in name]
+        assert sizes
+
+
 def test_a_token_meets_the_experts_that_it_is_sent_to():
     mixture = MixtureArch(num_experts=8, ffn_hidden_size=32, top_k=2, renormalized=True)
     arch = replace(SMALL, mixture=mixture)

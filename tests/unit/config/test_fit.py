@@ -20,13 +20,13 @@ from megatron_rl.fit import (
     refuse_what_cannot_fit,
     ways_out,
 )
-from megatron_rl.memory import GIB, longest_row, need_of, wanted_kv_mib
+from megatron_rl.memory import GIB, longest_row, need_of, replayed_bytes, wanted_kv_mib
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.stages import EVEN, Split
 from megatron_rl.platforms import host_memory
 from megatron_rl.platforms.base import CPU
 from megatron_rl.rehearsal.report import ranks_that_differ
-from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.arch import MixtureArch, ModelArch
 
 SMOLLM = ModelArch(
     model_type="llama",
@@ -304,3 +304,23 @@ def test_an_evaluation_that_cannot_fit_is_refused_with_the_ranks_that_would(monk
         refuse_engine_that_cannot_fit(config, SMOLLM, 2, gpu, is_alone=True)
     monkeypatch.setenv(module.UNCHECKED, "1")
     refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(1), is_alone=True)
+
+
+def test_the_experts_that_an_engine_chose_are_held_twice():
+    """64 prompts of 8 responses of 256 tokens: by hand, in one byte each and then in two."""
+    mixture = MixtureArch(num_experts=64, ffn_hidden_size=64, top_k=4, renormalized=True)
+    arch, layout = replace(SMOLLM, mixture=mixture), Layout(world_size=4, tp=2, pp=1)
+    choices = 30 * 4 * 256
+    config = recipe(rollout={"routing_replay": True})
+    drawn, trained = 64 * 8 / 4, 64 * 8 / 2
+    assert replayed_bytes(config, arch, layout) == choices * (drawn + 2 * trained)
+    more = replace(arch, mixture=replace(mixture, num_experts=257))
+    assert replayed_bytes(config, more, layout) == choices * 2 * (drawn + trained)
+    assert replayed_bytes(config, SMOLLM, layout) == 0
+    needed = {
+        replays: need_of(recipe(rollout={"routing_replay": replays}), arch, layout, "cpu").held.get(
+            "experts that the engine chose"
+        )
+        for replays in (False, True)
+    }
+    assert needed == {False: None, True: replayed_bytes(config, arch, layout)}
