@@ -30,6 +30,7 @@ from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
 from megatron_rl.parallel.refusals import rank_problems
 from megatron_rl.policy.config import CriticConfig, ReferenceConfig
+from megatron_rl.policy.old_logprobs import old_problems
 from megatron_rl.policy.refusals import sharing_problems
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
@@ -185,6 +186,7 @@ class RunConfig(Settings):
             "critic_warmup": self.critic.warmup_updates,
             "counts_experts": auxiliary_losses(self.model.megatron).balanced_over == "update",
             "replays_routing": self.rollout.routing_replay,
+            "by_engine": self.optimizer.old_logprobs == "engine",
         }
 
     def offload_on(self, device_type: str) -> Offload:
@@ -241,6 +243,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     yield from _checkpoint_problems(config)
     yield from _reward_problems(config)
     yield from _training_problems(config)
+    yield from old_problems(config.optimizer, config.algorithm, is_supervised=config.is_supervised)
     yield from _reference_problems(config)
     most = 1 if config.is_supervised else most_kept(config.rollout, config.algorithm)
     yield from sharing_problems(

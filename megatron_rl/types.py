@@ -9,7 +9,7 @@ weights, with gradient), `old_logprobs` (trainer, before this iteration's first 
 `rollout_logprobs` (engine, at sampling time), `ref_logprobs` (frozen reference policy).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -264,7 +264,11 @@ class MiniBatch:
         if values is None:
             return self
         rows = zip(self.microbatches, values, strict=True)
-        return replace(self, microbatches=tuple(row.with_loss(**{name: v}) for row, v in rows))
+        return self.with_rows(row.with_loss(**{name: v}) for row, v in rows)
+
+    def with_rows(self, rows: Iterable[MicroBatch]) -> "MiniBatch":
+        """The mini-batch with other packed rows."""
+        return replace(self, microbatches=tuple(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

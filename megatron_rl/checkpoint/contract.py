@@ -44,7 +44,7 @@ CONTRACT = (
         "optimizer.lr optimizer.min_lr optimizer.lr_schedule optimizer.lr_warmup_updates "
         "optimizer.lr_decay_updates optimizer.weight_decay optimizer.adam_beta1 "
         "optimizer.adam_beta2 optimizer.adam_eps optimizer.clip_grad optimizer.on_nonfinite "
-        "critic.lr critic.clip_grad",
+        "critic.lr critic.clip_grad optimizer.old_logprobs",
         "may change",
         "from the next update on; the checkpoint has the steps taken and Adam's means only",
     ),

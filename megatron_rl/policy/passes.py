@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.policy.old_logprobs import uses_old_logprobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,6 +12,7 @@ class PassPlan:
 
     old: bool  # before the first update
     old_first: bool  # also for the first mini-batch, which otherwise needs none: its ratio is 1
+    by_engine: bool  # the log-probs that came with samples are the old ones
     ref: bool
     values: bool
     reasons: tuple[tuple[str, str], ...]  # name of a pass, and why it runs or not
@@ -24,6 +26,7 @@ def plan_passes(
     critic_warmup: int = 0,
     counts_experts: bool = False,
     replays_routing: bool = False,
+    by_engine: bool = False,
 ) -> PassPlan:
     """Decide once per run; the reasons are printed at start-up and by `plan`.
 
@@ -34,11 +37,16 @@ def plan_passes(
         critic_warmup: updates of the critic that the policy waits for.
         counts_experts: a loss of routers is balanced over whole updates.
         replays_routing: tokens go to the experts that the engine chose.
+        by_engine: its log-probs are the old ones, where any are used.
     """
     old_first = algorithm.has_advantages_by_logprobs or critic_warmup > 0
     values = algorithm.choice.needs_critic
+    by_engine = by_engine and uses_old_logprobs(algorithm.config)
+    why_old = _why_old(algorithm, num_updates, epochs, old_first=old_first)
+    if by_engine:
+        why_old = "skipped, the engine's log-probs of its samples are the old ones"
     reasons = [
-        ("old-log-prob pass", _why_old(algorithm, num_updates, epochs, old_first=old_first)),
+        ("old-log-prob pass", why_old),
         ("reference pass", _why_ref(algorithm)),
     ]
     if values:
@@ -50,8 +58,9 @@ def plan_passes(
         told = "passes of the policy take the experts that the engine chose"
         reasons.append(("routing replay", f"{told}, references and critic their own"))
     return PassPlan(
-        old=algorithm.needs_old_logprobs and (num_updates > 1 or old_first),
+        old=algorithm.needs_old_logprobs and not by_engine and (num_updates > 1 or old_first),
         old_first=old_first,
+        by_engine=by_engine,
         ref=algorithm.needs_ref_logprobs,
         values=values,
         reasons=tuple(reasons),

@@ -44,6 +44,8 @@ class Trainer:
         old log-probs are its own current ones.
         """
         result = list(batches)
+        if self.passes.by_engine:
+            result = [_with_those_of_the_engine(batch) for batch in batches]
         if self.passes.old:
             trained = [batch.update for batch in _trained(batches)]
             for update in trained if self.passes.old_first else trained[1:]:
@@ -145,7 +147,7 @@ class Trainer:
             is_first
             and self._epochs > 1
             and self.algorithm.needs_old_logprobs
-            and not self.passes.old_first
+            and not (self.passes.old_first or self.passes.by_engine)
         )
 
     def _adapt_kl_coef(self, estimated: Estimated) -> None:
@@ -170,6 +172,17 @@ class Trainer:
 
 def _trained(batches: Sequence[MiniBatch]) -> Iterator[MiniBatch]:
     return (batch for batch in batches if batch.num_samples)
+
+
+def _with_those_of_the_engine(batch: MiniBatch) -> MiniBatch:
+    """The mini-batch with the log-probs that came with its samples as old ones, and as no others.
+
+    Beside themselves they would measure no gap between engine and trainer.
+    """
+    return batch.with_rows(
+        row.with_loss(old_logprobs=row.loss.rollout_logprobs, rollout_logprobs=None)
+        for row in batch.microbatches
+    )
 
 
 def _measurable(batch: MicroBatch, *, is_first: bool) -> MicroBatch:

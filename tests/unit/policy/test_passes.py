@@ -3,8 +3,24 @@
 import pytest
 
 from megatron_rl.algorithms.algorithm import Algorithm
-from megatron_rl.config import RunConfig
+from megatron_rl.config import RunConfig, problems
 from megatron_rl.policy.passes import plan_passes
+
+
+def recipe(algorithm, **optimizer):
+    return RunConfig.model_validate(
+        {
+            "run": {"output_dir": "none", "num_iterations": 1},
+            "model": {"path": "none"},
+            "prompts": {"path": "none", "prompts_per_iteration": 16},
+            "optimizer": {"prompts_per_update": 4, **optimizer},
+            "algorithm": algorithm,
+        }
+    )
+
+
+def passes_of(config):
+    return plan_passes(Algorithm(config.algorithm), **config.steps_of_iteration)
 
 
 def reasons(megatron=None, *, replays=False):
@@ -17,7 +33,7 @@ def reasons(megatron=None, *, replays=False):
             "algorithm": {"preset": "grpo"},
         }
     )
-    return dict(plan_passes(Algorithm(config.algorithm), **config.steps_of_iteration).reasons)
+    return dict(passes_of(config).reasons)
 
 
 @pytest.mark.parametrize(
@@ -33,3 +49,34 @@ def test_a_pass_that_counts_experts_is_told_where_a_loss_is_over_whole_updates(k
 def test_replay_is_told_with_what_it_is_not_for():
     assert "routing replay" not in reasons()
     assert "references and critic their own" in reasons(replays=True)["routing replay"]
+
+
+def test_no_pass_computes_what_came_with_the_samples():
+    own, engines = (
+        passes_of(recipe({"preset": "grpo"}, old_logprobs=whose)) for whose in ("trainer", "engine")
+    )
+    assert (own.old, own.by_engine) == (True, False)
+    assert (engines.old, engines.by_engine) == (False, True)
+    assert dict(engines.reasons)["old-log-prob pass"].startswith("skipped, the engine's")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "rule"),
+    [
+        ({"preset": "grpo"}, None),
+        ({"preset": "distillation"}, None),
+        ({"preset": "ppo", "kl_reward_coef": 0.1}, None),
+        ({"preset": "iterative_dpo", "objective": {"reference": "previous_iteration"}}, None),
+        ({"preset": "raft"}, "has no effect, nothing in this algorithm uses old log-probs"),
+        ({"preset": "sft"}, "gold responses come from no engine"),
+        ({"preset": "grpo", "rollout_correction": {}}, "has no sense beside"),
+    ],
+    ids=lambda value: value["preset"] if isinstance(value, dict) else "",
+)
+def test_the_engines_are_old_ones_only_where_they_are_used(algorithm, rule):
+    config = recipe(algorithm, old_logprobs="engine")
+    found = [str(p) for p in problems(config) if str(p).startswith("optimizer.old_logprobs")]
+    assert [rule in text for text in found] == [True] * (rule is not None)
+    assert not [
+        p for p in problems(recipe(algorithm)) if str(p).startswith("optimizer.old_logprobs")
+    ]

@@ -1,0 +1,37 @@
+"""Whose log-probs a loss takes as old ones: the trainer's, or those that came with samples."""
+
+from collections.abc import Iterator
+
+from megatron_rl.algorithms.config import AlgorithmConfig
+from megatron_rl.errors import ConfigError
+from megatron_rl.megatron.config import OptimizerConfig
+
+SETTING = "optimizer.old_logprobs"
+BY_TRAINER = f"Set {SETTING}=trainer"
+
+
+def old_problems(
+    optimizer: OptimizerConfig, config: AlgorithmConfig, *, is_supervised: bool
+) -> Iterator[ConfigError]:
+    """Why the engine's log-probs cannot be old ones."""
+    if optimizer.old_logprobs == "trainer":
+        return
+    rule = None
+    if is_supervised:
+        rule = "gold responses come from no engine"
+    elif config.rollout_correction is not None:
+        rule = (
+            "has no sense beside algorithm.rollout_correction, which weighs by what differs "
+            "between the trainer's and the engine's"
+        )
+    elif not uses_old_logprobs(config):
+        rule = "has no effect, nothing in this algorithm uses old log-probs"
+    if rule is not None:
+        yield ConfigError(SETTING, optimizer.old_logprobs, rule, BY_TRAINER)
+
+
+def uses_old_logprobs(config: AlgorithmConfig) -> bool:
+    """True where the loss, the critic's rewards or the teacher's part of advantages do."""
+    has_kl_in_reward = config.resolved.needs_critic and config.kl_reward_coef != 0
+    by_loss = config.objective.needs_old_logprobs or config.rollout_correction is not None
+    return by_loss or has_kl_in_reward or config.distillation_weight != 0
