@@ -7,21 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.algorithms.selector import Selector
 from megatron_rl.batching.packer import Packer
+from megatron_rl.build_rollouts import build_rollouts
 from megatron_rl.checkpoint.due import SaveTimes
 from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import ConfigErrors
-from megatron_rl.evaluation.evaluator import Evaluator
-from megatron_rl.evaluation.votes import MathEquality
 from megatron_rl.megatron.groups import join
 from megatron_rl.megatron.model import TrainedModel
-from megatron_rl.megatron.transformer_config import DTYPES
-from megatron_rl.memory import longest_in_engine
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.metrics.profiler import Profiler
 from megatron_rl.metrics.rollouts import RolloutLog
@@ -30,6 +28,7 @@ from megatron_rl.ops import backend
 from megatron_rl.ops.config import Backend
 from megatron_rl.parallel.collectives import agree_or_raise, same_or_raise
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.sides import Job
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform
@@ -41,24 +40,8 @@ from megatron_rl.policy.policy import Policy
 from megatron_rl.policy.reference import FirstWeights, OtherModel, Reference
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs
-from megatron_rl.reward.scorer import RewardScorer
-from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.gold import GoldRollouts
-from megatron_rl.rollout.group_rules import most_prompts, most_responses
-from megatron_rl.rollout.kv_cache import policy_token_bytes
-from megatron_rl.rollout.megatron_engine import MegatronEngine
-from megatron_rl.rollout.record import ReplayedRollouts, RolloutRecord
-from megatron_rl.rollout.rollouts import Rollouts
-from megatron_rl.rollout.rounds import Rounds, RoundsPlan
-from megatron_rl.rollout.sampled import SampledRollouts
-from megatron_rl.rollout.sampler import Sampler
-from megatron_rl.rollout.vllm_engine import VllmEngine
+from megatron_rl.rollout.record import RolloutRecord
 from megatron_rl.run import Run
-from megatron_rl.types import Draw
-from megatron_rl.weights.sync import WeightSync
-
-DEFAULT_GAP = {"float64": 1e-3, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
-"""Default of rollout.max_logprob_gap by the engine's dtype, in nats."""
 
 
 def build_run(
@@ -68,10 +51,14 @@ def build_run(
     say: Callable[[str], None],
     watchdog: Watchdog | None = None,
     times: StartTimes | None = None,
+    job: Job | None = None,
 ) -> Run:
-    """All parts of a run; every rank calls it, after init_distributed."""
+    """All parts of a run on a rank that trains; every such rank calls it, after init_distributed.
+
+    job: with its ranks on two sides; None: every rank trains and samples.
+    """
     groups = join(platform, config.parallel, config.engine_tp)
-    _check_same_prompts(inputs, groups)
+    check_same_prompts(inputs, groups.world if job is None else job.world)
     ops = choose_ops(config.ops.backend, groups)
     output_dir = Path(config.run.output_dir)
     profiler = Profiler(config.run.profile, output_dir, groups, say, watchdog)
@@ -98,7 +85,9 @@ def build_run(
         meter=meter,
         profiler=profiler,
         prompts=inputs.prompts,
-        rollouts=_build_rollouts(config, inputs, groups, meter, stop, say, policy, away),
+        rollouts=build_rollouts(
+            config, inputs, groups, job, meter, stop, say, policy, away, watchdog
+        ),
         rollout_log=RolloutLog(config.metrics, output_dir, groups),
         record=RolloutRecord(output_dir, groups, num_iterations=config.debug.record),
         selector=_build_selector(config, algorithm, groups, meter),
@@ -130,15 +119,15 @@ def build_run(
     )
 
 
-def _check_same_prompts(inputs: Inputs, groups: Groups) -> None:
-    """Raise RunError unless all ranks read the same prompts; every rank calls it."""
+def check_same_prompts(inputs: Inputs, world: dist.ProcessGroup) -> None:
+    """Raise RunError unless all ranks read the same prompts; every rank of world calls it."""
     same_or_raise(
         "checksum of the prompts in use",
         inputs.prompts.state_dict()["checksum"],
         "ranks would train on different prompts. Give all machines the same files; a gold answer "
         "that takes about reward.deadline_s to compare may count as too slow on one rank alone, so "
         "raise that or leave such rows out",
-        groups.world,
+        world,
     )
 
 
@@ -152,46 +141,6 @@ def _offloaded(
         models.append(reference.model)
     device_type = policy.groups.platform.device_type
     return OffloadedTrainer(config.offload_on(device_type), models, policy.groups)
-
-
-def _build_rollouts(
-    config: RunConfig,
-    inputs: Inputs,
-    groups: Groups,
-    meter: Meter,
-    stop: StopRequest,
-    say: Callable[[str], None],
-    policy: Policy,
-    trainer: OffloadedTrainer,
-) -> Rollouts:
-    if config.has_engine:
-        return build_sampled(
-            config, inputs, groups, meter, stop, say, policy=policy, trainer=trainer
-        )
-    if config.debug.replay is None:
-        return GoldRollouts(groups, meter)
-    return ReplayedRollouts(
-        Path(config.debug.replay),
-        groups,
-        meter,
-        reward_parts=tuple(config.reward.parts),
-        rounds=_rounds_plan(config, inputs),
-        more=inputs.prompts.more,
-        with_experts=config.rollout.routing_replay,
-    )
-
-
-def _rounds_plan(config: RunConfig, inputs: Inputs) -> RoundsPlan | None:
-    rollout, wanted = config.rollout, config.prompts.prompts_per_iteration
-    if rollout.rounds is None:
-        return None
-    return RoundsPlan(
-        config=rollout.rounds,
-        group_size=rollout.group_size,
-        max_responses=most_responses(rollout),
-        num_wanted=wanted,
-        max_prompts=max(wanted, min(most_prompts(rollout.rounds, wanted), len(inputs.prompts))),
-    )
 
 
 def _build_selector(
@@ -301,127 +250,3 @@ def choose_ops(choice: Backend, groups: Groups) -> str:
         groups.world,
     )
     return told
-
-
-def build_engine(
-    config: RunConfig, inputs: Inputs, groups: Groups, *, load_weights: bool
-) -> VllmEngine:
-    """This rank's part of vLLM."""
-    rollout = config.rollout
-    if rollout.kv_cache_mib is None:
-        rollout = rollout.model_copy(update={"kv_cache_mib": inputs.kv_cache_mib})
-    return VllmEngine(
-        inputs.model_dir,
-        inputs.arch,
-        rollout,
-        groups,
-        dtype=DTYPES[config.engine_dtype],
-        max_model_len=longest_in_engine(config, inputs.arch),
-        eos_ids=inputs.tokenizer.eos_ids,
-        load_weights=load_weights,
-    )
-
-
-def policy_as_engine(
-    config: RunConfig, inputs: Inputs, groups: Groups, policy: Policy
-) -> MegatronEngine:
-    """This rank's part of the policy, as the engine."""
-    rollout, platform = config.rollout, groups.platform
-    share = rollout.gpu_memory_utilization * platform.total_memory_bytes()
-    mib = rollout.kv_cache_mib or inputs.kv_cache_mib
-    return MegatronEngine(
-        policy,
-        groups,
-        eos_ids=inputs.tokenizer.eos_ids,
-        max_model_len=longest_in_engine(config, inputs.arch),
-        max_num_seqs=rollout.max_num_seqs,
-        cache_bytes=share if mib is None else mib << 20,
-        token_bytes=policy_token_bytes(inputs.arch, groups.layout, itemsize=policy.dtype.itemsize),
-    )
-
-
-def _build_evaluator(config: RunConfig, inputs: Inputs, groups: Groups) -> Evaluator:
-    """The recipe's benchmarks, of which there may be none."""
-    return Evaluator(
-        config.evaluation,
-        {name: benchmark.questions for name, benchmark in inputs.benchmarks.items()},
-        max_response_tokens=config.rollout.max_response_tokens,
-        model=config.model.path,
-        seed=config.run.seed,
-        asked=inputs.asked(config),
-        equality=MathEquality(config.reward.num_workers),
-        output_dir=Path(config.run.output_dir),
-        groups=groups,
-    )
-
-
-def build_sampled(
-    config: RunConfig,
-    inputs: Inputs,
-    groups: Groups,
-    meter: Meter,
-    stop: StopRequest,
-    say: Callable[[str], None],
-    *,
-    policy: Policy | None,
-    trainer: OffloadedTrainer | None = None,
-) -> SampledRollouts:
-    """The engine and all that hangs on it.
-
-    Args:
-        policy: whose weights it samples with. None: vLLM reads model.path itself.
-        trainer: on the same device; it leaves while the engine is built, which then sleeps until
-            the first weights come.
-    """
-    trainer = trainer or OffloadedTrainer("none", [], groups)
-    scorer = RewardScorer(config.reward)
-    trainer.leaves()
-    engine: Engine
-    sync = None
-    if config.has_vllm:
-        engine = build_engine(config, inputs, groups, load_weights=policy is None)
-        sync = WeightSync(
-            inputs.arch, groups, config.weights, engine.weights, DTYPES[config.engine_dtype]
-        )
-    else:
-        assert policy is not None
-        engine = policy_as_engine(config, inputs, groups, policy)
-    if trainer.offload != "none":
-        engine.sleep()
-    sampler = Sampler(
-        engine, inputs.tokenizer, groups, run_seed=config.run.seed, progress=meter.progress
-    )
-    draw = Draw(
-        purpose="train",
-        group_size=config.rollout.group_size,
-        temperature=config.rollout.temperature,
-        max_response_tokens=config.rollout.max_response_tokens,
-    )
-    plan = _rounds_plan(config, inputs)
-    return SampledRollouts(
-        engine=engine,
-        sampler=sampler,
-        scorer=scorer,
-        sync=sync,
-        evaluator=_build_evaluator(config, inputs, groups),
-        reward=config.reward,
-        draw=draw,
-        rounds=None
-        if plan is None
-        else Rounds(
-            plan=plan,
-            draw=draw,
-            sampler=sampler,
-            scorer=scorer,
-            stop=stop,
-            world=groups.world,
-            more=inputs.prompts.more,
-            say=say,
-        ),
-        trainer=trainer,
-        max_logprob_gap=config.rollout.max_logprob_gap or DEFAULT_GAP[config.engine_dtype],
-        groups=groups,
-        meter=meter,
-        stop=stop,
-        say=say,
-    )

@@ -31,6 +31,7 @@ class Machine:
     operations: float = 989e12 * 0.4  # dense 16-bit operations of an H100, and the share reached
     inside: float = 450e9 * 0.7  # bytes to a GPU of the same node
     between: float = 50e9 * 0.7  # bytes to a GPU of another node
+    memory: float = 3.35e12 * 0.6  # bytes that it reads of its own memory
     node: int = 8  # GPUs
 
 
@@ -85,7 +86,7 @@ def choices(
     """
     seen = set()
     for cost, changed in _costed(config, arch, world, machine or Machine()):
-        layout = changed.parallel.layout(world)
+        layout = changed.layout_of(world)
         found = None
         if layout not in seen:
             fits = _fits_by_engine(changed, arch, world, free, device_type, engines)
@@ -108,7 +109,7 @@ def nearest_choice(
     for cost, changed in _costed(config, arch, world, Machine()):
         for one, fitted in _fits_by_engine(changed, arch, world, free, device_type, engines):
             if nearest is None or fitted.share < nearest.fit.share:
-                nearest = _choice(config, one, fitted, cost, changed.parallel.layout(world))
+                nearest = _choice(config, one, fitted, cost, changed.layout_of(world))
     return nearest
 
 
@@ -139,7 +140,7 @@ def _keeps_all(config: RunConfig) -> bool:
 
 def cost_of(config: RunConfig, arch: ModelArch, world: int, machine: Machine) -> Cost:
     """Seconds of an update of the longest sequences."""
-    layout, nbytes = config.parallel.layout(world), itemsize(config.model.dtype)
+    layout, nbytes = config.layout_of(world), itemsize(config.model.dtype)
     row = longest_row(config, layout)
     rows = rows_of_update(config, layout, row)
     tokens = row * rows  # of a replica

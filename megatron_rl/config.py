@@ -19,6 +19,7 @@ from megatron_rl.algorithms.presets import SIGN_SELECTIONS
 from megatron_rl.algorithms.rules import algorithm_problems
 from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.checkpoint.config import CheckpointConfig
+from megatron_rl.checkpoint.refusals import best_problems
 from megatron_rl.errors import ConfigError, ConfigErrors
 from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.explain import explain, takes_only_text, takes_text_or_list
@@ -28,9 +29,10 @@ from megatron_rl.megatron.refusals import config_problems, optimizer_problems
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.ops.config import OpsConfig
 from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.refusals import rank_problems
 from megatron_rl.policy.config import CriticConfig, ReferenceConfig
-from megatron_rl.policy.old_logprobs import old_problems
+from megatron_rl.policy.old_logprobs import lag_notices, old_problems, takes_engines
 from megatron_rl.policy.refusals import sharing_problems
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
@@ -49,6 +51,7 @@ from megatron_rl.rollout.engine_rules import (
     unused_by_policy,
 )
 from megatron_rl.rollout.group_rules import group_problems, most_kept
+from megatron_rl.rollout.separate_rules import engine_size_problems, separate_problems
 from megatron_rl.settings import Settings
 from megatron_rl.weights.config import WeightSyncConfig
 
@@ -69,6 +72,11 @@ class RunSettings(Settings):
 
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest good checkpoint in output_dir; never: it must hold none."""
+
+    lag: int = Field(default=0, ge=0, le=1)
+    """Iterations that samples may be behind. 0: an iteration trains what its own weights have
+    sampled. 1: it is sampled by rollout.separate_ranks while the one before is trained, so from the
+    weights before that one's updates."""
 
     profile: tuple[Annotated[int, Field(strict=True, ge=1)], ...] = ()
     """Iterations, counted from 1, of which each rank writes a trace to profile/ in output_dir, for
@@ -133,14 +141,19 @@ class RunConfig(Settings):
         return not self.is_supervised and self.debug.replay is None
 
     @property
+    def has_engine_beside(self) -> bool:
+        """True where ranks that train sample, too."""
+        return self.has_engine and not self.rollout.separate_ranks
+
+    @property
     def has_vllm(self) -> bool:
         """True where vLLM samples them, and not the policy itself."""
         return self.has_engine and self.rollout.engine == "vllm"
 
     @property
     def engine_tp(self) -> int | None:
-        """Ranks of an engine; None: the policy itself is the engine."""
-        if not self.has_engine:
+        """Ranks of an engine on ranks that train; None: the policy itself is the engine."""
+        if not self.has_engine_beside:
             return 1
         return self.rollout.tensor_model_parallel_size if self.has_vllm else None
 
@@ -186,12 +199,12 @@ class RunConfig(Settings):
             "critic_warmup": self.critic.warmup_updates,
             "counts_experts": auxiliary_losses(self.model.megatron).balanced_over == "update",
             "replays_routing": self.rollout.routing_replay,
-            "by_engine": self.optimizer.old_logprobs == "engine",
+            "by_engine": takes_engines(self.optimizer, self.algorithm, lag=self.run.lag),
         }
 
     def offload_on(self, device_type: str) -> Offload:
         """What of the trainer leaves a device of this type while the engine generates."""
-        if not self.has_engine:
+        if not self.has_engine_beside:
             return "none"
         if self.optimizer.offload == "auto":
             return "optimizer" if device_type == "cuda" else "none"
@@ -204,7 +217,11 @@ class RunConfig(Settings):
     @property
     def notices(self) -> tuple[str, ...]:
         """One line for each thing that is done in another way than a setting's name may suggest."""
-        told = [*self.algorithm.notices, *unused_by_policy(self.rollout, self.weights)]
+        told = [
+            *self.algorithm.notices,
+            *unused_by_policy(self.rollout, self.weights),
+            *lag_notices(self.optimizer, self.algorithm, lag=self.run.lag),
+        ]
         temperature = self.rollout.temperature
         if self.algorithm.objective.trains_pairs and temperature != 1:
             told.append(
@@ -216,21 +233,25 @@ class RunConfig(Settings):
                 "model.dtype=float64: every rank keeps a whole optimizer, since Megatron's "
                 "distributed one would round to float32"
             )
-        if self.optimizer.offload in ("optimizer", "weights") and not self.has_engine:
+        if self.optimizer.offload in ("optimizer", "weights") and not self.has_engine_beside:
             told.append(
                 f"optimizer.offload={self.optimizer.offload}: nothing leaves the device, since no "
                 "engine generates there"
             )
         return tuple(told)
 
+    def layout_of(self, world_size: int) -> Layout:
+        """The layout of the ranks that train, of so many that are started."""
+        return self.parallel.layout(world_size - self.rollout.separate_ranks)
+
     @property
     def smallest_world(self) -> int:
         """Fewest ranks that hold the layout and one engine."""
-        one = self.parallel.layout(1)
-        return math.lcm(
+        one, separate = self.parallel.layout(1), self.rollout.separate_ranks
+        return separate + math.lcm(
             one.tp * one.cp * one.pp,
             one.etp * one.ep * one.pp,
-            self.rollout.tensor_model_parallel_size,
+            1 if separate else self.rollout.tensor_model_parallel_size,
         )
 
 
@@ -240,7 +261,7 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     yield from config_problems(config.model, config.parallel)
     yield from _run_problems(config.run)
     yield from _rollout_problems(config)
-    yield from _checkpoint_problems(config)
+    yield from best_problems(config.checkpoint, config.evaluation)
     yield from _reward_problems(config)
     yield from _training_problems(config)
     yield from old_problems(config.optimizer, config.algorithm, is_supervised=config.is_supervised)
@@ -259,15 +280,8 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
 
 def world_problems(config: RunConfig, world_size: int) -> Iterator[ConfigError]:
     """Why the layouts do not fit this number of ranks."""
-    yield from rank_problems(config.parallel, world_size)
-    fitting = math.gcd(world_size, config.rollout.tensor_model_parallel_size)
-    if fitting != config.rollout.tensor_model_parallel_size:
-        yield ConfigError(
-            "rollout.tensor_model_parallel_size",
-            config.rollout.tensor_model_parallel_size,
-            f"must divide the {world_size} ranks of this run",
-            f"Set rollout.tensor_model_parallel_size={fitting}, or another divisor",
-        )
+    yield from rank_problems(config.parallel, world_size, config.rollout.separate_ranks)
+    yield from engine_size_problems(config.rollout, world_size)
 
 
 def _run_problems(run: RunSettings) -> Iterator[ConfigError]:
@@ -289,6 +303,9 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
         rollout, config.evaluation.temperature, is_supervised=config.is_supervised
     )
     yield from routing_problems(rollout, config.model, is_supervised=config.is_supervised)
+    yield from separate_problems(
+        rollout, config.parallel, lag=config.run.lag, has_engine=config.has_engine
+    )
     if config.is_supervised and config.evaluation.benchmarks:
         yield ConfigError(
             "evaluation.benchmarks",
@@ -302,26 +319,6 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
             config.algorithm.kl_coef,
             "a KL estimate needs sampled responses, gold ones are not",
             "Set algorithm.kl_coef=0",
-        )
-
-
-def _checkpoint_problems(config: RunConfig) -> Iterator[ConfigError]:
-    best, evaluation = config.checkpoint.keep_best, config.evaluation
-    if best is None:
-        return
-    possible = [
-        f"evaluation/{name}/{measure}_at_{evaluation.samples}"
-        for name in evaluation.benchmarks
-        for measure in ("average", "pass", "majority")
-    ]
-    if best not in possible:
-        yield ConfigError(
-            "checkpoint.keep_best",
-            best,
-            "this recipe's evaluations bring no such metric",
-            "Set " + " or set ".join(f"checkpoint.keep_best={name}" for name in possible)
-            if possible
-            else "Set checkpoint.keep_best=null, or name evaluation.benchmarks",
         )
 
 

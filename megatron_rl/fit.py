@@ -177,10 +177,10 @@ def fit(
     former_row: of the run that this one goes on from. It is kept where it fits, since other rows
     round otherwise.
     """
-    layout = config.parallel.layout(world_size)
+    layout = config.layout_of(world_size)
     rows = list(_rows(config, former_row))
     caches: list[int | None] = [None]
-    if device_type == "cpu" and config.has_engine:
+    if device_type == "cpu" and config.has_engine_beside:
         caches = list(_caches(config, arch, wanted_kv_mib(config, arch, layout)))
     found = None
     for kv_mib in caches:
@@ -218,7 +218,7 @@ def kv_mib_alone(
     """
     if free is None or free.device_type != "cpu":
         return None
-    layout = config.parallel.layout(world_size)
+    layout = config.layout_of(world_size)
     caches = list(_caches(config, arch, wanted_kv_mib(config, arch, layout)))
     engine = need_of(config, arch, layout, "cpu", kv_mib=0).engine_alone
     return next((mib for mib in caches if engine + mib * 2**20 <= free.per_rank), caches[-1])
@@ -263,7 +263,7 @@ def _least_of_engine(
     config: RunConfig, arch: ModelArch, world: int, free: Free, *, is_alone: bool
 ) -> float:
     """Bytes that a rank needs to evaluate, with the smallest cache."""
-    layout = config.parallel.layout(world)
+    layout = config.layout_of(world)
     if free.device_type == "cpu":
         kv_mib = list(_caches(config, arch, wanted_kv_mib(config, arch, layout)))[-1]
         need = need_of(config, arch, layout, "cpu", kv_mib=kv_mib)
@@ -356,11 +356,11 @@ def _changes(config: RunConfig, arch: ModelArch, world: int) -> Iterator[dict[st
         yield {ROW: None}
     order = ("none", "optimizer", "weights")
     for offload in order[order.index(config.offload_on("cuda")) + 1 :]:
-        if config.has_engine:
+        if config.has_engine_beside:
             yield {"optimizer.offload": offload}
     if config.model.recompute_granularity != "full":
         yield {f"model.{name}": value for name, value in RECOMPUTED.items()}
-    if config.has_engine:
+    if config.has_engine_beside:
         yield from (
             {"rollout.gpu_memory_utilization": share}
             for share in (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

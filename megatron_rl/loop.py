@@ -46,6 +46,8 @@ def run_iteration(run: Run, iteration: int) -> bool:
             run.record.write(graded, iteration)  # to be looked into
             run.finish_save()  # so that the next start goes on from it
             raise
+    with run.meter.phase("rollout"):  # rollout/: what other ranks sampled meanwhile
+        run.rollouts.settle()
     with run.meter.phase("weight_sync"):  # weights/: the engine samples from the new weights
         run.rollouts.receive(run.policy)
     return True

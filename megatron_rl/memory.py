@@ -141,7 +141,7 @@ def _on_a_cpu(
     passing = _passing(config, arch, layout, pp_rank, "cpu", row_tokens)
     saves = config.checkpoint.save_every != 0
     held = {PROCESS: PROCESS_BYTES + (SAVING_BYTES if saves else 0.0)} | held
-    if config.has_engine:
+    if config.has_engine_beside:
         mib = wanted_kv_mib(config, arch, layout) if kv_mib is None else kv_mib
         if config.has_vllm:
             libraries, weights = ENGINE[:2]
@@ -193,7 +193,7 @@ def _on_a_gpu(
     else:
         passing = {**leaves, **comes_late, **passing}
     generating: dict[str, float] = {}
-    if config.has_engine:  # asleep during an update
+    if config.has_engine_beside:  # asleep during an update
         weights = _engine_weights(config, arch, is_cpu=False) if config.has_vllm else 0.0
         share = config.rollout.gpu_memory_utilization * device_bytes
         least = float(kv_bytes_of_sequence(config, arch))
@@ -272,7 +272,7 @@ def wanted_kv_mib(config: RunConfig, arch: ModelArch, layout: Layout) -> int:
 def kv_bytes_of_sequence(config: RunConfig, arch: ModelArch) -> int:
     """Bytes per rank that the longest sequence takes of an engine's cache."""
     if config.engine_tp is None:
-        layout = config.parallel.layout(config.smallest_world)
+        layout = config.layout_of(config.smallest_world)
         of_token = policy_token_bytes(arch, layout, itemsize=itemsize(config.model.dtype))
         return longest_in_engine(config, arch) * of_token
     return sequence_bytes(
@@ -394,7 +394,7 @@ def _passing(
         # gloo copies a buffer that it reduces, when activations are free but not given back.
         params = sum(held_by(arch, layout, pp_rank))
         later["copy of the gradients"] = float(params * max(4, nbytes))
-        if config.has_engine:
+        if config.has_engine_beside:
             later["an engine's step"] = _engine_step(config, arch)
     largest = max(later, key=lambda name: later[name])
     name = f"activations of a row of {tokens} tokens"

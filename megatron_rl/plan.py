@@ -37,6 +37,7 @@ from megatron_rl.memory import (
     reference_arch,
     replayed_bytes,
 )
+from megatron_rl.overlap import sampler_bytes, turns_lines
 from megatron_rl.parallel.layout import EngineLayout, Layout, PolicyEngines
 from megatron_rl.parallel.stages import told_sizes
 from megatron_rl.platforms.base import detect
@@ -79,18 +80,21 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
         told += reference_problems(config.reference.path, reference, config.parallel)
     if told:
         raise ConfigErrors(told)
-    layout = config.parallel.layout(world)
+    layout = config.layout_of(world)
     for section, lines in (
         ("layout", _layout(config, arch, layout)),
         ("iteration", _iteration(config)),
         ("passes", _passes(config)),
         *(
-            (title, _memory(config, arch, layout, gpu_gib, device_type, why))
+            (title, _memory(config, arch, world, gpu_gib, device_type, why))
             for title, device_type, why in _planned_devices(config, world)
         ),
-        ("weight sync", _sync(config, arch, layout)),
+        ("weight sync", _sync(config, arch, layout, world)),
     ):
         _print_section(section, lines)
+    turns = list(turns_lines(config, arch, world))
+    if turns and any(device == "cuda" for _, device, _ in _planned_devices(config, world)):
+        _print_section("training and sampling", turns)
 
 
 def with_layout(config: RunConfig, *, gpu_gib: float = H100_GIB) -> RunConfig:
@@ -127,7 +131,7 @@ def print_rehearsal(config: RunConfig, rank: int | None) -> None:
         raise InputError(f"--rank {rank}: the layout has ranks 0 to {world - 1}")
     model_dir = find_model(config.model.path, "model.path").config_dir
     arch = read_model_config(model_dir, config.model.ignore_config_fields)
-    layout = config.parallel.layout(world)
+    layout = config.layout_of(world)
     ranks = ranks_that_differ(layout, arch.num_layers) if rank is None else [rank]
     for title, lines in rehearsal_lines(config, arch, layout, ranks):
         _print_section(title, lines)
@@ -188,10 +192,12 @@ def _world_size(config: RunConfig) -> int:
 
 def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
     yield "model", arch.described
+    separate = config.rollout.separate_ranks
     yield (
         "ranks",
         f"{layout.world_size} = {layout.axes}"
-        + (f", {layout.vpp} chunks a rank" if layout.vpp > 1 else ""),
+        + (f", {layout.vpp} chunks a rank" if layout.vpp > 1 else "")
+        + (f"; {separate} more only sample" if separate else ""),
     )
     if arch.mixture is not None:
         yield (
@@ -206,12 +212,20 @@ def _layout(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tupl
         f"{arch.vocab_size} padded to {padded_vocab_size(arch.vocab_size, layout.tp)}",
     )
     if not config.is_supervised:
-        tp = config.engine_tp
-        engines: EngineLayout | PolicyEngines = PolicyEngines(layout)
-        if tp is not None:
-            engines = EngineLayout(world_size=layout.world_size, tp=tp)
+        engines = _engines(config, layout)
         told = f"{engines.num_engines} of {engines.told}, {config.engine_dtype}"
-        yield "rollout engines", told if tp is not None else f"{told}: the policy itself"
+        yield "rollout engines", told if config.has_vllm else f"{told}: the policy itself"
+
+
+def _engines(config: RunConfig, layout: Layout) -> EngineLayout | PolicyEngines:
+    if config.engine_tp is None:
+        return PolicyEngines(layout)
+    separate = config.rollout.separate_ranks
+    return EngineLayout(
+        world_size=separate or layout.world_size,
+        tp=config.rollout.tensor_model_parallel_size,
+        first=layout.world_size if separate else 0,
+    )
 
 
 def _iteration(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -277,17 +291,17 @@ def _passes(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _memory(
     config: RunConfig,
     arch: ModelArch,
-    layout: Layout,
+    world: int,
     gpu_gib: float,
     device_type: str,
     why: str,
 ) -> Iterator[tuple[str, str]]:
     """Estimates from sizes; on a GPU, what allocators and libraries add is not in them."""
     yield "device", device_type + why
-    free = _free_here(layout.world_size, device_type)
+    free = _free_here(world, device_type)
     if free is None and device_type == "cuda":
         free = free_on_planned(gpu_gib)
-    found = fit(config, arch, layout.world_size, device_type, free)
+    found = fit(config, arch, world, device_type, free)
     need = found.need
     yield from _parts(need.held)
     yield from _parts(need.passing)
@@ -303,8 +317,11 @@ def _memory(
     if device_type == "cpu":
         yield "sum", f"{need.total / GIB:.3f} GiB at its peak"
     else:
-        yield from _host(config, arch, layout)
-    yield "this machine", _compared(config, arch, found, layout.world_size, device_type)
+        yield from _host(config, arch, config.layout_of(world))
+    if config.rollout.separate_ranks:
+        nbytes = sampler_bytes(config, arch, device_type, 0.0 if free is None else free.of_device)
+        yield "a rank that only samples", f"{nbytes / GIB:.3f} GiB"
+    yield "this machine", _compared(config, arch, found, world, device_type)
     if found.share <= 1:
         yield from (("", line) for line in found.lines())
 
@@ -400,16 +417,16 @@ def _on_planned(config: RunConfig, arch: ModelArch, found: Fit, world_size: int)
     )
 
 
-def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
+def _sync(
+    config: RunConfig, arch: ModelArch, layout: Layout, world: int
+) -> Iterator[tuple[str, str]]:
     if config.is_supervised:
         yield "none", "supervised training has no engine"
         return
-    if config.engine_tp is None:
+    engines = _engines(config, layout)
+    if isinstance(engines, PolicyEngines):
         yield "none", "the policy itself samples"
         return
-    engines = EngineLayout(
-        world_size=layout.world_size, tp=config.rollout.tensor_model_parallel_size
-    )
     stats = plan_sync(
         arch,
         layout,
@@ -417,7 +434,7 @@ def _sync(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[
         rank=0,
         itemsize=itemsize(config.engine_dtype),
         mib=config.weights.bucket_mib,
-        nodes=[rank // RANKS_PER_NODE for rank in range(layout.world_size)],
+        nodes=[rank // RANKS_PER_NODE for rank in range(world)],
     ).stats
     for name, nbytes in (
         ("engine shard", stats.need_max),

@@ -247,7 +247,7 @@ def start_terms(config: RunConfig, inputs: Inputs, world_size: int) -> Terms:
         network=inputs.arch,
         data=(data["checksum"], data["num_rows"]),
         models=("policy", "critic") if has_critic else ("policy",),
-        layout=config.parallel.layout(world_size).sizes,
+        layout=config.layout_of(world_size).sizes,
     )
 
 

@@ -30,6 +30,7 @@ from megatron_rl.policy.schedule import schedule_notes
 from megatron_rl.policy.trainer import Trainer
 from megatron_rl.preflight import Inputs, kept_recipe, start_terms
 from megatron_rl.prompts.dataset import PromptStream
+from megatron_rl.rollout.apart import FILE
 from megatron_rl.rollout.record import RolloutRecord
 from megatron_rl.rollout.rollouts import Rollouts
 
@@ -106,7 +107,11 @@ class Run:
         self.prompts.load_state_dict(state["prompts"])
         self.trainer.load_state_dict(state["trainer"])
         self.say(f"resumed after iteration {self.done_iterations}")
-        for line in (*changes(saved, now), *self.profiler.resumed_lines(self.done_iterations)):
+        for line in (
+            *changes(saved, now),
+            *self.profiler.resumed_lines(self.done_iterations),
+            *self.rollouts.load_state(directory / name_of(self.done_iterations)),
+        ):
             self.say(line)
         if self.config.run.num_iterations <= self.done_iterations:
             self.say(
@@ -152,7 +157,9 @@ class Run:
             **({} if self.saves.score is None else {SCORE: self.saves.score}),
         }
         with self.rollouts.paused():
-            self.store.save(iteration, self.models, state, self._model_files)
+            ahead = self.rollouts.state()
+            own = {} if ahead is None else {FILE.format(rank=self.groups.rank): ahead}
+            self.store.save(iteration, self.models, state, self._model_files, own)
         self.saves.saved(iteration)
 
     def finish_save(self) -> None:

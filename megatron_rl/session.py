@@ -44,26 +44,21 @@ from megatron_rl.fit import (
 from megatron_rl.input_report import evaluation_lines, input_lines
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
-from megatron_rl.metrics.config import MetricsConfig
-from megatron_rl.metrics.console import Display, SilentDisplay, open_display
 from megatron_rl.metrics.start_times import StartTimes
 from megatron_rl.metrics.starts import write_start
-from megatron_rl.metrics.writers import (
-    MetricsWriter,
-    appended_files,
-    check_appendable,
-    open_writers,
-    prepare_to_append,
-)
+from megatron_rl.metrics.writers import appended_files, check_appendable, prepare_to_append
 from megatron_rl.parallel.collectives import all_gather_objects
-from megatron_rl.parallel.groups import init_distributed, store_of_this_attempt
+from megatron_rl.parallel.groups import init_distributed, join_job, store_of_this_attempt
+from megatron_rl.parallel.place import job_rank, job_size
+from megatron_rl.parallel.sides import Job, Side, take_side
 from megatron_rl.parallel.stages import EVEN, told_sizes
 from megatron_rl.parallel.stop import StopRequest, follow_launcher
 from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.platforms.base import Platform, detect
 from megatron_rl.preflight import Inputs, at_one_date, check_resume, former_row, read_inputs
+from megatron_rl.recorder import Recorder, say_early
 from megatron_rl.references import hidden
-from megatron_rl.types import IterationMetrics
+from megatron_rl.separate import in_turns, recipe_of_samplers
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be adapted first
     from megatron_rl.run import Run
@@ -92,28 +87,30 @@ def _train(config: RunConfig, platform: Platform) -> None:
     times = StartTimes()
     times.end("imports")
     output = Path(config.run.output_dir)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = job_size()
     refuse_newer(output / CHECKPOINTS)
-    config = settled(config, platform.device_type, _free(platform), _say_early)
+    config = settled(config, platform.device_type, _free(platform), say_early)
     inputs = read_inputs(config, world_size)
     config = inputs.dated(config)
     done = check_resume(config, inputs, world_size)
+    side = take_side(config.rollout.separate_ranks)
+    if side.name == "sampling":
+        _sample(config, inputs, platform, side)
+        return
     found = _fit(config, inputs, platform)
     records = appended_files(config.metrics, output)
-    if os.environ.get("RANK", "0") == "0":  # they may be long, and one rank appends to them
+    if side.is_main:  # they may be long, and one rank appends to them
         for path in records:
             check_appendable(path, done)
     times.end("inputs")
-    enter(platform)
-    init_distributed(platform)
+    job = _join(platform, side)
     times.end("other ranks")
-    inputs = _at_one_date(config, inputs, world_size)
+    inputs = _at_one_date(config, inputs, world_size, job)
     config = inputs.dated(config)
-    is_main = dist.get_rank() == 0
     found = found.agreed()
     config, inputs = found.applied(config), replace(inputs, kv_cache_mib=found.kv_mib)
-    recorder = _Recorder(config, is_main=is_main)
-    if is_main:
+    recorder = Recorder(config, is_main=side.is_main)
+    if side.is_main:
         write_start(output, config.model_dump(mode="json"), _environment(platform))
         for path in records:
             for line in prepare_to_append(path, done):
@@ -125,7 +122,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
 
     times.end("imports")
     with _watched(config, recorder) as watchdog:
-        run = build_run(config, inputs, platform, recorder.say, watchdog, times)
+        run = build_run(config, inputs, platform, recorder.say, watchdog, times, job)
         times.end("engine" if config.has_engine else "rest")
         for line in (*_start_lines(run), *found.lines(), times.line(run.groups.world)):
             recorder.say(line)
@@ -135,13 +132,41 @@ def _train(config: RunConfig, platform: Platform) -> None:
         recorder.close("done" if is_done else "stopped", run.policy.version, exported)
         if is_done:
             run.check_trained()
-        note_end(0 if is_done else ASKED_TO_STOP)
+        code = 0 if is_done else ASKED_TO_STOP
+        run.rollouts.dismiss(code)
+        note_end(code)
         _leave(run.rollouts.close, watchdog)
 
 
-def _at_one_date(config: RunConfig, inputs: Inputs, world_size: int) -> Inputs:
+def _sample(config: RunConfig, inputs: Inputs, platform: Platform, side: Side) -> None:
+    """The same on a rank that only samples."""
+    alone, free = recipe_of_samplers(config), _free(platform)
+    refuse_engine_that_cannot_fit(alone, inputs.arch, side.size, free, is_alone=True)
+    kv_cache_mib = kv_mib_alone(alone, inputs.arch, side.size, free)
+    job = _join(platform, side)
+    assert job is not None
+    inputs = _at_one_date(config, inputs, side.job_size, job)
+    inputs = replace(inputs, kv_cache_mib=least_of_all(kv_cache_mib))
+    from megatron_rl.sampling import SamplingRank
+
+    with _watched(config, Recorder(config, is_main=False)) as watchdog:
+        rank = SamplingRank(config, inputs, platform, job, watchdog, say_early)
+        note_end(rank.serve())
+        _leave(rank.close, watchdog)
+
+
+def _join(platform: Platform, side: Side) -> Job | None:
+    """Join the others, those of this side first; None: all ranks are on one side."""
+    enter(platform)
+    init_distributed(platform, side)
+    return None if side.name == "all" else join_job(platform, side)
+
+
+def _at_one_date(
+    config: RunConfig, inputs: Inputs, world_size: int, job: Job | None = None
+) -> Inputs:
     """The inputs with the first rank's date; every rank calls it."""
-    world = dist.group.WORLD
+    world = dist.group.WORLD if job is None else job.world
     assert world is not None
     first, *_ = all_gather_objects(inputs.date, world)
     return at_one_date(config, inputs, world_size, first)
@@ -153,7 +178,7 @@ def _fit(config: RunConfig, inputs: Inputs, platform: Platform) -> Fit:
     Raises:
         ConfigErrors: it can not.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = job_size()
     found = fit(
         config,
         inputs.arch,
@@ -177,19 +202,18 @@ def evaluate_session(config: RunConfig) -> None:
             "evaluation.benchmarks={}: nothing to evaluate on. Set "
             "evaluation.benchmarks.<name>.path=FILE"
         )
-    platform = _start(config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = settled(config, platform.device_type, _free(platform), _say_early)
+    platform, config = _start(config), in_turns(config)
+    world_size = job_size()
+    config = settled(config, platform.device_type, _free(platform), say_early)
     inputs = read_inputs(config, world_size, is_evaluation=True)
     # vLLM reads Hugging Face files itself; all else comes through a policy.
     free, is_alone = _free(platform), config.has_vllm and inputs.model.megatron_dir is None
     refuse_engine_that_cannot_fit(config, inputs.arch, world_size, free, is_alone=is_alone)
     kv_cache_mib = kv_mib_alone(config, inputs.arch, world_size, free)
-    enter(platform)
-    init_distributed(platform)
+    _join(platform, take_side(0))
     inputs = _at_one_date(config, inputs, world_size)
     inputs = replace(inputs, kv_cache_mib=least_of_all(kv_cache_mib))
-    recorder = _Recorder(config, is_main=dist.get_rank() == 0)
+    recorder = Recorder(config, is_main=dist.get_rank() == 0)
     with _then_end(), _watched(config, recorder) as watchdog:
         _evaluate(config, inputs, platform, watchdog, is_alone=is_alone)
 
@@ -197,7 +221,8 @@ def evaluate_session(config: RunConfig) -> None:
 def _evaluate(
     config: RunConfig, inputs: Inputs, platform: Platform, watchdog: Watchdog, *, is_alone: bool
 ) -> None:
-    from megatron_rl.build import build_policy, build_sampled
+    from megatron_rl.build import build_policy
+    from megatron_rl.build_rollouts import build_sampled
     from megatron_rl.metrics.meter import Meter
 
     groups = join(platform, config.parallel, config.engine_tp)
@@ -208,9 +233,7 @@ def _evaluate(
     policy = None
     if not is_alone:
         policy = build_policy(config, inputs, groups, run_updates=1)  # none is taken
-    rollouts = build_sampled(
-        config, inputs, groups, meter, StopRequest(), _say_early, policy=policy
-    )
+    rollouts = build_sampled(config, inputs, groups, meter, StopRequest(), say_early, policy=policy)
     if policy is not None:
         rollouts.receive(policy)
     with meter.phase("evaluation"):
@@ -253,7 +276,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
     The main rank alone holds the lock; where it is refused, torchrun ends the others.
     """
-    lock = RunLock(directory, _say_early) if os.environ.get("RANK", "0") == "0" else None
+    lock = RunLock(directory, say_early) if job_rank() == 0 else None
     try:
         yield
     finally:
@@ -262,103 +285,47 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(config: RunConfig, recorder: "_Recorder") -> Iterator[Watchdog]:
+def _watched(config: RunConfig, recorder: Recorder) -> Iterator[Watchdog]:
     """A part of a session in which a rank that fails, hangs or dies ends all, with its own words.
 
     The first rank that fails says why, and the others leave without a word of theirs: what they
     could say is that a connection was closed.
     """
-    watchdog = Watchdog(config.watchdog, dist.get_rank(), dist.get_world_size())
+    watchdog = Watchdog(config.watchdog, job_rank(), job_size())
     watchdog.start(store_of_this_attempt("watchdog"))
     try:
         yield watchdog
     except KeyboardInterrupt:
         raise
-    except BaseException as error:
+    except BaseException as raised:
+        error = _first_of(raised)
         is_told = isinstance(error, ConfigErrors | InputError | RunError) or _is_full_disk(error)
-        where = f"rank {dist.get_rank()}, {watchdog.place}"
+        where = f"rank {job_rank()}, {watchdog.place}"
         text = str(error) if is_told else f"{type(error).__name__}: {error}"
         code = FAILED if isinstance(error, ConfigErrors | InputError) else BROKEN
         told = watchdog.fail(text, code)
         if told is not None:
             recorder.abandon()
             if not is_told:
-                traceback.print_exc()
+                traceback.print_exception(error)
             sys.stderr.write(hidden(f"megatron-rl: error: {told}\n  ({where})\n"))
             tell_torchrun(hidden(f"{told} ({where})"))
         note_end(code)
         raise _Over(code) from error
 
 
+def _first_of(error: BaseException) -> BaseException:
+    """The error, or what failed before it in a collective over both sides of a job.
+
+    torch tries to log that, and fails over a group that it does not know.
+    """
+    while "not initialized in the world group map" in str(error) and error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def _is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _say_early(message: str) -> None:
-    """Say a line before the display exists, on the main rank."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
-
-
-class _Recorder:
-    """The metric writers and the display; silent on all ranks but the main one."""
-
-    def __init__(self, config: RunConfig, *, is_main: bool) -> None:
-        self._config, self._is_main = config, is_main
-        self._display: Display | None = None
-        self._writers: list[MetricsWriter] = []
-
-    def say(self, message: str) -> None:
-        say = _say_early if self._display is None else self._display.say
-        say(message)
-
-    def record(self, metrics: IterationMetrics) -> None:
-        if self._display is None:
-            self._open(metrics.iteration)
-        assert self._display is not None
-        for writer in self._writers:
-            writer.write(metrics.iteration, metrics.values)
-        self._display.write(metrics.iteration, metrics.values)
-
-    def abandon(self) -> None:
-        """Leave the terminal as it was; what was written stays."""
-        if self._display is not None:
-            self._display.close()
-
-    def close(self, end: str, updates: int, exported: Path | None) -> None:
-        for writer in self._writers:
-            writer.close()
-        if self._display is not None:
-            self._display.close()
-        if not self._is_main:
-            return
-        output = Path(self._config.run.output_dir)
-        print(f"{end}: {updates} optimizer steps")
-        if self._config.metrics.jsonl:
-            from megatron_rl.metrics.plot import plot_run
-
-            plot_run([(output.name, output / "metrics.jsonl")], output / "plot.png")
-            print(f"  metrics    {output / 'metrics.jsonl'}")
-            print(f"  curves     {output / 'plot.png'}")
-        if exported is not None:
-            print(f"  model      {exported} (Hugging Face)")
-
-    def _open(self, first_iteration: int) -> None:
-        """Open at the first record: only then is it known at which iteration the run goes on."""
-        settings: MetricsConfig = self._config.metrics
-        if not self._is_main:
-            self._display = SilentDisplay()
-            return
-        done = max(first_iteration - 1, 0)
-        self._display = open_display(
-            settings.console, self._config.run.num_iterations, done_iterations=done
-        )
-        self._writers = open_writers(
-            settings,
-            Path(self._config.run.output_dir),
-            last_iteration=first_iteration - 1 if first_iteration > 1 else None,
-            run_settings=self._config.model_dump(mode="json"),
-        )
 
 
 def _start(config: RunConfig) -> Platform:
@@ -412,7 +379,7 @@ def _environment(platform: Platform) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "device": platform.device_type,
-        "world_size": dist.get_world_size(),
+        "world_size": job_size(),
         "python": sys.version.split()[0],
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "commit": _commit(),

@@ -192,6 +192,11 @@ CONTRACT = (
         "a layout is chosen where the run has none with as many ranks",
     ),
     _clause(
+        "run.lag rollout.separate_ranks",
+        "may change",
+        "from the next rollout on; without run.lag what was sampled ahead is drawn anew",
+    ),
+    _clause(
         "optimizer.offload",
         "no matter",
         "where state lies while the engine generates",

@@ -3,7 +3,7 @@
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +44,7 @@ class Save:
         state: dict[str, Any],
         files: ModelFiles,
         groups: Groups,
+        own_files: Mapping[str, Any],
     ) -> None:
         """Plan who writes what, and look whether there is room.
 
@@ -54,12 +55,13 @@ class Save:
             state: what a resume needs besides, as JSON has it.
             files: the models' other files.
             groups: whose `world` and `bridge` nobody else uses until the save is complete.
+            own_files: what torch saves besides of this rank, by the name of its file.
 
         Raises:
             RunError: there is no room on the disk.
         """
         self._directory, self._iteration, self._groups = directory, iteration, groups
-        self._files = files
+        self._files, self._own = files, own_files
         attempt = [uuid.uuid4().hex[:12]]
         dist.broadcast_object_list(attempt, src=0, group=groups.world)
         self._temporary = directory / f".{self.name}.{attempt[0]}"
@@ -120,7 +122,9 @@ class Save:
     def _write(self) -> None:
         for writer in self._writers:
             writer.write()
-        torch.save(self._random_states, self._temporary / f"rank_{self._groups.rank}.pt")
+        own = {f"rank_{self._groups.rank}.pt": self._random_states, **self._own}
+        for name, content in own.items():
+            torch.save(content, self._temporary / name)
         if self._groups.is_main:
             (self._temporary / STATE).write_text(json.dumps(self._state, indent=2) + "\n")
 

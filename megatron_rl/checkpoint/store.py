@@ -5,6 +5,7 @@ iteration_000120/
     critic/          the same of the critic, where there is one
     hf/              the policy as a Hugging Face directory, where checkpoint.export_hf is set
     rank_<n>.pt      random states of one rank
+    ahead_<n>.pt     its part of what is sampled for the next iteration, under run.lag
     state.json       iteration, cursor, scheduler, policy_version, version of Megatron-Core
     MANIFEST.json    written last: every file with its size and SHA-256
 
@@ -14,7 +15,7 @@ next start removes it.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,11 @@ class CheckpointStore:
         models: Sequence[TrainedModel],
         state: dict[str, Any],
         files: ModelFiles,
+        own_files: Mapping[str, Any] | None = None,
     ) -> None:
         """Write everything a resume needs; every rank calls it, and all fail or none.
+
+        own_files: what torch is to save besides of this rank, by the name of its file.
 
         With checkpoint.async_save only its copy to host memory is waited for, and the end of the
         save before.
@@ -69,7 +73,9 @@ class CheckpointStore:
             RunError: the disk is full; checkpoints from before are as they were.
         """
         self.finish()
-        save = Save(self._directory, iteration, models, state, files, self._saving_groups)
+        save = Save(
+            self._directory, iteration, models, state, files, self._saving_groups, own_files or {}
+        )
 
         def complete() -> None:
             save.complete()

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
 from megatron_rl.errors import FAILED, ConfigErrors, InputError, note_end, tell_torchrun
+from megatron_rl.parallel.place import job_rank
 from megatron_rl.references import hidden
 
 STOPPED = 130  # as a shell says it
@@ -99,7 +100,7 @@ def _failed(error: Exception) -> int:
 
 def say(message: str) -> None:
     """Write one message to stderr, on the first rank: every rank finds the same problem."""
-    if os.environ.get("RANK", "0") == "0":
+    if job_rank() == 0:
         sys.stderr.write(hidden(f"megatron-rl: {message}\n"))
         sys.stderr.flush()
 

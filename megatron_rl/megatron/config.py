@@ -137,10 +137,11 @@ class OptimizerConfig(Settings):
     """Prompts of one optimizer step's mini-batch; None: all prompts of the iteration, of which
     there are no more than 2**20 either."""
 
-    old_logprobs: Literal["trainer", "engine"] = "trainer"
+    old_logprobs: Literal["auto", "trainer", "engine"] = "auto"
     """Whose log-probs the loss takes as old ones. `trainer`: the policy's before the iteration's
     first update. `engine`: those that came with the samples, so that no pass computes them; they
-    differ by rollout/logprob_gap_*, and a ratio of the first update is not exactly 1."""
+    differ by rollout/logprob_gap_*, and a ratio of the first update is not exactly 1. `auto`:
+    `engine` under run.lag without algorithm.rollout_correction, else `trainer`."""
 
     epochs: int = Field(default=1, gt=0, le=1000)
     """Passes over an iteration's samples; long before 1000 they fit that iteration alone."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_rl.errors import InputError
+from megatron_rl.parallel.place import job_rank
 
 V0_16_1, V0_19_2 = "0.16.1", "0.19.2"
 SUPPORTED_VERSIONS = (V0_16_1, V0_19_2)
@@ -306,7 +307,7 @@ def installed_version() -> str:
             f"{' or '.join(SUPPORTED_VERSIONS)}. Install megatron-core=={fitting}, or set "
             f"{UNTESTED}={version} to try it with the repairs of {nearest_tested(version)}"
         )
-    if os.environ.get("RANK", "0") == "0":
+    if job_rank() == 0:
         warnings.warn(
             f"megatron-core {version} is not tested with this package ({UNTESTED} asks for it): it "
             f"is taken to have the faults of {nearest_tested(version)}, so a fault of its own can "

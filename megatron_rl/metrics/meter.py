@@ -14,10 +14,10 @@ from megatron_rl.parallel.watchdog import Watchdog
 from megatron_rl.types import RolloutGroup, Verdict
 
 RATES = (
-    ("rollout/tokens_per_s", "rollout/tokens", "time/rollout_s"),
-    ("policy/tokens_per_s", "policy/trained_tokens", "time/update_s"),
+    ("rollout/tokens_per_s", "rollout/tokens", ("time/sampling_s", "time/rollout_s")),
+    ("policy/tokens_per_s", "policy/trained_tokens", ("time/update_s",)),
 )
-"""(metric, tokens that it counts, seconds that it divides them by)."""
+"""(metric, tokens that it counts, seconds that it divides them by: the first that there are)."""
 
 
 class Meter:
@@ -113,8 +113,9 @@ def _derived(values: Mapping[str, float]) -> dict[str, float]:
     """Metrics that follow from others."""
     derived = {
         name: values[tokens] / values[seconds]
-        for name, tokens, seconds in RATES
-        if values.get(tokens) and values.get(seconds)
+        for name, tokens, choices in RATES
+        for seconds in [name for name in choices if values.get(name)][:1]
+        if values.get(tokens)
     }
     # A loss or reward with a KL measures it on every response; then nothing measures it apart.
     for form in ("k1", "k3"):

@@ -29,6 +29,8 @@ METRICS: dict[str, str] = {
     "rollout/response_tokens_mean": "mean response length in tokens",
     "rollout/response_tokens_max": "longest response in tokens",
     "rollout/rounds": "rounds of responses that the iteration took",
+    "rollout/updates_behind": "optimizer steps that the policy has taken since the weights that "
+    "sampled, where ranks sample ahead",
     "rollout/prompts": "prompts drawn",
     "rollout/prompts_satisfied_frac": "share of prompts that had enough right and wrong responses",
     "rollout/filled_groups": "groups with right and wrong responses that fill the batch",
@@ -100,6 +102,8 @@ METRICS: dict[str, str] = {
     **{f"time/{phase}_s": f"seconds of the {phase} phase" for phase in PHASES},
     "time/iteration_s": "seconds of the whole iteration, with its evaluation and the checkpoint "
     "after the one before",
+    "time/sampling_s": "seconds that separate ranks took to sample and grade the iteration",
+    "memory/sampling_gib": "the same as memory/peak_gib, on the ranks that only sample",
     "memory/peak_gib": "highest accelerator memory in use on any rank, on a CPU its largest "
     "resident memory, GiB",
     **{

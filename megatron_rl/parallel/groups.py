@@ -4,11 +4,15 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout, PolicyEngines
+from megatron_rl.parallel.place import job_rank, job_size
+from megatron_rl.parallel.sides import PATIENCE, Job, Side
 from megatron_rl.platforms.base import Platform
 
 TIMEOUT = timedelta(minutes=30)
@@ -57,8 +61,11 @@ class Groups:
         return self.is_last_stage and self.here.tp_rank == 0
 
 
-def init_distributed(platform: Platform) -> None:
-    """Join the world torchrun started; a lone process is a world of one."""
+def init_distributed(platform: Platform, side: Side | None = None) -> None:
+    """Join the world torchrun started, or this rank's side of it; a lone process is a world of one.
+
+    side: as take_side gave it; None: all ranks are on one.
+    """
     if dist.is_initialized():
         return
     for name, value in (
@@ -74,7 +81,7 @@ def init_distributed(platform: Platform) -> None:
     platform.bind_rank(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         platform.collective_backend,
-        store=store_of_this_attempt("groups"),
+        store=store_of_this_attempt("groups" if side is None else f"groups/{side.name}"),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=TIMEOUT,
@@ -87,19 +94,44 @@ def store_of_this_attempt(name: str) -> Store:
     torchrun's own outlives ranks that it restarts (`--max-restarts`), and would give the new ones
     the addresses of the dead.
     """
-    if os.environ["WORLD_SIZE"] == "1":
+    if job_size() == 1:
         return PrefixStore(name, _OF_A_LONE_PROCESS)  # nobody else has to reach it, so no socket
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        int(os.environ["WORLD_SIZE"]),
-        is_master=not is_torchruns and os.environ["RANK"] == "0",
+        job_size(),
+        is_master=not is_torchruns and job_rank() == 0,
         timeout=TIMEOUT,
         multi_tenant=True,
     )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"megatron_rl/attempt_{attempt}/{name}", store)
+
+
+def join_job(platform: Platform, side: Side) -> Job:
+    """The groups over both sides of a job; every rank calls it, after init_distributed."""
+    world = _group_over(side, "job", "gloo")
+    bridge = _group_over(side, "bridge", platform.collective_backend)
+    return Job(side=side, world=world, bridge=bridge, nodes=_nodes(world))
+
+
+def _group_over(side: Side, name: str, backend: str) -> dist.ProcessGroup:
+    """A group of all ranks of the job, which new_group could make within one side only."""
+    place = (store_of_this_attempt(f"both/{name}"), side.job_rank, side.job_size)
+    group = dist.ProcessGroup(*place)
+    made: Any
+    if backend == "gloo":
+        kind, device = dist.ProcessGroup.BackendType.GLOO, "cpu"
+        made = dist.ProcessGroupGloo(*place, PATIENCE)
+    else:
+        kind, device = dist.ProcessGroup.BackendType.NCCL, "cuda"
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = PATIENCE
+        made = dist.ProcessGroupNCCL(*place, options)
+    group._register_backend(torch.device(device), kind, made)
+    group._set_default_backend(kind)
+    return group
 
 
 def make_groups(

@@ -118,10 +118,11 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayout:
-    """The rollout layout: engine k is ranks [k * tp, (k + 1) * tp)."""
+    """The rollout layout: engine k is ranks [first + k * tp, first + (k + 1) * tp)."""
 
     world_size: int
     tp: int
+    first: int = 0  # rank of the job, where others before it only train
 
     @property
     def num_engines(self) -> int:
@@ -141,15 +142,19 @@ class EngineLayout:
     def in_step(self) -> tuple[tuple[int, ...], ...]:
         """Ranks that generate in step, which those of an engine do."""
         return tuple(
-            tuple(range(engine * self.tp, (engine + 1) * self.tp))
+            tuple(range(self.first + engine * self.tp, self.first + (engine + 1) * self.tp))
             for engine in range(self.num_engines)
         )
 
+    def has(self, global_rank: int) -> bool:
+        """True for a rank of an engine."""
+        return self.first <= global_rank < self.first + self.world_size
+
     def engine_of(self, global_rank: int) -> int:
-        return global_rank // self.tp
+        return (global_rank - self.first) // self.tp
 
     def tp_rank_of(self, global_rank: int) -> int:
-        return global_rank % self.tp
+        return (global_rank - self.first) % self.tp
 
     def place_of(self, global_rank: int) -> int:
         """Its number among the ranks of its engine."""
@@ -157,7 +162,7 @@ class EngineLayout:
 
     def ranks_of(self, tp_rank: int) -> tuple[int, ...]:
         """The ranks that hold the same shard of an engine, one in each engine."""
-        return tuple(engine * self.tp + tp_rank for engine in range(self.num_engines))
+        return tuple(self.first + engine * self.tp + tp_rank for engine in range(self.num_engines))
 
 
 @dataclass(frozen=True)

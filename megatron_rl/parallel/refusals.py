@@ -12,8 +12,13 @@ FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline
 EMBEDDING, LOSS = "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"
 
 
-def rank_problems(parallel: ParallelConfig, world_size: int) -> Iterator[ConfigError]:
-    """Why the training layout does not fit this number of ranks."""
+def rank_problems(
+    parallel: ParallelConfig, world_size: int, separate_ranks: int = 0
+) -> Iterator[ConfigError]:
+    """Why the training layout does not fit this number of ranks.
+
+    separate_ranks: of them, which only sample.
+    """
     one = parallel.layout(1)
     replica = one.tp * one.cp * one.pp
     if parallel.world_size not in (None, world_size):
@@ -23,13 +28,17 @@ def rank_problems(parallel: ParallelConfig, world_size: int) -> Iterator[ConfigE
             f"{world_size} ranks were started",
             f"Start torchrun with --nproc-per-node times --nnodes = {parallel.world_size}",
         )
+    world_size -= separate_ranks
+    of_run = "that train" if separate_ranks else "of this run"
     if world_size % replica:
         sizes = "tensor_model_parallel_size * pipeline_model_parallel_size"
         yield ConfigError(
             f"parallel.{sizes}" + (" * context_parallel_size" if one.cp > 1 else ""),
             replica,
-            f"must divide the {world_size} ranks of this run",
-            f"Start a multiple of {replica} ranks, or change the layout",
+            f"must divide the {world_size} ranks {of_run}",
+            f"Start a multiple of {replica} ranks"
+            + (f" and {separate_ranks} more" if separate_ranks else "")
+            + ", or change the layout",
         )
     if one.ep > 1 and world_size % (one.etp * one.ep * one.pp):
         yield ConfigError(

@@ -57,6 +57,19 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
+class DeafToStop(StopRequest):
+    """Of a rank that ends when another one tells it to: it must not end by itself, nor break off.
+
+    A signal goes to all ranks of a job, and those that lead it hear of it.
+    """
+
+    def agreed(self, group: dist.ProcessGroup) -> bool:
+        return False
+
+    def _note(self, number: int, _frame: object) -> None:
+        pass
+
+
 def follow_launcher() -> None:
     """Have the kernel send SIGTERM to this rank when the torchrun that started it is gone.
 

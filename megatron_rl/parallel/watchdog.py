@@ -22,6 +22,7 @@ The same thread ends its rank when another one has failed or is gone: then only 
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import statistics
@@ -51,6 +52,7 @@ SECONDS_TO_PRINT = 15.0
 SECONDS_TO_HEAR_OF_A_FAILURE = 2.0
 PHASES_REMEMBERED = 50
 BETWEEN = "between phases"
+WAITING = "waiting for other ranks"
 SHOW_CURSOR = b"\x1b[?25h"
 LESS_MEMORY = (
     "Set a lower batching.max_tokens_per_microbatch, or model.recompute_granularity=full "
@@ -73,7 +75,7 @@ class _Beat:
     number: int  # of phases so far, which ranks can be compared by
     iteration: int
     phase: str
-    deadline: float
+    deadline: float = math.inf
     steps: int = 0  # of progress in the phase
     heard: float = field(default_factory=lambda: time.monotonic())
 
@@ -116,6 +118,18 @@ class Watchdog:
             lasted = self._usual.setdefault(name, deque(maxlen=PHASES_REMEMBERED))
             lasted.append(time.monotonic() - start)
         self._enter(BETWEEN, self._beat.iteration)  # an error leaves the phase that it was in
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which this rank waits for ranks that this same watchdog looks after.
+
+        It has no deadline, as they have theirs.
+        """
+        before = self._beat
+        self._publish(_Beat(number=before.number + 1, iteration=before.iteration, phase=WAITING))
+        yield
+        again = replace(before, number=before.number + 2, heard=time.monotonic())
+        self._publish(again)
 
     def progress(self) -> None:
         """The phase at hand has come further."""
@@ -173,7 +187,11 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):
                 self._set(f"beat/{self._rank}", _said(self._beat))
             # A thread in C, the last to go off: it also ends a rank that holds Python's lock.
-            faulthandler.dump_traceback_later(2 * beat.deadline + SECONDS_TO_PRINT, exit=True)
+            if math.isfinite(beat.deadline):
+                last = 2 * beat.deadline + SECONDS_TO_PRINT
+                faulthandler.dump_traceback_later(last, exit=True)
+            else:
+                faulthandler.cancel_dump_traceback_later()
 
     def _deadline(self, phase: str) -> float:
         usual = self._usual.get(phase)

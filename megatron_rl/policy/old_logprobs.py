@@ -10,11 +10,18 @@ SETTING = "optimizer.old_logprobs"
 BY_TRAINER = f"Set {SETTING}=trainer"
 
 
+def takes_engines(optimizer: OptimizerConfig, config: AlgorithmConfig, *, lag: int) -> bool:
+    """True where the log-probs that came with samples are the old ones; lag: run.lag."""
+    if optimizer.old_logprobs == "auto":
+        return lag > 0 and config.rollout_correction is None and uses_old_logprobs(config)
+    return optimizer.old_logprobs == "engine"
+
+
 def old_problems(
     optimizer: OptimizerConfig, config: AlgorithmConfig, *, is_supervised: bool
 ) -> Iterator[ConfigError]:
     """Why the engine's log-probs cannot be old ones."""
-    if optimizer.old_logprobs == "trainer":
+    if optimizer.old_logprobs != "engine":
         return
     rule = None
     if is_supervised:
@@ -28,6 +35,18 @@ def old_problems(
         rule = "has no effect, nothing in this algorithm uses old log-probs"
     if rule is not None:
         yield ConfigError(SETTING, optimizer.old_logprobs, rule, BY_TRAINER)
+
+
+def lag_notices(optimizer: OptimizerConfig, config: AlgorithmConfig, *, lag: int) -> Iterator[str]:
+    """A line on samples of earlier weights that nothing corrects for; lag: run.lag."""
+    if not lag or config.rollout_correction is not None:
+        return
+    if takes_engines(optimizer, config, lag=lag):
+        return
+    yield (
+        f"run.lag={lag}: samples of the weights one iteration before are trained as if the newest "
+        "had drawn them. algorithm.rollout_correction={} would weigh them"
+    )
 
 
 def uses_old_logprobs(config: AlgorithmConfig) -> bool:

@@ -172,6 +172,24 @@ class PromptStream:
             f"  ids {_shortened(', '.join(map(str, ids)), MOST_CHARS_SHOWN)}",
         ]
 
+    @property
+    def place(self) -> int:
+        """The group id of the next prompt."""
+        return self._cursor.epoch * len(self) + self._cursor.position
+
+    def batch_at(self, place: int) -> list[Prompt]:
+        """What next_batch() gives where `place` is this, for a stream that follows another one."""
+        self._cursor.seek(*divmod(place, len(self)))
+        return self.next_batch()
+
+    def peek(self, place: int, count: int) -> list[Prompt]:
+        """So many prompts from a place on; next_batch() is not affected."""
+        here = self.place
+        self._cursor.seek(*divmod(place, len(self)))
+        found = [self._prompt(draw) for draw in self._cursor.take(count)]
+        self._cursor.seek(*divmod(here, len(self)))
+        return found
+
     def all_prompts(self) -> list[Prompt]:
         """Every prompt once, in the order of the files; next_batch() is not affected."""
         return [self._prompt(Draw(row=index, group_id=index)) for index in range(len(self))]

@@ -84,6 +84,10 @@ class RolloutConfig(Settings):
     """Ranks of one vLLM engine, which must divide its heads; more ranks make more engines, each
     with prompts of its own."""
 
+    separate_ranks: int = Field(default=0, ge=0, le=2**20)
+    """Ranks that only sample, the last ones of the job; all others only train. 0: every rank does
+    both, in turns. See run.lag."""
+
     dtype: Literal["model", "bfloat16", "float16", "float32"] = "model"
     """Dtype of the engine; `model`: as model.dtype."""
 

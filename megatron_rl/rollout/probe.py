@@ -11,9 +11,9 @@ from torch import Tensor
 from megatron_rl.batching.measured import measured_samples
 from megatron_rl.batching.packer import Packer
 from megatron_rl.errors import RunError
-from megatron_rl.parallel.collectives import max_over
+from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.rollout.sampler import Sampler
-from megatron_rl.types import Draw, MicroBatch, Prompt
+from megatron_rl.types import Draw, MicroBatch, Prompt, RolloutGroup
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
     from megatron_rl.policy.policy import Policy
@@ -40,33 +40,39 @@ class NoGrader:
         pass
 
 
-def check_engine(
-    sampler: Sampler,
-    draw: Draw,
-    policy: "Policy",
-    packer: Packer,
-    prompts: Sequence[Prompt],
-    *,
-    bound: float,
-    scoring: AbstractContextManager[None] | None = None,
-) -> tuple[float, int]:
-    """Sample a little and score it; (largest |policy - engine| in nats, responses). Every rank.
-
-    scoring: the policy is asked inside.
-
-    Raises:
-        RunError: on all ranks, if a sampled token's log-probs differ by more than the bound.
+def draw_probe(
+    sampler: Sampler, draw: Draw, prompts: Sequence[Prompt], *, engines: int, policy_version: int
+) -> list[RolloutGroup]:
+    """This rank's groups of a little that is sampled, from the first of the prompts; every rank of
+    the engines calls it.
     """
-    asked = prompts[: PROMPTS_PER_ENGINE * policy.groups.engines.num_engines]
     short = replace(
         draw,
         purpose="probe",
         group_size=1,
         max_response_tokens=min(MAX_RESPONSE_TOKENS, draw.max_response_tokens),
     )
-    groups = sampler.generate(
-        asked, short, iteration=0, policy_version=policy.version, grader=NoGrader()
+    asked = prompts[: PROMPTS_PER_ENGINE * engines]
+    return sampler.generate(
+        asked, short, iteration=0, policy_version=policy_version, grader=NoGrader()
     )
+
+
+def check_engine(
+    groups: Sequence[RolloutGroup],
+    policy: "Policy",
+    packer: Packer,
+    *,
+    bound: float,
+    scoring: AbstractContextManager[None] | None = None,
+) -> str:
+    """Score what was sampled, and say how far policy and engine are apart; every rank calls it.
+
+    groups: this rank's. scoring: the policy is asked inside.
+
+    Raises:
+        RunError: on all ranks, if a sampled token's log-probs differ by more than the bound.
+    """
     batches = packer.pack_for_measuring(measured_samples(groups))
     with scoring or nullcontext():
         scored = policy.logprobs(batches) or []
@@ -78,7 +84,8 @@ def check_engine(
             f"rollout.max_logprob_gap allows {bound}. The engine samples from other weights or "
             "another network than is trained; if the difference is the dtype's, raise it"
         )
-    return gap, len(asked)
+    (count,) = sum_over([len(groups)], policy.groups.world)
+    return f"engine probe: largest log-prob gap {gap:.1e} over {count:.0f} responses"
 
 
 def _gap(batch: MicroBatch, logprobs: Tensor) -> float:

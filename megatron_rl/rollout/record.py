@@ -7,18 +7,18 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_rl.errors import InputError
 from megatron_rl.metrics.meter import Meter
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.rollout.plain import group_of, plain_group
 from megatron_rl.rollout.rounds import RoundsPlan, round_metrics
 from megatron_rl.rollout.without_engine import WithoutEngine
-from megatron_rl.types import Prompt, Rollout, RolloutGroup, Verdict
+from megatron_rl.types import Prompt, RolloutGroup
 
 FOLDER = "debug"
 NAME = re.compile(r"iteration_(\d{6,})")
@@ -49,7 +49,7 @@ class RolloutRecord:
         path = directory / f"rank_{self._groups.rank}.pt"
         content = {
             "world_size": self._groups.layout.world_size,
-            "groups": [_plain_group(group) for group in graded],
+            "groups": [plain_group(group) for group in graded],
         }
         new = path.with_suffix(".new")
         torch.save(content, new)
@@ -134,7 +134,7 @@ class ReplayedRollouts(WithoutEngine):
                 for rank in range(1, first["world_size"])
             ]
             self._sizes = [len(part["groups"]) for part in parts]
-            return [_group(plain) for part in parts for plain in part["groups"]]
+            return [group_of(plain) for part in parts for plain in part["groups"]]
         except (OSError, pickle.UnpicklingError, RuntimeError, LookupError, TypeError) as error:
             why = str(error).partition("\n")[0][:100]
             found = ", ".join(map(str, recorded(self._folder))) or "none"
@@ -167,29 +167,3 @@ def _directory(folder: Path, iteration: int) -> Path:
 
 def _without_experts(group: RolloutGroup) -> RolloutGroup:
     return replace(group, rollouts=tuple(replace(r, experts=None) for r in group.rollouts))
-
-
-def _plain_group(group: RolloutGroup) -> dict[str, Any]:
-    return {
-        "prompt": _plain(group.prompt),
-        "rollouts": [_plain(rollout) for rollout in group.rollouts],
-    }
-
-
-def _plain(carrier: Prompt | Rollout) -> dict[str, Any]:
-    """Fields as what loads without running code."""
-    values = {field.name: getattr(carrier, field.name) for field in fields(carrier)}
-    if isinstance(carrier, Rollout):
-        values["verdict"] = None if carrier.verdict is None else str(carrier.verdict)
-        values["reward_parts"] = dict(carrier.reward_parts)
-    return values
-
-
-def _group(plain: dict[str, Any]) -> RolloutGroup:
-    return RolloutGroup(
-        prompt=Prompt(**plain["prompt"]),
-        rollouts=tuple(
-            Rollout(**{**each, "verdict": each["verdict"] and Verdict(each["verdict"])})
-            for each in plain["rollouts"]
-        ),
-    )

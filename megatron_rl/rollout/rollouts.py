@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_rl.batching.packer import Packer
 from megatron_rl.evaluation.report import Evaluation
@@ -40,6 +41,10 @@ class Rollouts(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Wait for what is being sampled ahead, before anything else is asked of the engines."""
+        ...
+
     def receive(self, policy: "Policy") -> None:
         """Sample from these weights from now on; the bytes that were sent are reported.
 
@@ -70,8 +75,22 @@ class Rollouts(Protocol):
         """
         ...
 
+    def state(self) -> dict[str, Any] | None:
+        """What this rank has of the next iteration's rollouts, for its file of a checkpoint; None
+        on all ranks where nothing is sampled ahead.
+        """
+        ...
+
+    def load_state(self, checkpoint: Path) -> list[str]:
+        """Go on with what a checkpoint has of that; lines that say what became of it."""
+        ...
+
     def describe(self) -> list[str]:
         """Lines for the start of a run."""
+        ...
+
+    def dismiss(self, exit_code: int) -> None:
+        """Have ranks that only sample leave the run, with its exit code."""
         ...
 
     def close(self) -> None:

@@ -3,24 +3,24 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.batching.packer import Packer
 from megatron_rl.evaluation.evaluator import Evaluator
 from megatron_rl.evaluation.report import Evaluation
 from megatron_rl.metrics.meter import Meter
-from megatron_rl.parallel.collectives import sum_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.stop import StopRequest
 from megatron_rl.policy.offload import OffloadedTrainer
 from megatron_rl.reward.config import RewardConfig
 from megatron_rl.reward.scorer import RewardScorer, attach, check_failures
 from megatron_rl.rollout.engine import Engine
-from megatron_rl.rollout.probe import check_engine
+from megatron_rl.rollout.probe import check_engine, draw_probe
 from megatron_rl.rollout.rounds import Rounds, round_metrics
 from megatron_rl.rollout.sampler import Sampler
 from megatron_rl.types import Draw, Prompt, RolloutGroup
-from megatron_rl.weights.sync import WeightSync
+from megatron_rl.weights.sync import WeightSync, sync_metrics
 
 if TYPE_CHECKING:  # it imports Megatron-Core, which must be entered first
     from megatron_rl.policy.policy import Policy
@@ -39,6 +39,7 @@ class SampledRollouts:
     draw: Draw  # of training
     rounds: Rounds | None  # of training; None: all responses of a prompt at once
     trainer: OffloadedTrainer  # on the same device
+    shares_device: bool  # the engine sleeps while the device is the trainer's
     max_logprob_gap: float  # nats; the probe stops a run that exceeds it
     groups: Groups
     meter: Meter
@@ -64,7 +65,8 @@ class SampledRollouts:
                 grader=self.scorer,
                 stop=self.stop,
             )
-        self.engine.sleep()  # the trainer needs the memory until the next weight sync
+        if self.shares_device:
+            self.engine.sleep()  # the trainer needs the memory until the next weight sync
         return groups
 
     def grade(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
@@ -87,24 +89,26 @@ class SampledRollouts:
         report = self.sync.push(policy.named_parameters())
         self.trainer.leaves()
         self.engine.wake_for_generation()
-        self.meter.report(
-            {
-                "weights/sync_bytes": sum_over([report.received_bytes], self.groups.world)[0],
-                "weights/verified_tensors": float(report.verified_tensors),
-            }
+        self.meter.report(sync_metrics(report, self.groups.world))
+
+    def settle(self) -> None:
+        pass  # nothing is sampled ahead
+
+    def draw_probe(self, prompts: Sequence[Prompt], *, policy_version: int) -> list[RolloutGroup]:
+        """This rank's part of what the start-up check samples."""
+        return draw_probe(
+            self.sampler,
+            self.draw,
+            prompts,
+            engines=self.groups.engines.num_engines,
+            policy_version=policy_version,
         )
 
     def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
-        gap, num_responses = check_engine(
-            self.sampler,
-            self.draw,
-            policy,
-            packer,
-            prompts,
-            bound=self.max_logprob_gap,
-            scoring=self.paused(only_weights=True),
-        )
-        self.say(f"engine probe: largest log-prob gap {gap:.1e} over {num_responses} responses")
+        drawn = self.draw_probe(prompts, policy_version=policy.version)
+        scoring = self.paused(only_weights=True)
+        bound = self.max_logprob_gap
+        self.say(check_engine(drawn, policy, packer, bound=bound, scoring=scoring))
 
     def evaluate(self, iteration: int | None, policy_version: int) -> Evaluation | None:
         def drawn(prompts: Sequence[Prompt], draw: Draw) -> list[RolloutGroup] | None:
@@ -136,6 +140,12 @@ class SampledRollouts:
             self.trainer.leaves()
             self.engine.wake()
 
+    def state(self) -> None:
+        return None
+
+    def load_state(self, checkpoint: Path) -> list[str]:
+        return []
+
     def describe(self) -> list[str]:
         engines = self.groups.engines
         told = f"rollout: {engines.num_engines} engines of {engines.told}"
@@ -152,6 +162,9 @@ class SampledRollouts:
             *rounds,
             self.trainer.line(),
         ]
+
+    def dismiss(self, exit_code: int) -> None:
+        pass  # nobody else is to leave
 
     def close(self) -> None:
         self.scorer.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_rl.batching.packer import Packer
@@ -21,6 +22,15 @@ class WithoutEngine:
     def receive(self, policy: "Policy") -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
+    def state(self) -> None:
+        return None
+
+    def load_state(self, checkpoint: Path) -> list[str]:
+        return []
+
     def probe(self, policy: "Policy", packer: Packer, prompts: Sequence[Prompt]) -> None:
         pass
 
@@ -29,6 +39,9 @@ class WithoutEngine:
 
     def paused(self, *, only_weights: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def dismiss(self, exit_code: int) -> None:
+        pass  # nobody else is to leave
 
     def close(self) -> None:
         pass

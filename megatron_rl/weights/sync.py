@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.errors import RunError
-from megatron_rl.parallel.collectives import agree_or_raise
+from megatron_rl.parallel.collectives import agree_or_raise, sum_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.weights.arch import ModelArch
@@ -51,12 +51,34 @@ class EngineWeights(Protocol):
         ...
 
 
+class NoEngine:
+    """That side on a rank that only trains."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        raise KeyError(name)
+
+    def commit(self, modules: Iterable[str]) -> None:
+        assert not list(modules)
+
+    def finish(self) -> None:
+        pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
     """The numbers of one sync on this rank."""
 
     received_bytes: int
     verified_tensors: int
+
+
+def sync_metrics(report: SyncReport, world: dist.ProcessGroup) -> dict[str, float]:
+    """Metrics of one sync over all ranks; every rank calls it."""
+    (received,) = sum_over([report.received_bytes], world)
+    return {
+        "weights/sync_bytes": received,
+        "weights/verified_tensors": float(report.verified_tensors),
+    }
 
 
 def training_holders(arch: ModelArch, layout: Layout) -> list[Holders]:
@@ -147,13 +169,13 @@ class WeightSync:
         dtype: torch.dtype,
     ) -> None:
         self._groups, self._every, self._engine = groups, config.verify_one_in, engine
-        engines = groups.engines
-        assert isinstance(engines, EngineLayout)
+        assert isinstance(groups.engines, EngineLayout)
+        self._engines = groups.engines
         plan = partial(
             plan_sync,
             arch,
             groups.layout,
-            engines,
+            self._engines,
             rank=groups.rank,
             mib=config.bucket_mib,
             nodes=groups.nodes,
@@ -175,6 +197,8 @@ class WeightSync:
     def push(self, params: Mapping[str, Tensor]) -> SyncReport:
         """Make the engine's weights equal to params; every rank of the run calls it.
 
+        params: none on a rank that only samples.
+
         Raises:
             RunError: on all ranks, naming the tensors that arrived wrong.
         """
@@ -194,7 +218,7 @@ class WeightSync:
         if wrong:
             error = RunError(
                 f"weight sync: {len(wrong)} of {checked} verified tensors differ between "
-                f"policy and engine {self._groups.engines.engine_of(self._groups.rank)}: "
+                f"policy and engine {self._engines.engine_of(self._groups.rank)}: "
                 f"{wrong[:4]}. Sampling would go on with other weights than were trained"
             )
         agree_or_raise(error, self._groups.world)
@@ -222,8 +246,10 @@ class _Part:
         self._groups, self._engine, self._dtype = groups, engine, dtype
         own = frozenset(names)
         self._sources = _owned(of_tensors(training_holders(arch, groups.layout), own), groups.rank)
+        self._has_engine = engines.has(groups.rank)
+        tp_rank = engines.tp_rank_of(groups.rank) if self._has_engine else None
         self._targets, self._copies = _copies(
-            of_tensors(engine_holders(arch, engines), own), engines.tp_rank_of(groups.rank)
+            of_tensors(engine_holders(arch, engines), own), tp_rank
         )
 
     @property
@@ -278,6 +304,8 @@ class _Part:
                 values = piece.of(params).to(self._dtype)
                 expected[line_of[piece.hf]] += checksum(values, piece.box).cpu()
         dist.all_reduce(expected, group=self._groups.world)
+        if not self._has_engine:
+            return []
         dist.all_reduce(arrived, group=self._groups.engine)
         is_wrong = (arrived != expected[:, None]).any(dim=1)
         return [name for name, bad in zip(checked, is_wrong.tolist(), strict=True) if bad]
@@ -305,8 +333,10 @@ def _owned(holders: Sequence[Holders], rank: int) -> list[Piece]:
 Copies = dict[str, list[tuple[Piece, tuple[int, ...]]]]
 
 
-def _copies(holders: Sequence[Holders], tp_rank: int) -> tuple[Copies, int]:
+def _copies(holders: Sequence[Holders], tp_rank: int | None) -> tuple[Copies, int]:
     """This engine rank's pieces by module, and the copies of the model that each counts in.
+
+    tp_rank: in the engine; None: this rank has none, and no pieces.
 
     An engine holds some rectangles several times, and each must be checked. So several complete
     models are added up, each with another replica: as many as the most replicated has holders.
@@ -322,7 +352,7 @@ def _copies(holders: Sequence[Holders], tp_rank: int) -> tuple[Copies, int]:
             holding[piece.hf, piece.box].append(rank)
     num_copies = max(len(ranks) for ranks in holding.values())
     by_module: Copies = defaultdict(list)
-    for piece in holders[tp_rank].pieces:
+    for piece in () if tp_rank is None else holders[tp_rank].pieces:
         ranks = holding[piece.hf, piece.box]
         counts_in = tuple(copy for copy in range(num_copies) if ranks[copy % len(ranks)] == tp_rank)
         by_module[piece.param.rpartition(".")[0]].append((piece, counts_in))

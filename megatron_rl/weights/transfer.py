@@ -25,7 +25,7 @@ def execute(
     and receiver order a bucket's moves alike, so no headers travel. after_bucket gets the moves
     that have arrived here, local ones included.
     """
-    rank = dist.get_rank(group)
+    rank = group.rank()
     for bucket in plan.buckets:
         for hop in range(plan.num_hops):
             moves = [move for move in bucket if move.hop == hop]
@@ -42,7 +42,7 @@ def _exchange(
     device: torch.device,
 ) -> None:
     """Move the rectangles of one hop of one bucket, in one all-to-all."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    rank, world = group.rank(), group.size()
     outgoing = sorted(
         (m for m in moves if m.sender == rank != m.receiver), key=lambda m: m.receiver
     )

@@ -25,7 +25,7 @@ from engine_on_ranks import (
     train_once,
 )
 
-import megatron_rl.build as build_module
+import megatron_rl.build_rollouts as build_module
 import megatron_rl.rollout.sampler as sampler_module
 import megatron_rl.weights.sync as sync_module
 from megatron_rl.errors import RunError

@@ -14,7 +14,7 @@ import preload_vllm  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
 
-import megatron_rl.build as build_module
+import megatron_rl.build_rollouts as build_module
 from megatron_rl.batching.measured import measured_samples
 from megatron_rl.build import build_run
 from megatron_rl.config import RunConfig

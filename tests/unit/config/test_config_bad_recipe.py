@@ -36,7 +36,7 @@ def test_an_unknown_key_names_the_one_that_was_meant(case, section, key, meant):
 def test_an_unknown_key_like_no_other_lists_what_is_known(case):
     case.change(run={"zzz": 1})
     assert only(case.config_problems()) == (
-        "run.zzz: unknown key. Known here: num_iterations, output_dir, profile, resume, seed"
+        "run.zzz: unknown key. Known here: lag, num_iterations, output_dir, profile, resume, seed"
     )
 
 

@@ -20,7 +20,7 @@ def turns(monkeypatch):
 
     def of(offload):
         told = []
-        monkeypatch.setattr(module, "sum_over", lambda values, group: values)
+        monkeypatch.setattr(module, "sync_metrics", lambda report, world: {})
         monkeypatch.setattr(
             "megatron_rl.policy.offload.dist.barrier", lambda group: told.append("all are here")
         )
@@ -35,6 +35,7 @@ def turns(monkeypatch):
             "engine": Engine(told),
             "sync": SimpleNamespace(push=lambda weights: told.append("sync") or report),
             "trainer": OffloadedTrainer(offload, models, groups),
+            "shares_device": True,
             "groups": groups,
             "meter": SimpleNamespace(report=lambda values: None),
         }
