@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.auto_engine import DIFFER
 from megatron_rl.auto_layout import settled
 from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.names import CHECKPOINTS
@@ -55,7 +56,7 @@ from megatron_rl.metrics.writers import (
     open_writers,
     prepare_to_append,
 )
-from megatron_rl.parallel.collectives import all_gather_objects
+from megatron_rl.parallel.collectives import all_gather_objects, same_or_raise
 from megatron_rl.parallel.groups import init_distributed, store_of_this_attempt
 from megatron_rl.parallel.stages import EVEN, told_sizes
 from megatron_rl.parallel.stop import StopRequest, follow_launcher
@@ -140,9 +141,10 @@ def _train(config: RunConfig, platform: Platform) -> None:
 
 
 def _at_one_date(config: RunConfig, inputs: Inputs, world_size: int) -> Inputs:
-    """The inputs with the first rank's date; every rank calls it."""
+    """The inputs with the first rank's date, where all have one engine; every rank calls it."""
     world = dist.group.WORLD
     assert world is not None
+    same_or_raise("rollout.engine", config.rollout.engine, DIFFER, world)
     first, *_ = all_gather_objects(inputs.date, world)
     return at_one_date(config, inputs, world_size, first)
 

@@ -19,11 +19,12 @@ CONFIGS = sorted(PACKAGE.glob("*/config.py"))
 
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
-    "__main__", "commands", "doctor", "session", "plan", "auto_layout", "choose", "rehearsal",
-    "grade", "build", "loop", "run", "input_report", "preflight", "fit", "memory", "config",
-    "recipe", "explain", "checkpoint", "conversion", "rollout", "evaluation", "policy", "megatron",
-    "weights", "batching", "prompts", "reward", "algorithms", "objectives", "metrics", "parallel",
-    "ops", "platforms", "types", "settings", "files", "references", "errors",
+    "__main__", "commands", "doctor", "session", "plan", "auto_layout", "choose", "auto_engine",
+    "rehearsal", "grade", "build", "loop", "run", "input_report", "preflight", "fit", "memory",
+    "config", "recipe", "explain", "checkpoint", "conversion", "rollout", "evaluation",
+    "policy", "megatron", "weights", "batching", "prompts", "reward", "algorithms",
+    "objectives", "metrics", "parallel", "ops", "platforms", "types", "settings", "files",
+    "references", "errors",
 ]  # fmt: skip
 
 # What only somebody knows who has read Megatron-Core: names of its classes, of its marks on
