@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.auto_engine import with_engine
 from megatron_rl.checkpoint.contract import newest_terms
 from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.choose import ENGINE, Choice, choices, nearest_choice
@@ -45,13 +46,15 @@ class Chosen:
 def settled(
     config: RunConfig, device_type: str, free: Free | None, say: Callable[[str], None]
 ) -> RunConfig:
-    """The recipe of a run with a layout in the place of `parallel: auto`; every rank calls it.
+    """The recipe of a run with an engine and a layout where it says auto; every rank calls it.
 
-    The first rank chooses for all, since what is free differs a little from rank to rank.
+    The first rank chooses the layout for all, since what is free differs a little from rank to
+    rank.
 
     Raises:
         ConfigErrors: no layout fits; on every rank.
     """
+    config = with_engine(config, device_type, say)
     if not config.parallel.auto:
         return config
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -148,6 +148,8 @@ class RunConfig(Settings):
     @property
     def has_vllm(self) -> bool:
         """True where vLLM samples them, and not the policy itself."""
+        is_chosen = self.rollout.engine != "auto" or not self.has_engine
+        assert is_chosen, "rollout.engine=auto: with_engine comes first"
         return self.has_engine and self.rollout.engine == "vllm"
 
     @property

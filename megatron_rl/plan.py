@@ -5,6 +5,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from megatron_rl.algorithms.algorithm import Algorithm
+from megatron_rl.auto_engine import with_engine
 from megatron_rl.auto_layout import choose_layout
 from megatron_rl.choose import choices
 from megatron_rl.config import RunConfig, world_problems
@@ -97,12 +98,14 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
         _print_section("training and sampling", turns)
 
 
-def with_layout(config: RunConfig, *, gpu_gib: float = H100_GIB) -> RunConfig:
-    """The recipe with a layout in the place of `parallel: auto`, which is printed.
+def settled_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> RunConfig:
+    """The recipe with an engine and a layout where it says auto, which are printed.
 
     Raises:
-        ConfigErrors: none fits, or nothing says the number of ranks.
+        ConfigErrors: no layout fits, or nothing says the number of ranks.
     """
+    (_, device_type, _), *_ = _planned_devices(config, _world_size(config))
+    config = with_engine(config, device_type, print, is_here=device_type == detect().device_type)
     if not config.parallel.auto:
         return config
     if config.parallel.world_size is None and "WORLD_SIZE" not in os.environ:
@@ -110,7 +113,6 @@ def with_layout(config: RunConfig, *, gpu_gib: float = H100_GIB) -> RunConfig:
         way_out = "Set parallel.world_size=8, or as many as you have"
         raise ConfigErrors([str(ConfigError("parallel.auto", True, rule, way_out))])
     world = _world_size(config)
-    (_, device_type, _), *_ = _planned_devices(config, world)
     free = _free_here(world, device_type)
     if free is None and device_type == "cuda":
         free = free_on_planned(gpu_gib)
@@ -146,6 +148,7 @@ def print_layouts(config: RunConfig, num_gpus: int, *, gpu_gib: float = H100_GIB
     model_dir = find_model(config.model.path, "model.path").config_dir
     arch = read_model_config(model_dir, config.model.ignore_config_fields)
     free = free_on_planned(gpu_gib)
+    config = with_engine(config, "cuda", print, is_here=detect().device_type == "cuda")
     found = list(itertools.islice(choices(config, arch, num_gpus, free), LAYOUTS_SHOWN))
     if not found:
         raise InputError(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.auto_engine import DIFFER
 from megatron_rl.auto_layout import settled
 from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.names import CHECKPOINTS
@@ -47,7 +48,7 @@ from megatron_rl.megatron.groups import join
 from megatron_rl.metrics.start_times import StartTimes
 from megatron_rl.metrics.starts import write_start
 from megatron_rl.metrics.writers import appended_files, check_appendable, prepare_to_append
-from megatron_rl.parallel.collectives import all_gather_objects
+from megatron_rl.parallel.collectives import all_gather_objects, same_or_raise
 from megatron_rl.parallel.groups import init_distributed, join_job, store_of_this_attempt
 from megatron_rl.parallel.place import job_rank, job_size
 from megatron_rl.parallel.sides import Job, Side, take_side
@@ -165,9 +166,10 @@ def _join(platform: Platform, side: Side) -> Job | None:
 def _at_one_date(
     config: RunConfig, inputs: Inputs, world_size: int, job: Job | None = None
 ) -> Inputs:
-    """The inputs with the first rank's date; every rank calls it."""
+    """The inputs with the first rank's date, where all have one engine; every rank calls it."""
     world = dist.group.WORLD if job is None else job.world
     assert world is not None
+    same_or_raise("rollout.engine", config.rollout.engine, DIFFER, world)
     first, *_ = all_gather_objects(inputs.date, world)
     return at_one_date(config, inputs, world_size, first)
 

@@ -41,6 +41,10 @@ def run(options: argparse.Namespace) -> int:
         if "=" in options.recipe.name and not options.recipe.exists():
             raise ConfigErrors([f"override {str(options.recipe)!r}: name a recipe before it"])
         config = load_config(options.recipe, options.overrides)
+        from megatron_rl.auto_engine import with_engine  # it needs torch
+        from megatron_rl.platforms.base import detect
+
+        config = with_engine(config, detect().device_type, print)
         directory, has_vllm = Path(config.run.output_dir), config.has_vllm
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return 0  # the first rank looks at the machine that they share

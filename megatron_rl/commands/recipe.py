@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
             print_inputs,
             print_plan,
             print_rehearsal,
-            with_layout,
+            settled_plan,
         )
 
         gpu_gib = options.gpu_memory or H100_GIB
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
             print_layouts(config, options.layouts, gpu_gib=gpu_gib)
             return 0
-        config = with_layout(config, gpu_gib=gpu_gib)
+        config = settled_plan(config, gpu_gib=gpu_gib)
         print_plan(config, gpu_gib=gpu_gib)
         if options.rehearse:
             print_rehearsal(config, options.rank)

@@ -47,16 +47,17 @@ class RoundsConfig(Settings):
     groups that there are, and says so."""
 
 
-Engine = Literal["vllm", "megatron"]
+Engine = Literal["auto", "vllm", "megatron"]
 
 
 class RolloutConfig(Settings):
     """Sampling, and the engine that does it."""
 
-    engine: Engine = "vllm"
+    engine: Engine = "auto"
     """What samples. `vllm`: an engine beside the policy, to which weights are sent. `megatron`: the
     policy itself, with a key/value cache: no second copy of the weights and no vLLM, at any layout
-    with local layers."""
+    with local layers. `auto`: one of them by settings, device and size; the run says which, and
+    why."""
 
     group_size: int = Field(default=4, ge=1, le=2**16)
     """Responses per prompt, where there are rounds in each of them; those of one prompt are graded

@@ -20,8 +20,8 @@ CONFIGS = sorted(PACKAGE.glob("*/config.py"))
 # A room may import itself and the ones after it, never the ones before.
 ROOMS = [
     "__main__", "commands", "doctor", "session", "plan", "overlap", "auto_layout", "choose",
-    "rehearsal", "grade", "sampling", "build", "build_rollouts", "loop", "run", "recorder",
-    "input_report", "preflight", "fit", "memory", "separate", "config",
+    "auto_engine", "rehearsal", "grade", "sampling", "build", "build_rollouts", "loop", "run",
+    "recorder", "input_report", "preflight", "fit", "memory", "separate", "config",
     "recipe", "explain", "checkpoint", "conversion", "rollout", "evaluation", "policy", "megatron",
     "weights", "batching", "prompts", "reward", "algorithms", "objectives", "metrics", "parallel",
     "ops", "platforms", "types", "settings", "files", "references", "errors",

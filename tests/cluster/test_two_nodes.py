@@ -34,7 +34,7 @@ def recipe_of(folder: Path, name: str, num_iterations: int, **parallel: int) -> 
             "prompts_per_iteration": 4,
             "max_prompt_tokens": 64,
         },
-        "rollout": {"max_response_tokens": 96},
+        "rollout": {"engine": "vllm", "max_response_tokens": 96},
         "algorithm": {"preset": "sft"},
         "optimizer": {"lr": 3e-4, "prompts_per_update": 4},
         "parallel": parallel,
@@ -42,7 +42,7 @@ def recipe_of(folder: Path, name: str, num_iterations: int, **parallel: int) -> 
         "metrics": {"console": "plain"},
     }
     if "supervised" not in name:
-        recipe["rollout"] = {"max_response_tokens": 12, "group_size": 4}
+        recipe["rollout"] = {"engine": "vllm", "max_response_tokens": 12, "group_size": 4}
         recipe["reward"] = {"kind": "coin_reward:is_even", "num_workers": 1}
         recipe["algorithm"] = {"preset": "grpo"}
     return recipe

@@ -61,6 +61,7 @@ def config_of(
             "model": {"path": str(model_dir), "dtype": dtype},
             "prompts": {"path": str(prompts), "prompts_per_iteration": 7, "max_prompt_tokens": 64},
             "rollout": {
+                "engine": "vllm",
                 "group_size": 4,
                 "max_response_tokens": RESPONSE_TOKENS,
                 "temperature": TEMPERATURE,

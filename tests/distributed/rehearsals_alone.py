@@ -102,7 +102,11 @@ def _rehearsed(
                 "prompts_per_iteration": 2048,
                 "max_prompt_tokens": 128,
             },
-            "rollout": {"max_response_tokens": 384, "group_size": 1 if preset == "ppo" else 4},
+            "rollout": {
+                "engine": "vllm",
+                "max_response_tokens": 384,
+                "group_size": 1 if preset == "ppo" else 4,
+            },
             "batching": {"max_tokens_per_microbatch": 2048},
             "reward": {"kind": "math"},
             "run": {"num_iterations": 1, "output_dir": "none"},

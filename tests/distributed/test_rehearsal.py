@@ -69,7 +69,7 @@ def recipe(model_dir: Path, changes: dict[str, Any]) -> RunConfig:
         "model": {"path": str(model_dir), "dtype": "float32"},
         "algorithm": {"preset": "sft"},
         "prompts": {"path": "none.jsonl", "prompts_per_iteration": 16, "max_prompt_tokens": 64},
-        "rollout": {"max_response_tokens": 192},
+        "rollout": {"engine": "vllm", "max_response_tokens": 192},
         "batching": {"max_tokens_per_microbatch": 1024},
         "run": {"num_iterations": 1, "output_dir": "none"},
     }

@@ -39,6 +39,7 @@ def test_evaluate_gives_no_table_of_a_broken_model(runs, broken):
         "broken evaluation",
         1,
         "algorithm.preset=grpo",
+        "rollout.engine=vllm",  # which reads the weights itself
         f"model.path={broken}",
         f"evaluation.benchmarks.some.path={benchmark}",
         "evaluation.benchmarks.some.max_problems=4",

@@ -16,6 +16,7 @@ SETTINGS = (
 )
 SAMPLED = (  # by one engine of both ranks, which spin while they wait for each other
     *TP2,
+    "rollout.engine=vllm",
     "rollout.tensor_model_parallel_size=2",
     "algorithm.preset=reinforce_rej",
     "rollout.group_size=4",

@@ -32,12 +32,16 @@ KINDS: dict[str, dict[str, Any]] = {
         },
         "critic": {"lr": 3e-3, "warmup_updates": 2},
         # One response after the other, until one is right and one is wrong, and further prompts.
-        "rollout": {"group_size": 1, "rounds": {"max_responses": 4, "fill": True}},
+        "rollout": {
+            "engine": "vllm",
+            "group_size": 1,
+            "rounds": {"max_responses": 4, "fill": True},
+        },
         "parallel": {"tensor_model_parallel_size": 2},
     },
     "iterative_dpo": {
         "algorithm": {"preset": "iterative_dpo"},
-        "rollout": {"group_size": 4, "engine": "megatron"},
+        "rollout": {"group_size": 4},  # of so small a model the policy
     },
     # A mixture, routed as the engine routed.
     "distillation": {
@@ -52,7 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
             "preset": "distillation",
             "rollout_correction": {"level": "sequence", "mode": "mask", "low": 0.5},
         },
-        "rollout": {"group_size": 2, "routing_replay": True},
+        "rollout": {"engine": "vllm", "group_size": 2, "routing_replay": True},
         "parallel": {"pipeline_model_parallel_size": 2},
     },
 }

@@ -42,7 +42,7 @@ def recipe_of(folder: Path, name: str, *changes: dict[str, Any]) -> dict[str, An
             "prompts_per_iteration": 4 * UPDATES,
             "max_prompt_tokens": 64,
         },
-        "rollout": {"group_size": 4, "max_response_tokens": 12},
+        "rollout": {"engine": "vllm", "group_size": 4, "max_response_tokens": 12},
         "reward": {"kind": "coin_reward:is_even", "num_workers": 1},
         "algorithm": {"preset": "grpo"},
         "optimizer": {"lr": 3e-3, "prompts_per_update": 4},

@@ -26,7 +26,7 @@ SAMPLED = (
 )
 CASES = {
     "one rank, traced": ("qwen2", 1, ("run.profile=[2]",)),
-    "sampled by an engine": ("qwen2_tied", 1, SAMPLED),
+    "sampled by an engine": ("qwen2_tied", 1, (*SAMPLED, "rollout.engine=vllm")),
     "experts in bfloat16": ("glm4_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
     "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),
@@ -56,7 +56,13 @@ def test_nothing_is_said_beside_the_report(runs, case):
 def test_an_evaluation_says_no_more_than_its_table(runs):
     """It reads the weights by vLLM's own loader, which has bars of its own."""
     data = f"evaluation.benchmarks.a.path={QUICKSTART / 'data' / 'heldout.jsonl'}"
-    settings = (*SAMPLED, data, "evaluation.benchmarks.a.max_problems=4", "evaluation.samples=1")
+    settings = (
+        *SAMPLED,
+        "rollout.engine=vllm",
+        data,
+        "evaluation.benchmarks.a.max_problems=4",
+        "evaluation.samples=1",
+    )
     done = runs.start("evaluate", "silent evaluation", 1, *settings, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -71,7 +77,7 @@ def test_an_evaluation_says_no_more_than_its_table(runs):
 
 
 OURS = (
-    "ops: ", "layout: ", "model: ", "layers: ", "precision: ", "optimizer: ",
+    "ops: ", "engine: ", "layout: ", "model: ", "layers: ", "precision: ", "optimizer: ",
     "prompts: ", "first prompt, ", "benchmark ", "contamination: ", "algorithm: ",
     "old-log-prob pass: ", "reference pass: ", "pass that counts experts: ", "routing replay: ",
     "iteration ", "resumed after iteration ",

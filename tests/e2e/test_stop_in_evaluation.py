@@ -13,6 +13,7 @@ SETTINGS = (
     "algorithm.preset=reinforce_rej",
     "rollout.group_size=4",
     "rollout.max_response_tokens=12",
+    "rollout.engine=vllm",
     "rollout.tensor_model_parallel_size=2",  # two ranks that must break off at the same step
     "parallel.tensor_model_parallel_size=2",
     "reward.kind=coin_reward:is_even",

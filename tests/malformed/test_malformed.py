@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from malformed_inputs import GOOD_RECIPE, GOOD_ROWS, Case, make_model, read_cases
 
+from megatron_rl.auto_engine import with_engine
 from megatron_rl.commands.main import main
 from megatron_rl.preflight import Inputs, read_inputs
 
@@ -115,7 +116,7 @@ class Bench:
             self._monkeypatch.setenv(name, value)
 
     def _read(self, config) -> None:
-        self.inputs = read_inputs(config, 1)
+        self.inputs = read_inputs(with_engine(config, "cpu", lambda line: None), 1)
 
 
 def recipe(bench: Bench, given: dict[str, Any]):

@@ -78,7 +78,7 @@ class Case:
                     "run": {"output_dir": str(folder / "out"), "num_iterations": 6, "seed": 7},
                     "model": {"path": str(self.model), "dtype": "float32"},
                     "prompts": {"path": str(self.data), "max_prompt_tokens": 64},
-                    "rollout": {"max_response_tokens": 96},
+                    "rollout": {"engine": "vllm", "max_response_tokens": 96},
                     "algorithm": {"preset": "sft"},
                     "optimizer": {"lr": 3e-4},
                 }

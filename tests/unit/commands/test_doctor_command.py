@@ -70,12 +70,15 @@ def test_a_recipe_says_where_it_writes_and_whether_it_samples(machine, tmp_path)
     recipe.write_text(
         f"run: {{output_dir: {tmp_path}/out, num_iterations: 1}}\n"
         "model: {path: nowhere}\nprompts: {path: nowhere}\nalgorithm: {preset: grpo}\n"
+        "rollout: {engine: vllm}\n"
     )
     assert main(["doctor", str(recipe)]) == 0
     assert main(["doctor", str(recipe), "algorithm.preset=sft", "run.output_dir=other"]) == 0
+    assert main(["doctor", str(recipe), "rollout.engine=megatron"]) == 0
     assert [(str(directory), engine) for directory, engine in asked] == [
         (f"{tmp_path}/out", True),
         ("other", False),
+        (f"{tmp_path}/out", False),
     ]
     assert main(["doctor", str(recipe), "run.num_iterations=0"]) == 2
 

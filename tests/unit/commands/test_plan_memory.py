@@ -53,7 +53,7 @@ def planned(monkeypatch, tmp_path, capsys):
             "run": {"output_dir": "runs/a", "num_iterations": 3},
             "model": {"path": str(tmp_path), "dtype": dtype},
             "prompts": {"path": "none", "prompts_per_iteration": 64, "max_prompt_tokens": 96},
-            "rollout": {"group_size": 8, "max_response_tokens": 160},
+            "rollout": {"engine": "vllm", "group_size": 8, "max_response_tokens": 160},
             "algorithm": {"preset": "grpo"},
             **sections,
         }
@@ -191,7 +191,7 @@ def test_layouts_are_printed_as_settings_that_a_plan_takes(planned, capsys, tmp_
         "run": {"output_dir": "runs/a", "num_iterations": 3},
         "model": {"path": str(tmp_path)},
         "prompts": {"path": "none", "max_prompt_tokens": 96},
-        "rollout": {"group_size": 8, "max_response_tokens": 160},
+        "rollout": {"engine": "vllm", "group_size": 8, "max_response_tokens": 160},
         "algorithm": {"preset": "grpo"},
     }
     print_layouts(RunConfig.model_validate(recipe), 12)

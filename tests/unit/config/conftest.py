@@ -40,7 +40,7 @@ class Case:
                 "prompts_per_iteration": 2,
                 "max_prompt_tokens": 16,
             },
-            "rollout": {"max_response_tokens": 16},
+            "rollout": {"engine": "vllm", "max_response_tokens": 16},
             "algorithm": {"preset": "grpo"},
         }
 

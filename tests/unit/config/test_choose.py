@@ -45,7 +45,7 @@ def recipe(response=1024, **parallel):
             "run": {"output_dir": "none", "num_iterations": 1},
             "model": {"path": "none", "dtype": "bfloat16", "layer_spec": "transformer_engine"},
             "prompts": {"path": "none", "prompts_per_iteration": 16, "max_prompt_tokens": 24},
-            "rollout": {"group_size": 2, "max_response_tokens": response},
+            "rollout": {"engine": "vllm", "group_size": 2, "max_response_tokens": response},
             "batching": {"max_tokens_per_microbatch": 2 * (response + 24)},
             "algorithm": {"preset": "grpo"},
             "parallel": parallel,

@@ -48,7 +48,7 @@ RECIPE = {
     "run": {"output_dir": "runs/a", "num_iterations": 3},
     "model": {"path": "none", "dtype": "float32"},
     "prompts": {"path": "none.jsonl", "prompts_per_iteration": 64, "max_prompt_tokens": 96},
-    "rollout": {"group_size": 8, "max_response_tokens": 160},
+    "rollout": {"engine": "vllm", "group_size": 8, "max_response_tokens": 160},
     "reward": {"kind": "number"},
     "algorithm": {"preset": "reinforce_rej"},
 }

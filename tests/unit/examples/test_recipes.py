@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_rl.config import load_config
-from megatron_rl.plan import print_plan
+from megatron_rl.plan import print_plan, settled_plan
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 RECIPES = sorted(set(EXAMPLES.glob("*/*.yaml")) - set(EXAMPLES.glob("multi_node/*.yaml")))
@@ -86,8 +86,9 @@ def test_a_plan_of_the_papers_setting_fits_eight_gpus_of_80_gib(name, tmp_path, 
     (tmp_path / "config.json").write_text(json.dumps(QWEN_MATH_7B))
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     overrides = [f"model.path={tmp_path}", "parallel.world_size=8"]
-    print_plan(load_config(EXAMPLES / "paper" / f"{name}.yaml", overrides))
+    print_plan(settled_plan(load_config(EXAMPLES / "paper" / f"{name}.yaml", overrides)))
     printed = capsys.readouterr().out
+    assert "engine: vllm, since it is for GPUs. " in printed
     assert "8 = TP 4 x PP 1 x DP 2" in printed
     (total,) = re.findall(r"sum of the update +([0-9.]+) GiB", printed)
     assert 20 < float(total) < 72  # the rest is for the key/value cache
