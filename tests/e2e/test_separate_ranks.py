@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from training_runs import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.slow
+EXHAUSTIVE = pytest.mark.exhaustive
 
 # What a clock, the machine or the bytes on the wire say, and what only separate ranks report.
 NOT_COMPARED = (
@@ -164,7 +165,11 @@ def test_an_iteration_is_sampled_by_the_weights_before_those_of_the_last(folder,
     assert [row["rollout/updates_behind"] for row in metrics(ahead)] == [0, *[UPDATES] * 3]
 
 
-@pytest.mark.parametrize("is_filled", [False, True], ids=["responses at once", "rounds"])
+@pytest.mark.parametrize(
+    "is_filled",
+    [pytest.param(False, marks=EXHAUSTIVE), True],
+    ids=["responses at once", "rounds"],
+)
 def test_it_resumes_with_rollouts_in_flight(folder, ahead, is_filled):
     changes = [AHEAD]
     straight, name = ahead, f"resumed {is_filled}"
@@ -184,7 +189,12 @@ def test_it_resumes_with_rollouts_in_flight(folder, ahead, is_filled):
 
 @pytest.mark.parametrize(
     ("ranks", "separate", "tp", "engine_tp"),
-    [(4, 2, 2, 2), (3, 2, 1, 2), (3, 1, 2, 1), (3, 2, 1, 1)],
+    [
+        (4, 2, 2, 2),
+        pytest.param(3, 2, 1, 2, marks=EXHAUSTIVE),
+        pytest.param(3, 1, 2, 1, marks=EXHAUSTIVE),
+        (3, 2, 1, 1),
+    ],
     ids=["TP2 and TP2", "one and TP2", "TP2 and one", "one and two engines"],
 )
 def test_at_any_split_it_samples_what_one_rank_would(folder, ahead, ranks, separate, tp, engine_tp):
@@ -269,7 +279,11 @@ def test_a_signal_ends_both_sides_and_loses_nothing(folder, ahead):
     assert compared(started.run) == compared(straight)
 
 
-@pytest.mark.parametrize("lost", [0, 1], ids=["the one that trains", "the one that samples"])
+@pytest.mark.parametrize(
+    "lost",
+    [0, pytest.param(1, marks=EXHAUSTIVE)],
+    ids=["the one that trains", "the one that samples"],
+)
 def test_where_one_rank_is_killed_the_other_says_so_and_leaves(folder, lost):
     started = Started(folder, f"lost {lost}")
     os.kill(started.rank(lost), signal.SIGKILL)
