@@ -311,11 +311,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__[_FACADE_NAME] = _facade(self._device)
         module.__dict__[_PRODUCT_NAME] = product
-        with (
-            _hidden("wandb")
-            if module.__name__ == "megatron.core.timers"
-            else contextlib.nullcontext()
-        ):
+        with _hidden("wandb"):
             super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # else torch.compile runs on every small function
