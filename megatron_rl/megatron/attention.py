@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from megatron_rl.megatron.gathering import Pad
 from megatron_rl.megatron.rope import Rope, Rotation
@@ -28,6 +27,13 @@ MAX_WASTE = 1.25
 QUERIES_AT_A_TIME = 512
 
 CAUSAL = (-1, 0)  # the window of varlen_attn: everything before a token, nothing behind it
+
+
+def varlen_attn(*args: Any, **kwargs: Any) -> Any:
+    """torch's, imported with the first call: it brings Dynamo along, and is for GPUs."""
+    from torch.nn.attention.varlen import varlen_attn as of_torch
+
+    return of_torch(*args, **kwargs)
 
 
 def _no_index() -> Tensor:

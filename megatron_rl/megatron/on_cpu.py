@@ -2,12 +2,16 @@
 
 Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "cuda",
 `Tensor.cuda()`). `install()` puts a finder in front of `sys.meta_path` that answers only for
-`megatron.core` and rewrites four patterns in the syntax tree before it is compiled:
+`megatron.core` and rewrites five patterns in the syntax tree before it is compiled:
 
     torch.cuda.X, from torch.cuda import X  ->  a CPU stand-in with the same names
     "cuda"                                  ->  "cpu"
     "torch.cuda.FloatTensor"                ->  "torch.FloatTensor"
     expr.cuda(...)                          ->  expr
+    @torch.compile                          ->  nothing: it imports Inductor, seconds of a start
+
+The products of its parallel layers, `x.matmul(y)` and `torch.matmul(x, y)`, become those of
+ops/products.py.
 
 A rehearsal installs it for a device of its own in the place of the CPU: the same rewrites, but that
 tensors are moved to it.
@@ -30,7 +34,7 @@ import marshal
 import re
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +42,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.ops.products import product
+
 OF_A_GPU = ("transformer_engine", "apex", "amp_C", "flash_attn")
 """Packages that Megatron-Core takes fused parts of where they are installed, Adam for one. They
 work on GPUs only, so on a CPU their import fails, and it takes torch's."""
 
 _FACADE_NAME = "__megatron_rl_cpu__"
+_PRODUCT_NAME = "__megatron_rl_product__"
+_WITH_PRODUCTS = "megatron.core.tensor_parallel.layers"
 _CACHE_TAG = "megatronrl"  # and the name of the device
 # Code of another Python, or of another version of this file, is not taken.
 _MADE_BY = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(Path(__file__).read_bytes())
@@ -156,7 +164,7 @@ def _is_torch_cuda(node: ast.expr) -> bool:
 
 
 class _Retarget(ast.NodeTransformer):
-    """Makes the four rewrites in a syntax tree."""
+    """Makes the five rewrites in a syntax tree."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -178,6 +186,11 @@ class _Retarget(ast.NodeTransformer):
             if self._device == "cpu":
                 return func.value
             func.attr, node.args = "to", [ast.copy_location(ast.Constant(self._device), node)]
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.generic_visit(node)
+        node.decorator_list = [d for d in node.decorator_list if ast.unparse(d) != "torch.compile"]
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
@@ -207,6 +220,19 @@ class _Retarget(ast.NodeTransformer):
             )
             for alias in node.names
         ]
+
+
+class _Products(ast.NodeTransformer):
+    """Has another function multiply matrices, where the result is not put somewhere."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        func = node.func
+        if not (isinstance(func, ast.Attribute) and func.attr == "matmul") or node.keywords:
+            return node
+        is_torchs = isinstance(func.value, ast.Name) and func.value.id == "torch"
+        factors = node.args if is_torchs else [func.value, *node.args]
+        return ast.copy_location(ast.Call(ast.Name(_PRODUCT_NAME, ast.Load()), factors, []), node)
 
 
 def _allow_uneven_runs(mappings: Any) -> None:
@@ -244,6 +270,17 @@ def _allow_uneven_runs(mappings: Any) -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
 
 
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """A package is not there inside, unless it has been imported before; it costs a second."""
+    is_new = name not in sys.modules
+    if is_new:
+        sys.modules[name] = None  # type: ignore[assignment]
+    yield
+    if is_new:
+        del sys.modules[name]
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
     def __init__(self, fullname: str, path: str, device: str) -> None:
         super().__init__(fullname, path)
@@ -262,7 +299,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
             data = self.get_data(kept)
             if data.startswith(made_from):
                 return marshal.loads(data[len(made_from) :])
-        tree = ast.fix_missing_locations(_Retarget(self._device).visit(ast.parse(source, path)))
+        tree = _Retarget(self._device).visit(ast.parse(source, path))
+        if fullname == _WITH_PRODUCTS and self._device == "cpu":
+            tree = _Products().visit(tree)
+        tree = ast.fix_missing_locations(tree)
         code = compile(tree, path, "exec", dont_inherit=True)
         if not sys.dont_write_bytecode:
             self.set_data(kept, made_from + marshal.dumps(code))  # nothing where it may not write
@@ -270,7 +310,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__[_FACADE_NAME] = _facade(self._device)
-        super().exec_module(module)
+        module.__dict__[_PRODUCT_NAME] = product
+        with _hidden("wandb"):
+            super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # else torch.compile runs on every small function
         if module.__name__ == "megatron.core.tensor_parallel.mappings" and self._device == "cpu":

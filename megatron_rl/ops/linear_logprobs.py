@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.head_gradient import GradientBuffer, HeadGradient
+from megatron_rl.ops.products import product
 from megatron_rl.ops.vocab_parallel import (
     Shard,
     compute_dtype,
@@ -65,7 +66,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
         stats = hidden.new_empty(len(hidden), 4, dtype=compute_dtype(hidden.dtype))
         for rows in row_slices(len(hidden), chunk_size):
-            stats[rows] = shard_stats(hidden[rows] @ head_weight.T, targets[rows], shard)
+            stats[rows] = shard_stats(product(hidden[rows], head_weight.T), targets[rows], shard)
         logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, shard.tp_group))
         ctx.save_for_backward(hidden, head_weight, targets, log_sum_exp, entropy)
         return logprobs, entropy
@@ -86,7 +87,7 @@ class _LinearLogprobs(torch.autograd.Function):
         )
         for rows in chunks:
             logits_grad = shard_gradient(
-                hidden[rows] @ head_weight.T,
+                product(hidden[rows], head_weight.T),
                 targets[rows],
                 log_sum_exp[rows],
                 entropy[rows],
@@ -95,7 +96,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 ctx.shard,
             )
             if hidden_grad is not None:
-                hidden_grad[rows] = logits_grad @ head_weight
+                hidden_grad[rows] = product(logits_grad, head_weight)
             if head_grad is not None:
                 head_grad.add(logits_grad, hidden[rows])
         weight_grad = None if head_grad is None else head_grad.hand_over()

@@ -15,6 +15,7 @@ from megatron_rl.ops.loss_spec import (
     NativeTerm,
     SharedTerms,
 )
+from megatron_rl.ops.products import product
 from megatron_rl.ops.vocab_parallel import Shard, compute_dtype, gather_stats, row_slices
 from megatron_rl.types import LossTokens
 
@@ -111,15 +112,16 @@ class _LinearPolicyLoss(torch.autograd.Function):
         memory = hidden.new_empty(chunk_size, len(head_weight))
         parts = []
         for rows in chunks:
-            logits = torch.mm(hidden[rows], head_weight.T, out=memory[: rows.stop - rows.start])
+            logits = product(hidden[rows], head_weight.T, memory[: rows.stop - rows.start])
             logprobs[rows], sums, extrema = _turn_into_gradient(
                 logits, tokens[rows], terms, shard, scale if wants else None
             )
             parts.append((sums, extrema))
             if hidden_grad is not None:
-                torch.mm(logits, head_weight, out=hidden_grad[rows])
+                hidden_grad[rows] = product(logits, head_weight)
             if head_grad is not None:
                 head_grad.add(logits, hidden[rows])
+            del logits  # before there are others
         sums = torch.stack([part[0] for part in parts]).sum(0)
         extrema = torch.stack([part[1] for part in parts]).amax(0)
         ctx.hidden_grad, ctx.head_grad, ctx.is_spent = hidden_grad, head_grad, False

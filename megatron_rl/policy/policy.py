@@ -12,6 +12,7 @@ from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.objectives.loss import Loss, no_extrema
 from megatron_rl.ops.head import LOGITS_BYTES, Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
+from megatron_rl.ops.products import product
 from megatron_rl.ops.sample import sample_tokens
 from megatron_rl.ops.vocab_parallel import Shard, row_slices
 from megatron_rl.parallel.config import ParallelConfig
@@ -100,11 +101,11 @@ class Policy(TrainedModel):
         found = []
         for rows in row_slices(len(seeds), most):
             if repeats is None:
-                logits = hidden[rows] @ weight.T
+                logits = product(hidden[rows], weight.T)
             else:
                 of_row = repeats[rows]
                 first, last = int(of_row[0]), int(of_row[-1])
-                logits = hidden[first : last + 1] @ weight.T
+                logits = product(hidden[first : last + 1], weight.T)
                 logits = logits.index_select(0, (of_row - first).to(device))
             own = (x[rows].to(device) for x in (seeds, places, temperatures))
             found.append(sample_tokens(logits, shard, *own))

@@ -1,0 +1,70 @@
+"""Products of float32 matrices on a core: torch's (MKL) and those of ops/products.py (oneDNN).
+
+    OMP_NUM_THREADS=1 python benchmarks/products.py
+
+Both take turns; GFLOP/s of the fastest of them, and the error of the largest entry against float64.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from measure import describe_machine
+from torch import Tensor
+
+from megatron_rl.ops import products
+
+SHAPES = (  # rows, inner, columns
+    (256, 64, 128),
+    (64, 128, 352),
+    (64, 576, 1536),
+    (1440, 576, 1536),
+    (64, 576, 49152),
+    (512, 128, 151936),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=12)
+    turns = parser.parse_args().turns
+    torch.set_num_threads(1)
+    print(json.dumps(describe_machine("cpu")))
+    chosen = products.is_faster_here()
+    products.is_faster_here = lambda: True  # type: ignore[assignment]
+    print(f"ops/products.py takes oneDNN here: {chosen}")
+    print("| rows x inner x columns | product | MKL | oneDNN | error of MKL | of oneDNN |")
+    print("|---|---|---|---|---|---|")
+    for rows, inner, columns in SHAPES:
+        x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
+        grad = torch.randn(rows, columns)
+        for name, left, right in (
+            ("forward", x, weight.t()),
+            ("to the input", grad, weight),
+            ("to the weight", grad.t(), x),
+        ):
+            print(f"| {rows} x {inner} x {columns} | {name} | {_row(left, right, turns)} |")
+
+
+def _row(left: Tensor, right: Tensor, turns: int) -> str:
+    calls: list[Callable[[], Tensor]] = [
+        lambda: torch.mm(left, right),
+        lambda: products.product(left, right),
+    ]
+    expected = left.double() @ right.double()
+    errors = [float((call().double() - expected).abs().max()) for call in calls]
+    least = [float("inf")] * len(calls)
+    for _ in range(turns):
+        for number, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            least[number] = min(least[number], time.perf_counter() - began)
+    operations = 2 * left.numel() * right.size(1)
+    speeds = " | ".join(f"{operations / seconds / 1e9:.0f}" for seconds in least)
+    return f"{speeds} | {errors[0]:.0e} | {errors[1]:.0e}"
+
+
+if __name__ == "__main__":
+    main()
