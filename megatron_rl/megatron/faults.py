@@ -167,6 +167,25 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="latent_keys_without_reduction",
+            versions=SUPPORTED_VERSIONS,
+            wrong="adds up the gradient of the turning entries of keys, which all heads of latent "
+            "attention share, over the heads of one rank of tensor parallelism: wrong gradients "
+            "without an error",
+            action="fitted",
+            by="latent_attention.LatentAttention",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="queries_without_latent_vector",
+            versions=(V0_19_2,),
+            wrong="refuses norms of latent attention in local layers whose queries have no latent "
+            "vector",
+            action="fitted",
+            by="latent_attention.LatentAttention",
+            probes=ALONE,
+        ),
+        Fault(
             name="no_output_hook",
             versions=(V0_16_1,),
             wrong="always computes whole logits: a model has no output hook",

@@ -48,6 +48,12 @@ def unpacked_experts(run: Run) -> float:
     return _gap_without(run, type(experts[0]), "process_weights_after_loading")
 
 
+def stale_products(run: Run) -> float:
+    """The gap when latent attention goes on with products of the weights before."""
+    attention = next(iter(run.rollouts.engine.weights._makers.values()))
+    return _gap_without(run, type(attention), "process_weights_after_loading")
+
+
 def _gap_without(run: Run, owner: Any, step: str) -> float:
     """The gap after a training step whose push leaves out one step; the next push heals it."""
     prompts = run.prompts.next_batch()
@@ -211,12 +217,13 @@ def routed(run: Run) -> dict[str, Any]:
     rows = rows_of(run, sample(run, run.prompts.next_batch(), 50))
     stock, counts = EngineChoice.get_replay_topk, torch.zeros(3, dtype=torch.int64)
 
-    def compared(self: Any, *args: Any, **settings: Any) -> Any:
-        scores, chosen = stock(self, *args, **settings)
-        own, told = args[0].topk(chosen.shape[1]).indices, self._experts[:, 0] >= 0
+    def compared(self: Any, scores: Any, top_k: int, groups: Any, best: Any, choose: Any) -> Any:
+        _, chosen = answer = stock(self, scores, top_k, groups, best, choose)
+        _, own = choose(scores, top_k, num_groups=groups, group_topk=best)
+        told = self._experts[:, 0] >= 0
         alike = (own.sort(1).values == chosen.sort(1).values).all(1)
         counts.add_(torch.stack([told.sum(), (told & alike).sum(), (~told).sum()]))
-        return scores, chosen
+        return answer
 
     with patched(EngineChoice, "get_replay_topk", compared):
         own, _ = gap(run, rows)
@@ -287,6 +294,7 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
     for function in (
         stale_tied_head,
         unpacked_experts,
+        stale_products,
         corruption,
         skipped_commit,
         skipped_moves,

@@ -22,6 +22,8 @@ def float64_router(
         if hasattr(module, "e_score_correction_bias"):
             scores = logits.sigmoid()
             corrected = scores + module.e_score_correction_bias
+            if getattr(module, "num_group", 1) > 1:
+                corrected = of_best_groups(corrected, module.num_group, module.topk_group)
             experts = reference.choice(corrected.topk(module.top_k, dim=-1).indices)
             reference.note(logits, experts)
             chosen = scores.gather(-1, experts)
@@ -35,3 +37,11 @@ def float64_router(
         return logits, chosen, experts
 
     return forward
+
+
+def of_best_groups(scores: Tensor, groups: int, chosen: int) -> Tensor:
+    """[T, E] scores, -inf outside of the groups whose two best experts have the largest sum."""
+    grouped = scores.unflatten(1, (groups, -1))
+    sums = grouped.sort(-1).values[..., -2:].sum(-1)
+    least = sums.sort(-1).values[:, -chosen, None]
+    return grouped.masked_fill((sums < least)[..., None], -float("inf")).flatten(1)

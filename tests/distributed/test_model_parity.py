@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from harness import asked_for, run_on_ranks
 from layout import Layout
-from tiny_models import MIXTURES, MODELS, OF_THREES, VOCAB_SIZE, write_model
+from tiny_models import LATENTS, MIXTURES, MODELS, OF_THREES, VOCAB_SIZE, write_model
 
 LENGTHS = (256, 90)  # long enough for a scaled rope to show
 BOUND = 1e-4  # seen: 1.5e-5 and less
@@ -38,8 +38,11 @@ MISTAKES = {
     "with_another_epsilon": (("qwen2",), "one rank"),
     "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
     "head_norms_swapped": (("qwen3", "qwen3_moe"), "one rank"),
-    "biases_of_routers_reversed": (("glm4_moe",), "one rank"),
-    "without_scale_of_routers": (("glm4_moe",), "one rank"),
+    "biases_of_routers_reversed": (("glm4_moe", "deepseek_v3"), "one rank"),
+    "without_scale_of_routers": (("glm4_moe", "glm4_moe_lite"), "one rank"),
+    "without_groups_of_experts": (("deepseek_v3",), "one rank"),
+    "without_scale_of_scores": (("deepseek_v3",), "one rank"),
+    "halves_for_neighbours": (LATENTS, "one rank"),
     "whole_heads_turned": (("glm4_moe",), "one rank"),
     "gate_over_up_cut_as_one": (("qwen2", "mistral"), "TP2 SP"),
 }
@@ -104,6 +107,9 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
         "gate_and_up_swapped": {"change_pieces": ranks.swapped("gate_proj", "up_proj")},
         "biases_of_routers_reversed": {"change_pieces": ranks.biases_of_routers_reversed},
         "without_scale_of_routers": {"change_arch": ranks.without_scale_of_routers},
+        "without_groups_of_experts": {"change_arch": ranks.without_groups_of_experts},
+        "without_scale_of_scores": {"change_arch": ranks.without_scale_of_scores},
+        "halves_for_neighbours": {"change_arch": ranks.halves_for_neighbours},
         "whole_heads_turned": {"change_arch": ranks.whole_heads_turned},
         "head_norms_swapped": {"change_pieces": ranks.swapped("q_norm", "k_norm")},
         "gate_over_up_cut_as_one": {"change_pieces": ranks.gate_over_up_cut_as_one},

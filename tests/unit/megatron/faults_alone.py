@@ -104,6 +104,29 @@ def packed_local_attention() -> bool:
     return _raises(AssertionError, lambda: attention(*qkv, mask, packed_seq_params=row))
 
 
+def queries_without_latent_vector() -> bool:
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    try:
+        from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+    except ImportError:
+        return False
+    config = SimpleNamespace(
+        q_lora_rank=None,
+        qk_layernorm=True,
+        qk_l2_norm=False,
+        experimental_attention_variant=None,
+        normalization="RMSNorm",
+        transformer_impl="local",
+    )
+    parts = MLASelfAttentionSubmodules(
+        linear_proj=IdentityOp, q_layernorm=IdentityOp, kv_layernorm=WrappedTorchNorm
+    )
+    return _raises((RuntimeError, ValueError), QKNormConfigResolver(config, parts).resolve)
+
+
 def rope_reads_lengths() -> bool:
     reads, _ = _calls_of_a_rotation()
     return reads > 0
