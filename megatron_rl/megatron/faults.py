@@ -202,6 +202,15 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="latent_attention_without_te",
+            versions=(V0_16_1,),
+            wrong="ends in a `TypeError` where it builds latent attention and Transformer Engine "
+            "is not installed",
+            action="repaired",
+            by="repairs.look_for_linear_of_te",
+            probes=ALONE,
+        ),
+        Fault(
             name="dispatcher_without_numpy",
             versions=SUPPORTED_VERSIONS,
             wrong="makes no numpy arrays of CPU tensors, which its dispatcher of tokens expects",

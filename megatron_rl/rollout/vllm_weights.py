@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rl.weights.pieces import Piece, local_shapes
 
 DERIVED = ("W_UV", "W_UK_T")
-"""What vLLM 0.32 makes of kv_b_proj's weight for latent attention."""
+"""What vLLM 0.32 makes of kv_b_proj's weight for latent attention: views, where nothing is cast."""
 
 
 class VllmWeights:
@@ -34,7 +34,7 @@ class VllmWeights:
         self._model, self._llm, self._dtype = model, llm, dtype
         self._shapes = local_shapes(pieces)
         self._live = dict(model.named_parameters())
-        # Latent attention keeps products that it makes of another module's weight.
+        # Latent attention has tensors of its own that it makes of another module's weight.
         self._makers = _makers_by_source(model)
         for module in self._makers.values():
             own = {id(module._parameters[name]) for name in DERIVED}
@@ -109,7 +109,7 @@ class VllmWeights:
 
 
 def _makers_by_source(model: torch.nn.Module) -> dict[str, Any]:
-    """Name of the module with a weight -> the attention that has products of it."""
+    """Name of the module with a weight -> the attention that makes its own of it."""
     path_of = {id(module): path for path, module in model.named_modules()}
     return {
         path_of[id(module.kv_b_proj)]: module

@@ -48,12 +48,6 @@ def unpacked_experts(run: Run) -> float:
     return _gap_without(run, type(experts[0]), "process_weights_after_loading")
 
 
-def stale_products(run: Run) -> float:
-    """The gap when latent attention goes on with products of the weights before."""
-    attention = next(iter(run.rollouts.engine.weights._makers.values()))
-    return _gap_without(run, type(attention), "process_weights_after_loading")
-
-
 def _gap_without(run: Run, owner: Any, step: str) -> float:
     """The gap after a training step whose push leaves out one step; the next push heals it."""
     prompts = run.prompts.next_batch()
@@ -294,7 +288,6 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
     for function in (
         stale_tied_head,
         unpacked_experts,
-        stale_products,
         corruption,
         skipped_commit,
         skipped_moves,

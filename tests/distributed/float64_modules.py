@@ -7,6 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def one_epsilon(model: Any) -> None:
+    """Give norms of latent vectors rms_norm_eps, as Megatron-Core and vLLM do.
+
+    transformers has 1e-6 there whatever config.json says.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+            module.variance_epsilon = model.config.rms_norm_eps
+
+
 def float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)

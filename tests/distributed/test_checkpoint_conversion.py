@@ -52,8 +52,8 @@ LAYOUTS = (
     Layout(name="TP4 over 2 key heads", world=4, tp=4),
     Layout(name="TP2 SP EP2", world=4, tp=2, ep=2, sequence_parallel=True),
 )
-# A tied head, norms of heads, latent vectors, each kind of mixture, at every layout; the rest at all
-# of them is exhaustive: the rules of a family are tested by themselves (unit/weights,
+# A tied head, norms of heads, latent vectors, each kind of mixture, at every layout; the rest at
+# all of them is exhaustive: the rules of a family are tested by themselves (unit/weights,
 # unit/conversion).
 SHARE = (
     *("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe"),

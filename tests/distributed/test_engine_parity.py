@@ -136,16 +136,19 @@ CASES = (
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
     Case(model="glm4_moe", tp=2, pp=1, ep=2, rollout_tp=1, replays=True, extras=("routed",)),
     Case(model="glm4_moe", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
+    Case(model="deepseek_v3", tp=1, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
     Case(
         model="deepseek_v3",
-        tp=1,
+        tp=2,
         pp=1,
-        rollout_tp=1,
-        extras=("policy_as_engine", "stale_products"),
+        ep=2,
+        rollout_tp=2,
+        replays=True,
+        extras=("routed",),
+        is_exhaustive=True,
     ),
-    Case(model="deepseek_v3", tp=2, pp=1, ep=2, rollout_tp=2, replays=True, extras=("routed",)),
     Case(model="moonlight", tp=2, pp=1, ep=2, rollout_tp=1),
-    Case(model="glm4_moe_lite", tp=1, pp=2, rollout_tp=2),
+    Case(model="glm4_moe_lite", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
 )
 COINCIDING = {
     case.name
@@ -248,11 +251,6 @@ def test_without_the_repair_of_a_tied_head_the_gap_shows_it(case, measured):
 @having("unpacked_experts")
 def test_without_the_repair_of_packed_experts_the_gap_shows_it(case, measured):
     assert measured(case)["unpacked_experts"] > MOVED_BOUND
-
-
-@having("stale_products")
-def test_without_products_made_anew_the_gap_shows_it(case, measured):
-    assert measured(case)["stale_products"] > MOVED_BOUND
 
 
 @having("corruption")

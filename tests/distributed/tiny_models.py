@@ -117,12 +117,14 @@ MOONLIGHT: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "rope_parameters": SIZES["rope_parameters"],
+    "rms_norm_eps": 1e-2,  # of latent vectors, too: see float64_modules.one_epsilon
 }
 MODELS["moonlight"] = ("DeepseekV3", MOONLIGHT)
 # Values as wide as keys.
 GLM4_LITE: dict[str, Any] = {
     **MOONLIGHT,
     "q_lora_rank": 24,
+    "rms_norm_eps": 1e-6,
     "v_head_dim": 32,
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
 }

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = (
     "qwen2_tied",
     pytest.param("llama3_rope", marks=pytest.mark.exhaustive),
+    pytest.param("moonlight", marks=pytest.mark.exhaustive),
     "glm4_moe",
 )
 

@@ -152,6 +152,36 @@ def router_without_transformer_engine() -> bool:
     return _raises(NameError, router_gating_linear, tokens, weight, None, torch.float32)
 
 
+def latent_attention_without_te() -> bool:
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import MLATransformerConfig
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import (
+        MLASelfAttention,
+        MLASelfAttentionSubmodules,
+    )
+
+    _lone_rank()
+    sizes = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    config = MLATransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        rope_type="rope",
+        **dict.fromkeys(sizes, 4),
+    )
+    linears = ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
+    parts = MLASelfAttentionSubmodules(
+        **{f"linear_{name}": ColumnParallelLinear for name in linears},
+        linear_proj=RowParallelLinear,
+        core_attention=IdentityOp,
+        q_layernorm=IdentityOp,
+        kv_layernorm=IdentityOp,
+    )
+    return _raises(TypeError, MLASelfAttention, config, parts, 1)
+
+
 def dispatcher_without_numpy() -> bool:
     from megatron.core.transformer.moe import token_dispatcher
 
