@@ -56,7 +56,7 @@ def look_for_linear_of_te() -> None:
     """Say that Transformer Engine is there only where its linear is, which layers may be of."""
     from megatron.core.transformer import multi_latent_attention
 
-    multi_latent_attention.HAVE_TE = multi_latent_attention.TELinear is not None
+    multi_latent_attention.HAVE_TE = isinstance(multi_latent_attention.TELinear, type)
 
 
 # -- torch's Adam under the distributed optimizer --------------------------------------------------
