@@ -358,7 +358,10 @@ def _models(config: RunConfig, arch: ModelArch, layout: Layout, pp_rank: int) ->
 def _engine_weights(config: RunConfig, arch: ModelArch, *, is_cpu: bool) -> float:
     # On a CPU a tied head has a packed copy beside the embedding.
     packed = arch.vocab_size * arch.hidden_size if is_cpu and arch.tied_embeddings else 0
-    count = (arch.num_parameters + packed) / config.rollout.tensor_model_parallel_size
+    # What makes latent vectors is whole on every rank.
+    whole = sum(rows for _, rows in arch.latent_rows) * arch.hidden_size * arch.num_layers
+    cut = arch.num_parameters + packed - whole
+    count = whole + cut / config.rollout.tensor_model_parallel_size
     return itemsize(config.engine_dtype) * count
 
 

@@ -34,6 +34,9 @@ TEXT = (
     "def area(width, height):\n    return width * height\n"
 )
 
+# transformers has 1e-6 there whatever config.json says; Megatron-Core and vLLM have rms_norm_eps.
+NORMS_OF_LATENTS = ("q_a_layernorm", "kv_a_layernorm")
+
 
 def tokens_of(source: ModelSource, arch: ModelArch, text: str | None) -> Tensor:
     """[T] int64 ids of a text (None: of TEXT), cut where the model's positions end."""
@@ -68,6 +71,9 @@ def _by_transformers(source: ModelSource, tokens: Tensor) -> Tensor:
         local_files_only=True,
         trust_remote_code=False,
     )
+    for name, module in model.named_modules():
+        if name.endswith(NORMS_OF_LATENTS):
+            module.variance_epsilon = model.config.rms_norm_eps
     logits: Tensor = model(tokens[None], use_cache=False).logits[0]
     return logits
 

@@ -12,7 +12,8 @@ the feed-forward network; one number is one element per token:
 The attention of 16 bits on a GPU takes packed rows as they are. Elsewhere keys and values are
 repeated to as many heads as queries have, and sequences padded to blocks. A mixture has this of the
 feed-forward network once for every expert of a token, and the tokens as they were sent to the
-experts.
+experts. Latent attention has 4 Q and V rows of values on any device, and the two norms of its
+latent vectors.
 """
 
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class Activations:
         queries, keys = arch.query_rows / tp, arch.key_rows / tp
         # Outputs of both norms, and their inputs or, of 16 bits on a CPU, casts and normalised.
         shared = 2.0 * hidden * size + 2 * self._of_norm(hidden)
-        if kind == "transformer_engine":
+        if arch.latent is not None:
+            attention = self._of_latent_attention()
+        elif kind == "transformer_engine":
             attention = 3.0 * (queries + keys) * size
         else:
             attended = 5.0 * queries if kind == "blocks" else 2.0 * (queries + keys)
@@ -79,6 +82,17 @@ class Activations:
             if self._is_unfused and size > 2:  # the product that both were cut from
                 attention += (queries + keys) * size
         return shared / self._sequence_ranks + attention + self._of_feed_forward(layer, is_local)
+
+    def _of_latent_attention(self) -> float:
+        """Bytes of queries, keys, values and their output, and of the latent vectors."""
+        arch, latent = self.arch, self.arch.latent
+        assert latent is not None
+        tp = self.parallel.tensor_model_parallel_size
+        # Values are padded to the width of keys; what is cut from the output is kept beside it.
+        heads = (4 * arch.query_rows + arch.value_rows) / tp * self.itemsize
+        vectors = latent.rank + (latent.query_rank or 0)
+        of_vectors = vectors * self.itemsize + self._of_norm(vectors)
+        return heads + 4 * arch.num_attention_heads / tp + of_vectors / self._sequence_ranks
 
     def _of_feed_forward(self, layer: int, is_local: bool) -> float:
         arch, parallel = self.arch, self.parallel

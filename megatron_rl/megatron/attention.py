@@ -165,6 +165,8 @@ class PackedAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.scale, self.layer_number = softmax_scale, layer_number
+        # Latent attention brings queries and keys that are turned.
+        self._turns = not config.multi_latent_attention
 
     def forward(
         self,
@@ -177,19 +179,31 @@ class PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
-        """query [T, heads/tp, d], key and value [T, groups/tp, d] -> [T, heads/tp * d]."""
+        """query [T, heads/tp, d], key [T, groups/tp, d], value [T, groups/tp, v]
+        -> [T, heads/tp * v].
+        """
         assert packed_seq_params is not None
         assert packed_seq_params.rotation is not None
         assert attention_bias is None
-        query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
-        if packed_seq_params.seen is not None:
-            return self.attend_seen(query, key, value, packed_seq_params.seen).flatten(1)
-        if packed_seq_params.remembered is not None:
-            return packed_seq_params.remembered.attend(self, query, key, value)
-        if packed_seq_params.split is None:
-            return self.attend(query, key, value, packed_seq_params)
-        split = packed_seq_params.split
-        return attend_split(query, key, value, split, self.attend_half).flatten(1)
+        if self._turns:
+            query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
+        size = value.size(-1)
+        if size == key.size(-1):
+            return self._attended(query, key, value, packed_seq_params)
+        # Keys and values travel together, and kernels want them alike.
+        padded = F.pad(value, (0, key.size(-1) - size))
+        out = self._attended(query, key, padded, packed_seq_params)
+        own: Tensor = out.unflatten(1, (-1, key.size(-1)))[..., :size]
+        return own.flatten(1)
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
+        if rows.seen is not None:
+            return self.attend_seen(query, key, value, rows.seen).flatten(1)
+        if rows.remembered is not None:
+            return rows.remembered.attend(self, query, key, value)
+        if rows.split is None:
+            return self.attend(query, key, value, rows)
+        return attend_split(query, key, value, rows.split, self.attend_half).flatten(1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         """The same, of queries and keys that are turned already."""

@@ -168,6 +168,25 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="latent_keys_without_reduction",
+            versions=SUPPORTED_VERSIONS,
+            wrong="adds up the gradient of the turning entries of keys, which all heads of latent "
+            "attention share, over the heads of one rank of tensor parallelism: wrong gradients "
+            "without an error",
+            action="fitted",
+            by="latent_attention.LatentAttention",
+            probes=ON_RANKS,
+        ),
+        Fault(
+            name="queries_without_latent_vector",
+            versions=(V0_19_2,),
+            wrong="refuses norms of latent attention in local layers whose queries have no latent "
+            "vector",
+            action="fitted",
+            by="latent_attention.LatentAttention",
+            probes=ALONE,
+        ),
+        Fault(
             name="no_output_hook",
             versions=(V0_16_1,),
             wrong="always computes whole logits: a model has no output hook",
@@ -181,6 +200,15 @@ FAULTS = {
             wrong="ends in a `NameError` in the router where Transformer Engine is not installed",
             action="repaired",
             by="repairs.bind_router_product",
+            probes=ALONE,
+        ),
+        Fault(
+            name="latent_attention_without_te",
+            versions=(V0_16_1,),
+            wrong="ends in a `TypeError` where it builds latent attention and Transformer Engine "
+            "is not installed",
+            action="repaired",
+            by="repairs.look_for_linear_of_te",
             probes=ALONE,
         ),
         Fault(

@@ -146,9 +146,10 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     """Problems of a layout for this model."""
     tp = parallel.tensor_model_parallel_size
     field = "parallel.tensor_model_parallel_size"
+    one_matrix = ("rows of queries, keys and values", arch.query_rows + 2 * arch.key_rows)
     rows = (
         ("attention heads", arch.num_attention_heads),
-        ("rows of queries, keys and values", arch.query_rows + 2 * arch.key_rows),  # one matrix
+        *([one_matrix] if arch.latent is None else arch.latent_rows),
         *arch.dense_rows,
     )
     yield from split_problems(field, tp, rows, arch.num_query_groups)
@@ -158,12 +159,24 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
 
 def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Iterator[ConfigError]:
     """Problems of a network with the layers that this device gives it."""
-    if arch.yarn is not None and model.uses_transformer_engine(device_type):
+    parts = {"YaRN's rope": arch.yarn is not None, "latent attention": arch.latent is not None}
+    missing = [name for name, is_needed in parts.items() if is_needed]
+    if missing and model.uses_transformer_engine(device_type):
         yield ConfigError(
             "model.layer_spec",
             model.layer_spec,
-            "gives layers of Transformer Engine, which are not built with YaRN's rope here",
+            "gives layers of Transformer Engine, which are not built with "
+            f"{' and '.join(missing)} here",
             "Set model.layer_spec=local",
+        )
+    modules = model.recompute_modules or ()
+    if arch.latent is not None and "mla_up_proj" in modules:
+        others = ",".join(name for name in modules if name != "mla_up_proj")
+        yield ConfigError(
+            "model.recompute_modules",
+            list(modules),
+            "mla_up_proj is of Megatron-Core's own latent attention, which is not built here",
+            f"Set model.recompute_modules=[{others or 'core_attn'}]",
         )
 
 

@@ -49,6 +49,16 @@ def give_numpy_on_a_cpu() -> None:
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = move
 
 
+# -- latent attention ------------------------------------------------------------------------------
+
+
+def look_for_linear_of_te() -> None:
+    """Say that Transformer Engine is there only where its linear is, which layers may be of."""
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = isinstance(multi_latent_attention.TELinear, type)
+
+
 # -- torch's Adam under the distributed optimizer --------------------------------------------------
 
 
@@ -150,6 +160,7 @@ def _without_padding(buffers: Sequence[Any]) -> Iterator[None]:
 
 REPAIRS = {
     "router_without_transformer_engine": bind_router_product,
+    "latent_attention_without_te": look_for_linear_of_te,
     "dispatcher_without_numpy": give_numpy_on_a_cpu,
     "adam_without_states": give_states_to_load_into,
     "adam_step_not_saved": keep_step,

@@ -19,15 +19,19 @@ class Rotation:
     """The angles of one packed row.
 
     Each turns an entry of the first half of a head and its partner in the second half. Where only
-    the first r entries of a head turn, these are the head's halves, and the rest stays.
+    the first r entries of a head turn, these are the head's halves, and the rest stays. Where
+    neighbours turn together, they are put into the halves: queries and keys agree in that order.
     """
 
     cos: Tensor  # [T, 1, r/2]
     sin: Tensor  # [T, 1, r/2]
+    interleaved: bool = False  # neighbours turn together
 
     def turned(self, heads: Tensor) -> Tensor:
         """[T, heads, d] queries or keys at their positions."""
         size = 2 * self.cos.shape[-1]
+        if self.interleaved:
+            heads = heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         if size == heads.shape[-1]:
             turned: Tensor = _Turn.apply(heads, self.cos, self.sin)
             return turned
@@ -42,13 +46,15 @@ class Rope:
         # On the CPU first: powers of another device are others in the last bit.
         self.frequencies = frequencies(arch).to(device)  # [r/2]
         self.amplitude = 1.0 if arch.yarn is None else arch.yarn.amplitude
+        self.interleaved = arch.latent is not None and arch.latent.interleaved
         self.dtype = dtype
 
     def rotation(self, position_ids: Tensor) -> Rotation:
         """The angles of a row; position_ids [T] int64."""
         angles = torch.outer(position_ids.float(), self.frequencies)[:, None]
         waves = angles.cos(), angles.sin()
-        return Rotation(*((wave * self.amplitude).to(self.dtype) for wave in waves))
+        cos, sin = ((wave * self.amplitude).to(self.dtype) for wave in waves)
+        return Rotation(cos, sin, self.interleaved)
 
 
 def frequencies(arch: ModelArch) -> Tensor:

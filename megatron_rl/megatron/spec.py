@@ -11,7 +11,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_rl.megatron.attention import ATTENTIONS, PackedAttention
 from megatron_rl.megatron.config import Attention
+from megatron_rl.megatron.latent_attention import LatentAttention
 from megatron_rl.megatron.layers import Norm
+from megatron_rl.megatron.stored_names import LATENT_NORMS, MLP_NORM
 
 
 def block_spec(
@@ -28,17 +30,27 @@ def block_spec(
     if not use_te:
         spec.layer_norm = Norm
         for layer in spec.layer_specs:
-            _make_local(layer, ATTENTIONS[attention], has_head_norms=config.qk_layernorm)
+            _make_local(layer, config, ATTENTIONS[attention])
     return spec
 
 
-def _make_local(layer: Any, core_attention: type[PackedAttention], *, has_head_norms: bool) -> None:
+def _make_local(
+    layer: Any, config: TransformerConfig, core_attention: type[PackedAttention]
+) -> None:
     """Put our norm and attention into a stock layer; layers of one kind share their spec."""
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
     attention = parts.self_attention.submodules
     attention.core_attention = core_attention
-    if has_head_norms:
+    if config.multi_latent_attention:
+        parts.self_attention.module = LatentAttention
+        attention.q_layernorm = attention.kv_layernorm = Norm
+        # Transformer Engine fuses norms with what follows, but for the one before attention.
+        parts.sharded_state_dict_keys_map = dict(LATENT_NORMS)
+        if not _is_mixture(parts.mlp):
+            parts.sharded_state_dict_keys_map[MLP_NORM[0]] = MLP_NORM[1]
+        return
+    if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
     if _is_mixture(parts.mlp):
         # Transformer Engine keeps this norm apart from the experts, and so do its checkpoints:

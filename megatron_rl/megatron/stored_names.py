@@ -20,7 +20,18 @@ from megatron_rl.weights.pieces import Box, Piece
 
 INPUT_NORM = ("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
 MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+# Latent attention leaves the norm before it alone, and fuses those of latent vectors.
+LATENT_NORMS = (
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+)
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj")
+LATENT_LINEARS = (
+    *("self_attention.linear_kv_down_proj", "self_attention.linear_kv_up_proj"),
+    "self_attention.linear_proj",
+)
+QUERY_LINEARS = ("self_attention.linear_q_proj",)
+LATENT_QUERY_LINEARS = ("self_attention.linear_q_down_proj", "self_attention.linear_q_up_proj")
 DENSE_LINEARS = ("mlp.linear_fc1", "mlp.linear_fc2")
 EXPERT_LINEARS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 SHARED_EXPERT_LINEARS = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
@@ -58,7 +69,9 @@ class Naming:
 
     def key(self, param: MegatronParam, arch: ModelArch) -> str:
         """The name of the tensor that holds a parameter."""
-        name = param.template.replace(*INPUT_NORM).replace(".local_experts.{e}.", ".experts.")
+        name = param.template.replace(".local_experts.{e}.", ".experts.")
+        for pair in (INPUT_NORM,) if arch.latent is None else LATENT_NORMS:
+            name = name.replace(*pair)
         is_dense = param.layer is not None and not arch.has_experts(param.layer)
         if is_dense or self.fuses_mixture_norm:
             name = name.replace(*MLP_NORM)
@@ -138,12 +151,19 @@ def extra_state_keys(arch: ModelArch, naming: Naming) -> Iterator[str]:
         of_every_token: tuple[str, ...] = DENSE_LINEARS
         if arch.mixture and has_experts:
             of_every_token = SHARED_EXPERT_LINEARS if arch.mixture.shared_ffn_hidden_size else ()
-        for module in (*LINEARS, ATTENTION_STATE, *of_every_token):
+        for module in (*_attention_linears(arch), ATTENTION_STATE, *of_every_token):
             yield _extra_state(prefix + module, at or (0,), of or (1,))
         count = arch.mixture.num_experts if arch.mixture and has_experts else 0
         for expert in range(count):
             for module in EXPERT_LINEARS:
                 yield _extra_state(prefix + module, (*at, expert), (*of, count))
+
+
+def _attention_linears(arch: ModelArch) -> tuple[str, ...]:
+    if arch.latent is None:
+        return LINEARS
+    is_direct = arch.latent.query_rank is None
+    return (*(QUERY_LINEARS if is_direct else LATENT_QUERY_LINEARS), *LATENT_LINEARS)
 
 
 def _extra_state(module: str, at: Lead, of: Lead) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from megatron_rl.megatron.auxiliary import FIELDS
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.enter import config_fields
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.weights.arch import MixtureArch, ModelArch
+from megatron_rl.weights.arch import LatentArch, MixtureArch, ModelArch, YarnRope
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -42,7 +42,7 @@ def transformer_config(
         "kv_channels": arch.head_dim,
         "layernorm_epsilon": arch.rms_norm_eps,
         "add_qkv_bias": arch.qkv_bias,
-        "qk_layernorm": arch.qk_norm,
+        "qk_layernorm": arch.qk_norm or arch.latent is not None,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
@@ -89,7 +89,10 @@ def transformer_config(
     )
     if vpp is not None and parallel.pipeline_model_parallel_size == 2 and parallel.split.first:
         settings["num_layers_in_last_pipeline_stage"] = None  # see faults.py, interleaving_of_ends
-    return TransformerConfig(**{**settings, **_overrides(model)})
+    settings |= _overrides(model)
+    if arch.latent is None:
+        return TransformerConfig(**settings)
+    return MLATransformerConfig(**settings, **_latent_settings(arch.latent, arch.yarn))
 
 
 def _overrides(model: ModelConfig) -> dict[str, Any]:
@@ -127,4 +130,20 @@ def _sigmoid_settings(mixture: MixtureArch, dtype: torch.dtype) -> dict[str, Any
         # transformers and vLLM compute these logits in float32 whatever the model's dtype.
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
         "moe_shared_expert_intermediate_size": mixture.shared_ffn_hidden_size,
+        "moe_router_num_groups": mixture.num_groups if mixture.num_groups > 1 else None,
+        "moe_router_group_topk": mixture.chosen_groups if mixture.num_groups > 1 else None,
+    }
+
+
+def _latent_settings(latent: LatentArch, yarn: YarnRope | None) -> dict[str, Any]:
+    return {
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.rank,
+        "qk_head_dim": latent.still_dim,
+        "qk_pos_emb_head_dim": latent.turning_dim,
+        "v_head_dim": latent.value_dim,
+        "rope_type": "rope",  # rope.py turns, by YaRN's angles where a model has them
+        # With these two it scales scores, whatever turns.
+        "rotary_scaling_factor": 1.0 if yarn is None else yarn.factor,
+        "mscale_all_dim": 0.0 if yarn is None else yarn.score_mscale,
     }

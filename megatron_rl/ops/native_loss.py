@@ -118,7 +118,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
             )
             parts.append((sums, extrema))
             if hidden_grad is not None:
-                hidden_grad[rows] = product(logits, head_weight)
+                own = hidden_grad[rows]
+                if (part := product(logits, head_weight, own)) is not own:
+                    own.copy_(part)
             if head_grad is not None:
                 head_grad.add(logits, hidden[rows])
             del logits  # before there are others

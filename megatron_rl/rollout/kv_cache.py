@@ -9,13 +9,19 @@ BLOCK = 128  # tokens of a block of the cache on a CPU; a sequence begins with a
 
 def sequence_bytes(arch: ModelArch, *, tokens: int, tp: int, itemsize: int) -> int:
     """Bytes per rank of the keys and values of a sequence, in whole blocks."""
-    heads = max(1, arch.num_query_groups // tp)  # ranks beyond the heads have copies
-    per_token = 2 * arch.num_layers * heads * arch.head_dim * itemsize
-    return -(-tokens // BLOCK) * BLOCK * per_token
+    if arch.latent is None:
+        heads = max(1, arch.num_query_groups // tp)  # ranks beyond the heads have copies
+        kept = 2 * heads * arch.head_dim
+    else:
+        kept = arch.latent.down_rows  # the latent vector, whole on every rank
+    return -(-tokens // BLOCK) * BLOCK * arch.num_layers * kept * itemsize
 
 
 def policy_token_bytes(arch: ModelArch, layout: Layout, *, itemsize: int) -> int:
-    """Bytes of a token's keys and values on the rank of the policy that has most layers."""
+    """Bytes of a token's keys and values on the rank of the policy that has most layers.
+
+    Those of latent attention are kept for every head, values as wide as keys.
+    """
     heads = max(1, arch.num_query_groups // layout.tp)
     stages = layout.layers_of(arch.num_layers)
     most = max(sum(map(len, stages[rank :: layout.pp])) for rank in range(layout.pp))

@@ -8,10 +8,13 @@ from megatron_rl.parallel.refusals import split_problems
 from megatron_rl.platforms.base import Platform
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine_rules import te_problem
-from megatron_rl.weights.arch import ModelArch, padded_vocab_size
+from megatron_rl.weights.arch import LatentArch, ModelArch, padded_vocab_size
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of an attention head that vLLM 0.32 has code for on a CPU."""
+
+CPU_LATENT = (512, 64)
+"""Size of the latent vector, and turning entries of keys, that it has code for there."""
 
 
 def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
@@ -37,7 +40,9 @@ def device_problems(
         and model.uses_transformer_engine(platform.device_type)
     ):
         yield te_problem("model.layer_spec", "auto")
-    if is_cpu and not is_policy and arch.head_dim not in CPU_HEAD_DIMS:
+    if is_cpu and not is_policy and arch.latent is not None:
+        yield from _latent_problems(arch.latent)
+    elif is_cpu and not is_policy and arch.head_dim not in CPU_HEAD_DIMS:
         yield (
             f"model.path: its attention heads have {arch.head_dim} elements (head_dim, or "
             "hidden_size / num_attention_heads): on a CPU vLLM has "
@@ -53,6 +58,15 @@ def device_problems(
             rollout.kv_cache_mib,
             f"the {'machine' if is_cpu else 'GPU'} has {total >> 20} MiB of memory",
             "Set rollout.kv_cache_mib=null, or lower it",
+        )
+
+
+def _latent_problems(latent: LatentArch) -> Iterator[str]:
+    if (latent.rank, latent.turning_dim) != CPU_LATENT:
+        yield (
+            f"model.path: its latent attention has kv_lora_rank={latent.rank} and qk_rope_head_dim="
+            f"{latent.turning_dim}: on a CPU vLLM has {CPU_LATENT[0]} and {CPU_LATENT[1]} alone. "
+            "Use another model or a GPU, or set rollout.engine=megatron"
         )
 
 

@@ -91,6 +91,10 @@ class VllmEngine:
         else:
             settings["gpu_memory_utilization"] = config.gpu_memory_utilization
             settings["enable_sleep_mode"] = True
+        if is_cpu and arch.latent is not None:
+            # That kernel of vLLM 0.32 takes a row's heads for one on a CPU; PyTorch turns them.
+            settings["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+            settings["attention_backend"] = "CPU_MLA"  # on every CPU; AMX's frees a weight
         if kv_cache is not None:
             settings["kv_cache_memory_bytes"] = kv_cache << 20
         os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})

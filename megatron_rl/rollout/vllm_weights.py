@@ -15,6 +15,9 @@ from torch import Tensor
 
 from megatron_rl.weights.pieces import Piece, local_shapes
 
+DERIVED = ("W_UV", "W_UK_T")
+"""What vLLM 0.32 makes of kv_b_proj's weight for latent attention: views, where nothing is cast."""
+
 
 class VllmWeights:
     """The EngineWeights of this rank's vLLM worker."""
@@ -31,6 +34,11 @@ class VllmWeights:
         self._model, self._llm, self._dtype = model, llm, dtype
         self._shapes = local_shapes(pieces)
         self._live = dict(model.named_parameters())
+        # Latent attention has tensors of its own that it makes of another module's weight.
+        self._makers = _makers_by_source(model)
+        for module in self._makers.values():
+            own = {id(module._parameters[name]) for name in DERIVED}
+            self._live = {n: param for n, param in self._live.items() if id(param) not in own}
         self._never_packed = {piece.param for piece in pieces if piece.hf in in_float32}
         self._staged: dict[str, Tensor] = {}
         unknown, unfed = set(self._shapes) - set(self._live), set(self._live) - set(self._shapes)
@@ -66,6 +74,8 @@ class VllmWeights:
             }
             if staged:
                 _load_module(self._model.get_submodule(path), staged)
+            if path in self._makers:
+                self._makers[path].process_weights_after_loading(self._dtype)
 
     def finish(self) -> None:
         assert not self._staged, f"never committed: {sorted(self._staged)}"
@@ -96,6 +106,16 @@ class VllmWeights:
             return
         if head.weight.data_ptr() == embedding.weight.data_ptr():
             head.quant_method.process_weights_after_loading(head)
+
+
+def _makers_by_source(model: torch.nn.Module) -> dict[str, Any]:
+    """Name of the module with a weight -> the attention that makes its own of it."""
+    path_of = {id(module): path for path, module in model.named_modules()}
+    return {
+        path_of[id(module.kv_b_proj)]: module
+        for module in model.modules()
+        if DERIVED[0] in module._parameters
+    }
 
 
 def _load_module(module: Any, staged: dict[str, Tensor]) -> None:

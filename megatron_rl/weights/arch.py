@@ -19,6 +19,34 @@ class MixtureArch:
     has_bias: bool = False  # experts are chosen by score + bias, and weighed by the score
     scale: float = 1.0  # by which the chosen experts' probabilities are multiplied
     shared_ffn_hidden_size: int = 0  # of the expert that every token meets; 0: there is none
+    num_groups: int = 1  # of experts, of which a token goes to those of the best alone
+    chosen_groups: int = 1  # those groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentArch:
+    """Attention whose keys and values come from one latent vector of a token (arXiv:2405.04434).
+
+    A head of queries and keys has entries that turn behind others that do not. Those of the keys
+    are the same in every head.
+    """
+
+    rank: int  # of the vector of keys and values
+    query_rank: int | None  # of that of queries; None: queries come from the hidden state itself
+    still_dim: int  # entries of a head that do not turn
+    turning_dim: int
+    value_dim: int  # entries of a head of values
+    interleaved: bool  # True: neighbours turn together; False: the halves of the turning entries
+
+    @property
+    def head_dim(self) -> int:
+        """Entries of a head of queries and keys."""
+        return self.still_dim + self.turning_dim
+
+    @property
+    def down_rows(self) -> int:
+        """Rows that make the latent vector and the turning entries of keys."""
+        return self.rank + self.turning_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +59,7 @@ class YarnRope:
     beta_slow: float  # waves that turn less often in it are stretched by the whole factor
     amplitude: float  # of cosines and sines
     rounds_range: bool  # the range between the two ends at whole dimensions
+    score_mscale: float = 0.0  # DeepSeek's mscale_all_dim: scores grow with it; 0: they do not
 
     @property
     def positions(self) -> int:
@@ -61,6 +90,7 @@ class ModelArch:
     yarn: YarnRope | None = None
     rotary_dim: int | None = None  # entries of a head, the first ones, that turn; None: all
     layers_behind: int = 0  # that a checkpoint may hold behind the last one, and that are left out
+    latent: LatentArch | None = None  # then every head has keys and values of its own
 
     @property
     def query_rows(self) -> int:
@@ -69,6 +99,22 @@ class ModelArch:
     @property
     def key_rows(self) -> int:
         return self.num_query_groups * self.head_dim
+
+    @property
+    def value_rows(self) -> int:
+        """Columns of the output projection."""
+        dim = self.head_dim if self.latent is None else self.latent.value_dim
+        return self.num_attention_heads * dim
+
+    @property
+    def latent_rows(self) -> list[tuple[str, int]]:
+        """(name, number) of the rows that make latent vectors, which tensor parallelism cuts."""
+        if self.latent is None:
+            return []
+        rows = [("rows of the latent vector and turning entries of keys", self.latent.down_rows)]
+        if self.latent.query_rank is not None:
+            rows.append(("rows of the latent vector of queries", self.latent.query_rank))
+        return rows
 
     @property
     def dense_rows(self) -> list[tuple[str, int]]:
@@ -99,15 +145,27 @@ class ModelArch:
 
     @property
     def num_parameters(self) -> int:
-        attention = self.hidden_size * (2 * self.query_rows + 2 * self.key_rows)
-        bias = (self.query_rows + 2 * self.key_rows) if self.qkv_bias else 0
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         layers = sum(
-            attention + bias + norms + self._feed_forward_parameters(layer)
+            self.attention_parameters + norms + self._feed_forward_parameters(layer)
             for layer in range(self.num_layers)
         )
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         return layers + embeddings + self.hidden_size
+
+    @property
+    def attention_parameters(self) -> int:
+        """Those of one layer, without norms of hidden states and of heads."""
+        if self.latent is None:
+            bias = (self.query_rows + 2 * self.key_rows) if self.qkv_bias else 0
+            return self.hidden_size * (2 * self.query_rows + 2 * self.key_rows) + bias
+        latent = self.latent
+        queries = self.hidden_size * self.query_rows
+        if latent.query_rank is not None:
+            queries = latent.query_rank * (self.hidden_size + 1 + self.query_rows)
+        raised = self.num_attention_heads * (latent.still_dim + latent.value_dim)
+        keys = self.hidden_size * latent.down_rows + latent.rank * (1 + raised)
+        return queries + keys + self.hidden_size * self.value_rows
 
     def _feed_forward_parameters(self, layer: int) -> int:
         if self.mixture is None or not self.has_experts(layer):

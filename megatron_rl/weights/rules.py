@@ -81,6 +81,34 @@ class Copy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Down:
+    """Rows that make a latent vector: cut evenly in Megatron, whole on every rank of an engine.
+
+    There they may stand behind others: those of queries come first.
+    """
+
+    megatron: str
+    hf: str
+    engine: str
+    rows: Size
+    engine_at: Size = lambda _: 0  # the first of the engine's rows
+    in_float32: ClassVar[bool] = False
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        return {self.hf: (self.rows(arch), arch.hidden_size)}
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        rows = self.rows(arch)
+        shape = (rows, arch.hidden_size)
+        yield _rows(self.megatron, 0, self.hf, _share(rows, tp, tp_rank), shape)
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        rows = self.rows(arch)
+        at = self.engine_at(arch)
+        yield _rows(self.engine, at, self.hf, (0, rows), (rows, arch.hidden_size))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vocab:
     """The rows of the vocabulary, cut evenly with padding.
 

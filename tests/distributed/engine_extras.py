@@ -211,12 +211,13 @@ def routed(run: Run) -> dict[str, Any]:
     rows = rows_of(run, sample(run, run.prompts.next_batch(), 50))
     stock, counts = EngineChoice.get_replay_topk, torch.zeros(3, dtype=torch.int64)
 
-    def compared(self: Any, *args: Any, **settings: Any) -> Any:
-        scores, chosen = stock(self, *args, **settings)
-        own, told = args[0].topk(chosen.shape[1]).indices, self._experts[:, 0] >= 0
+    def compared(self: Any, scores: Any, top_k: int, groups: Any, best: Any, choose: Any) -> Any:
+        _, chosen = answer = stock(self, scores, top_k, groups, best, choose)
+        _, own = choose(scores, top_k, num_groups=groups, group_topk=best)
+        told = self._experts[:, 0] >= 0
         alike = (own.sort(1).values == chosen.sort(1).values).all(1)
         counts.add_(torch.stack([told.sum(), (told & alike).sum(), (~told).sum()]))
-        return scores, chosen
+        return answer
 
     with patched(EngineChoice, "get_replay_topk", compared):
         own, _ = gap(run, rows)

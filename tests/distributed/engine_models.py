@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import EIGHT_EXPERTS, GLM4, LLAMA3_ROPE, YARN_ROPE
+from tiny_models import (
+    EIGHT_EXPERTS,
+    GLM4,
+    GLM4_LITE,
+    LATENT,
+    LLAMA3_ROPE,
+    MOONLIGHT,
+    YARN_ROPE,
+)
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SIZES: dict[str, Any] = {
@@ -22,6 +30,14 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "eos_token_id": 1,
     "dtype": "float32",
+}
+# On a CPU vLLM has latent attention of these two sizes alone, which published models have.
+LATENT_OF_ENGINE: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "q_lora_rank": 48,
 }
 # Model -> transformers' classes begin with, what differs from SIZES. vLLM's CPU attention knows
 # heads of 32, 64, ... but not of 64 / 4.
@@ -39,6 +55,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**EIGHT_EXPERTS, "head_dim": 64, "norm_topk_prob": True, "mlp_only_layers": [1]},
     ),
     "glm4_moe": ("Glm4Moe", {**GLM4, "head_dim": 32}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, **LATENT_OF_ENGINE}),
+    "moonlight": ("DeepseekV3", {**MOONLIGHT, **LATENT_OF_ENGINE, "q_lora_rank": None}),
+    "glm4_moe_lite": ("Glm4MoeLite", {**GLM4_LITE, **LATENT_OF_ENGINE, "v_head_dim": 96}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 

@@ -65,6 +65,17 @@ def norm_without_mark(problems: Problems) -> bool:
     return _measured(problems, TP2_SP, fault=norms_without_tag).gradient_error > NOTICED
 
 
+def latent_keys_without_reduction(problems: Problems) -> bool:
+    """Stock code, which is right where one rank has all heads."""
+    from megatron_rl.megatron.latent_attention import LatentAttention, MLASelfAttention
+
+    name = "get_query_key_value_tensors"
+    layout = replace(TP2_SP, model="moonlight")
+    with mock.patch.object(LatentAttention, name, getattr(MLASelfAttention, name)):
+        assert _measured(problems, replace(EXPERTS, model="moonlight")).gradient_error < NOTICED
+        return _measured(problems, layout).gradient_error > NOTICED
+
+
 def optimizers_of_a_mixture(problems: Problems) -> bool:
     """A checkpoint of an expert-parallel layout loads without it only after fitting."""
     from megatron_rl.megatron import checkpoint

@@ -7,6 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def one_epsilon(model: Any) -> None:
+    """Give norms of latent vectors rms_norm_eps, as Megatron-Core and vLLM do.
+
+    transformers has 1e-6 there whatever config.json says.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
+            module.variance_epsilon = model.config.rms_norm_eps
+
+
 def float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(hidden: Tensor) -> Tensor:
         return F.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
@@ -22,6 +32,8 @@ def float64_router(
         if hasattr(module, "e_score_correction_bias"):
             scores = logits.sigmoid()
             corrected = scores + module.e_score_correction_bias
+            if getattr(module, "num_group", 1) > 1:
+                corrected = of_best_groups(corrected, module.num_group, module.topk_group)
             experts = reference.choice(corrected.topk(module.top_k, dim=-1).indices)
             reference.note(logits, experts)
             chosen = scores.gather(-1, experts)
@@ -35,3 +47,11 @@ def float64_router(
         return logits, chosen, experts
 
     return forward
+
+
+def of_best_groups(scores: Tensor, groups: int, chosen: int) -> Tensor:
+    """[T, E] scores, -inf outside of the groups whose two best experts have the largest sum."""
+    grouped = scores.unflatten(1, (groups, -1))
+    sums = grouped.sort(-1).values[..., -2:].sum(-1)
+    least = sums.sort(-1).values[:, -chosen, None]
+    return grouped.masked_fill((sums < least)[..., None], -float("inf")).flatten(1)

@@ -133,6 +133,18 @@ def without_scale_of_routers(arch: ModelArch) -> ModelArch:
     return replace(arch, mixture=replace(arch.mixture, scale=1.0))
 
 
+def without_groups_of_experts(arch: ModelArch) -> ModelArch:
+    return replace(arch, mixture=replace(arch.mixture, num_groups=1, chosen_groups=1))
+
+
+def without_scale_of_scores(arch: ModelArch) -> ModelArch:
+    return replace(arch, yarn=replace(arch.yarn, score_mscale=0.0))
+
+
+def halves_for_neighbours(arch: ModelArch) -> ModelArch:
+    return replace(arch, latent=replace(arch.latent, interleaved=False))
+
+
 def whole_heads_turned(arch: ModelArch) -> ModelArch:
     return replace(arch, rotary_dim=None)
 

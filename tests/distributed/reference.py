@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from float64_modules import float64_norm, float64_router
+from float64_modules import float64_norm, float64_router, one_epsilon
 from router_reference import Auxiliary, Routed, auxiliary_losses, chosen_experts
 from torch import Tensor
 
@@ -199,6 +199,7 @@ class Reference:
             attn_implementation="sdpa",
             experts_implementation="eager",
         )
+        one_epsilon(self.model)
         for module in self.model.modules():  # transformers computes these in float32
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = float64_norm(module)

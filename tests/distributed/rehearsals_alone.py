@@ -25,7 +25,7 @@ from megatron_rl.weights.families.tables import FAMILIES
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published_configs.yaml"
 LAYERS = 1
-SMALL = "Qwen2.5-0.5B-Instruct"
+SMALL, V3 = "Qwen2.5-0.5B-Instruct", "DeepSeek-V3, dequantized"
 
 # Model, ranks, the rank that is rehearsed, layers, sizes of `parallel`.
 LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
@@ -36,6 +36,9 @@ LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("Mixtral-8x7B-Instruct-v0.1", 32, 0, 2, {"tp": 2, "sequence_parallel": True, "ep": 8}),
     ("Qwen3-30B-A3B", 256, 255, 4, {"pp": 2, "ep": 16}),
     ("GLM-4.5", 512, 500, 8, {"tp": 4, "pp": 2, "sequence_parallel": True, "ep": 32}),
+    (V3, 1024, 640, 8, {"tp": 8, "pp": 2, "sequence_parallel": True, "ep": 64}),
+    ("Moonlight-16B-A3B-Instruct", 16, 9, 4, {"pp": 2, "ep": 4}),
+    ("GLM-4.7-Flash", 64, 40, 4, {"tp": 4, "pp": 2, "sequence_parallel": True, "ep": 16}),
     ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),
 )
 PASSES = ("sft", "grpo", "ppo", "iterative_dpo", "distillation")
@@ -129,6 +132,14 @@ def _check_weights(found: Rehearsal, arch: ModelArch, sizes: dict[str, Any]) -> 
         dense = 3 * arch.hidden_size * mixture.shared_ffn_hidden_size
     tp, pp, ep = sizes.get("tp", 1), sizes.get("pp", 1), sizes.get("ep", 1)
     attention = arch.hidden_size * (2 * arch.query_rows + 2 * arch.key_rows)
+    if (latent := arch.latent) is not None:
+        queries = arch.hidden_size * arch.query_rows
+        if latent.query_rank is not None:
+            queries = latent.query_rank * (arch.hidden_size + arch.query_rows)
+        raised = arch.num_attention_heads * (latent.still_dim + latent.value_dim)
+        keys = (latent.rank + latent.turning_dim) * arch.hidden_size + latent.rank * raised
+        output = arch.hidden_size * arch.num_attention_heads * latent.value_dim
+        attention = queries + keys + output
     dense = dense if experts else 3 * arch.hidden_size * arch.ffn_hidden_size
     layer = (attention + dense) / tp + experts / ep
     vocabulary = arch.vocab_size * arch.hidden_size / tp

@@ -30,6 +30,8 @@ MODELS = (
     "qwen3_moe_mixed",
     "mixtral",
     "glm4_moe",
+    "deepseek_v3",
+    "moonlight",
     "qwen2_eight_heads",
 )
 LAYOUTS = (
@@ -50,9 +52,13 @@ LAYOUTS = (
     Layout(name="TP4 over 2 key heads", world=4, tp=4),
     Layout(name="TP2 SP EP2", world=4, tp=2, ep=2, sequence_parallel=True),
 )
-# A tied head, norms of heads, and each kind of mixture, at every layout; the rest at all of them is
-# exhaustive: the rules of a family are tested by themselves (unit/weights, unit/conversion).
-SHARE = ("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe")
+# A tied head, norms of heads, latent vectors, each kind of mixture, at every layout; the rest at
+# all of them is exhaustive: the rules of a family are tested by themselves (unit/weights,
+# unit/conversion).
+SHARE = (
+    *("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
+    "deepseek_v3",
+)
 
 
 def models_of(layout: Layout) -> tuple[str, ...]:

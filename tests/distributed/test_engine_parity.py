@@ -136,6 +136,19 @@ CASES = (
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
     Case(model="glm4_moe", tp=2, pp=1, ep=2, rollout_tp=1, replays=True, extras=("routed",)),
     Case(model="glm4_moe", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
+    Case(model="deepseek_v3", tp=1, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
+    Case(
+        model="deepseek_v3",
+        tp=2,
+        pp=1,
+        ep=2,
+        rollout_tp=2,
+        replays=True,
+        extras=("routed",),
+        is_exhaustive=True,
+    ),
+    Case(model="moonlight", tp=2, pp=1, ep=2, rollout_tp=1),
+    Case(model="glm4_moe_lite", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
 )
 COINCIDING = {
     case.name

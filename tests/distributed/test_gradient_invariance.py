@@ -17,6 +17,7 @@ from cases import ROUTED, Case, cases_of, least_cases, share_of
 from layout import Layout
 from reference import FORMULAS
 from splits import LAYOUTS
+from tiny_models import LATENTS
 
 from megatron_rl.algorithms.presets import PRESETS
 
@@ -24,6 +25,7 @@ OPTIMIZER = {"lr": 1e-3, "clip_grad": 0.0}  # Megatron-Core clips float32 only
 
 # Sums of a few thousand float64 products, in another order; seen: 5e-15 and less.
 BOUND = 1e-12
+WITH_BIASES = ("glm4_moe", *LATENTS)
 # Megatron-Core adds up the squares of the norm in float32, whatever the dtype.
 NORM_BOUND = 1e-6
 
@@ -139,7 +141,7 @@ def test_the_losses_of_routers_are_reported_as_the_unsharded_ones(measurements, 
 
 @pytest.mark.parametrize(
     ("extent", "name"),
-    [("share", y.name) for y in LAYOUTS if y.model == "glm4_moe" and y.is_daily],
+    [("share", y.name) for y in LAYOUTS if y.model in WITH_BIASES and y.is_daily],
 )
 def test_biases_of_routers_move_by_what_the_update_chose(measurements, extent, name):
     """To the last bit: up where an expert was chosen less often than the mean, else down."""

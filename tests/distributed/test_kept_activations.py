@@ -13,7 +13,7 @@ from megatron_rl.megatron.activations import Activations
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.platforms.base import CPU
-from megatron_rl.weights.arch import MixtureArch, ModelArch
+from megatron_rl.weights.arch import LatentArch, MixtureArch, ModelArch
 
 SEQUENCES, LENGTH, PROMPT = 8, 64, 8  # of one length, so that none is padded
 VOCAB = 128
@@ -39,6 +39,17 @@ EXPERTS = replace(
     mixture=MixtureArch(num_experts=8, ffn_hidden_size=80, top_k=2, renormalized=True),
 )
 HALF = replace(EXPERTS, mixture=replace(EXPERTS.mixture, dense_layers=frozenset({0, 2})))
+LATENT = replace(
+    PLAIN,
+    model_type="deepseek_v3",
+    num_query_groups=4,
+    qkv_bias=False,
+    head_dim=28,
+    rotary_dim=8,
+    latent=LatentArch(
+        rank=40, query_rank=24, still_dim=20, turning_dim=8, value_dim=16, interleaved=True
+    ),
+)
 TP2 = {"tensor_model_parallel_size": 2}
 CASES: dict[str, tuple[ModelArch, str, dict[str, Any]]] = {
     "plain": (PLAIN, "float32", {}),
@@ -49,6 +60,13 @@ CASES: dict[str, tuple[ModelArch, str, dict[str, Any]]] = {
     "experts": (EXPERTS, "float32", {}),
     "experts in bfloat16": (EXPERTS, "bfloat16", {}),
     "experts in every second layer": (HALF, "float32", {}),
+    "latent attention": (LATENT, "float32", {}),
+    "latent attention in bfloat16": (LATENT, "bfloat16", {}),
+    "latent attention, TP 2, sequence parallel": (
+        LATENT,
+        "float32",
+        {**TP2, "sequence_parallel": True},
+    ),
     "TP 2": (PLAIN, "float32", TP2),
     "TP 2, sequence parallel": (PLAIN, "float32", {**TP2, "sequence_parallel": True}),
 }

@@ -87,6 +87,49 @@ GLM4 = {
     "use_qk_norm": True,
 }
 MODELS["glm4_moe"] = ("Glm4Moe", GLM4)
+# Two of four groups are chosen, and four of their eight experts; latent vectors of 24 and 32.
+LATENT: dict[str, Any] = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 48,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "num_nextn_predict_layers": 0,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 16,
+    "rope_parameters": {**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 1.3},
+}
+MODELS["deepseek_v3"] = ("DeepseekV3", LATENT)
+# As Moonlight has it: queries without a latent vector, one group.
+MOONLIGHT: dict[str, Any] = {
+    **LATENT,
+    "n_routed_experts": 8,
+    "q_lora_rank": None,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": SIZES["rope_parameters"],
+    "rms_norm_eps": 1e-2,  # of latent vectors, too: see float64_modules.one_epsilon
+}
+MODELS["moonlight"] = ("DeepseekV3", MOONLIGHT)
+# Values as wide as keys.
+GLM4_LITE: dict[str, Any] = {
+    **MOONLIGHT,
+    "q_lora_rank": 24,
+    "rms_norm_eps": 1e-6,
+    "v_head_dim": 32,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+}
+MODELS["glm4_moe_lite"] = ("Glm4MoeLite", GLM4_LITE)
+LATENTS = ("deepseek_v3", "moonlight", "glm4_moe_lite")
 # Of another shape than the models that it teaches.
 TEACHER = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 24}
 MODELS["teacher"] = ("Llama", TEACHER)
@@ -98,7 +141,7 @@ OF_THREES = ("qwen2_odd", "qwen2_odd_tied")  # whose sizes divide by three, and 
 EIGHT_HEADS = {"num_attention_heads": 8, "vocab_size": 151, "tie_word_embeddings": True}
 MODELS["qwen2_eight_heads"] = ("Qwen2", EIGHT_HEADS)
 MODELS["qwen2_eight_layers"] = ("Qwen2", {"num_hidden_layers": 8})
-MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe")
+MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.
 REWARDS: tuple[tuple[float, ...], ...] = (

@@ -98,22 +98,26 @@ def load_tensors(directory):
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_experts_continue_at_another_layout(runs):
+@pytest.mark.parametrize(
+    "model", ["glm4_moe", pytest.param("deepseek_v3", marks=pytest.mark.exhaustive)]
+)
+def test_experts_continue_at_another_layout(runs, model):
     """With expert parallelism Megatron has two optimizers, and without it one: there and back.
 
     Between, stages have one layer and three.
     """
-    settings = (f"model.path={runs.folder / 'models' / 'glm4_moe'}", "run.num_iterations=8")
-    runs.finish("EP2", 2, *settings, *EP2, "checkpoint.keep_last=3")
-    copied = runs.copy("EP2", "EP2 to PP2 to EP2") / "checkpoints"
+    settings = (f"model.path={runs.folder / 'models' / model}", "run.num_iterations=8")
+    straight, moved = f"{model} EP2", f"{model} EP2 to PP2 to EP2"
+    runs.finish(straight, 2, *settings, *EP2, "checkpoint.keep_last=3")
+    copied = runs.copy(straight, moved) / "checkpoints"
     for name in (LAST, "iteration_000008"):
         shutil.rmtree(copied / name)
     uneven = (*PP2, "parallel.num_layers_in_first_pipeline_stage=1")
     for layout, start, end in ((uneven, 3, 6), (EP2, 6, 8)):
         changed = (*settings, *layout, f"run.num_iterations={end}")
-        said = runs.finish("EP2 to PP2 to EP2", 2, *changed)
+        said = runs.finish(moved, 2, *changed)
         assert f"resumed after iteration {start}" in said
-    check_continuation(runs.records("EP2"), runs.records("EP2 to PP2 to EP2"))
+    check_continuation(runs.records(straight), runs.records(moved))
 
 
 def check_continuation(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ CASES = {
     "one rank, traced": ("qwen2", 1, ("run.profile=[2]",)),
     "sampled by an engine": ("qwen2_tied", 1, (*SAMPLED, "rollout.engine=vllm")),
     "experts in bfloat16": ("glm4_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
+    "sampled with latent attention": ("deepseek_v3", 1, SAMPLED),
     "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.families.rows import QK_NORM, QKV_BIAS
+from megatron_rl.weights.families.rows import LATENT_QUERIES, QK_NORM, QKV_BIAS, QUERIES
 from megatron_rl.weights.rules import Rule
 
 
@@ -23,6 +23,12 @@ class MixtureFields:
 
     has_dense_layers: bool = False
     """True: decoder_sparse_step and mlp_only_layers can make some layers dense."""
+
+    has_groups: bool = False
+    """True: n_group says of how many groups of experts topk_group are chosen first."""
+
+    has_layer_types: bool = False
+    """True: mlp_layer_types says once more which layers are dense."""
 
     is_sigmoid: bool = False
     """True: as DeepSeek-V3 has it (arXiv:2412.19437, section 2.1.2). Scores are sigmoids, a bias
@@ -46,6 +52,10 @@ class MixtureFields:
             own |= {"norm_topk_prob"}
         if self.is_sigmoid:
             own |= {"routed_scaling_factor", "n_shared_experts"}
+        if self.has_groups:
+            own |= {"n_group", "topk_group"}
+        if self.has_layer_types:
+            own |= {"mlp_layer_types"}
         return own
 
 
@@ -73,6 +83,9 @@ class Family:
     """Values that transformers takes for absent fields of this family; others are in
     hf_config.DEFAULTS."""
 
+    engine_defaults: Mapping[str, object] = field(default_factory=dict)
+    """Values that vLLM takes for absent fields which transformers does not ask."""
+
     neutral: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     """Fields that we do not implement, with the values at which they change nothing."""
 
@@ -81,6 +94,9 @@ class Family:
     partial_rotary: float | None = None
     """The share of a head that turns where partial_rotary_factor is absent; None: heads turn
     whole, and the field is refused."""
+
+    has_latent_attention: bool = False
+    """True: as DeepSeek-V2 has it (arXiv:2405.04434)."""
 
     has_optional_qk_norm: bool = False
     """True: use_qk_norm says whether queries and keys have norms."""
@@ -91,7 +107,10 @@ class Family:
 
     def attention_of(self, arch: ModelArch) -> tuple[Rule, ...]:
         """The norms and the attention of the layers of one model."""
-        return tuple(rule for rule in self.attention if arch.qk_norm or rule not in QK_NORM)
+        absent: set[Rule] = set() if arch.qk_norm else set(QK_NORM)
+        if arch.latent is not None:
+            absent |= set(QUERIES if arch.latent.query_rank is not None else LATENT_QUERIES)
+        return tuple(rule for rule in self.attention if rule not in absent)
 
     @property
     def qkv_bias(self) -> bool:

@@ -5,12 +5,13 @@ does not change the network). Any other field is an error that names it.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 from megatron_rl.errors import InputError
-from megatron_rl.weights.arch import MixtureArch, ModelArch
-from megatron_rl.weights.families.family import Family, MixtureFields
+from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.families.family import Family
 from megatron_rl.weights.families.fields import Fields, shown
+from megatron_rl.weights.families.hf_latent import LATENT_FIELDS, read_latent
+from megatron_rl.weights.families.hf_mixture import read_mixture
 from megatron_rl.weights.families.hf_rope import read_rope
 
 USED = {
@@ -55,7 +56,9 @@ IGNORED = {
     # of the tokenizer: longest text, in tokens
     "max_sequence_length",
 }
-IGNORED_OF_MIXTURES = {"output_router_logits", "router_aux_loss_coef"}
+IGNORED_OF_MIXTURES = {
+    *("output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux"),
+}
 # How many layers stand behind the last one and guess tokens ahead; their tensors are left out.
 LAYERS_BEHIND = "num_nextn_predict_layers"
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -117,8 +120,15 @@ def read_arch(
             f"{where}: num_key_value_heads={groups} must divide num_attention_heads={heads}"
         )
     layers = fields.number("num_hidden_layers")
-    head_dim = fields.number("head_dim", hidden // heads)
-    rope = read_rope(fields, config.get("rope_theta"), ignored, family.partial_rotary)
+    latent = read_latent(fields, heads) if family.has_latent_attention else None
+    head_dim = fields.number("head_dim", hidden // heads) if latent is None else latent.head_dim
+    rope = read_rope(
+        fields,
+        config.get("rope_theta"),
+        ignored,
+        family.partial_rotary,
+        of_latent_attention=family.has_latent_attention,
+    )
     positions = fields.number("max_position_embeddings")
     if rope.yarn is not None:  # the engine's table of angles ends there
         positions = min(positions, rope.yarn.positions)
@@ -130,7 +140,7 @@ def read_arch(
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=head_dim,
-        rotary_dim=rope.rotary_dim(head_dim, where),
+        rotary_dim=rope.rotary_dim(head_dim, where) if latent is None else latent.turning_dim,
         layers_behind=fields.count(LAYERS_BEHIND) if family.has_layers_behind else 0,
         vocab_size=fields.number("vocab_size"),
         rms_norm_eps=fields.real("rms_norm_eps"),
@@ -141,7 +151,8 @@ def read_arch(
         qkv_bias=family.qkv_bias,
         qk_norm=fields.flag("use_qk_norm") if family.has_optional_qk_norm else family.qk_norm,
         tied_embeddings=fields.flag("tie_word_embeddings"),
-        mixture=None if family.mixture is None else _mixture(family.mixture, fields, layers),
+        mixture=None if family.mixture is None else read_mixture(family.mixture, fields, layers),
+        latent=latent,
     )
 
 
@@ -163,7 +174,9 @@ def _refuse_unhonoured(
         harmless |= {"partial_rotary_factor"}
     if family.has_layers_behind:
         harmless |= {LAYERS_BEHIND}
-    settings = {**family.defaults, **config}
+    if family.has_latent_attention:
+        harmless |= LATENT_FIELDS
+    settings = {**family.defaults, **family.engine_defaults, **config}
     if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
         harmless |= {"sliding_window"}
     _refuse_windows(config.get("layer_types"), where)
@@ -196,7 +209,8 @@ def _refusal(
     findings = []
     for name, value in refused.items():
         allowed = f"only {neutral[name]} is" if name in neutral else "the field is not known"
-        absent = "" if name in config else " (so transformers takes an absent field)"
+        taker = "vLLM" if name in family.engine_defaults else "transformers"
+        absent = "" if name in config else f" (so {taker} takes an absent field)"
         findings.append(
             f"{name}={shown(value)}{absent} is not supported for {family.model_type}: {allowed}"
         )
@@ -230,68 +244,3 @@ def _refuse_windows(layer_types: object, where: str) -> None:
             f"{where}: layer_types={shown(layer_types)} is not supported: only full_attention "
             "is. Use a model without sliding-window layers"
         )
-
-
-def _mixture(names: MixtureFields, fields: Fields, layers: int) -> MixtureArch:
-    given = [name for name in names.num_experts if name in fields.values]
-    counts = [f"{name}={fields.values[name]!r}" for name in given]
-    if any(fields.values[name] != fields.values[given[0]] for name in given):
-        raise InputError(
-            f"{fields.where}: {' and '.join(counts)} are two spellings of one thing and differ. "
-            "Remove the wrong one"
-        )
-    spelling = given[0] if given else names.num_experts[-1]
-    num_experts, top_k = fields.number(spelling), fields.number("num_experts_per_tok")
-    if top_k > num_experts:
-        raise InputError(
-            f"{fields.where}: num_experts_per_tok={top_k} is more than {spelling}={num_experts}"
-        )
-    renormalized = names.renormalized
-    if renormalized is None:
-        renormalized = fields.flag("norm_topk_prob")
-    if top_k == 1 and renormalized:
-        raise InputError(
-            f"{fields.where}: num_experts_per_tok=1 with probabilities that are scaled to sum to 1 "
-            "weighs every expert with 1: Megatron-Core does not train such a router"
-        )
-    dense_layers: frozenset[int] = frozenset()
-    if names.has_dense_layers:
-        dense_layers = _dense_layers(fields, layers)
-    if names.is_sigmoid:
-        dense_layers = frozenset(range(min(layers, fields.count("first_k_dense_replace"))))
-    if len(dense_layers) == layers:
-        raise InputError(
-            f"{fields.where}: {' and '.join(names.of_dense_layers)} leave no layer with experts. "
-            "Name it by the dense model_type that it is"
-        )
-    ffn_hidden_size = fields.number(names.ffn_hidden_size)
-    mixture = MixtureArch(
-        num_experts=num_experts,
-        ffn_hidden_size=ffn_hidden_size,
-        top_k=top_k,
-        renormalized=renormalized,
-        dense_layers=dense_layers,
-    )
-    if not names.is_sigmoid:
-        return mixture
-    return replace(
-        mixture,
-        score="sigmoid",
-        has_bias=True,
-        scale=fields.real("routed_scaling_factor"),
-        shared_ffn_hidden_size=fields.number("n_shared_experts") * ffn_hidden_size,
-    )
-
-
-def _dense_layers(fields: Fields, layers: int) -> frozenset[int]:
-    """The layers in mlp_only_layers, and each i where decoder_sparse_step does not divide i + 1."""
-    listed = fields.values["mlp_only_layers"] or []
-    if not isinstance(listed, list) or any(
-        type(layer) is not int or not 0 <= layer < layers for layer in listed
-    ):
-        raise InputError(
-            f"{fields.where}: mlp_only_layers={listed!r} must be a list of layers, 0 to "
-            f"{layers - 1}"
-        )
-    step = fields.number("decoder_sparse_step")
-    return frozenset(i for i in range(layers) if i in listed or (i + 1) % step)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import YarnRope
@@ -20,6 +20,11 @@ _HONOURED: dict[str, set[str]] = {
         *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"),
         *("attention_factor", "mscale", "mscale_all_dim"),
     },
+}
+# vLLM takes other settings of such models for others than transformers does, or for none.
+_OF_LATENT_ATTENTION: dict[str, set[str]] = {
+    "default": set(),
+    "yarn": _HONOURED["yarn"] - {"attention_factor", "truncate"},
 }
 _INSTEAD = {
     "attn_factor": (
@@ -55,7 +60,12 @@ class Rope:
 
 
 def read_rope(
-    fields: Fields, told_theta: object, ignored: Collection[str], partial: float | None = None
+    fields: Fields,
+    told_theta: object,
+    ignored: Collection[str],
+    partial: float | None = None,
+    *,
+    of_latent_attention: bool = False,
 ) -> Rope:
     """The rope of a model.
 
@@ -68,12 +78,13 @@ def read_rope(
     kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
     rope.pop("type", None)
     share = _share(fields, rope.pop("partial_rotary_factor", None), partial)
-    if not isinstance(kind, str) or kind not in _HONOURED:
+    honoured = _OF_LATENT_ATTENTION if of_latent_attention else _HONOURED
+    if not isinstance(kind, str) or kind not in honoured:
         raise InputError(
-            f"{fields.where}: rope type {kind!r} is not supported: {', '.join(_HONOURED)} are. Use "
+            f"{fields.where}: rope type {kind!r} is not supported: {', '.join(honoured)} are. Use "
             "a model with one of them"
         )
-    unknown = sorted(set(rope) - _HONOURED[kind] - set(ignored))
+    unknown = sorted(set(rope) - honoured[kind] - set(ignored))
     if unknown:
         name = unknown[0]
         raise InputError(
@@ -81,9 +92,15 @@ def read_rope(
             "A setting that is ignored would train another model"
             + (f". {_INSTEAD[name]}" if name in _INSTEAD else "")
         )
+    rope = {name: value for name, value in rope.items() if name in honoured[kind]}
     if kind == "llama3":
         return Rope(theta, share, llama3_factor=_llama3_factor(rope, fields.where))
-    return Rope(theta, share, yarn=_yarn(rope, fields.where) if kind == "yarn" else None)
+    if kind == "default":
+        return Rope(theta, share)
+    yarn = _yarn(rope, fields.where)
+    if of_latent_attention:
+        yarn = _with_scores(yarn, rope, fields.where)
+    return Rope(theta, share, yarn=yarn)
 
 
 def _share(fields: Fields, told: object, partial: float | None) -> float:
@@ -143,9 +160,9 @@ def _yarn(rope: Mapping[str, object], where: str) -> YarnRope:
     original = fields.number("original_max_position_embeddings")
     if factor < 1:
         raise InputError(f"{where}: rope scaling has factor={shown(factor)}: YaRN's is at least 1")
-    if slow >= fast:
+    if slow > fast:  # Kimi-K2 has both alike, which makes a step
         raise InputError(
-            f"{where}: rope scaling has beta_slow={shown(slow)}, which must be less than "
+            f"{where}: rope scaling has beta_slow={shown(slow)}, which must be no more than "
             f"beta_fast={shown(fast)}"
         )
     if "attention_factor" in present:
@@ -164,3 +181,16 @@ def _yarn(rope: Mapping[str, object], where: str) -> YarnRope:
         amplitude=amplitude,
         rounds_range=fields.flag("truncate"),
     )
+
+
+def _with_scores(yarn: YarnRope, rope: Mapping[str, object], where: str) -> YarnRope:
+    """YaRN of latent attention, where mscale_all_dim scales scores, too."""
+    told = [rope.get(name) for name in ("mscale", "mscale_all_dim")]
+    if told == [None, None]:
+        return yarn
+    if None in told:
+        raise InputError(
+            f"{where}: rope scaling has mscale={told[0]!r} and mscale_all_dim={told[1]!r}: with "
+            "one of them alone transformers and vLLM scale angles differently. Set both, or none"
+        )
+    return replace(yarn, score_mscale=Fields(rope, where).real("mscale_all_dim"))

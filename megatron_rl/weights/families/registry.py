@@ -9,6 +9,14 @@ from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.tables import FAMILIES
 
+INSTEAD = {
+    "kimi_k2": (
+        "Its network is of deepseek_v3: write model_type=deepseek_v3, since transformers 5 and "
+        "vLLM 0.32 do not know this name without running code of the model's own"
+    )
+}
+"""Names for which config.json can have another."""
+
 
 def read_model_config(model_dir: Path, ignored: Collection[str] = ()) -> ModelArch:
     """The architecture of a Hugging Face directory; InputError for one that we cannot train.
@@ -24,9 +32,10 @@ def read_model_config(model_dir: Path, ignored: Collection[str] = ()) -> ModelAr
     config = read_json_object(path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        way_out = "A new family is a table in megatron_rl/weights/families/tables.py"
         raise InputError(
             f"{path}: model_type={model_type!r} is not supported: known are "
-            f"{', '.join(sorted(FAMILIES))}. A new family is a table in "
-            "megatron_rl/weights/families/tables.py"
+            f"{', '.join(sorted(FAMILIES))}. "
+            + (INSTEAD.get(model_type, way_out) if isinstance(model_type, str) else way_out)
         )
     return read_arch(FAMILIES[model_type], config, str(path), ignored)

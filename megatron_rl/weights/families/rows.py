@@ -3,8 +3,10 @@
 A row names one parameter in Megatron-Core's local layers, in Hugging Face files and in vLLM.
 """
 
-from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.rules import Copy, GateUp, Qkv, Rule, Size, Vocab
+from dataclasses import replace
+
+from megatron_rl.weights.arch import LatentArch, ModelArch
+from megatron_rl.weights.rules import Copy, Down, GateUp, Qkv, Rule, Size, Vocab
 
 MEGATRON_LAYER = "decoder.layers.{i}."
 HF_LAYER = "model.layers.{i}."
@@ -42,6 +44,22 @@ def _shared_expert_rows(arch: ModelArch) -> int:
 def _num_experts(arch: ModelArch) -> int:
     assert arch.mixture is not None
     return arch.mixture.num_experts
+
+
+def _latent(arch: ModelArch) -> LatentArch:
+    assert arch.latent is not None
+    return arch.latent
+
+
+def _query_rank(arch: ModelArch) -> int:
+    rank = _latent(arch).query_rank
+    assert rank is not None
+    return rank
+
+
+def _raised_rows(arch: ModelArch) -> int:
+    latent = _latent(arch)
+    return arch.num_attention_heads * (latent.still_dim + latent.value_dim)
 
 
 def _feed_forward(megatron: str, hf: str, rows: Size) -> tuple[Rule, ...]:
@@ -106,6 +124,69 @@ QKV_BIAS = Qkv(
     is_bias=True,
 )
 QK_NORM: tuple[Rule, ...] = (_head_norm("q"), _head_norm("k"))
+
+
+def _latent_norm(vector: str, rank: Size) -> Copy:
+    return Copy(
+        megatron=MEGATRON_LAYER + f"self_attention.{vector}_layernorm.weight",
+        hf=HF_LAYER + f"self_attn.{vector}_a_layernorm.weight",
+        engine=HF_LAYER + f"self_attn.{vector}_a_layernorm.weight",
+        shape=lambda arch: (rank(arch),),
+    )
+
+
+def _heads(megatron: str, name: str, rows: Size, columns: Size) -> Copy:
+    """A product whose rows are those of heads, which tensor parallelism cuts."""
+    return Copy(
+        megatron=MEGATRON_LAYER + f"self_attention.{megatron}.weight",
+        hf=HF_LAYER + f"self_attn.{name}.weight",
+        engine=HF_LAYER + f"self_attn.{name}.weight",
+        shape=lambda arch: (rows(arch), columns(arch)),
+        axis=0,
+    )
+
+
+# Latent attention. The engine has what makes both latent vectors in one matrix, if there are two.
+_KEYS_DOWN = Down(
+    megatron=MEGATRON_LAYER + "self_attention.linear_kv_down_proj.weight",
+    hf=HF_LAYER + "self_attn.kv_a_proj_with_mqa.weight",
+    engine=HF_LAYER + "self_attn.kv_a_proj_with_mqa.weight",
+    rows=lambda arch: _latent(arch).down_rows,
+)
+QUERIES: tuple[Rule, ...] = (
+    _heads("linear_q_proj", "q_proj", lambda a: a.query_rows, lambda a: a.hidden_size),
+    _KEYS_DOWN,
+)
+LATENT_QUERIES: tuple[Rule, ...] = (
+    Down(
+        megatron=MEGATRON_LAYER + "self_attention.linear_q_down_proj.weight",
+        hf=HF_LAYER + "self_attn.q_a_proj.weight",
+        engine=HF_LAYER + "self_attn.fused_qkv_a_proj.weight",
+        rows=_query_rank,
+    ),
+    _latent_norm("q", _query_rank),
+    _heads("linear_q_up_proj", "q_b_proj", lambda a: a.query_rows, _query_rank),
+    replace(
+        _KEYS_DOWN,
+        engine=HF_LAYER + "self_attn.fused_qkv_a_proj.weight",
+        engine_at=_query_rank,
+    ),
+)
+LATENT_ATTENTION: tuple[Rule, ...] = (
+    _norm("input_layernorm.weight", "input_layernorm.weight"),
+    *QUERIES,
+    *LATENT_QUERIES,  # either
+    _latent_norm("kv", lambda arch: _latent(arch).rank),
+    _heads("linear_kv_up_proj", "kv_b_proj", _raised_rows, lambda arch: _latent(arch).rank),
+    Copy(
+        megatron=MEGATRON_LAYER + "self_attention.linear_proj.weight",
+        hf=HF_LAYER + "self_attn.o_proj.weight",
+        engine=HF_LAYER + "self_attn.o_proj.weight",
+        shape=lambda arch: (arch.hidden_size, arch.value_rows),
+        axis=1,
+    ),
+    _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+)
 
 DENSE = _feed_forward("mlp", "mlp", _ffn_rows)
 SHARED_EXPERT = _feed_forward("mlp.shared_experts", "mlp.shared_experts", _shared_expert_rows)

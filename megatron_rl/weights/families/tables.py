@@ -10,6 +10,7 @@ from megatron_rl.weights.families.family import Family, MixtureFields
 from megatron_rl.weights.families.rows import (
     ATTENTION,
     DENSE,
+    LATENT_ATTENTION,
     QK_NORM,
     QKV_BIAS,
     ROUTER_BIAS,
@@ -112,7 +113,105 @@ GLM4_MOE = Family(
     has_layers_behind=True,
 )
 
+# DeepSeek-V3 and R1, Moonlight. Their own code, which auto_map names, is not run: transformers and
+# vLLM have the network, too.
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    attention=LATENT_ATTENTION,
+    dense=DENSE,
+    router=(*router("mlp"), ROUTER_BIAS, *SHARED_EXPERT),
+    experts=experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    defaults={
+        "num_key_value_heads": None,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_interleave": True,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+    },
+    engine_defaults={"scoring_func": "softmax", "topk_method": None},
+    neutral={
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True,),
+        "moe_layer_freq": (1,),
+        "ep_size": (1,),
+        "auto_map": (
+            None,
+            {
+                "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+                "AutoModel": "modeling_deepseek.DeepseekV3Model",
+                "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+            },
+        ),
+    },
+    mixture=MixtureFields(
+        ffn_hidden_size="moe_intermediate_size",
+        num_experts=("n_routed_experts",),
+        renormalized=True,
+        has_groups=True,
+        is_sigmoid=True,
+    ),
+    has_latent_attention=True,
+    has_layers_behind=True,
+)
+
+# GLM-4.7-Flash. transformers asks mlp_layer_types which layers are dense, vLLM
+# first_k_dense_replace.
+GLM4_MOE_LITE = Family(
+    model_type="glm4_moe_lite",
+    architecture="Glm4MoeLiteForCausalLM",
+    attention=LATENT_ATTENTION,
+    dense=DENSE,
+    router=DEEPSEEK_V3.router,
+    experts=DEEPSEEK_V3.experts,
+    defaults={
+        "num_key_value_heads": None,
+        "rms_norm_eps": 1e-5,
+        "q_lora_rank": 768,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 192,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 256,
+        "rope_interleave": True,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.8,
+        "norm_topk_prob": True,
+    },
+    neutral={
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "norm_topk_prob": (True,),
+        "n_group": (1,),
+        "topk_group": (1,),
+    },
+    mixture=MixtureFields(
+        ffn_hidden_size="moe_intermediate_size",
+        num_experts=("n_routed_experts",),
+        renormalized=True,
+        has_layer_types=True,
+        is_sigmoid=True,
+    ),
+    has_latent_attention=True,
+    has_layers_behind=True,
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, GLM4_MOE)
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE),
+    )
 }

@@ -43,6 +43,22 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_scaling": LLAMA3_ROPE},
     "mistral": {"model_type": "mistral", "sliding_window": None},
@@ -63,6 +79,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 12,
+    },
+    "deepseek_v3": {"model_type": "deepseek_v3", **LATENT},
+    "glm4_moe_lite": {
+        "model_type": "glm4_moe_lite",
+        **LATENT,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
     },
     "mixtral": {
         "model_type": "mixtral",

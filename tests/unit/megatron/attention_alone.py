@@ -23,6 +23,7 @@ from megatron_rl.platforms.base import detect
 
 LENGTHS = (5, 40, 1, 38, 17, 3, 90)
 HEADS, GROUPS, WIDTH = 6, 2, 8
+TURNS = SimpleNamespace(multi_latent_attention=False)  # what a configuration says of attention
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> Tensor:
@@ -121,7 +122,7 @@ def row_of(lengths: tuple[int, ...]) -> Any:
 def rope_of(dtype: torch.dtype) -> Rope:
     rope = Rope.__new__(Rope)
     rope.frequencies, rope.dtype = 10.0 ** -torch.arange(WIDTH // 2), dtype
-    rope.amplitude = 1.0
+    rope.amplitude, rope.interleaved = 1.0, False
     return rope
 
 
@@ -132,7 +133,7 @@ def run(kind: str, scale: float | None, lengths: tuple[int, ...] = LENGTHS) -> l
     mixed, *inputs = product(0, lengths)
     row, module = (
         row_of(lengths),
-        attention.ATTENTIONS[kind](None, 1, None, "", softmax_scale=scale),
+        attention.ATTENTIONS[kind](TURNS, 1, None, "", softmax_scale=scale),
     )
     rows = attention.packed_rows(row, rope_of(torch.float64), in_blocks=kind == "blocks")
     with mock.patch.object(attention, "varlen_attn", stand_in):
@@ -142,12 +143,33 @@ def run(kind: str, scale: float | None, lengths: tuple[int, ...] = LENGTHS) -> l
     return [out.detach(), mixed.grad]
 
 
+def error_of_latent_attention(kind: str) -> float:
+    """Of queries and keys that are turned already, and values that are narrower."""
+    from megatron_rl.megatron import attention
+
+    drawn = torch.Generator().manual_seed(1)
+    query, key, value = (
+        torch.randn(sum(LENGTHS), HEADS, width, dtype=torch.float64, generator=drawn)
+        for width in (WIDTH, WIDTH, WIDTH - 3)
+    )
+    latent = SimpleNamespace(multi_latent_attention=True)
+    module = attention.ATTENTIONS[kind](latent, 1, None, "", softmax_scale=0.3)
+    rows = attention.packed_rows(
+        row_of(LENGTHS), rope_of(torch.float64), in_blocks=kind == "blocks"
+    )
+    with mock.patch.object(attention, "varlen_attn", stand_in):
+        found = module(query, key, value, None, packed_seq_params=rows)
+    parts = zip(*(x.split(LENGTHS) for x in (query, key, value)), strict=True)
+    wanted = torch.cat([by_formula(*part, 0.3, True) for part in parts]).flatten(1)
+    return largest_error([found], [wanted])
+
+
 def run_split(kind: str, cp: int, lengths: tuple[int, ...]) -> list[Tensor]:
     """The same with every sequence cut over cp ranks, all of which are this process."""
     from megatron_rl.megatron import attention, split_attention
 
     mixed, *inputs = product(0, lengths)
-    row, module = row_of(lengths), attention.ATTENTIONS[kind](None, 1, None, "")
+    row, module = row_of(lengths), attention.ATTENTIONS[kind](TURNS, 1, None, "")
     own = [own_entries(lengths, cp, rank, torch.device("cpu")) for rank in range(cp)]
     parts = [[x[entries] for x in inputs] for entries in own]
     turn = rope_of(torch.float64).rotation
@@ -207,7 +229,7 @@ def run_shared(kind: str, scale: float | None) -> list[Tensor]:
 
     row = shared_row()
     mixed, *inputs = product(0, row.lengths)
-    module = attention.ATTENTIONS[kind](None, 1, None, "", softmax_scale=scale)
+    module = attention.ATTENTIONS[kind](TURNS, 1, None, "", softmax_scale=scale)
     rows = attention.packed_rows(row, rope_of(torch.float64), in_blocks=kind == "blocks")
     with mock.patch.object(attention, "varlen_attn", stand_in):
         out = module(*inputs, None, packed_seq_params=rows)
@@ -306,7 +328,7 @@ def kept_by_flash() -> tuple[int, int]:
 
     tokens = sum(LENGTHS)
     rows = attention.packed_rows(row_of(LENGTHS), rope_of(torch.float64), in_blocks=False)
-    module = attention.FlashAttention(None, 1, None, "")
+    module = attention.FlashAttention(TURNS, 1, None, "")
     once = {x.untyped_storage().data_ptr() for x in (rows.rotation.cos, rows.rotation.sin)}
     kept: dict[int, int] = {}
 
@@ -370,6 +392,7 @@ def main() -> None:
         "shared": kept_of_shared_prompts(),
         "split": kept_of_a_part(4),
         "errors": told,
+        "latent": {kind: error_of_latent_attention(kind) for kind in ("flash", "blocks")},
         "kept": kept_by_flash(),
         "te": of_transformer_engine(),
     }

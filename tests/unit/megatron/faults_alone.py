@@ -104,6 +104,29 @@ def packed_local_attention() -> bool:
     return _raises(AssertionError, lambda: attention(*qkv, mask, packed_seq_params=row))
 
 
+def queries_without_latent_vector() -> bool:
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    try:
+        from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+    except ImportError:
+        return False
+    config = SimpleNamespace(
+        q_lora_rank=None,
+        qk_layernorm=True,
+        qk_l2_norm=False,
+        experimental_attention_variant=None,
+        normalization="RMSNorm",
+        transformer_impl="local",
+    )
+    parts = MLASelfAttentionSubmodules(
+        linear_proj=IdentityOp, q_layernorm=IdentityOp, kv_layernorm=WrappedTorchNorm
+    )
+    return _raises((RuntimeError, ValueError), QKNormConfigResolver(config, parts).resolve)
+
+
 def rope_reads_lengths() -> bool:
     reads, _ = _calls_of_a_rotation()
     return reads > 0
@@ -127,6 +150,36 @@ def router_without_transformer_engine() -> bool:
 
     tokens, weight = torch.randn(3, 8), torch.randn(4, 8)
     return _raises(NameError, router_gating_linear, tokens, weight, None, torch.float32)
+
+
+def latent_attention_without_te() -> bool:
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import MLATransformerConfig
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.multi_latent_attention import (
+        MLASelfAttention,
+        MLASelfAttentionSubmodules,
+    )
+
+    _lone_rank()
+    sizes = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    config = MLATransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        use_cpu_initialization=True,
+        rope_type="rope",
+        **dict.fromkeys(sizes, 4),
+    )
+    linears = ("q_proj", "q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj")
+    parts = MLASelfAttentionSubmodules(
+        **{f"linear_{name}": ColumnParallelLinear for name in linears},
+        linear_proj=RowParallelLinear,
+        core_attention=IdentityOp,
+        q_layernorm=IdentityOp,
+        kv_layernorm=IdentityOp,
+    )
+    return _raises(TypeError, MLASelfAttention, config, parts, 1)
 
 
 def dispatcher_without_numpy() -> bool:

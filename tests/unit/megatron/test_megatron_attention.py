@@ -28,6 +28,11 @@ def test_each_kind_is_softmax_of_every_sequence_alone(told, kind):
     assert all(error < BOUND for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("kind", ["flash", "blocks"])
+def test_values_may_be_narrower_than_keys(told, kind):
+    assert told["latent"][kind] < 1e-12
+
+
 def test_flash_attention_keeps_what_is_counted_and_not_the_product(told):
     kept, counted = told["kept"]
     assert kept == counted

@@ -8,7 +8,8 @@ from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine_rules import engine_problems_of, unused_by_policy
-from megatron_rl.rollout.kv_cache import policy_token_bytes
+from megatron_rl.rollout.kv_cache import policy_token_bytes, sequence_bytes
+from megatron_rl.weights.arch import LatentArch
 from megatron_rl.weights.config import WeightSyncConfig
 
 MODEL = ModelConfig(path="model", dtype="float32")
@@ -46,5 +47,24 @@ def test_a_token_takes_keys_and_values_in_every_layer_of_the_rank_that_has_most(
     arch = replace(ARCH, num_layers=6, num_attention_heads=8, num_query_groups=4, head_dim=8)
     layout = Layout(world_size=4, tp=2, pp=2)
     assert policy_token_bytes(arch, layout, itemsize=2) == 2 * 3 * 2 * 8 * 2
+    assert sequence_bytes(arch, tokens=1, tp=2, itemsize=2) == 128 * 2 * 6 * 2 * 8 * 2
     alone = Layout(world_size=8, tp=8, pp=1)  # ranks beyond the heads have one each
     assert policy_token_bytes(arch, alone, itemsize=2) == 2 * 6 * 1 * 8 * 2
+
+
+def test_of_latent_attention_vllm_keeps_one_vector_and_the_policy_every_head():
+    """Values are 6 wide, and kept as wide as keys, 10."""
+    latent = LatentArch(
+        rank=12, query_rank=None, still_dim=8, turning_dim=2, value_dim=6, interleaved=True
+    )
+    arch = replace(
+        ARCH,
+        num_layers=6,
+        num_attention_heads=8,
+        num_query_groups=8,
+        head_dim=latent.head_dim,
+        latent=latent,
+    )
+    assert sequence_bytes(arch, tokens=129, tp=2, itemsize=2) == 256 * 6 * (12 + 2) * 2
+    layout = Layout(world_size=4, tp=2, pp=2)
+    assert policy_token_bytes(arch, layout, itemsize=2) == 2 * 3 * 4 * 10 * 2

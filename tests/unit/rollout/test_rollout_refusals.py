@@ -8,10 +8,18 @@ from rollout_models import ARCH
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.platforms.base import CPU, CUDA
 from megatron_rl.rollout.config import LEAST_TEMPERATURE, MOST_TEMPERATURE, RolloutConfig
-from megatron_rl.rollout.refusals import CPU_HEAD_DIMS, device_problems
-from megatron_rl.weights.arch import MixtureArch
+from megatron_rl.rollout.refusals import CPU_HEAD_DIMS, CPU_LATENT, device_problems
+from megatron_rl.weights.arch import LatentArch, MixtureArch
 
 MODEL = ModelConfig(path="model")
+LATENT = replace(
+    ARCH,
+    num_query_groups=ARCH.num_attention_heads,
+    head_dim=74,  # which is of no matter there
+    latent=LatentArch(
+        rank=512, query_rank=None, still_dim=10, turning_dim=64, value_dim=10, interleaved=True
+    ),
+)
 
 
 def test_vllm_takes_the_temperatures_that_we_take_and_no_others():
@@ -37,6 +45,22 @@ def test_a_head_size_that_the_engine_lacks_on_a_cpu_is_refused_there_alone(monke
     assert not list(device_problems(ARCH, RolloutConfig(), MODEL, CPU))
     (problem,) = device_problems(other, RolloutConfig(), MODEL, CPU)
     assert "its attention heads have 16 elements" in str(problem)
+    assert not list(device_problems(other, RolloutConfig(), MODEL, CUDA))
+    assert not list(device_problems(other, RolloutConfig(engine="megatron"), MODEL, CPU))
+
+
+def test_the_sizes_of_latent_attention_are_those_of_vllms_on_a_cpu():
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+
+    assert CPUMLABackend.get_supported_head_sizes() == [sum(CPU_LATENT)]
+
+
+def test_latent_attention_that_the_engine_lacks_on_a_cpu_is_refused_there_alone(monkeypatch):
+    monkeypatch.setattr(type(CUDA), "total_memory_bytes", lambda self: 1 << 36)
+    assert not list(device_problems(LATENT, RolloutConfig(), MODEL, CPU))
+    other = replace(LATENT, latent=replace(LATENT.latent, rank=256))
+    (problem,) = device_problems(other, RolloutConfig(), MODEL, CPU)
+    assert "kv_lora_rank=256 and qk_rope_head_dim=64: on a CPU vLLM has 512 and 64" in str(problem)
     assert not list(device_problems(other, RolloutConfig(), MODEL, CUDA))
     assert not list(device_problems(other, RolloutConfig(engine="megatron"), MODEL, CPU))
 

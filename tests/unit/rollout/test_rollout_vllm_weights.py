@@ -72,6 +72,35 @@ def test_experts_are_staged_as_the_loader_has_them_and_packed_again():
     assert live[:, [0, 2, 4], 0].tolist() == [[0, 1, 0], [2, 3, 0]]
 
 
+class Latent(torch.nn.Module):
+    """Latent attention in a dtype of its own, so that what it makes of a weight is a copy."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.kv_b_proj = source
+        self.W_UV = torch.nn.Parameter(torch.empty(2, 3))
+        self.W_UK_T = torch.nn.Parameter(torch.empty(2, 3))
+        self.process_weights_after_loading(torch.float64)
+
+    def process_weights_after_loading(self, dtype):
+        upper, lower = self.kv_b_proj.weight.data.to(dtype).split(2)
+        self.W_UV.data, self.W_UK_T.data = upper, lower
+
+
+def test_latent_attention_makes_its_own_anew_when_the_weight_has_arrived():
+    model = torch.nn.Module()
+    model.raised = torch.nn.Linear(3, 4, bias=False)
+    model.attention = Latent(model.raised)
+    model.model = torch.nn.Module()
+    pieces = [Piece("raised.weight", ((0, 4), (0, 3)), "r", ((0, 4), (0, 3)))]
+    weights = VllmWeights(model, None, pieces, torch.float64)
+    weights["raised.weight"].fill_(7.0)
+    assert not (model.attention.W_UV == 7).any()
+    weights.commit(["raised"])
+    assert (model.attention.W_UV == 7).all()
+    assert (model.attention.W_UK_T == 7).all()
+
+
 @pytest.mark.parametrize(
     ("names", "reason"),
     [

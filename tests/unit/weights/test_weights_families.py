@@ -29,6 +29,24 @@ SIZES: dict[str, Any] = {
     "dtype": "float32",
 }
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LATENT = {
+    "n_routed_experts": 10,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 12,
+    "n_group": 5,
+    "topk_group": 2,
+    "first_k_dense_replace": 2,
+    "num_nextn_predict_layers": 0,
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 7,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 5,
+    "head_dim": 6,  # which transformers takes for qk_rope_head_dim
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
 # family -> transformers' classes begin with, what differs from SIZES
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -46,6 +64,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
             "use_qk_norm": True,
             "num_nextn_predict_layers": 0,
+        },
+    ),
+    "deepseek_v3": ("DeepseekV3", LATENT),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **LATENT,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", "dense", "sparse"],
         },
     ),
 }

@@ -191,20 +191,31 @@ def test_no_byte_travels_that_need_not(name, case):
     assert stats.received_max == max(needed)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        (1, 1, 1, 1, 1),
-        (4, 1, 1, 1, 1),  # every rank has everything
-        (4, 1, 1, 1, 4),
-        (2, 2, 1, 1, 2),  # the same heads, in another order
-        (4, 2, 1, 1, 2),
-    ],
+COINCIDING = (
+    (1, 1, 1, 1, 1),
+    (4, 1, 1, 1, 1),  # every rank has everything
+    (4, 1, 1, 1, 4),
+    (2, 2, 1, 1, 2),  # the same heads, in another order
+    (4, 2, 1, 1, 2),
 )
-@pytest.mark.parametrize("name", ARCHS)
+LATENTS = [name for name, arch in ARCHS.items() if arch.latent is not None]
+
+
+@pytest.mark.parametrize("case", COINCIDING)
+@pytest.mark.parametrize("name", [name for name in ARCHS if name not in LATENTS])
 def test_nothing_travels_where_layouts_coincide(name, case):
     stats = plans(ARCHS[name], case)[0].stats
     assert (stats.wire_total, stats.sent_max, stats.received_max) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("case", COINCIDING)
+@pytest.mark.parametrize("name", LATENTS)
+def test_rows_of_latent_vectors_alone_travel_where_layouts_coincide(name, case):
+    """A rank of the policy has some of them, one of the engine all."""
+    arch, tp = ARCHS[name], case[1]
+    rows = sum(rows for _, rows in arch.latent_rows)
+    lacked = rows * (tp - 1) // tp * arch.hidden_size * arch.num_layers
+    assert plans(arch, case)[0].stats.received_max == 4 * lacked
 
 
 def test_replicas_share_the_sending():

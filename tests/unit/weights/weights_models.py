@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.weights.arch import MixtureArch, ModelArch
+from megatron_rl.weights.arch import LatentArch, MixtureArch, ModelArch
 from megatron_rl.weights.layouts import hf_shapes
 
 # 4 query heads of 2 rows in 2 groups: q has 8 rows, k and v have 4 each.
@@ -58,6 +58,24 @@ ARCHS = {
             scale=2.5,
             shared_ffn_hidden_size=8,
         ),
+    ),
+}
+# 4 heads: queries have 4 + 2 entries each, values 3; both latent vectors are cut by 2 ranks.
+LATENT = replace(
+    ARCHS["glm4_moe"],
+    model_type="deepseek_v3",
+    qkv_bias=False,
+    qk_norm=False,
+    num_query_groups=4,
+    head_dim=6,
+    latent=LatentArch(
+        rank=10, query_rank=8, still_dim=4, turning_dim=2, value_dim=3, interleaved=True
+    ),
+)
+ARCHS |= {
+    "deepseek_v3": LATENT,
+    "glm4_moe_lite": replace(
+        LATENT, model_type="glm4_moe_lite", latent=replace(LATENT.latent, query_rank=None)
     ),
 }
 # What two does not divide: three key heads, and a vocabulary that padding makes 192 of.
