@@ -154,6 +154,7 @@ def of_megatron(num_layers, pp, vpp, split):
         qkv_bias=False,
         qk_norm=False,
         mixture=None,
+        latent=None,
     )
     parallel = ParallelConfig(
         pipeline_model_parallel_size=pp,
