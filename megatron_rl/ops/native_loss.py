@@ -15,7 +15,7 @@ from megatron_rl.ops.loss_spec import (
     NativeTerm,
     SharedTerms,
 )
-from megatron_rl.ops.products import product
+from megatron_rl.ops.products import goes_to_onednn, product
 from megatron_rl.ops.vocab_parallel import Shard, compute_dtype, gather_stats, row_slices
 from megatron_rl.types import LossTokens
 
@@ -109,10 +109,14 @@ class _LinearPolicyLoss(torch.autograd.Function):
         )
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         chunks = chunks or [slice(0, 0)]  # zero rows have their sums too
-        memory = hidden.new_empty(chunk_size, len(head_weight))
+        memory: Tensor | None = None  # of a chunk, where the product takes it
         parts = []
         for rows in chunks:
-            logits = product(hidden[rows], head_weight.T, memory[: rows.stop - rows.start])
+            count = rows.stop - rows.start
+            if memory is None and not goes_to_onednn(hidden[rows], head_weight.T):
+                memory = hidden.new_empty(count, len(head_weight))
+            to = None if memory is None else memory[:count]
+            logits = product(hidden[rows], head_weight.T, to)
             logprobs[rows], sums, extrema = _turn_into_gradient(
                 logits, tokens[rows], terms, shard, scale if wants else None
             )
