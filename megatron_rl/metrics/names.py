@@ -45,7 +45,7 @@ METRICS: dict[str, str] = {
     "policy/entropy_mean": "mean entropy of the policy over the full vocabulary, nats per trained "
     "token, over the iteration's updates",
     "policy/entropy_sampled": "the same on responses drawn before selection, at the weights that "
-    "sampled them",
+    "the iteration begins with",
     "policy/kl_initial_k1": "KL to the initial policy, mean log-ratio (unbiased, noisy), nats",
     "policy/kl_initial_k3": "KL to the initial policy, k3 estimate (never negative), nats",
     "policy/clip_low_frac": "share of trained tokens clipped at the lower bound of the ratio",
