@@ -95,7 +95,13 @@ class RolloutsApart:
     ) -> list[RolloutGroup]:
         self.settle()
         asked = (prompts[0].group_id, len(prompts), iteration)
-        if self._next is None or _about(self._next.question) != asked:
+        if self._next is not None and _about(self._next.question) != asked:
+            self._say(
+                f"iteration {iteration}: it has another batch than the checkpoint's rollouts, and "
+                "is drawn anew"
+            )
+            self._next = None
+        if self._next is None:
             self._ask(*asked, policy_version)
             self.settle()
         found = self._next
@@ -223,7 +229,6 @@ class RolloutsApart:
         self._exchange.ask(Leave(exit_code))
 
     def _ask(self, place: int, num_prompts: int, iteration: int, policy_version: int) -> None:
-        self._next = None
         self._open = Generate(
             place=place,
             num_prompts=num_prompts,

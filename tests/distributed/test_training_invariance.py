@@ -103,6 +103,7 @@ RUNS = (
             eps=1e-6,
             clip_grad=0.0,
             has_teacher=bool(recipe.distillation_coef),
+            by_engine=name.startswith("engine's old ones"),
             layouts=("one rank", "DP2", "TP2 SP", "TP2 PP2", "DP4 EP2"),
             bound=1e-9,
         )
@@ -115,23 +116,6 @@ RUNS = (
             ("responses cut", Recipe(preset="rloo", correction=("sequence", "truncate", 0.5, 1.5))),
             ("taught", Recipe(preset="distillation", distillation_coef=1.0)),
             ("taught too", Recipe(preset="grpo", distillation_coef=0.3, kl_coef=0.05)),
-        )
-    ),
-    *(
-        Run(
-            name=name,
-            recipe=recipe,
-            updates=lambda number, group: int(number % 3 > 0),
-            dtype="float64",
-            epochs=2,
-            eps=1e-6,
-            clip_grad=0.0,
-            has_teacher=bool(recipe.distillation_coef),
-            by_engine=True,
-            layouts=("one rank", "TP2 SP", "TP2 PP2"),
-            bound=1e-9,
-        )
-        for name, recipe in (
             ("engine's old ones", Recipe(preset="grpo", kl_coef=0.05)),
             ("engine's old ones, taught", Recipe(preset="distillation", distillation_coef=1.0)),
         )

@@ -187,6 +187,16 @@ def test_it_resumes_with_rollouts_in_flight(folder, ahead, is_filled):
     assert responses(folder / name, 3) == responses(straight, 3)
 
 
+def test_rollouts_in_flight_of_another_batch_are_drawn_anew_and_that_is_said(folder, ahead):
+    name, kept = "smaller batch", Path("checkpoints") / "iteration_000002"
+    shutil.copytree(ahead / kept, folder / name / kept)
+    smaller = {"prompts": {"prompts_per_iteration": 4}, "run": {"lag": 1, "num_iterations": 3}}
+    said = train(folder, name, 2, AHEAD, smaller)
+    assert "iteration 3: it has another batch than the checkpoint's rollouts" in said
+    (row,) = metrics(folder / name)
+    assert (row["rollout/updates_behind"], row["rollout/responses"]) == (0, 4 * 4)
+
+
 @pytest.mark.parametrize(
     ("ranks", "separate", "tp", "engine_tp"),
     [
