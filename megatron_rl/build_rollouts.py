@@ -70,6 +70,7 @@ def build_rollouts(
         rounds=rounds_plan(config, inputs),
         more=inputs.prompts.more,
         with_experts=config.rollout.routing_replay,
+        with_support=config.rollout.is_truncated,
     )
 
 
@@ -241,6 +242,8 @@ def build_sampled(
         group_size=config.rollout.group_size,
         temperature=config.rollout.temperature,
         max_response_tokens=config.rollout.max_response_tokens,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
     )
     plan = rounds_plan(config, inputs)
     return SampledRollouts(

@@ -301,9 +301,7 @@ def _rollout_problems(config: RunConfig) -> Iterator[ConfigError]:
     rollout = config.rollout
     yield from group_problems(rollout, config.prompts, config.algorithm)
     yield from engine_problems_of(rollout, config.model, config.optimizer)
-    yield from sampling_problems(
-        rollout, config.evaluation.temperature, is_supervised=config.is_supervised
-    )
+    yield from sampling_problems(rollout, config.evaluation, is_supervised=config.is_supervised)
     yield from routing_problems(rollout, config.model, is_supervised=config.is_supervised)
     yield from separate_problems(
         rollout, config.parallel, lag=config.run.lag, has_engine=config.has_engine

@@ -33,6 +33,7 @@ from megatron_rl.weights.pieces import size
 GIB = 2**30
 PROCESS = "process and libraries"
 REPLAYED = "experts that the engine chose"
+SUPPORT = "tokens that each was drawn from"
 ENGINE = ("engine's libraries", "engine weights", "key/value cache")
 # Measured on a CPU, with Python 3.11 and 3.12: a supervised run of a model of 0.1 million
 # parameters, what an engine of that model adds without its cache, and what a save leaves behind.
@@ -152,8 +153,7 @@ def _on_a_cpu(
         held["copies of what leaves"] = copied  # of the trainer, which are kept
     if keeps_initial_weights(config):
         held["first weights"] = float(params * itemsize(config.model.dtype))
-    if config.rollout.routing_replay:
-        held[REPLAYED] = replayed_bytes(config, arch, layout)
+    held |= told_bytes(config, arch, layout)
     instead = {}
     if saves and config.optimizer.use_distributed_optimizer:
         instead["copies for a checkpoint"] = params * 4.0 * SAVED_COPIES
@@ -224,19 +224,24 @@ def _leaving(config: RunConfig, parts: Sequence["_Part"], device_type: str) -> f
     return sum(part.nbytes for part in parts if part.kind in kept)
 
 
-def replayed_bytes(config: RunConfig, arch: ModelArch, layout: Layout) -> float:
-    """Bytes of host memory for the experts that the engine chose, of the longest sequences.
+def told_bytes(config: RunConfig, arch: ModelArch, layout: Layout) -> dict[str, float]:
+    """Bytes of host memory for what the engine tells of tokens besides log-probs, at the longest.
 
-    They are there twice: with the rollouts that a rank drew, and with the rows that it trains.
+    It is there twice: with the rollouts that a rank drew, and with the rows that it trains.
     """
-    if arch.mixture is None:
-        return 0.0
-    mixtures = sum(map(arch.has_experts, range(arch.num_layers)))
-    chosen = mixtures * arch.mixture.top_k * config.longest_sequence  # of a response
     prompts, rollout = config.prompts.prompts_per_iteration, config.rollout
     drawn = prompts * rollout.group_size / layout.world_size  # of a round
     trained = prompts * most_kept(rollout, config.algorithm) / (layout.dp * layout.cp)
-    return chosen * (drawn * (1 if arch.mixture.num_experts <= 256 else 2) + trained * 2)
+    told = {}
+    if rollout.routing_replay and arch.mixture is not None:
+        mixtures = sum(map(arch.has_experts, range(arch.num_layers)))
+        chosen = mixtures * arch.mixture.top_k * config.longest_sequence  # of a response
+        own = 1 if arch.mixture.num_experts <= 256 else 2
+        told[REPLAYED] = float(chosen * (drawn * own + trained * 2))
+    if rollout.is_truncated:
+        support = 4 * min(rollout.top_k, arch.vocab_size) * rollout.max_response_tokens
+        told[SUPPORT] = float(support * (drawn + trained))
+    return told
 
 
 def keeps_initial_weights(config: RunConfig) -> bool:

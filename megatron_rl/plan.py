@@ -30,13 +30,12 @@ from megatron_rl.megatron.refusals import (
 )
 from megatron_rl.memory import (
     GIB,
-    REPLAYED,
     busiest_rank,
     host_bytes_of_offload,
     itemsize,
     keeps_initial_weights,
     reference_arch,
-    replayed_bytes,
+    told_bytes,
 )
 from megatron_rl.overlap import sampler_bytes, turns_lines
 from megatron_rl.parallel.layout import EngineLayout, Layout, PolicyEngines
@@ -348,8 +347,7 @@ def _sum(name: str, nbytes: float, found: Fit) -> Iterator[tuple[str, str]]:
 def _host(config: RunConfig, arch: ModelArch, layout: Layout) -> Iterator[tuple[str, str]]:
     """Host memory that ranks on GPUs keep, most of it pinned."""
     kept = {"state that left": host_bytes_of_offload(config, arch, layout, "cuda")}
-    if config.rollout.routing_replay:
-        kept[REPLAYED] = replayed_bytes(config, arch, layout)
+    kept |= told_bytes(config, arch, layout)
     if keeps_initial_weights(config):
         params = sum(busiest_rank(arch, layout))
         kept["first weights"] = float(params * itemsize(config.model.dtype))

@@ -27,7 +27,11 @@ from megatron_rl.prompts.dataset import PromptStream
 from megatron_rl.prompts.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.reward.trial import NUM_TRIED, hopeless_golds, try_functions
 from megatron_rl.rollout.record import FOLDER, recorded
-from megatron_rl.rollout.refusals import device_problems, engine_problems
+from megatron_rl.rollout.refusals import (
+    device_problems,
+    engine_problems,
+    evaluation_problems,
+)
 from megatron_rl.rollout.vllm_engine import require_vllm
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.registry import read_model_config
@@ -269,6 +273,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
     if config.has_engine:
         found.note(device_problems(arch, config.rollout, config.model, detect()))
+        found.note(evaluation_problems(config.rollout, config.evaluation, detect()))
     found.note(_length_problems(config, arch))
     open_weights(model, arch)
     return arch

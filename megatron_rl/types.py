@@ -51,6 +51,8 @@ class Draw:
     group_size: int
     temperature: float  # 0 is greedy
     max_response_tokens: int
+    top_k: int = -1  # tokens are drawn from so many most probable ones; -1: from all
+    top_p: float = 1.0  # and of those from the fewest that are as probable together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -72,6 +74,8 @@ class Rollout:
     extracted: str | None = None  # the answer found in the text, added by reward/
     experts: Tensor | None = None  # [P + R - 1, L, K] uint8 or int16: the K that the engine chose
     # in each of the L layers with experts, for every token but the last; None: not asked for
+    support: Tensor | None = None  # [R, K] int32: the token ids that each token was drawn from,
+    # and -1 behind the last of them; None: the whole vocabulary
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None and len(self.rollout_logprobs) != len(
@@ -80,6 +84,11 @@ class Rollout:
             raise ValueError(
                 f"rollout has {len(self.response_tokens)} response tokens but "
                 f"{len(self.rollout_logprobs)} rollout_logprobs: the engine must return one each"
+            )
+        if self.support is not None and len(self.support) != len(self.response_tokens):
+            raise ValueError(
+                f"rollout has {len(self.response_tokens)} response tokens but a support for "
+                f"{len(self.support)}: the engine must return one each"
             )
 
 
@@ -104,6 +113,7 @@ class Sample:
     has_gradient: bool = True  # False: it goes through the model at advantage or weight 0
     rollout_logprobs: Tensor | None = None  # [R] float32
     experts: Tensor | None = None  # [P + R - 1, L, K], as of the rollout
+    support: Tensor | None = None  # [R, K], as of the rollout
     old_logprobs: Tensor | None = None  # [R] float32 or float64, added by policy/
     ref_logprobs: Tensor | None = None  # [R] likewise
 
@@ -140,6 +150,8 @@ class LossTokens:
     rollout_logprobs: Tensor | None = None  # [N]
     old_values: Tensor | None = None  # [N] of the critic before this iteration's first update
     returns: Tensor | None = None  # [N] what the critic is to predict
+    support: Tensor | None = None  # [N, K] int32: the token ids that the policy's softmax at each
+    # is over, -1 behind the last of them; None: the whole vocabulary
 
     def replace(self, **constants: Tensor | None) -> "LossTokens":
         """The tokens with other constants, which get the dtype and device of the weights."""

@@ -291,4 +291,5 @@ def _sample(prompt: Prompt, rollout: Rollout, index: int, update: int, advantage
         advantage=advantage,
         rollout_logprobs=rollout.rollout_logprobs,
         experts=rollout.experts,
+        support=rollout.support,
     )

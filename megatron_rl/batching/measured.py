@@ -20,6 +20,7 @@ def measured_samples(groups: Sequence[RolloutGroup], most_each: int | None = Non
             advantage=0.0,
             rollout_logprobs=rollout.rollout_logprobs,
             experts=rollout.experts,
+            support=rollout.support,
         )
         for group in groups
         for index, rollout in enumerate(group.rollouts[:most_each])

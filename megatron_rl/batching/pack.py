@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.parallel.context import own_entries, padded
@@ -172,7 +173,19 @@ def _loss_tokens(
         weights=per_token([weight_of(sample) for sample in samples]),
         advantages=per_token([sample.advantage for sample in samples]),
         rollout_logprobs=_joined(rollout, dtype) if len(rollout) == len(samples) else None,
+        support=_support(samples),
     )
+
+
+def _support(samples: Sequence[Sample]) -> Tensor | None:
+    """What each loss token [N, K] was drawn from, where the engine told it of the samples."""
+    told = [sample.support for sample in samples if sample.support is not None]
+    if not told:
+        return None
+    if len(told) < len(samples):
+        raise ValueError("some samples of a row were drawn from a part of the vocabulary, some not")
+    widest = max(support.size(1) for support in told)
+    return torch.cat([F.pad(each, (0, widest - each.size(1)), value=-1) for each in told])
 
 
 def _experts(

@@ -175,10 +175,11 @@ def _key(sample: Sample) -> Key:
 
 
 def _encode(sample: Sample) -> Tensor:
-    """One int64 vector that tells its own lengths; floats and experts travel by their bits.
+    """One int64 vector that tells its own lengths; floats, experts and supports travel by their
+    bits.
 
-    Example: group 7, index 1, update 0, prompt [5, 9], response [2], advantage 0.5, no log-probs
-    and no experts is [7, 1, 0, 2, 1, 0, 1, 0, 0, 0, 5, 9, 2, 0x3FE0000000000000].
+    Example: group 7, index 1, update 0, prompt [5, 9], response [2], advantage 0.5, no log-probs,
+    experts and support is [7, 1, 0, 2, 1, 0, 1, 0, 0, 0, -1, 5, 9, 2, 0x3FE0000000000000].
     """
     has_logprobs = sample.rollout_logprobs is not None
     head = torch.tensor(
@@ -191,6 +192,7 @@ def _encode(sample: Sample) -> Tensor:
             int(has_logprobs),
             int(sample.has_gradient),
             *_shape_of(sample.experts),
+            -1 if sample.support is None else sample.support.size(1),
         ]
     )
     floats = [torch.tensor([sample.advantage], dtype=torch.float64)]
@@ -203,6 +205,7 @@ def _encode(sample: Sample) -> Tensor:
             sample.response_tokens,
             torch.cat(floats).view(torch.int64),
             _words_of(sample.experts),
+            _words_of(sample.support),
         ]
     )
 
@@ -212,11 +215,11 @@ def _shape_of(experts: Tensor | None) -> tuple[int, int, int]:
     return (0, 0, 0) if experts is None else (*experts.shape[1:], experts.itemsize)
 
 
-def _words_of(experts: Tensor | None) -> Tensor:
-    """Their bytes as int64, with zeros behind."""
-    if experts is None:
+def _words_of(told: Tensor | None) -> Tensor:
+    """Its bytes as int64, with zeros behind."""
+    if told is None:
         return torch.empty(0, dtype=torch.int64)
-    told = experts.contiguous().view(torch.uint8).flatten()
+    told = told.contiguous().view(torch.uint8).flatten()
     return F.pad(told, (0, -len(told) % 8)).view(torch.int64)
 
 
@@ -231,18 +234,22 @@ def _decode(stream: Tensor) -> list[Sample]:
         at += count
         return part
 
+    def values(count: int, dtype: torch.dtype) -> Tensor:
+        size = count * dtype.itemsize
+        return take(-(-size // 8)).view(torch.uint8)[:size].clone().view(dtype)
+
     while at < len(stream):
         group_id, index, update, prompt, response, has_logprobs, has_gradient = take(7).tolist()
-        layers, top_k, itemsize = take(3).tolist()
+        layers, top_k, itemsize, width = take(4).tolist()
         prompt_tokens, response_tokens = take(prompt), take(response)
         advantage = take(1).view(torch.float64).item()
         logprobs = take(response).view(torch.float64).float() if has_logprobs else None
         experts = None
         if itemsize:
-            size = (prompt + response - 1) * layers * top_k * itemsize
-            told = take(-(-size // 8)).view(torch.uint8)[:size]
             kind = torch.uint8 if itemsize == 1 else torch.int16
-            experts = told.clone().view(kind).view(-1, layers, top_k)
+            told = values((prompt + response - 1) * layers * top_k, kind)
+            experts = told.view(-1, layers, top_k)
+        support = None if width < 0 else values(response * width, torch.int32).view(response, width)
         samples.append(
             Sample(
                 group_id=group_id,
@@ -254,6 +261,7 @@ def _decode(stream: Tensor) -> list[Sample]:
                 has_gradient=bool(has_gradient),
                 rollout_logprobs=logprobs,
                 experts=experts,
+                support=support,
             )
         )
     return samples

@@ -133,8 +133,8 @@ CONTRACT = (
         "evaluation.benchmarks.<name>.path evaluation.benchmarks.<name>.split "
         "evaluation.benchmarks.<name>.prompt_key evaluation.benchmarks.<name>.answer_key "
         "evaluation.benchmarks.<name>.max_problems evaluation.samples evaluation.temperature "
-        "evaluation.max_response_tokens evaluation.confidence evaluation.resamples "
-        "metrics.kl_every metrics.kl_rollouts metrics.entropy_every",
+        "evaluation.top_p evaluation.top_k evaluation.max_response_tokens evaluation.confidence "
+        "evaluation.resamples metrics.kl_every metrics.kl_rollouts metrics.entropy_every",
         "may change",
         "from the next measurement on, which is then not comparable with those before",
     ),

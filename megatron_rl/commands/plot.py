@@ -1,9 +1,10 @@
 """`megatron-rl plot`: the curves of runs, side by side.
 
-megatron-rl plot RUN [RUN ...] --output FILE.png [--against drawn]
+megatron-rl plot RUN [RUN ...] --output FILE.png [--against drawn | --phases]
 
 A RUN is a run's directory or a metrics.jsonl; LABEL=RUN names it in the legend. Runs of one label
-are drawn as their mean, in a band from the least to the largest.
+are drawn as their mean, in a band from the least to the largest. --phases shows where the seconds
+of iterations went in the place of curves, and what ran at the same time.
 """
 
 import argparse
@@ -24,14 +25,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.add_argument("runs", nargs="+", metavar="RUN", help="[LABEL=]directory or metrics.jsonl")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.png")
-    parser.add_argument("--against", choices=AXES, default="iterations", help="horizontal axis")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--against", choices=AXES, default="iterations", help="horizontal axis")
+    what.add_argument("--phases", action="store_true", help="seconds of each phase of iterations")
 
 
 def run(options: argparse.Namespace) -> int:
     runs = [labelled(text) for text in options.runs]
-    from megatron_rl.metrics.plot import plot_run
+    if options.phases:
+        from megatron_rl.metrics.plot_phases import plot_phases
 
-    plot_run(runs, options.output, against=options.against)
+        plot_phases(runs, options.output)
+    else:
+        from megatron_rl.metrics.plot import plot_run
+
+        plot_run(runs, options.output, against=options.against)
     print(options.output)
     return 0
 

@@ -43,6 +43,12 @@ class EvaluationConfig(Settings):
     """Sampling temperature, within vLLM's bounds: 0, or 0.01 to 2. 0 is greedy, and then one
     response per question is enough."""
 
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """As rollout.top_p; it needs a top_k, too."""
+
+    top_k: int = Field(default=-1, ge=-1, le=2**20)
+    """As rollout.top_k, which it does not follow."""
+
     max_response_tokens: int | None = Field(default=None, gt=0, le=2**24)
     """Longest response, in tokens; None: the same as rollout.max_response_tokens. A response also
     ends where the model's positions end, and then counts as truncated."""

@@ -87,6 +87,8 @@ class Evaluator:
                 "policy_version": policy_version,
                 "seed": self._seed,
                 "temperature": self._config.temperature,
+                "top_p": self._config.top_p,
+                "top_k": self._config.top_k,
                 "max_response_tokens": self._max_response_tokens,
                 "prompts": self._asked,
             }
@@ -101,6 +103,8 @@ class Evaluator:
             group_size=self._config.samples,
             temperature=self._config.temperature,
             max_response_tokens=self._max_response_tokens,
+            top_k=self._config.top_k,
+            top_p=self._config.top_p,
         )
         groups = drawn(prompts, draw)
         if groups is None:

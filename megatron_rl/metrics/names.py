@@ -41,9 +41,11 @@ METRICS: dict[str, str] = {
     "rollout/logprob_gap_max": "largest |old_logprobs - rollout_logprobs|, nats",
     "rollout/logprob_gap_k3": "k3 estimate of the KL from engine to trainer, nats per token",
     "rollout/tokens_per_s": "response tokens sampled per second of rollout, all ranks together",
+    "rollout/support_mean": "mean number of tokens that a token was drawn from, under "
+    "rollout.top_k and rollout.top_p",
     "policy/loss": "global training loss, mean over the iteration's updates",
-    "policy/entropy_mean": "mean entropy of the policy over the full vocabulary, nats per trained "
-    "token, over the iteration's updates",
+    "policy/entropy_mean": "mean entropy of the policy over the vocabulary, or what rollout.top_k "
+    "leaves of it, nats per trained token, over the iteration's updates",
     "policy/entropy_sampled": "the same on responses drawn before selection, at the weights that "
     "the iteration begins with",
     "policy/kl_initial_k1": "KL to the initial policy, mean log-ratio (unbiased, noisy), nats",

@@ -15,6 +15,8 @@ COUNTS = (
     "reward",
     "logprob",
     "logprob_tokens",
+    "support",  # tokens that each was drawn from, where that is not the whole vocabulary
+    "support_tokens",
     *(f"verdict_{verdict}" for verdict in Verdict),
 )
 
@@ -44,6 +46,9 @@ def count(groups: Sequence[RolloutGroup], parts: Sequence[str] = ()) -> tuple[li
             if rollout.rollout_logprobs is not None:
                 total["logprob"] += float(rollout.rollout_logprobs.double().sum())
                 total["logprob_tokens"] += length
+            if rollout.support is not None:
+                total["support"] += int((rollout.support >= 0).sum())
+                total["support_tokens"] += length
             if rollout.reward is not None:
                 total["rewarded"] += 1
                 total["reward"] += rollout.reward
@@ -86,4 +91,6 @@ def metrics(total: Mapping[str, float], longest: float) -> dict[str, float]:
         }
     if total["logprob_tokens"]:
         values["rollout/entropy_estimate"] = -total["logprob"] / total["logprob_tokens"]
+    if total["support_tokens"]:
+        values["rollout/support_mean"] = total["support"] / total["support_tokens"]
     return values

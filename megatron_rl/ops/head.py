@@ -19,6 +19,8 @@ class Head:
     hidden: Tensor  # [N, H], equal on all tp ranks, in the dtype of head_weight
     head_weight: Tensor  # [V/tp, H], this rank's rows
     shard: Shard
+    support: Tensor | None = None
+    """[N, K] ids of the tokens that each softmax is over, as LossTokens has them; None: all."""
     gradient_buffer: GradientBuffer | None = None
     """Memory for the gradient of head_weight, in all losses of a step or in none; None: autograd
     carries it. A loss with a buffer must be backpropagated exactly once, from a gradient of

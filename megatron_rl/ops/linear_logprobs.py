@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from megatron_rl.ops.head import Head
 from megatron_rl.ops.head_gradient import GradientBuffer, HeadGradient
 from megatron_rl.ops.products import product
+from megatron_rl.ops.support import keep_support
 from megatron_rl.ops.vocab_parallel import (
     Shard,
     compute_dtype,
@@ -36,14 +37,15 @@ def linear_logprobs(
 
     Args:
         head: a float64 one is computed in float64, others in float32; so are the results.
-        targets: [N] int64 global token ids, equal on all ranks. One outside [0, valid_vocab) has
-            log-probability -inf.
+        targets: [N] int64 global token ids, equal on all ranks. One outside [0, valid_vocab), or
+            outside the head's support, has log-probability -inf.
         chunk_rows: as in Head.chunk_size.
     """
     logprobs, entropy = _LinearLogprobs.apply(
         head.hidden,
         head.head_weight,
         targets,
+        head.support,
         head.shard,
         head.chunk_size(targets, chunk_rows),
         head.gradient_buffer,
@@ -58,6 +60,7 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden: Tensor,
         head_weight: Tensor,
         targets: Tensor,
+        support: Tensor | None,
         shard: Shard,
         chunk_size: int,
         buffer: GradientBuffer | None,
@@ -66,9 +69,11 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
         stats = hidden.new_empty(len(hidden), 4, dtype=compute_dtype(hidden.dtype))
         for rows in row_slices(len(hidden), chunk_size):
-            stats[rows] = shard_stats(product(hidden[rows], head_weight.T), targets[rows], shard)
+            logits = _logits(hidden, head_weight, support, rows, shard)
+            stats[rows] = shard_stats(logits, targets[rows], shard)
+            del logits  # before there are others
         logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, shard.tp_group))
-        ctx.save_for_backward(hidden, head_weight, targets, log_sum_exp, entropy)
+        ctx.save_for_backward(hidden, head_weight, targets, support, log_sum_exp, entropy)
         return logprobs, entropy
 
     @staticmethod
@@ -76,7 +81,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, targets, log_sum_exp, entropy = ctx.saved_tensors
+        hidden, head_weight, targets, support, log_sum_exp, entropy = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         chunks = row_slices(len(hidden), ctx.chunk_size)
         hidden_grad = torch.zeros_like(hidden) if wants_hidden else None
@@ -87,7 +92,7 @@ class _LinearLogprobs(torch.autograd.Function):
         )
         for rows in chunks:
             logits_grad = shard_gradient(
-                product(hidden[rows], head_weight.T),
+                _logits(hidden, head_weight, support, rows, ctx.shard),
                 targets[rows],
                 log_sum_exp[rows],
                 entropy[rows],
@@ -100,4 +105,11 @@ class _LinearLogprobs(torch.autograd.Function):
             if head_grad is not None:
                 head_grad.add(logits_grad, hidden[rows])
         weight_grad = None if head_grad is None else head_grad.hand_over()
-        return hidden_grad, weight_grad, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _logits(
+    hidden: Tensor, head_weight: Tensor, support: Tensor | None, rows: slice, shard: Shard
+) -> Tensor:
+    logits = product(hidden[rows], head_weight.T)
+    return keep_support(logits, None if support is None else support[rows], shard)

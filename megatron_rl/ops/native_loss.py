@@ -16,6 +16,7 @@ from megatron_rl.ops.loss_spec import (
     SharedTerms,
 )
 from megatron_rl.ops.products import goes_to_onednn, product
+from megatron_rl.ops.support import keep_support
 from megatron_rl.ops.vocab_parallel import Shard, compute_dtype, gather_stats, row_slices
 from megatron_rl.types import LossTokens
 
@@ -33,6 +34,7 @@ def native_policy_loss(
         head.hidden,
         head.head_weight,
         tokens,
+        head.support,
         (term, shared),
         head.shard,
         head.chunk_size(tokens.targets, chunk_rows),
@@ -88,6 +90,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         hidden: Tensor,
         head_weight: Tensor,
         tokens: LossTokens,
+        support: Tensor | None,
         terms: tuple[NativeTerm, SharedTerms],
         shard: Shard,
         chunk_size: int,
@@ -117,6 +120,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 memory = hidden.new_empty(count, len(head_weight))
             to = None if memory is None else memory[:count]
             logits = product(hidden[rows], head_weight.T, to)
+            keep_support(logits, None if support is None else support[rows], shard)
             logprobs[rows], sums, extrema = _turn_into_gradient(
                 logits, tokens[rows], terms, shard, scale if wants else None
             )
@@ -151,7 +155,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if head_grad is not None:
             head_grad.rescale(grad)
             weight_grad = head_grad.hand_over()
-        return hidden_grad, weight_grad, None, None, None, None, None, None, None
+        return hidden_grad, weight_grad, *[None] * 8
 
 
 def _turn_into_gradient(

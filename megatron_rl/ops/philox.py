@@ -37,8 +37,18 @@ def words_of_tokens(seeds: Tensor, places: Tensor, start: int, end: int) -> Tens
     does not depend on how a vocabulary is split or what else is sampled. seeds, places: [N] int64.
     """
     counters = torch.arange(start // 4, -(-end // 4), device=seeds.device)[None]
+    first = start // 4 * 4
+    return _four_words(seeds, places, counters).flatten(1)[:, start - first : end - first]
+
+
+def words_of_ids(seeds: Tensor, places: Tensor, ids: Tensor) -> Tensor:
+    """[N, K] the words that words_of_tokens has for these ids [N, K] int64."""
+    words = _four_words(seeds, places, ids // 4)
+    return words.gather(2, (ids % 4)[:, :, None])[:, :, 0]
+
+
+def _four_words(seeds: Tensor, places: Tensor, counters: Tensor) -> Tensor:
+    """[N, C, 4] words of counters [N or 1, C], each of which is about four ids."""
     zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
     key = (seeds[:, None] & _LOW, (seeds[:, None] >> 32) & _LOW)
-    words = philox((counters, places[:, None], zero, zero), key)
-    first = start // 4 * 4
-    return torch.stack(words, dim=2).flatten(1)[:, start - first : end - first]
+    return torch.stack(philox((counters, places[:, None], zero, zero), key), dim=2)

@@ -14,6 +14,7 @@ from megatron_rl.ops.head import LOGITS_BYTES, Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.products import product
 from megatron_rl.ops.sample import sample_tokens
+from megatron_rl.ops.truncated import Truncation, sample_truncated
 from megatron_rl.ops.vocab_parallel import Shard, row_slices
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
@@ -86,8 +87,10 @@ class Policy(TrainedModel):
         seeds: Tensor,
         places: Tensor,
         temperatures: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """(tokens [n] int64, log-probs [n]) drawn behind final hidden states; last stage only.
+        truncation: Truncation | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(tokens [n] int64, log-probs [n], support [n, K] as in Truncated) drawn behind final
+        hidden states; last stage only.
 
         Args:
             hidden: [m, H].
@@ -95,10 +98,11 @@ class Policy(TrainedModel):
             seeds: [n] int64 of the requests.
             places: [n] int64 of the tokens in their responses.
             temperatures: [n] float64; 0 is greedy.
+            truncation: None: tokens are drawn from the whole vocabulary, and there is no support.
         """
         weight, shard, device = self.head_weight, self._shard(), hidden.device
         most = max(1, LOGITS_BYTES // (len(weight) * hidden.element_size()))
-        found = []
+        found: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for rows in row_slices(len(seeds), most):
             if repeats is None:
                 logits = product(hidden[rows], weight.T)
@@ -107,10 +111,14 @@ class Policy(TrainedModel):
                 first, last = int(of_row[0]), int(of_row[-1])
                 logits = product(hidden[first : last + 1], weight.T)
                 logits = logits.index_select(0, (of_row - first).to(device))
-            own = (x[rows].to(device) for x in (seeds, places, temperatures))
-            found.append(sample_tokens(logits, shard, *own))
-        tokens, logprobs = zip(*found, strict=True)
-        return torch.cat(tokens), torch.cat(logprobs)
+            own = [x[rows].to(device) for x in (seeds, places, temperatures)]
+            if truncation is None:
+                found.append((*sample_tokens(logits, shard, *own), None))
+            else:
+                found.append(sample_truncated(logits, shard, *own, truncation=truncation))
+        tokens, logprobs, supports = zip(*found, strict=True)
+        support = None if truncation is None else torch.cat(supports)
+        return torch.cat(tokens), torch.cat(logprobs), support
 
     def update(self, microbatches: Sequence[MicroBatch], loss: Loss) -> UpdateResult:
         """One optimizer step on a mini-batch whose weights are shares of the global loss."""
@@ -143,7 +151,9 @@ class Policy(TrainedModel):
 
     def _head(self, hidden: Tensor, own: LossTokens) -> Head:
         rows = self.head_input(hidden, own.at)
-        return Head(hidden=rows, head_weight=self.head_weight, shard=self._shard())
+        return Head(
+            hidden=rows, head_weight=self.head_weight, shard=self._shard(), support=own.support
+        )
 
     def _trained_head(self, hidden: Tensor, own: LossTokens, loss_scale: float) -> Head:
         head, buffer = self._head(hidden, own), MainGrad(self.head_weight)

@@ -76,10 +76,13 @@ class RolloutConfig(Settings):
     vLLM refuses it, or silently takes the lower one."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Must be 1: the trainer does not reproduce a truncated distribution."""
+    """Draw every token from the fewest most probable ones of the top_k that are as probable
+    together; 1: from all of these. Below 1 it needs a top_k."""
 
-    top_k: int = -1
-    """Must be -1 (off), for the same reason."""
+    top_k: int = Field(default=-1, ge=-1, le=2**20)
+    """Draw every token from so many most probable ones; -1: from the whole vocabulary. The trainer
+    then scores it under the softmax over just the tokens that it was drawn from, for which the host
+    keeps 4 bytes for each of them."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1, le=2**16)
     """Ranks of one vLLM engine, which must divide its heads; more ranks make more engines, each
@@ -118,6 +121,11 @@ class RolloutConfig(Settings):
     """Largest |policy - engine| log-prob of a sampled token in the start-up probe; more stops the
     run, since then the engine samples from other weights. 0: 1e-3 for float32, 0.1 for float16, 0.5
     for bfloat16."""
+
+    @property
+    def is_truncated(self) -> bool:
+        """True where tokens are drawn from a part of the vocabulary."""
+        return self.top_k > 0
 
 
 def with_rounds_of_preset(recipe: Mapping[str, Any]) -> dict[str, Any]:

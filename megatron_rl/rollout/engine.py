@@ -21,6 +21,8 @@ class Request:
     temperature: float  # 0 is greedy
     max_tokens: int
     seed: int
+    top_k: int = -1  # both as of the draw, and the same in all requests of a call
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +34,7 @@ class Response:
     logprobs: Tensor  # [R] float32 nats at the sampling temperature
     finish_reason: Literal["stop", "length"]
     experts: Tensor | None = None  # [P + R - 1, L, K], where the engine was asked for them
+    support: Tensor | None = None  # [R, K] int32 as of a rollout, where top_k is not -1
 
 
 class Engine(Protocol):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.rollout.config import LEAST_TEMPERATURE, RolloutConfig
 from megatron_rl.weights.config import WeightSyncConfig
@@ -42,22 +43,29 @@ def engine_problems_of(
 
 
 def sampling_problems(
-    rollout: RolloutConfig, evaluation_temperature: float, *, is_supervised: bool
+    rollout: RolloutConfig, evaluation: EvaluationConfig, *, is_supervised: bool
 ) -> Iterator[ConfigError]:
     """Distributions that the engine or the trainer does not have."""
-    for field, neutral in (("top_p", 1.0), ("top_k", -1)):
-        if getattr(rollout, field) != neutral:
-            yield ConfigError(
-                f"rollout.{field}",
-                getattr(rollout, field),
-                "the trainer scores the whole distribution, so a truncated one would make every "
-                "ratio wrong",
-                f"Set rollout.{field}={neutral}",
-            )
-    if 0 < evaluation_temperature < LEAST_TEMPERATURE:
+    yield from _truncation_problems("rollout", rollout.top_k, rollout.top_p)
+    yield from _truncation_problems("evaluation", evaluation.top_k, evaluation.top_p)
+    if evaluation.temperature == 0 and evaluation.top_k > 0:
+        yield ConfigError(
+            "evaluation.top_k",
+            evaluation.top_k,
+            "has no effect at temperature 0, which takes the most probable token",
+            "Set evaluation.top_k=-1 evaluation.top_p=1, or set evaluation.temperature=1",
+        )
+    if is_supervised and rollout.top_k > 0:
+        yield ConfigError(
+            "rollout.top_k",
+            rollout.top_k,
+            "nothing is sampled",
+            "Set rollout.top_k=-1 rollout.top_p=1",
+        )
+    if 0 < evaluation.temperature < LEAST_TEMPERATURE:
         yield ConfigError(
             "evaluation.temperature",
-            evaluation_temperature,
+            evaluation.temperature,
             f"vLLM would sample at {LEAST_TEMPERATURE}",
             "Set evaluation.temperature=0 for greedy sampling, or set "
             f"evaluation.temperature={LEAST_TEMPERATURE}, or more",
@@ -69,6 +77,23 @@ def sampling_problems(
             "nothing is sampled, and log-probs at another temperature than 1 would "
             "train another model than the one that is used",
             "Set rollout.temperature=1",
+        )
+
+
+def _truncation_problems(section: str, top_k: int, top_p: float) -> Iterator[ConfigError]:
+    if top_k == 0:
+        yield ConfigError(
+            f"{section}.top_k",
+            top_k,
+            "tokens are drawn from none",
+            f"Set {section}.top_k=-1 for the whole vocabulary, or to 1 or more",
+        )
+    elif top_p < 1 and top_k < 0:
+        yield ConfigError(
+            f"{section}.top_p",
+            top_p,
+            "needs a top_k, which bounds what is kept of every token that it was drawn from",
+            f"Set {section}.top_k=100, or set {section}.top_p=1",
         )
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.ops.truncated import Truncation
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.engine import Request, Response
@@ -33,7 +34,8 @@ class _Lane:
     row: "Row | None" = None  # that is on its way through the chunks
     asked: range = range(0)  # the slots that get a token from it
     repeats: Tensor | None = None  # [n] int64: the entry of row.at that each of them has
-    drawn: Tensor | None = None  # [n, 2] float64 tokens and log-probs, on the last stage
+    drawn: Tensor | None = None  # [n, 2 + K] float64 tokens, log-probs and support, on the last
+    # stage
 
 
 class MegatronEngine:
@@ -62,6 +64,7 @@ class MegatronEngine:
         self._most_tokens = int(cache_bytes // token_bytes)  # of all slots together
         self._decoder = policy.decoder()
         self._shares_experts = groups.layout.ep > 1
+        self._truncation: Truncation | None = None  # of the requests at hand
 
     def generate(
         self,
@@ -71,6 +74,7 @@ class MegatronEngine:
     ) -> None:
         """Sample all requests; on_finished runs as each is done, while others go on."""
         self._policy.residence.bring_weights()
+        self._truncation = truncation_of(requests)
         queue = deque(requests)
         lanes = self._lanes(requests)
         with self._decoder.running():
@@ -118,12 +122,12 @@ class MegatronEngine:
         ]
         longest = max((total for total, _ in limits), default=1)
         longest_response = max((response for _, response in limits), default=1)
-        num_lanes = self._groups.layout.pp
+        num_lanes, top_k = self._groups.layout.pp, self._most_to_choose_from
         in_all = min(self._max_num_seqs, len(requests), self._most_tokens // longest)
         each = max(1, -(-in_all // num_lanes))
         return [
             _Lane(
-                Slots(each, longest_response, longest, self._stop_ids),
+                Slots(each, longest_response, longest, self._stop_ids, top_k=top_k),
                 self._policy.key_value_cache(each, longest),
             )
             for _ in range(num_lanes)
@@ -141,7 +145,9 @@ class MegatronEngine:
         lane.asked = range(0)
         if drawn is None:
             return
-        responses, moves = lane.slots.take(asked, drawn[:, 0].long(), drawn[:, 1].float())
+        support = drawn[:, 2:].int()
+        tokens, logprobs = drawn[:, 0].long(), drawn[:, 1].float()
+        responses, moves = lane.slots.take(asked, tokens, logprobs, support)
         if moves is not None:
             device = self._groups.platform.current_device()
             places = (moves.sources.to(device), moves.targets.to(device))
@@ -150,12 +156,13 @@ class MegatronEngine:
             on_finished(response)
 
     def _drawn_in(self, lane: _Lane) -> Tensor | None:
-        """[n, 2] float64 tokens and log-probs of the lane's last row; None: it had none."""
+        """[n, 2 + K] float64 of the lane's last row, as in a lane; None: it had none."""
         if not lane.asked:
             return None
         if self._groups.is_last_stage:
             return lane.drawn
-        drawn = torch.empty(len(lane.asked), 2, dtype=torch.float64)
+        width = 2 + self._most_to_choose_from
+        drawn = torch.empty(len(lane.asked), width, dtype=torch.float64)
         dist.recv(drawn, self._last_stage, group=self._groups.world)
         return drawn
 
@@ -180,10 +187,11 @@ class MegatronEngine:
         hidden = self._decoder.run(chunk, lane.row)
         if hidden is None or not lane.asked:
             return
-        tokens, logprobs = self._policy.sample(
-            hidden, lane.repeats, *lane.slots.noise_of(lane.asked)
+        tokens, logprobs, support = self._policy.sample(
+            hidden, lane.repeats, *lane.slots.noise_of(lane.asked), self._truncation
         )
-        lane.drawn = torch.stack([tokens.double(), logprobs.double()], dim=1).cpu()
+        drawn = torch.stack([tokens.double(), logprobs.double()], dim=1)
+        lane.drawn = (drawn if support is None else torch.cat([drawn, support], dim=1)).cpu()
         layout, rank = self._groups.layout, self._groups.rank
         for pp_rank in range(layout.pp - 1):
             target = rank % layout.stage_size + pp_rank * layout.stage_size
@@ -191,6 +199,19 @@ class MegatronEngine:
             self._decoder.sent(work, lane.drawn)
 
     @property
+    def _most_to_choose_from(self) -> int:
+        return 0 if self._truncation is None else self._truncation.top_k
+
+    @property
     def _last_stage(self) -> int:
         layout = self._groups.layout
         return self._groups.rank % layout.stage_size + (layout.pp - 1) * layout.stage_size
+
+
+def truncation_of(requests: Sequence[Request]) -> Truncation | None:
+    """What the requests of a call have in common; None: they draw from the whole vocabulary."""
+    found = {(request.top_k, request.top_p) for request in requests}
+    if len(found) > 1:
+        raise ValueError(f"requests of one call differ in (top_k, top_p): {sorted(found)}")
+    top_k, top_p = found.pop() if found else (-1, 1.0)
+    return Truncation(top_k, top_p) if top_k > 0 else None

@@ -75,13 +75,16 @@ class ReplayedRollouts(WithoutEngine):
         rounds: RoundsPlan | None = None,
         more: Callable[[int], list[Prompt]] = no_prompts,
         with_experts: bool = False,
+        with_support: bool = False,
     ) -> None:
         """Args:
         source: a run's directory with recorded rollouts.
         rounds: the rule of the run's rounds, where there are any.
         more: takes so many further prompts of the run.
         with_experts: the recorded choice of experts is trained by, too.
+        with_support: the recorded responses were drawn with top-k, and are scored so.
         """
+        self._with_support = with_support
         self._with_experts = with_experts
         self._folder, self._groups, self._meter = source / FOLDER, groups, meter
         self._reward_parts, self._rounds, self._more = tuple(reward_parts), rounds, more
@@ -100,6 +103,7 @@ class ReplayedRollouts(WithoutEngine):
                 "the run that recorded them"
             )
         self._check_experts(groups, iteration)
+        self._check_support(groups, iteration)
         return [
             group if self._with_experts else _without_experts(group) for group in self._own(groups)
         ]
@@ -111,6 +115,19 @@ class ReplayedRollouts(WithoutEngine):
                 f"{_directory(self._folder, iteration)}: its rollouts do not say which experts the "
                 "engine chose. Set rollout.routing_replay=false, or record them with it"
             )
+
+    def _check_support(self, groups: Sequence[RolloutGroup], iteration: int) -> None:
+        """Scored under another distribution than they were drawn from, they would teach wrongly."""
+        told = {rollout.support is not None for group in groups for rollout in group.rollouts}
+        if told <= {self._with_support}:
+            return
+        drawn, way_out = "a part of the vocabulary", "as the run had them that recorded them"
+        if self._with_support:
+            drawn, way_out = "the whole vocabulary", "to -1 and 1"
+        raise InputError(
+            f"{_directory(self._folder, iteration)}: its rollouts were drawn from {drawn}. Set "
+            f"rollout.top_k and rollout.top_p {way_out}"
+        )
 
     def count(self, groups: Sequence[RolloutGroup]) -> None:
         self._meter.count(groups, self._reward_parts)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_rl.errors import ConfigError
+from megatron_rl.evaluation.config import EvaluationConfig
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.parallel.refusals import split_problems
 from megatron_rl.platforms.base import Platform
@@ -58,6 +59,33 @@ def device_problems(
             rollout.kv_cache_mib,
             f"the {'machine' if is_cpu else 'GPU'} has {total >> 20} MiB of memory",
             "Set rollout.kv_cache_mib=null, or lower it",
+        )
+
+
+def evaluation_problems(
+    rollout: RolloutConfig, evaluation: EvaluationConfig, platform: Platform
+) -> Iterator[ConfigError]:
+    """vLLM on a GPU tells what tokens are drawn from of all requests or of none, and never of all
+    the vocabulary; of an engine of its own, so that the policy as the engine has no such bounds.
+    """
+    is_asked = bool(evaluation.benchmarks) and rollout.is_truncated
+    if not is_asked or rollout.engine == "megatron" or platform.device_type == "cpu":
+        return
+    way_out = "set rollout.top_k=-1 rollout.top_p=1 or set rollout.engine=megatron"
+    rule = "vLLM on a GPU, asked for the tokens that rollout.top_k leaves, samples"
+    if evaluation.temperature == 0:
+        yield ConfigError(
+            "evaluation.temperature",
+            evaluation.temperature,
+            f"{rule} nothing greedily",
+            f"Set evaluation.temperature=1, {way_out}",
+        )
+    elif evaluation.top_k < 0:
+        yield ConfigError(
+            "evaluation.top_k",
+            evaluation.top_k,
+            f"{rule} from no whole vocabulary",
+            f"Set evaluation.top_k={rollout.top_k}, {way_out}",
         )
 
 

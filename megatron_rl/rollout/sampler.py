@@ -134,6 +134,7 @@ class Sampler:
                 policy_version=policy_version,
                 text=text,
                 experts=response.experts,
+                support=response.support,
             )
             grader.submit(
                 response.key,
@@ -206,5 +207,7 @@ class Sampler:
             prompt_tokens=tuple(prompt.tokens.tolist()),
             temperature=draw.temperature,
             max_tokens=draw.max_response_tokens,
+            top_k=draw.top_k,
+            top_p=draw.top_p,
             seed=request_seed(self._run_seed, draw.purpose, iteration, prompt.group_id, index),
         )

@@ -39,9 +39,15 @@ class Slots:
     """The state of every response on the way, in tensors on the host."""
 
     def __init__(
-        self, num_slots: int, longest_response: int, longest: int, stop_ids: Sequence[int]
+        self,
+        num_slots: int,
+        longest_response: int,
+        longest: int,
+        stop_ids: Sequence[int],
+        *,
+        top_k: int = 0,
     ) -> None:
-        """longest: most tokens of a prompt and its response."""
+        """longest: most tokens of a prompt and its response. top_k: most that one is drawn from."""
         self.num_slots, self.longest = num_slots, longest
         self.in_use = 0
         self._stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64)
@@ -53,6 +59,7 @@ class Slots:
         self._temperatures = torch.zeros(num_slots, dtype=torch.float64)
         self._tokens = torch.zeros(num_slots, longest_response, dtype=torch.int64)
         self._logprobs = torch.zeros(num_slots, longest_response, dtype=torch.float32)
+        self._support = torch.zeros(num_slots, longest_response, top_k, dtype=torch.int32)
 
     def admit(self, queue: deque[Request]) -> Admitted | None:
         """Take requests from the queue into free slots; None where it is not the time to."""
@@ -99,13 +106,17 @@ class Slots:
         return self._seeds[part], self._drawn[part], self._temperatures[part]
 
     def take(
-        self, slots: range, tokens: Tensor, logprobs: Tensor
+        self, slots: range, tokens: Tensor, logprobs: Tensor, support: Tensor | None = None
     ) -> tuple[list[Response], Moves | None]:
-        """Add a token [n] and its log-prob to these slots; what is done by it leaves."""
+        """Add a token [n], its log-prob and what it was drawn from [n, top_k] to these slots; what
+        is done by it leaves.
+        """
         part = slice(slots.start, slots.stop)
         rows, at = torch.arange(slots.start, slots.stop), self._drawn[part]
         self._tokens[rows, at] = tokens
         self._logprobs[rows, at] = logprobs
+        if support is not None:
+            self._support[rows, at] = support
         self._drawn[part] += 1
         has_stopped = torch.isin(tokens, self._stop_ids)
         is_done = has_stopped | (self._drawn[part] >= self._limits[part])
@@ -124,6 +135,7 @@ class Slots:
             key=self._requests[slot].key,
             tokens=self._tokens[slot, :length].clone(),
             logprobs=self._logprobs[slot, :length].clone(),
+            support=trimmed(self._support[slot, :length]) if self._support.size(2) else None,
             finish_reason="stop" if has_stopped else "length",
         )
 
@@ -142,6 +154,7 @@ class Slots:
             self._temperatures,
             self._tokens,
             self._logprobs,
+            self._support,
         ):
             state[targets] = state[sources]
         for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
@@ -152,3 +165,9 @@ class Slots:
             return None
         lengths = self._prompt_lengths[targets] + self._drawn[targets]
         return Moves(sources=sources, targets=targets, num_tokens=int(lengths.max()))
+
+
+def trimmed(support: Tensor) -> Tensor:
+    """[R, K] a copy as wide as its widest row, whose ids stand before all -1."""
+    widest = int((support >= 0).sum(dim=1).max()) if len(support) else 0
+    return support[:, :widest].clone()

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_rl.rollout.kv_cache import LEAST_MIB
 from megatron_rl.rollout.shared_memory import private_shared_memory
 from megatron_rl.rollout.vllm_routing import RoutedRequests, narrowest
 from megatron_rl.rollout.vllm_silence import quiet_binding
+from megatron_rl.rollout.vllm_support import SupportOfRequests, padded
 from megatron_rl.rollout.vllm_weights import VllmWeights
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.layouts import engine_pieces, float32_names
@@ -30,7 +32,6 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about weights, which we verify ourselves
 }
-RETURN_ROUTING = {"enable_return_routed_experts": True}
 
 
 def require_vllm() -> None:
@@ -82,8 +83,7 @@ class VllmEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,  # no bars of shards and of CUDA graphs
         }
-        if config.routing_replay:
-            settings |= {"enable_prefix_caching": False} if is_cpu else RETURN_ROUTING
+        settings |= _asked_to_tell(config, is_cpu=is_cpu)
         if is_cpu:
             # vLLM 0.32 cannot rewind a CPU generator when chunked prefill splits a seeded prompt.
             settings["enable_chunked_prefill"] = False
@@ -111,6 +111,9 @@ class VllmEngine:
         pieces = engine_pieces(arch, engines, engines.tp_rank_of(groups.rank))
         model = worker.model_runner.get_model()
         self.weights = VllmWeights(model, self._llm, pieces, dtype, float32_names(arch))
+        self._support = (
+            SupportOfRequests(worker.model_runner) if is_cpu and config.is_truncated else None
+        )
         self._mixture = arch.mixture if config.routing_replay else None
         self._mixtures = [layer for layer in range(arch.num_layers) if arch.has_experts(layer)]
         self._routed = None
@@ -139,6 +142,8 @@ class VllmEngine:
                     {"prompt_token_ids": list(request.prompt_tokens)},
                     SamplingParams(
                         temperature=request.temperature,
+                        top_k=request.top_k,
+                        top_p=request.top_p,
                         max_tokens=request.max_tokens,
                         seed=request.seed,
                         logprobs=0,  # the log-prob of the sampled token, and no others
@@ -152,12 +157,15 @@ class VllmEngine:
                     if output.finished:
                         key = key_of.pop(output.request_id)
                         completion = output.outputs[0]
+                        response = _response(key, completion)
                         experts = self._experts_of(output.request_id, completion)
-                        on_finished(_response(key, completion, experts))
+                        support = self._support_of(output.request_id, completion)
+                        on_finished(replace(response, experts=experts, support=support))
                 if not between_steps():
                     engine.abort_request(list(key_of))
-                    if self._routed is not None:
-                        self._routed.forget()
+                    for kept in (self._routed, self._support):
+                        if kept is not None:
+                            kept.forget()
                     return
 
     def _experts_of(self, request_id: str, completion: Any) -> torch.Tensor | None:
@@ -168,6 +176,14 @@ class VllmEngine:
             return None
         told = torch.from_numpy(completion.routed_experts[:, self._mixtures].astype("int16"))
         return told.to(narrowest(self._mixture.num_experts))
+
+    def _support_of(self, request_id: str, completion: Any) -> torch.Tensor | None:
+        """What a request's tokens were drawn from; None where that is the whole vocabulary."""
+        if self._support is not None:
+            return self._support.take(request_id)
+        if completion.sampling_mask is None:
+            return None
+        return padded(completion.sampling_mask.token_ids)
 
     def sleep(self, *, keeps_weights: bool = False) -> None:
         if self.is_awake and self._platform.device_type == "cuda":
@@ -192,7 +208,18 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _response(key: tuple[int, int], completion: Any, experts: torch.Tensor | None) -> Response:
+def _asked_to_tell(config: RolloutConfig, *, is_cpu: bool) -> dict[str, bool]:
+    """What vLLM is to tell besides log-probs; on a CPU our hooks ask its parts instead."""
+    if is_cpu:
+        return {"enable_prefix_caching": False} if config.routing_replay else {}
+    asked = {
+        "enable_return_routed_experts": config.routing_replay,
+        "return_sampling_mask": config.is_truncated,
+    }
+    return {name: True for name, wanted in asked.items() if wanted}
+
+
+def _response(key: tuple[int, int], completion: Any) -> Response:
     if completion.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"request {key} ended with {completion.finish_reason!r}")
     logprobs = [next(iter(step.values())).logprob for step in completion.logprobs]
@@ -201,5 +228,4 @@ def _response(key: tuple[int, int], completion: Any, experts: torch.Tensor | Non
         tokens=torch.tensor(list(completion.token_ids), dtype=torch.int64),
         logprobs=torch.tensor(logprobs, dtype=torch.float32),
         finish_reason=completion.finish_reason,
-        experts=experts,
     )

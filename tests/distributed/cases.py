@@ -14,12 +14,13 @@ from tiny_models import (
     MAX_RESPONSE_TOKENS,
     RANKED_REWARDS,
     ROUNDS_REWARDS,
+    VOCAB_SIZE,
     gold_groups,
     graded_groups,
     write_model,
 )
 
-from megatron_rl.types import RolloutGroup
+from megatron_rl.types import Rollout, RolloutGroup
 
 TEMPERATURE = 0.8
 ONE_ROW, FEW_ROWS, MANY_ROWS = 10_000, 150, 36  # tokens of a packed row; a sequence has up to 33
@@ -139,6 +140,8 @@ def _cases_at_many(layout: Layout) -> Iterator[Case]:
     yield Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
     of_responses = Recipe(preset="grpo", correction=CORRECTIONS[3], kl_coef=0.1)
     yield Case(question=Question(recipe=of_responses, has_old=False), row_tokens=MANY_ROWS)
+    truncated = Question(recipe=EVERY_TERM, groups="truncated")
+    yield Case(question=truncated, row_tokens=MANY_ROWS, owners="backwards")
     if not layout.has_every_preset:
         return
     for row_tokens in (ONE_ROW, MANY_ROWS):
@@ -165,6 +168,8 @@ def _cases_at_many(layout: Layout) -> Iterator[Case]:
     yield Case(
         question=question_of("raft", loss_aggregation="token_mean", normalize_over="collected")
     )
+    for preset in ("raft", "gspo", "ppo"):
+        yield Case(question=Question(recipe=Recipe(preset=preset), groups="truncated"))
     for preset in ("raft_pp", "reinforce_rej"):  # the same with rejected samples run along
         yield Case(question=question_of(preset), train_on_everything=True, row_tokens=MANY_ROWS)
     for owners in ("first rank", "last rank"):
@@ -247,7 +252,9 @@ def write_problem(model: str, folder: Path) -> Path:
     ranked = with_other_ids(graded_groups(RANKED_REWARDS, seed=3), 2000)
     drawn = with_other_ids(graded_groups(ROUNDS_REWARDS, seed=4), 3000)
     chosen = with_experts(graded_groups(seed=6), reference) if model == ROUTED else []
-    logprobs, entropies, routed = reference.run([*graded, *gold, *ranked, *drawn, *chosen])
+    truncated = with_support(graded_groups(seed=9))
+    every = [*graded, *gold, *ranked, *drawn, *chosen, *truncated]
+    logprobs, entropies, routed = reference.run(every)
     generator = torch.Generator().manual_seed(5)
     old, ref, rollout = ({k: _near(v, generator) for k, v in logprobs.items()} for _ in range(3))
     rollout = {key: value.float() for key, value in rollout.items()}  # what an engine returns
@@ -261,6 +268,7 @@ def write_problem(model: str, folder: Path) -> Path:
         "ranked": [_with_rollout(group, rollout) for group in ranked],
         "routed": [_with_rollout(group, rollout) for group in chosen],
         "rounds": [_with_rollout(group, rollout) for group in drawn],
+        "truncated": [_with_rollout(group, rollout) for group in truncated],
         "lonely": [_with_rollout(group, rollout) for group in graded if len(group.rollouts) == 1][
             :1
         ],
@@ -337,6 +345,26 @@ def with_experts(groups: Sequence[RolloutGroup], reference: Reference) -> list[R
             for group in groups
         ],
         4000,
+    )
+
+
+def with_support(groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups as if each token had been drawn from itself and up to seven others."""
+    generator = torch.Generator().manual_seed(10)
+
+    def support_of(token: int) -> torch.Tensor:
+        others = torch.randperm(VOCAB_SIZE, generator=generator, dtype=torch.int32)
+        count = int(torch.randint(8, (), generator=generator))
+        ids = torch.cat([others[others != token][:count], torch.tensor([token]).int()])
+        return ids[torch.randperm(len(ids), generator=generator)]
+
+    def supported(rollout: Rollout) -> Rollout:
+        ids = [support_of(token) for token in rollout.response_tokens.tolist()]
+        support = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+        return replace(rollout, support=support)
+
+    return with_other_ids(
+        [replace(group, rollouts=tuple(map(supported, group.rollouts))) for group in groups], 5000
     )
 
 

@@ -233,6 +233,24 @@ def routed(run: Run) -> dict[str, Any]:
     }
 
 
+def truncated(run: Run) -> dict[str, Any]:
+    """What tokens were drawn from, and how far off a policy is that scores them among all."""
+    groups = sample(run, run.prompts.next_batch(), 51)
+    rows = rows_of(run, groups)
+    whole = [replace(row, loss=replace(row.loss, support=None)) for row in rows]
+    sizes, holds = [], True
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        sizes += (rollout.support >= 0).sum(1).tolist()
+        holds &= bool((rollout.support == rollout.response_tokens[:, None]).any(1).all())
+    found = everywhere({"sizes": sizes, "holds": holds})
+    return {
+        "sizes": [size for part in found for size in part["sizes"]],
+        "holds": all(part["holds"] for part in found),
+        "gap": gap(run, rows)[0],
+        "gap among all": gap(run, whole)[0],
+    }
+
+
 def spread(run: Run) -> dict[str, Any]:
     """Which prompts the engines are asked for, and on which rank groups end up."""
     prompts = run.prompts.next_batch()
@@ -298,6 +316,7 @@ EXTRAS: dict[str, Callable[[Run], Any]] = {
         equal_ranks,
         broken_off,
         routed,
+        truncated,
         spread,
         policy_as_engine,
     )

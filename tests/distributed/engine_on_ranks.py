@@ -54,6 +54,7 @@ def config_of(
     *,
     dtype: str = "float32",
     routing_replay: bool = False,
+    top_k: int = -1,
 ) -> RunConfig:
     return RunConfig.model_validate(
         {
@@ -65,6 +66,8 @@ def config_of(
                 "group_size": 4,
                 "max_response_tokens": RESPONSE_TOKENS,
                 "temperature": TEMPERATURE,
+                "top_k": top_k,
+                "top_p": 0.95 if top_k > 0 else 1.0,
                 "tensor_model_parallel_size": rollout_tp,
                 "kv_cache_mib": 64,
                 "routing_replay": routing_replay,
@@ -157,6 +160,8 @@ def sample(
         group_size=run.config.rollout.group_size,
         temperature=TEMPERATURE,
         max_response_tokens=RESPONSE_TOKENS,
+        top_k=run.config.rollout.top_k,
+        top_p=run.config.rollout.top_p,
     )
     return run.rollouts.sampler.generate(
         prompts,

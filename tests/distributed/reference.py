@@ -248,10 +248,14 @@ class Reference:
                 self._routed, self._told = [], rollout.experts
                 logits = self.model(torch.cat([prompt, response])[None]).logits[0]
                 logits = logits[len(prompt) - 1 : -1] / self.temperature
-                log_p = logits - logits.logsumexp(-1, keepdim=True)
                 key = (group.prompt.group_id, index)
-                logprobs[key] = log_p[torch.arange(len(response)), response]
-                entropies[key] = -(log_p.exp() * log_p).sum(-1)
+                everything = torch.arange(logits.size(1)).expand(len(response), -1)
+                supports = everything if rollout.support is None else rollout.support
+                scored = [
+                    _scored(of_token[ids[ids >= 0]], (ids[ids >= 0] == token).nonzero().item())
+                    for of_token, token, ids in zip(logits, response, supports, strict=True)
+                ]
+                logprobs[key], entropies[key] = map(torch.stack, zip(*scored, strict=True))
                 routed[key] = self._routed
         return logprobs, entropies, routed
 
@@ -294,6 +298,12 @@ class Reference:
             z=z.item(),
             chosen=chosen_experts(routed) if routed and routed[0] else None,
         )
+
+
+def _scored(logits: Tensor, drawn: int) -> tuple[Tensor, Tensor]:
+    """(log-prob of the drawn one, entropy) of a softmax over just these logits."""
+    log_p = logits - logits.logsumexp(-1)
+    return log_p[drawn], -(log_p.exp() * log_p).sum()
 
 
 @dataclass(frozen=True, kw_only=True)

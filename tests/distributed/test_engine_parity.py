@@ -32,6 +32,7 @@ class Case:
     ep: int = 1
     first: int | None = None  # layers of the first of two stages, which share four
     ranks_per_node: int | None = None  # None: all on one
+    top_k: int = -1  # tokens are drawn from so many, and of those from a part
     replays: bool = False  # the policy routes by the engine's choice of experts
     extras: tuple[str, ...] = ()
     is_exhaustive: bool = False  # what it shows, others show as well
@@ -45,6 +46,7 @@ class Case:
         cut = f"-cp{self.cp}" if self.cp > 1 else ""
         cut += f"-ep{self.ep}" if self.ep > 1 else ""
         cut += f"-first{self.first}" if self.first else ""
+        cut += f"-top{self.top_k}" if self.top_k > 0 else ""
         return f"{self.model}-tp{self.tp}-pp{self.pp}{cut}-to-tp{self.rollout_tp}"
 
     @property
@@ -127,6 +129,7 @@ CASES = (
     ),
     Case(model="qwen2_tied", tp=1, pp=1, cp=2, rollout_tp=1),
     Case(model="llama", tp=2, pp=1, rollout_tp=2),
+    Case(model="llama", tp=2, pp=1, rollout_tp=2, top_k=40, extras=("truncated",)),
     Case(model="llama3_rope", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
     Case(model="qwen2_yarn", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
     Case(model="mistral", tp=1, pp=2, first=1, rollout_tp=1),
@@ -341,6 +344,17 @@ def test_the_engine_tells_of_every_input_which_experts_it_chose(case, measured):
     assert found["gap of the token before"] > 10 * MOVED_BOUND
 
 
+@having("truncated")
+def test_a_token_is_scored_among_those_that_it_was_drawn_from(case, measured):
+    """The same gap as where all tokens may be drawn; the engine tells of each what was left."""
+    found = measured(case)["truncated"]
+    assert found["holds"]
+    assert len(found["sizes"]) > 100
+    assert 1 <= min(found["sizes"]) < max(found["sizes"]) <= case.top_k
+    assert found["gap"] < GAP_BOUND
+    assert found["gap among all"] > 0.1
+
+
 @having("spread")
 def test_each_prompt_is_sampled_by_one_engine_and_ends_on_one_rank(case, measured):
     found = measured(case)["spread"]
@@ -368,6 +382,7 @@ def on_ranks(case: Case, directory: Path, out: Path) -> None:
         case.rollout_tp,
         case.parallel,
         routing_replay=case.replays,
+        top_k=case.top_k,
     )
     run, build_left_rng = build(config)
     found = {"build_left_rng": build_left_rng, **measure(run)}

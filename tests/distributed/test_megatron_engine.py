@@ -40,7 +40,8 @@ CASES = [
 MISTAKES = ("position_shifted", "slots_not_moved", "first_slot_for_all", "noise_of_slots")
 STOPS = (1, 17, 40)
 NUM_SLOTS, MAX_TOKENS = 7, 20
-TEMPERATURES = {"sampled": 0.7, "greedy": 0.0}
+TEMPERATURES = {"sampled": 0.7, "greedy": 0.0, "truncated": 0.7}
+TOP_K, TOP_P = 6, 0.8  # of what is truncated
 BOUND = 2e-5  # of log-probs near -5 in float32
 NOTICED = 1e-2
 
@@ -133,9 +134,11 @@ def requests_of(kind: str) -> list[Any]:
             temperature=TEMPERATURES[kind],
             max_tokens=MAX_TOKENS - index,
             seed=2**61 + 1000 * number + index,
+            top_k=TOP_K if kind == "truncated" else -1,
+            top_p=TOP_P if kind == "truncated" else 1.0,
         )
         for number, prompt in enumerate(prompts())
-        for index in range(4 if kind == "sampled" else 1)
+        for index in range(1 if kind == "greedy" else 4)
     ]
 
 
@@ -150,6 +153,7 @@ def responses_of(engine: Any, groups: Any, kind: str) -> dict[str, Any]:
             response.tokens.tolist(),
             response.logprobs.tolist(),
             response.finish_reason,
+            None if response.support is None else response.support.tolist(),
         ]
 
     engine.generate(share, on_finished, lambda: True)
@@ -215,13 +219,29 @@ def error_of(folder: Path, model: str, answers: dict[str, Any], kind: str) -> fl
         experts_implementation="eager",
     )
     largest = 0.0
-    for key, (tokens, logprobs, _) in answers.items():
+    for key, (tokens, logprobs, _, support) in answers.items():
         prompt = prompts()[json.loads(key)[0]]
         logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         whole = (logits / (TEMPERATURES[kind] or 1.0)).log_softmax(1)
+        assert (support is not None) == (kind == "truncated")
+        if support is not None:
+            whole = truncated(whole, support)
         own = whole.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         largest = max(largest, float((own - torch.tensor(logprobs)).abs().max()))
     return largest
+
+
+def truncated(whole: torch.Tensor, support: list[list[int]]) -> torch.Tensor:
+    """[R, V] log-probs [R, V] by top-k and top-p; what is left must be what the engine told."""
+    found = torch.full_like(whole, -torch.inf)
+    for place, row in enumerate(whole):
+        ids = row.topk(TOP_K).indices
+        probs = row[ids].softmax(0)
+        while len(ids) > 1 and float(probs[: len(ids) - 1].sum()) >= TOP_P:
+            ids = ids[:-1]
+        assert [token for token in support[place] if token >= 0] == ids.tolist()
+        found[place, ids] = row[ids].log_softmax(0)
+    return found
 
 
 @pytest.mark.parametrize("kind", TEMPERATURES)
@@ -229,8 +249,8 @@ def error_of(folder: Path, model: str, answers: dict[str, Any], kind: str) -> fl
 def test_responses_are_the_same_at_every_layout(found, layout, model, kind):
     answers, expected = found[f"{layout}: {model}: {kind}"], found[f"one rank: {model}: {kind}"]
     assert sorted(answers) == sorted(expected)
-    for key, (tokens, logprobs, reason) in answers.items():
-        assert (tokens, reason) == (expected[key][0], expected[key][2]), key
+    for key, (tokens, logprobs, *rest) in answers.items():
+        assert (tokens, rest) == (expected[key][0], expected[key][2:]), key
         torch.testing.assert_close(logprobs, expected[key][1], atol=BOUND, rtol=0)
 
 
@@ -266,7 +286,7 @@ def test_what_is_asked_for_ends_as_asked(found):
     """Some stop, and what does not is as long as it may be."""
     answers = found["one rank: qwen2: sampled"]
     reasons = set()
-    for key, (tokens, _, reason) in answers.items():
+    for key, (tokens, _, reason, _) in answers.items():
         number, index = json.loads(key)
         most = min(MAX_TOKENS - index, 55 - len(prompts()[number]))
         reasons.add(reason)
@@ -274,7 +294,7 @@ def test_what_is_asked_for_ends_as_asked(found):
         assert (tokens[-1] in STOPS) == (reason == "stop")
         assert len(tokens) == most or reason == "stop"
     assert reasons == {"stop", "length"}
-    assert len({tuple(tokens) for tokens, _, _ in answers.values()}) == len(answers)
+    assert len({tuple(tokens) for tokens, *_ in answers.values()}) == len(answers)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

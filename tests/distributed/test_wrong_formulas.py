@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from cases import CORRECTIONS, TIGHT, Case, Question, question_of
+from cases import CORRECTIONS, EVERY_TERM, TIGHT, Case, Question, question_of
 from harness import run_on_ranks
 from splits import LAYOUTS
 
@@ -28,6 +28,7 @@ SAPO = question_of("sapo", tau_positive=2.0, tau_negative=3.0)
 TAUGHT = question_of("distillation", distillation_coef=0.3)
 ADA = question_of("reinforce_ada", eps_high=0.28)
 TAUGHT_TOO = question_of("grpo", distillation_coef=0.5, kl_coef=0.1)
+TRUNCATED = Question(recipe=EVERY_TERM, groups="truncated")
 
 
 def corrected(level: str, mode: str) -> Question:
@@ -68,6 +69,8 @@ QUESTIONS = {
     "a teacher without its coefficient": TAUGHT,
     "a teacher without the student": TAUGHT,
     "a teacher in the place of the reward": TAUGHT_TOO,
+    "a support that is forgotten": TRUNCATED,
+    "a support with a token more": TRUNCATED,
 }
 
 
@@ -110,7 +113,13 @@ Fault = Callable[[], AbstractContextManager[Any]]  # until it is left
 
 
 def wrong_formulas() -> dict[str, Fault]:
-    return {**wrong_objectives(), **wrong_rounds(), **wrong_corrections(), **wrong_teachers()}
+    return {
+        **wrong_objectives(),
+        **wrong_rounds(),
+        **wrong_corrections(),
+        **wrong_teachers(),
+        **wrong_supports(),
+    }
 
 
 def wrong_objectives() -> dict[str, Fault]:
@@ -275,6 +284,26 @@ def wrong_teachers() -> dict[str, Fault]:
         "a teacher in the place of the reward": teacher(
             lambda loss, coef: coef * (loss.ref_logprobs - loss.old_logprobs)
         ),
+    }
+
+
+def wrong_supports() -> dict[str, Fault]:
+    from megatron_rl.ops import linear_logprobs
+
+    right = linear_logprobs.keep_support
+
+    def support(wrong: Callable[[Any], Any]) -> Fault:
+        def kept(logits: Any, support: Any, shard: Any) -> Any:
+            return right(logits, wrong(support), shard)
+
+        return lambda: mock.patch.object(linear_logprobs, "keep_support", kept)
+
+    def with_another(support: Any) -> Any:
+        return torch.cat([support, (support[:, :1] + 1) % 90], dim=1)
+
+    return {
+        "a support that is forgotten": support(lambda support: None),
+        "a support with a token more": support(with_another),
     }
 
 

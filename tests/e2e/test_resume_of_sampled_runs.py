@@ -31,17 +31,20 @@ KINDS: dict[str, dict[str, Any]] = {
             "balanced_size": 2,
         },
         "critic": {"lr": 3e-3, "warmup_updates": 2},
-        # One response after the other, until one is right and one is wrong, and further prompts.
+        # One response after the other, until one is right and one is wrong, and further prompts;
+        # every token of a part of the vocabulary.
         "rollout": {
             "engine": "vllm",
             "group_size": 1,
+            "top_k": 12,
+            "top_p": 0.9,
             "rounds": {"max_responses": 4, "fill": True},
         },
         "parallel": {"tensor_model_parallel_size": 2},
     },
     "iterative_dpo": {
         "algorithm": {"preset": "iterative_dpo"},
-        "rollout": {"group_size": 4},  # of so small a model the policy
+        "rollout": {"group_size": 4, "top_k": 40, "top_p": 0.95},  # of so small a model the policy
     },
     # A mixture, routed as the engine routed.
     "distillation": {
@@ -214,6 +217,9 @@ def test_it_trained(runs):
         assert all(1 <= row["policy/load_balancing_loss"] < 4 for row in rows)
         assert all(row["policy/router_z_loss"] > 0 for row in rows)
     assert all(0 < row["policy/entropy_sampled"] < 5 for row in rows)
+    top_k = KINDS[kind]["rollout"].get("top_k")
+    sizes = [row.get("rollout/support_mean") for row in rows]
+    assert all(size is None if top_k is None else 1 < size < top_k for size in sizes)
 
 
 def test_rounds_draw_until_a_batch_is_full(runs):

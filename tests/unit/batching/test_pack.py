@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from megatron_rl.batching.pack import pack
@@ -213,3 +214,30 @@ def test_a_part_of_a_row_has_the_experts_of_its_own_tokens():
         for rank in range(2)
     ]
     assert [part.experts.tolist() for part in parts] == [[EXPERTS[0], NONE], EXPERTS[1:]]
+
+
+def test_what_tokens_were_drawn_from_stands_with_them_as_wide_as_the_widest():
+    wide = torch.tensor([[7, 1, 3], [2, -1, -1]], dtype=torch.int32)
+    row = packed(
+        [
+            sample([5, 9], [7, 2], support=wide),
+            sample([3], [4], support=torch.tensor([[4]], dtype=torch.int32)),
+        ]
+    )
+    assert row.loss.targets.tolist() == [7, 2, 4]
+    assert row.loss.support.tolist() == [[7, 1, 3], [2, -1, -1], [4, -1, -1]]
+    assert row.loss[1:].support.tolist() == [[2, -1, -1], [4, -1, -1]]
+    assert packed([sample([3], [4])]).loss.support is None
+    with pytest.raises(ValueError, match="drawn from a part of the vocabulary, some not"):
+        packed([sample([3], [4]), sample([5, 9], [7, 2], support=wide)])
+
+
+def test_a_part_of_a_row_has_the_supports_of_its_own_tokens():
+    support = torch.tensor([[7, 1], [2, -1]], dtype=torch.int32)
+    parts = [part_of([sample([5, 9], [7, 2], support=support)], cp_rank) for cp_rank in (0, 1)]
+    found = {
+        int(target): ids
+        for part in parts
+        for target, ids in zip(part.own_loss.targets, part.own_loss.support.tolist(), strict=True)
+    }
+    assert found == {7: [7, 1], 2: [2, -1]}

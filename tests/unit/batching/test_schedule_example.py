@@ -152,7 +152,10 @@ def test_a_sample_as_a_vector():
         response_tokens=torch.tensor([2]),
         advantage=0.5,
     )
-    assert _encode(example).tolist() == [7, 1, 0, 2, 1, 0, 1, 0, 0, 0, 5, 9, 2, 0x3FE0000000000000]
+    assert _encode(example).tolist() == [
+        *(7, 1, 0, 2, 1, 0, 1, 0, 0, 0, -1),
+        *(5, 9, 2, 0x3FE0000000000000),
+    ]
 
 
 def test_a_sample_keeps_whether_it_has_a_gradient():
@@ -172,3 +175,19 @@ def test_a_sample_keeps_the_experts_of_its_tokens(dtype):
         assert torch.equal(found.experts, many[0].experts)
         assert found.experts.dtype == dtype
     assert _decode(_encode(FIRST))[0].experts is None
+
+
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_a_sample_keeps_what_its_tokens_were_drawn_from(width):
+    """Beside experts, whose bytes do not fill words either, and beside a sample without."""
+    count = len(FIRST.response_tokens)
+    support = torch.arange(count * width, dtype=torch.int32).view(count, width) - 1
+    experts = torch.arange((FIRST.num_tokens - 1) * 3).view(-1, 3, 1).to(torch.uint8)
+    many = [replace(FIRST, support=support), replace(FIRST, support=support, experts=experts)]
+    found = _decode(torch.cat([_encode(s) for s in (*many, FIRST, *many)]))
+    for one in (*found[:2], *found[3:]):
+        assert torch.equal(one.support, support)
+        assert one.support.dtype == torch.int32
+    assert [one.experts is None for one in found] == [True, False, True, True, False]
+    assert torch.equal(found[4].experts, experts)
+    assert found[2].support is None

@@ -150,11 +150,27 @@ def test_a_base_recipe_that_is_missing_is_named(case):
 # -- rules across sections -------------------------------------------------------------------------
 
 
-def test_a_truncated_distribution_is_refused(case):
-    case.change(rollout={"top_p": 0.9, "top_k": 5})
-    top_p, top_k = case.config_problems()
-    assert top_p.startswith("rollout.top_p=0.9: the trainer scores the whole distribution")
-    assert top_k.startswith("rollout.top_k=5: ")
+@pytest.mark.parametrize("section", ["rollout", "evaluation"])
+def test_what_is_kept_of_a_truncated_distribution_is_bounded(case, section):
+    case.change(**{section: {"top_p": 0.9}})
+    assert only(case.config_problems()) == (
+        f"{section}.top_p=0.9: needs a top_k, which bounds what is kept of every token that it was "
+        f"drawn from. Set {section}.top_k=100, or set {section}.top_p=1"
+    )
+    case.change(**{section: {"top_p": 0.9, "top_k": 0}})
+    assert only(case.config_problems()).startswith(f"{section}.top_k=0: tokens are drawn from none")
+    case.change(**{section: {"top_p": 0.9, "top_k": 5}})
+    case.read()
+
+
+def test_greedy_and_supervised_runs_draw_from_no_part(case):
+    case.change(evaluation={"top_k": 5, "temperature": 0})
+    assert only(case.config_problems()).startswith("evaluation.top_k=5: has no effect at")
+    case.change(evaluation={"top_k": -1, "temperature": 1})
+    case.change(rollout={"top_k": 5}, algorithm={"preset": "sft"})
+    assert only(case.config_problems()) == (
+        "rollout.top_k=5: nothing is sampled. Set rollout.top_k=-1 rollout.top_p=1"
+    )
 
 
 def test_a_row_must_hold_the_longest_sequence(case):

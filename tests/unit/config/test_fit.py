@@ -20,7 +20,7 @@ from megatron_rl.fit import (
     refuse_what_cannot_fit,
     ways_out,
 )
-from megatron_rl.memory import GIB, longest_row, need_of, replayed_bytes, wanted_kv_mib
+from megatron_rl.memory import GIB, longest_row, need_of, told_bytes, wanted_kv_mib
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.stages import EVEN, Split
 from megatron_rl.platforms import host_memory
@@ -313,14 +313,26 @@ def test_the_experts_that_an_engine_chose_are_held_twice():
     choices = 30 * 4 * 256
     config = recipe(rollout={"routing_replay": True})
     drawn, trained = 64 * 8 / 4, 64 * 8 / 2
-    assert replayed_bytes(config, arch, layout) == choices * (drawn + 2 * trained)
+    name = "experts that the engine chose"
+    assert told_bytes(config, arch, layout) == {name: choices * (drawn + 2 * trained)}
     more = replace(arch, mixture=replace(mixture, num_experts=257))
-    assert replayed_bytes(config, more, layout) == choices * 2 * (drawn + trained)
-    assert replayed_bytes(config, SMOLLM, layout) == 0
+    assert told_bytes(config, more, layout) == {name: choices * 2 * (drawn + trained)}
+    assert told_bytes(config, SMOLLM, layout) == {}
     needed = {
         replays: need_of(recipe(rollout={"routing_replay": replays}), arch, layout, "cpu").held.get(
-            "experts that the engine chose"
+            name
         )
         for replays in (False, True)
     }
-    assert needed == {False: None, True: replayed_bytes(config, arch, layout)}
+    assert needed == {False: None, True: told_bytes(config, arch, layout)[name]}
+
+
+def test_what_tokens_were_drawn_from_is_held_twice():
+    """64 prompts of 8 responses of their most tokens, 20 ids of 4 bytes for each: by hand."""
+    layout = Layout(world_size=4, tp=2, pp=1)
+    config = recipe(rollout={"top_k": 20, "top_p": 0.9})
+    each = 4 * 20 * config.rollout.max_response_tokens
+    expected = each * (64 * 8 / 4 + 64 * 8 / 2)
+    assert told_bytes(config, SMOLLM, layout) == {"tokens that each was drawn from": expected}
+    held = need_of(config, SMOLLM, layout, "cpu").held
+    assert held["tokens that each was drawn from"] == expected

@@ -149,3 +149,27 @@ def test_experts_are_kept_and_given_back_where_they_are_asked_for(tmp_path):
     source = ReplayedRollouts(tmp_path, place(0, 1), meter=None, with_experts=True)
     with pytest.raises(InputError, match=r"Set rollout\.routing_replay=false"):
         source.generate([prompt(0)], iteration=5, policy_version=9)
+
+
+def test_rollouts_are_scored_under_what_they_were_drawn_from(tmp_path):
+    plain = group(0)
+    truncated = replace(
+        plain,
+        rollouts=tuple(
+            replace(one, support=torch.ones(len(one.response_tokens), 2, dtype=torch.int32))
+            for one in plain.rollouts
+        ),
+    )
+    for iteration, drawn in ((4, plain), (5, truncated)):
+        RolloutRecord(tmp_path, place(0, 1), num_iterations=2).keep([drawn], iteration)
+    for with_support, fits, other, way_out in (
+        (False, 4, 5, "as the run had them that recorded them"),
+        (True, 5, 4, "to -1 and 1"),
+    ):
+        source = ReplayedRollouts(tmp_path, place(0, 1), meter=None, with_support=with_support)
+        (found,) = source.generate([prompt(0)], iteration=fits, policy_version=9)
+        assert [one.support is None for one in found.rollouts] == [not with_support] * len(
+            found.rollouts
+        )
+        with pytest.raises(InputError, match=f"Set rollout.top_k and rollout.top_p {way_out}"):
+            source.generate([prompt(0)], iteration=other, policy_version=9)

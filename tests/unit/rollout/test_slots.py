@@ -51,7 +51,11 @@ def drawn(slots: Slots, num_slots: int, queue: deque[Request]) -> Iterator[Respo
         seeds, places, _ = slots.noise_of(asked)
         assert seeds.tolist() == [100 * keys[slot][0] + keys[slot][1] for slot in asked]
         tokens = [script(keys[s])[int(p)] for s, p in zip(asked, places, strict=True)]
-        responses, moves = slots.take(asked, torch.tensor(tokens), -torch.tensor(tokens).float())
+        support = torch.tensor([[token, -1, -1] for token in tokens], dtype=torch.int32)
+        support[::2, 1] = 9
+        responses, moves = slots.take(
+            asked, torch.tensor(tokens), -torch.tensor(tokens).float(), support
+        )
         leaves = {response.key for response in responses}
         keys = moved(keys, leaves, moves)
         assert len(keys) == slots.in_use
@@ -70,11 +74,14 @@ def moved(
 def test_every_request_gets_its_own_tokens_whatever_leaves_beside_it():
     asked = [request(group, index) for group in range(9) for index in range(4)]
     for num_slots in (1, 5, 8, 36):
-        found = list(drawn(Slots(num_slots, 8, 64, [STOP]), num_slots, deque(asked)))
+        slots = Slots(num_slots, 8, 64, [STOP], top_k=3)
+        found = list(drawn(slots, num_slots, deque(asked)))
         assert sorted(response.key for response in found) == [one.key for one in asked]
         for response in found:
             assert response.tokens.tolist() == script(response.key)
             assert response.logprobs.tolist() == [-token for token in script(response.key)]
+            assert response.support[:, 0].tolist() == script(response.key)
+            assert response.support.size(1) <= 2  # as wide as its widest
             assert response.finish_reason == "stop"
 
 
