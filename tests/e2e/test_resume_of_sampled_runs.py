@@ -44,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "iterative_dpo": {
         "algorithm": {"preset": "iterative_dpo"},
-        "rollout": {"group_size": 4, "top_k": 40, "top_p": 0.95},  # of so small a model the policy
+        "rollout": {"group_size": 4, "top_k": 80},  # of so small a model the policy
     },
     # A mixture, routed as the engine routed.
     "distillation": {
@@ -219,7 +219,7 @@ def test_it_trained(runs):
     assert all(0 < row["policy/entropy_sampled"] < 5 for row in rows)
     top_k = KINDS[kind]["rollout"].get("top_k")
     sizes = [row.get("rollout/support_mean") for row in rows]
-    assert all(size is None if top_k is None else 1 < size < top_k for size in sizes)
+    assert all(size is None if top_k is None else 1 < size <= top_k for size in sizes)
 
 
 def test_rounds_draw_until_a_batch_is_full(runs):
