@@ -43,15 +43,17 @@ def with_engine(
 ) -> RunConfig:
     """The recipe with an engine in the place of `auto`, which is said with the reason.
 
+    A run that trains from recorded rollouts has the engine that such a run would sample with, since
+    old log-probs may be those of samples; it builds none.
     Where the model cannot be read, either one will do: what reads all inputs says why.
 
     Args:
         is_here: False: the recipe is planned for another machine.
     """
-    if config.rollout.engine != "auto" or not config.has_engine:
+    if config.rollout.engine != "auto" or config.is_supervised:
         return config
     engine, reason = choose_engine(config, device_type, is_here=is_here)
-    if reason:
+    if reason and config.has_engine:
         say(f"engine: {engine}, {reason}")
     return changed_in(config, "rollout", engine=engine)
 

@@ -32,7 +32,7 @@ from megatron_rl.parallel.config import ParallelConfig, WatchdogConfig
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.refusals import rank_problems
 from megatron_rl.policy.config import CriticConfig, ReferenceConfig
-from megatron_rl.policy.old_logprobs import lag_notices, old_problems, takes_engines
+from megatron_rl.policy.old_logprobs import lag_notices, old_problems, whose_are_old
 from megatron_rl.policy.refusals import sharing_problems
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
@@ -201,7 +201,9 @@ class RunConfig(Settings):
             "critic_warmup": self.critic.warmup_updates,
             "counts_experts": auxiliary_losses(self.model.megatron).balanced_over == "update",
             "replays_routing": self.rollout.routing_replay,
-            "by_engine": takes_engines(self.optimizer, self.algorithm, lag=self.run.lag),
+            **whose_are_old(
+                self.optimizer, self.algorithm, self.run.lag, self.rollout.engine, self.model.dtype
+            ),
         }
 
     def offload_on(self, device_type: str) -> Offload:

@@ -70,6 +70,7 @@ def end_iteration(run: Run, iteration: int, record: Record, spikes: Spikes) -> b
             return False
         run.meter.report(evaluation.metrics())
         warnings = evaluation.warnings()
+    run.meter.report(run.planned_memory.metrics())
     values = {**run.meter.take(), **(run.owed or {})}
     run.owed = None
     record(IterationMetrics(iteration=iteration, values=values))
@@ -77,6 +78,7 @@ def end_iteration(run: Run, iteration: int, record: Record, spikes: Spikes) -> b
         *spikes.of(values),
         *unanswered(values, iteration),
         *run.grace.exceeded(values),
+        *run.planned_memory.compared(values),
         *warnings,
     ):
         run.say(line)

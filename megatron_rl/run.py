@@ -19,6 +19,7 @@ from megatron_rl.evaluation.report import untrained
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.metrics.grace import Grace
 from megatron_rl.metrics.meter import Meter
+from megatron_rl.metrics.planned_memory import PlannedMemory
 from megatron_rl.metrics.profiler import Profiler
 from megatron_rl.metrics.rollouts import RolloutLog
 from megatron_rl.parallel.collectives import max_over
@@ -60,6 +61,7 @@ class Run:
     stop: StopRequest
     say: Callable[[str], None]
     grace: Grace = field(default_factory=lambda: Grace(seconds_to_stop()))
+    planned_memory: PlannedMemory = field(default_factory=lambda: PlannedMemory({}))
     done_iterations: int = 0
     owed: dict[str, float] | None = None
     """Metrics of the last iteration done, where a stop broke its evaluation off: the next start

@@ -45,6 +45,8 @@ from megatron_rl.fit import (
 from megatron_rl.input_report import evaluation_lines, input_lines
 from megatron_rl.megatron.enter import enter
 from megatron_rl.megatron.groups import join
+from megatron_rl.memory import GIB, Need
+from megatron_rl.metrics.planned_memory import PlannedMemory
 from megatron_rl.metrics.start_times import StartTimes
 from megatron_rl.metrics.starts import write_start
 from megatron_rl.metrics.writers import appended_files, check_appendable, prepare_to_append
@@ -124,6 +126,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
     times.end("imports")
     with _watched(config, recorder) as watchdog:
         run = build_run(config, inputs, platform, recorder.say, watchdog, times, job)
+        run.planned_memory = _planned(found.need, platform.device_type)
         times.end("engine" if config.has_engine else "rest")
         for line in (*_start_lines(run), *found.lines(), times.line(run.groups.world)):
             recorder.say(line)
@@ -191,6 +194,17 @@ def _fit(config: RunConfig, inputs: Inputs, platform: Platform) -> Fit:
     )
     refuse_what_cannot_fit(found, config, inputs.arch, world_size)
     return found
+
+
+def _planned(need: Need, device_type: str) -> PlannedMemory:
+    """What is measured of a run beside what it was planned to need: on a CPU the most alone, since
+    a process does not give back what it once held.
+    """
+    sums = {"peak": need.total}
+    if device_type != "cpu":
+        sums |= {"rollout": need.generation} if need.generating else {}
+        sums["update"] = need.update
+    return PlannedMemory({name: nbytes / GIB for name, nbytes in sums.items()}, need.largest)
 
 
 def _free(platform: Platform) -> Free | None:

@@ -141,7 +141,8 @@ class OptimizerConfig(Settings):
     """Whose log-probs the loss takes as old ones. `trainer`: the policy's before the iteration's
     first update. `engine`: those that came with the samples, so that no pass computes them; they
     differ by rollout/logprob_gap_*, and a ratio of the first update is not exactly 1. `auto`:
-    `engine` under run.lag without algorithm.rollout_correction, else `trainer`."""
+    without algorithm.rollout_correction `engine` under run.lag, and where that spares a pass of a
+    policy that samples by itself in float32 or float64; else `trainer`."""
 
     epochs: int = Field(default=1, gt=0, le=1000)
     """Passes over an iteration's samples; long before 1000 they fit that iteration alone."""

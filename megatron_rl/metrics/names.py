@@ -109,6 +109,10 @@ METRICS: dict[str, str] = {
     "memory/peak_gib": "highest accelerator memory in use on any rank, on a CPU its largest "
     "resident memory, GiB",
     **{
+        f"memory/planned_{name}_gib": f"what `plan` says that memory/{name}_gib is"
+        for name in ("peak", "rollout", "update")
+    },
+    **{
         f"memory/{phase}_gib": f"accelerator memory in use at the end of the {phase} phase on any "
         "rank, with what torch keeps of it for itself; on a CPU what the process holds, GiB"
         for phase in PHASES

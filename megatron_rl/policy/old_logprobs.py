@@ -17,6 +17,21 @@ def takes_engines(optimizer: OptimizerConfig, config: AlgorithmConfig, *, lag: i
     return optimizer.old_logprobs == "engine"
 
 
+def whose_are_old(
+    optimizer: OptimizerConfig, config: AlgorithmConfig, lag: int, engine: str, dtype: str
+) -> dict[str, bool]:
+    """What plan_passes wants to know of those that came with samples.
+
+    samples_itself: an engine that is the policy itself need not be asked again by a pass of its
+    own. In 16 bits the same sums of another batch differ by up to a tenth.
+    """
+    is_auto = optimizer.old_logprobs == "auto" and config.rollout_correction is None
+    return {
+        "by_engine": takes_engines(optimizer, config, lag=lag),
+        "samples_itself": is_auto and engine == "megatron" and dtype in ("float32", "float64"),
+    }
+
+
 def old_problems(
     optimizer: OptimizerConfig, config: AlgorithmConfig, *, is_supervised: bool
 ) -> Iterator[ConfigError]:

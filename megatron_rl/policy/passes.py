@@ -11,8 +11,8 @@ class PassPlan:
     """The forward passes that run, with a reason for each that runs or does not."""
 
     old: bool  # before the first update
-    old_first: bool  # also for the first mini-batch, which otherwise needs none: its ratio is 1
     by_engine: bool  # the log-probs that came with samples are the old ones
+    old_first: bool  # also for the first mini-batch, which otherwise needs none: its ratio is 1
     ref: bool
     values: bool
     reasons: tuple[tuple[str, str], ...]  # name of a pass, and why it runs or not
@@ -27,6 +27,7 @@ def plan_passes(
     counts_experts: bool = False,
     replays_routing: bool = False,
     by_engine: bool = False,
+    samples_itself: bool = False,
 ) -> PassPlan:
     """Decide once per run; the reasons are printed at start-up and by `plan`.
 
@@ -38,13 +39,18 @@ def plan_passes(
         counts_experts: a loss of routers is balanced over whole updates.
         replays_routing: tokens go to the experts that the engine chose.
         by_engine: its log-probs are the old ones, where any are used.
+        samples_itself: so they are, too, where that spares a pass: the policy sampled, in a dtype
+            in which what it says of a token again differs by the rounding of sums alone.
     """
     old_first = algorithm.has_advantages_by_logprobs or critic_warmup > 0
     values = algorithm.choice.needs_critic
-    by_engine = by_engine and uses_old_logprobs(algorithm.config)
+    runs = algorithm.needs_old_logprobs and (num_updates > 1 or old_first)
     why_old = _why_old(algorithm, num_updates, epochs, old_first=old_first)
-    if by_engine:
+    if by_engine and uses_old_logprobs(algorithm.config):
+        old_first = True
         why_old = "skipped, the engine's log-probs of its samples are the old ones"
+    elif by_engine := runs and samples_itself:
+        why_old = "skipped, the policy itself sampled, and said what is old"
     reasons = [
         ("old-log-prob pass", why_old),
         ("reference pass", _why_ref(algorithm)),
@@ -58,9 +64,9 @@ def plan_passes(
         told = "passes of the policy take the experts that the engine chose"
         reasons.append(("routing replay", f"{told}, references and critic their own"))
     return PassPlan(
-        old=algorithm.needs_old_logprobs and not by_engine and (num_updates > 1 or old_first),
-        old_first=old_first,
+        old=runs and not by_engine,
         by_engine=by_engine,
+        old_first=old_first,
         ref=algorithm.needs_ref_logprobs,
         values=values,
         reasons=tuple(reasons),

@@ -44,11 +44,11 @@ class Trainer:
         old log-probs are its own current ones.
         """
         result = list(batches)
-        if self.passes.by_engine:
-            result = [_with_those_of_the_engine(batch) for batch in batches]
-        if self.passes.old:
-            trained = [batch.update for batch in _trained(batches)]
-            for update in trained if self.passes.old_first else trained[1:]:
+        trained = [batch.update for batch in _trained(batches)]
+        for update in trained if self.passes.old_first else trained[1:]:
+            if self.passes.by_engine:
+                result[update] = _with_those_of_the_engine(result[update])
+            elif self.passes.old:
                 values = self.policy.logprobs(result[update].microbatches)
                 result[update] = result[update].with_loss("old_logprobs", values)
         if self.passes.ref and (compared := list(_trained(batches))):
@@ -147,7 +147,7 @@ class Trainer:
             is_first
             and self._epochs > 1
             and self.algorithm.needs_old_logprobs
-            and not (self.passes.old_first or self.passes.by_engine)
+            and not self.passes.old_first
         )
 
     def _adapt_kl_coef(self, estimated: Estimated) -> None:

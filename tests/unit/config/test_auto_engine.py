@@ -54,6 +54,10 @@ def test_a_small_model_samples_by_itself_on_a_cpu_and_says_so():
     )
 
 
+def test_a_run_of_recorded_rollouts_has_the_engine_in_silence():
+    assert chosen(asked(debug={"replay": "runs/a"})) == ("megatron", "")
+
+
 def test_a_large_model_16_bits_and_gpus_are_vllms(monkeypatch):
     for dtype in ("bfloat16", "float16"):
         assert chosen(asked(dtype))[0] == "vllm"
@@ -119,7 +123,7 @@ def test_a_run_that_goes_on_keeps_its_engine_where_there_is_one(monkeypatch):
 def test_what_the_recipe_says_and_what_needs_no_engine_stay():
     for engine in ("vllm", "megatron"):
         assert chosen(asked(rollout={"engine": engine})) == (engine, "")
-    assert chosen(asked(debug={"replay": "runs/a"})) == ("auto", "")
+    assert chosen(asked(algorithm={"preset": "sft"})) == ("auto", "")
 
 
 def test_a_model_that_cannot_be_read_is_left_to_those_who_read_it(monkeypatch):

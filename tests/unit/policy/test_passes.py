@@ -56,8 +56,45 @@ def test_no_pass_computes_what_came_with_the_samples():
         passes_of(recipe({"preset": "grpo"}, old_logprobs=whose)) for whose in ("trainer", "engine")
     )
     assert (own.old, own.by_engine) == (True, False)
-    assert (engines.old, engines.by_engine) == (False, True)
+    assert (engines.old, engines.by_engine, engines.old_first) == (False, True, True)
     assert dict(engines.reasons)["old-log-prob pass"].startswith("skipped, the engine's")
+
+
+def of_engine(engine, dtype="float32", algorithm=None, **optimizer):
+    """The passes where this engine samples; two updates of an iteration."""
+    config = recipe(algorithm or {"preset": "grpo"}, **optimizer)
+    changed = config.model_dump(exclude_unset=True)
+    changed["rollout"] = {"engine": engine}
+    changed["model"] |= {"dtype": dtype}
+    changed["optimizer"] |= {"clip_grad": 0}
+    return passes_of(RunConfig.model_validate(changed))
+
+
+def test_what_the_policy_itself_said_of_its_samples_is_not_computed_again():
+    itself = of_engine("megatron")
+    assert (itself.old, itself.by_engine, itself.old_first) == (False, True, False)
+    assert dict(itself.reasons)["old-log-prob pass"] == (
+        "skipped, the policy itself sampled, and said what is old"
+    )
+    assert of_engine("megatron", "float64").by_engine
+    for other in (
+        of_engine("vllm"),
+        of_engine("auto"),
+        of_engine("megatron", "bfloat16"),
+        of_engine("megatron", old_logprobs="trainer"),
+        of_engine("megatron", algorithm={"preset": "grpo", "rollout_correction": {}}),
+    ):
+        assert (other.old, other.by_engine) == (True, False)
+
+
+def test_where_no_pass_is_spared_the_first_ratio_stays_exactly_1():
+    alone = of_engine("megatron", prompts_per_update=16)
+    assert (alone.old, alone.by_engine) == (False, False)
+    assert "ratio exactly 1" in dict(alone.reasons)["old-log-prob pass"]
+    without = of_engine("megatron", algorithm={"preset": "raft"})
+    assert (without.old, without.by_engine) == (False, False)
+    taught = of_engine("megatron", algorithm={"preset": "distillation"}, prompts_per_update=16)
+    assert (taught.old, taught.by_engine, taught.old_first) == (False, True, True)
 
 
 @pytest.mark.parametrize(
