@@ -159,7 +159,11 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
 
 def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Iterator[ConfigError]:
     """Problems of a network with the layers that this device gives it."""
-    parts = {"YaRN's rope": arch.yarn is not None, "latent attention": arch.latent is not None}
+    parts = {
+        "YaRN's rope": arch.yarn is not None,
+        "LongRoPE": arch.long_rope is not None,
+        "latent attention": arch.latent is not None,
+    }
     missing = [name for name, is_needed in parts.items() if is_needed]
     if missing and model.uses_transformer_engine(device_type):
         yield ConfigError(

@@ -45,7 +45,8 @@ class Rope:
     def __init__(self, arch: ModelArch, dtype: torch.dtype, device: torch.device) -> None:
         # On the CPU first: powers of another device are others in the last bit.
         self.frequencies = frequencies(arch).to(device)  # [r/2]
-        self.amplitude = 1.0 if arch.yarn is None else arch.yarn.amplitude
+        scaling = arch.yarn or arch.long_rope
+        self.amplitude = 1.0 if scaling is None else scaling.amplitude
         self.interleaved = arch.latent is not None and arch.latent.interleaved
         self.dtype = dtype
 
@@ -68,6 +69,9 @@ def frequencies(arch: ModelArch) -> Tensor:
     lengths = arch.rope_theta**exponents  # of the waves, over 2 pi, in tokens
     if arch.yarn is not None:
         return _stretched_by_yarn(lengths, arch.rope_theta, arch.yarn)
+    if arch.long_rope is not None:
+        factors = torch.tensor(arch.long_rope.factors, dtype=torch.float32, device="cpu")
+        return 1.0 / (factors.to(lengths.device) * lengths)
     plain = 1.0 / lengths
     if arch.rope_scaling_factor is None:
         return plain

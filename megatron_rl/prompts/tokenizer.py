@@ -1,5 +1,6 @@
 """Text to token ids and back, by a model directory's Hugging Face or SentencePiece files."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
 SENTENCEPIECE_FILE = "tokenizer.model"
+# transformers reads config.json with the tokenizer, and has advice on ropes; ours are refused where
+# it could matter (weights/families/hf_rope.py).
+OF_ROPES = "transformers.modeling_rope_utils"
 _SUFFIXES = (".json", ".jinja", ".txt", ".model")
 
 
@@ -120,6 +124,7 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer
 
         configured_eos = _configured_eos(directory)
+        logging.getLogger(OF_ROPES).setLevel(logging.ERROR)
         try:
             loaded = AutoTokenizer.from_pretrained(
                 str(directory), local_files_only=True, trust_remote_code=False

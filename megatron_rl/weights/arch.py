@@ -68,6 +68,19 @@ class YarnRope:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """LongRoPE's scaling of rotary angles (arXiv:2402.13753), in the context of pretraining.
+
+    Behind it other factors scale them: in transformers where a text is longer, in vLLM where one
+    may be. So texts end there.
+    """
+
+    positions: int  # of that context
+    factors: tuple[float, ...]  # by which each wave is stretched
+    amplitude: float  # of cosines and sines
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelArch:
     """Sizes and switches of one model."""
 
@@ -88,6 +101,7 @@ class ModelArch:
     qk_norm: bool = False  # norms over head_dim on queries and keys, before rope
     mixture: MixtureArch | None = None
     yarn: YarnRope | None = None
+    long_rope: LongRope | None = None
     rotary_dim: int | None = None  # entries of a head, the first ones, that turn; None: all
     layers_behind: int = 0  # that a checkpoint may hold behind the last one, and that are left out
     latent: LatentArch | None = None  # then every head has keys and values of its own
@@ -141,6 +155,9 @@ class ModelArch:
         told = f"{self.model_type}, {self.num_parameters:,} parameters"
         if self.layers_behind:
             told += f" (without {self.layers_behind} behind the last layer, for guessing ahead)"
+        if self.long_rope is not None:
+            end = f"{self.long_rope.positions:,}"
+            told += f" (in texts of up to {end} tokens, behind which its rope has other factors)"
         return told
 
     @property

@@ -9,7 +9,8 @@ back. `Qkv` has an example with numbers.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import ClassVar, Protocol
 
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
@@ -236,3 +237,42 @@ class GateUp:
         shape = (self.rows(arch), arch.hidden_size)
         yield _rows(param, 0, self.hf_gate, rows, shape)
         yield _rows(param, rows[1] - rows[0], self.hf_up, rows, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """A rule whose Hugging Face tensors stand over each other in one, in the order of their names.
+
+    Example: of the rule Qkv, with 8 rows of queries, 4 of keys and 4 of values. k_proj[2:4] is then
+    qkv_proj[10:12].
+    """
+
+    rule: Rule
+    hf: str
+
+    @property
+    def megatron(self) -> str:
+        return self.rule.megatron
+
+    @property
+    def in_float32(self) -> bool:
+        return self.rule.in_float32
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        shapes = list(self.rule.hf_shapes(arch).values())
+        return {self.hf: (sum(rows for rows, *_ in shapes), *shapes[0][1:])}
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._stacked(arch, self.rule.megatron_pieces(arch, tp, tp_rank))
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._stacked(arch, self.rule.engine_pieces(arch, tp, tp_rank))
+
+    def _stacked(self, arch: ModelArch, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        shapes = self.rule.hf_shapes(arch)
+        ends = accumulate((rows for rows, *_ in shapes.values()), initial=0)
+        first = dict(zip(shapes, ends, strict=False))  # the last end begins no tensor
+        for piece in pieces:
+            (lo, hi), *rest = piece.box
+            at = first[piece.hf]
+            yield replace(piece, hf=self.hf, box=((at + lo, at + hi), *rest))

@@ -13,6 +13,8 @@ from tiny_models import (
     LATENT,
     LLAMA3_ROPE,
     MOONLIGHT,
+    PHI,
+    PHI_MINI,
     YARN_ROPE,
 )
 
@@ -39,6 +41,15 @@ LATENT_OF_ENGINE: dict[str, Any] = {
     "v_head_dim": 32,
     "q_lora_rank": 48,
 }
+# Heads of 32, of which 24 turn.
+PHI_MINI_OF_ENGINE: dict[str, Any] = {
+    **PHI_MINI,
+    "rope_parameters": {
+        **PHI_MINI["rope_parameters"],
+        "short_factor": [1.0 + 0.2 * pair for pair in range(12)],
+        "long_factor": [1.0 + 2.0 * pair for pair in range(12)],
+    },
+}
 # Model -> transformers' classes begin with, what differs from SIZES. vLLM's CPU attention knows
 # heads of 32, 64, ... but not of 64 / 4.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,6 +69,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3", {**LATENT, **LATENT_OF_ENGINE}),
     "moonlight": ("DeepseekV3", {**MOONLIGHT, **LATENT_OF_ENGINE, "q_lora_rank": None}),
     "glm4_moe_lite": ("Glm4MoeLite", {**GLM4_LITE, **LATENT_OF_ENGINE, "v_head_dim": 96}),
+    "phi4": ("Phi3", {**PHI, "hidden_size": 64, "num_key_value_heads": 1, "head_dim": 32}),
+    "phi4_mini": ("Phi3", PHI_MINI_OF_ENGINE),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 

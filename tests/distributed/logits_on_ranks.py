@@ -111,10 +111,12 @@ def _packed(policy: Policy, numbered: Sequence[tuple[int, Tensor]]) -> MicroBatc
 
 
 def without_rope_scaling(arch: ModelArch) -> ModelArch:
-    return replace(arch, rope_scaling_factor=None, yarn=None)
+    return replace(arch, rope_scaling_factor=None, yarn=None, long_rope=None)
 
 
 def without_amplitude(arch: ModelArch) -> ModelArch:
+    if arch.long_rope is not None:
+        return replace(arch, long_rope=replace(arch.long_rope, amplitude=1.0))
     return replace(arch, yarn=replace(arch.yarn, amplitude=1.0))
 
 
@@ -146,7 +148,16 @@ def halves_for_neighbours(arch: ModelArch) -> ModelArch:
 
 
 def whole_heads_turned(arch: ModelArch) -> ModelArch:
+    if arch.long_rope is not None:
+        factors = (2 * arch.long_rope.factors)[: arch.head_dim // 2]
+        arch = replace(arch, long_rope=replace(arch.long_rope, factors=factors))
     return replace(arch, rotary_dim=None)
+
+
+def long_factors(arch: ModelArch) -> ModelArch:
+    """Those of texts behind the context of pretraining, as vLLM has them for shorter ones, too."""
+    factors = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+    return replace(arch, long_rope=replace(arch.long_rope, factors=factors))
 
 
 def with_another_epsilon(arch: ModelArch) -> ModelArch:
@@ -182,6 +193,18 @@ def biases_of_routers_reversed(pieces: list[Piece], policy: Policy) -> list[Piec
             piece = replace(piece, hf=hf)
         changed.append(piece)
     return changed
+
+
+def stacks_taken_for_ours(pieces: list[Piece], policy: Policy) -> list[Piece]:
+    """Each rank has a run of rows of a file's one matrix, as it has of Megatron-Core's."""
+    rank, result = policy.groups.here.tp_rank, {}
+    for piece in pieces:
+        if piece.hf.endswith(("qkv_proj.weight", "gate_up_proj.weight")):
+            rows, columns = policy.named_parameters()[piece.param].shape
+            box = ((rank * rows, (rank + 1) * rows), (0, columns))
+            piece = replace(piece, index=((0, rows), (0, columns)), box=box)
+        result[piece.param, piece.index] = piece
+    return list(result.values())
 
 
 def gate_over_up_cut_as_one(pieces: list[Piece], policy: Policy) -> list[Piece]:

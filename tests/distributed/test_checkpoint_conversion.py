@@ -32,6 +32,7 @@ MODELS = (
     "glm4_moe",
     "deepseek_v3",
     "moonlight",
+    "phi4_mini",
     "qwen2_eight_heads",
 )
 LAYOUTS = (
@@ -57,7 +58,7 @@ LAYOUTS = (
 # unit/conversion).
 SHARE = (
     *("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
-    "deepseek_v3",
+    *("deepseek_v3", "phi4_mini"),
 )
 
 

@@ -134,6 +134,9 @@ CASES = (
     Case(model="qwen2_yarn", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
     Case(model="mistral", tp=1, pp=2, first=1, rollout_tp=1),
     Case(model="qwen3", tp=2, pp=1, rollout_tp=2, is_exhaustive=True),
+    Case(model="phi4", tp=2, pp=1, rollout_tp=2),
+    Case(model="phi4", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
+    Case(model="phi4_mini", tp=2, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
     # 24 rows each, which vLLM pads.
     Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2, replays=True, extras=("routed",)),
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
@@ -156,7 +159,9 @@ CASES = (
 COINCIDING = {
     case.name
     for case in CASES
-    if case.pp == case.ep == 1 and case.tp == case.rollout_tp and case.model != "llama"
+    if case.pp == case.ep == 1
+    and case.tp == case.rollout_tp
+    and case.model not in ("llama", "phi4")
 }
 
 

@@ -30,10 +30,11 @@ LAYOUTS = (
 )
 # Their splits are in the gradient table too, which has a sharper bound and fewer families.
 EXHAUSTIVE = {"TP2", "PP2 VPP2", "PP4", "TP2 SP EP4", "EP2 PP2"}
+SCALED = ("llama3_rope", "llama3_tied")
 # mistake -> models, and the layout at which it is made
 MISTAKES = {
-    "without_rope_scaling": (("llama3_rope", "llama3_tied", "qwen2_yarn"), "one rank"),
-    "without_amplitude": (("qwen2_yarn",), "one rank"),
+    "without_rope_scaling": ((*SCALED, "qwen2_yarn", "phi4_mini"), "one rank"),
+    "without_amplitude": (("qwen2_yarn", "phi4_mini"), "one rank"),
     "with_another_theta": (("mistral", "qwen3", "mixtral"), "one rank"),
     "with_another_softmax": (("qwen3_moe", "qwen3_moe_raw", "mixtral"), "one rank"),
     "with_another_epsilon": (("qwen2",), "one rank"),
@@ -44,7 +45,9 @@ MISTAKES = {
     "without_groups_of_experts": (("deepseek_v3",), "one rank"),
     "without_scale_of_scores": (("deepseek_v3",), "one rank"),
     "halves_for_neighbours": (LATENTS, "one rank"),
-    "whole_heads_turned": (("glm4_moe",), "one rank"),
+    "whole_heads_turned": (("glm4_moe", "phi4_mini"), "one rank"),
+    "long_factors": (("phi4_mini",), "one rank"),
+    "stacks_taken_for_ours": (("phi4", "phi4_mini"), "TP2 SP"),
     "gate_over_up_cut_as_one": (("qwen2", "mistral"), "TP2 SP"),
 }
 
@@ -113,6 +116,8 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
         "without_scale_of_scores": {"change_arch": ranks.without_scale_of_scores},
         "halves_for_neighbours": {"change_arch": ranks.halves_for_neighbours},
         "whole_heads_turned": {"change_arch": ranks.whole_heads_turned},
+        "long_factors": {"change_arch": ranks.long_factors},
+        "stacks_taken_for_ours": {"change_pieces": ranks.stacks_taken_for_ours},
         "head_norms_swapped": {"change_pieces": ranks.swapped("q_norm", "k_norm")},
         "gate_over_up_cut_as_one": {"change_pieces": ranks.gate_over_up_cut_as_one},
     }

@@ -141,6 +141,24 @@ OF_THREES = ("qwen2_odd", "qwen2_odd_tied")  # whose sizes divide by three, and 
 EIGHT_HEADS = {"num_attention_heads": 8, "vocab_size": 151, "tie_word_embeddings": True}
 MODELS["qwen2_eight_heads"] = ("Qwen2", EIGHT_HEADS)
 MODELS["qwen2_eight_layers"] = ("Qwen2", {"num_hidden_layers": 8})
+# One matrix for queries, keys and values, and one for gate and up.
+PHI: dict[str, Any] = {"pad_token_id": None, "original_max_position_embeddings": 256}
+MODELS["phi4"] = ("Phi3", PHI)
+# Three quarters of a head turn, by other factors behind 256 tokens; a window that is never full.
+PHI_MINI: dict[str, Any] = {
+    **PHI,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "sliding_window": 8192,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.3, 1.7, 2.2, 3.0],
+        "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 30.0],
+    },
+}
+MODELS["phi4_mini"] = ("Phi3", PHI_MINI)
 MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.

@@ -22,6 +22,7 @@ MODELS = (
     "qwen2_tied",
     pytest.param("llama3_rope", marks=pytest.mark.exhaustive),
     "glm4_moe",
+    "phi4_mini",
 )
 
 

@@ -29,6 +29,7 @@ CASES = {
     "sampled by an engine": ("qwen2_tied", 1, (*SAMPLED, "rollout.engine=vllm")),
     "experts in bfloat16": ("glm4_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
     "sampled with latent attention": ("deepseek_v3", 1, SAMPLED),
+    "sampled by an engine with LongRoPE": ("phi4_mini", 1, (*SAMPLED, "rollout.engine=vllm")),
     "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),
 }

@@ -98,6 +98,10 @@ class Family:
     has_latent_attention: bool = False
     """True: as DeepSeek-V2 has it (arXiv:2405.04434)."""
 
+    has_long_rope: bool = False
+    """True: as Phi-3 has it (arXiv:2404.14219). Rope is plain or LongRoPE's, and a sliding window
+    that is as wide as the model has positions changes nothing."""
+
     has_optional_qk_norm: bool = False
     """True: use_qk_norm says whether queries and keys have norms."""
 

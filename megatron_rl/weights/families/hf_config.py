@@ -128,10 +128,13 @@ def read_arch(
         ignored,
         family.partial_rotary,
         of_latent_attention=family.has_latent_attention,
+        of_long_rope=family.has_long_rope,
     )
     positions = fields.number("max_position_embeddings")
     if rope.yarn is not None:  # the engine's table of angles ends there
         positions = min(positions, rope.yarn.positions)
+    if rope.long is not None:
+        positions = min(positions, rope.long.positions)
     return ModelArch(
         model_type=family.model_type,
         num_layers=layers,
@@ -147,6 +150,7 @@ def read_arch(
         rope_theta=rope.theta,
         rope_scaling_factor=rope.llama3_factor,
         yarn=rope.yarn,
+        long_rope=rope.long,
         max_position_embeddings=positions,
         qkv_bias=family.qkv_bias,
         qk_norm=fields.flag("use_qk_norm") if family.has_optional_qk_norm else family.qk_norm,
@@ -176,6 +180,8 @@ def _refuse_unhonoured(
         harmless |= {LAYERS_BEHIND}
     if family.has_latent_attention:
         harmless |= LATENT_FIELDS
+    if family.has_long_rope:
+        harmless |= {"original_max_position_embeddings"} | _wide_window(config)
     settings = {**family.defaults, **family.engine_defaults, **config}
     if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
         harmless |= {"sliding_window"}
@@ -234,6 +240,14 @@ def _refuse_other_classes(family: Family, named: object, where: str) -> None:
             f"{where}: architectures={shown(named)}: a model_type of {family.model_type!r} that "
             f"generates text is [{family.architecture!r}]. Use a language model, or mend the field"
         )
+
+
+def _wide_window(config: Mapping[str, object]) -> set[str]:
+    """The field of a sliding window, where it is as wide as the model has positions."""
+    window, positions = config.get("sliding_window"), config.get("max_position_embeddings")
+    if isinstance(window, int) and isinstance(positions, int) and window >= positions:
+        return {"sliding_window"}
+    return set()
 
 
 def _refuse_windows(layer_types: object, where: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_rl.errors import InputError
-from megatron_rl.weights.arch import YarnRope
+from megatron_rl.weights.arch import LongRope, YarnRope
 from megatron_rl.weights.families.fields import Fields, shown
 
 LLAMA3_ROPE = {
@@ -26,6 +26,14 @@ _OF_LATENT_ATTENTION: dict[str, set[str]] = {
     "default": set(),
     "yarn": _HONOURED["yarn"] - {"attention_factor", "truncate"},
 }
+# transformers takes "yarn" for "longrope" in such models, and no other scaling; vLLM takes the
+# amplitude from no setting.
+_OF_LONG_ROPE: dict[str, set[str]] = {
+    "default": set(),
+    "longrope": {
+        *("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
+    },
+}
 _INSTEAD = {
     "attn_factor": (
         "Neither transformers 5 nor vLLM 0.32 reads it: both scale angles by attention_factor, "
@@ -38,18 +46,24 @@ _WHOLE = (1, 1.0, None)  # values of partial_rotary_factor that turn whole heads
 
 @dataclass(frozen=True)
 class Rope:
-    """What a config.json says of it; at most one of the two scalings."""
+    """What a config.json says of it; at most one of the scalings."""
 
     theta: float
     share: float = 1.0  # of a head that turns
     llama3_factor: float | None = None
     yarn: YarnRope | None = None
+    long: LongRope | None = None
 
     def rotary_dim(self, head_dim: int, where: str) -> int | None:
         """Entries of a head that turn; None: all of them."""
+        found = int(head_dim * self.share)
+        if self.long is not None and 2 * len(self.long.factors) != found:
+            raise InputError(
+                f"{where}: rope scaling has {len(self.long.factors)} factors, and {found} entries "
+                "of a head turn in pairs, each of which has one. Mend config.json"
+            )
         if self.share == 1:
             return None
-        found = int(head_dim * self.share)
         if found % 2 or not 0 < found < head_dim:
             raise InputError(
                 f"{where}: partial_rotary_factor={shown(self.share)} turns {found} entries of a "
@@ -66,6 +80,7 @@ def read_rope(
     partial: float | None = None,
     *,
     of_latent_attention: bool = False,
+    of_long_rope: bool = False,
 ) -> Rope:
     """The rope of a model.
 
@@ -78,7 +93,9 @@ def read_rope(
     kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
     rope.pop("type", None)
     share = _share(fields, rope.pop("partial_rotary_factor", None), partial)
-    honoured = _OF_LATENT_ATTENTION if of_latent_attention else _HONOURED
+    honoured = _HONOURED
+    if of_latent_attention or of_long_rope:
+        honoured = _OF_LATENT_ATTENTION if of_latent_attention else _OF_LONG_ROPE
     if not isinstance(kind, str) or kind not in honoured:
         raise InputError(
             f"{fields.where}: rope type {kind!r} is not supported: {', '.join(honoured)} are. Use "
@@ -97,6 +114,8 @@ def read_rope(
         return Rope(theta, share, llama3_factor=_llama3_factor(rope, fields.where))
     if kind == "default":
         return Rope(theta, share)
+    if kind == "longrope":
+        return Rope(theta, share, long=_long_rope(fields, rope))
     yarn = _yarn(rope, fields.where)
     if of_latent_attention:
         yarn = _with_scores(yarn, rope, fields.where)
@@ -194,3 +213,34 @@ def _with_scores(yarn: YarnRope, rope: Mapping[str, object], where: str) -> Yarn
             "one of them alone transformers and vLLM scale angles differently. Set both, or none"
         )
     return replace(yarn, score_mscale=Fields(rope, where).real("mscale_all_dim"))
+
+
+def _long_rope(fields: Fields, rope: Mapping[str, object]) -> LongRope:
+    """LongRoPE as transformers and vLLM have it up to the context of pretraining."""
+    where, name = fields.where, "original_max_position_embeddings"
+    original, longest = fields.number(name), fields.number("max_position_embeddings")
+    stretch = longest / original
+    if original == 1:
+        raise InputError(f"{where}: {name}=1: no model has a context of one token")
+    for told, meant in ((name, original), ("factor", stretch)):
+        if rope.get(told, meant) != meant:
+            raise InputError(
+                f"{where}: rope scaling has {told}={shown(rope[told])}, and by {name}={original} "
+                f"and max_position_embeddings={longest} it is {meant:g}. transformers and vLLM "
+                "would differ. Remove the wrong one"
+            )
+    factors, others = (_factors(rope, name, where) for name in ("short_factor", "long_factor"))
+    if len(factors) != len(others):
+        raise InputError(
+            f"{where}: rope scaling has {len(factors)} factors in short_factor and {len(others)} "
+            "in long_factor: one is not of this model. Mend config.json"
+        )
+    amplitude = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return LongRope(positions=original, factors=factors, amplitude=amplitude)
+
+
+def _factors(rope: Mapping[str, object], name: str, where: str) -> tuple[float, ...]:
+    told = rope.get(name)
+    if not isinstance(told, list):
+        raise InputError(f"{where}: rope scaling has {name}={shown(told)}: it must be a list")
+    return tuple(Fields({name: value}, where).real(name) for value in told)

@@ -6,7 +6,7 @@ A row names one parameter in Megatron-Core's local layers, in Hugging Face files
 from dataclasses import replace
 
 from megatron_rl.weights.arch import LatentArch, ModelArch
-from megatron_rl.weights.rules import Copy, Down, GateUp, Qkv, Rule, Size, Vocab
+from megatron_rl.weights.rules import Copy, Down, GateUp, Qkv, Rule, Size, Stacked, Vocab
 
 MEGATRON_LAYER = "decoder.layers.{i}."
 HF_LAYER = "model.layers.{i}."
@@ -117,6 +117,11 @@ ATTENTION: tuple[Rule, ...] = (
     ),
     _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
 )
+# Files with one tensor for each product, as Phi-3 has them.
+STACKED_ATTENTION: tuple[Rule, ...] = tuple(
+    Stacked(rule=rule, hf=HF_LAYER + "self_attn.qkv_proj.weight") if isinstance(rule, Qkv) else rule
+    for rule in ATTENTION
+)
 QKV_BIAS = Qkv(
     megatron=MEGATRON_LAYER + "self_attention.linear_qkv.bias",
     hf=HF_LAYER + "self_attn.{proj}_proj.bias",
@@ -189,6 +194,12 @@ LATENT_ATTENTION: tuple[Rule, ...] = (
 )
 
 DENSE = _feed_forward("mlp", "mlp", _ffn_rows)
+STACKED_DENSE: tuple[Rule, ...] = tuple(
+    Stacked(rule=rule, hf=HF_LAYER + "mlp.gate_up_proj.weight")
+    if isinstance(rule, GateUp)
+    else rule
+    for rule in DENSE
+)
 SHARED_EXPERT = _feed_forward("mlp.shared_experts", "mlp.shared_experts", _shared_expert_rows)
 # What corrects the choice of experts (arXiv:2408.15664): float32 whatever the model's dtype, and no
 # gradient reaches it.

@@ -15,6 +15,8 @@ from megatron_rl.weights.families.rows import (
     QKV_BIAS,
     ROUTER_BIAS,
     SHARED_EXPERT,
+    STACKED_ATTENTION,
+    STACKED_DENSE,
     experts,
     router,
 )
@@ -75,6 +77,36 @@ MIXTRAL = Family(
     defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
     neutral={"router_jitter_noise": (0, 0.0)},
     mixture=MixtureFields(ffn_hidden_size="intermediate_size", renormalized=True),
+)
+
+# Phi-3 to Phi-4, Phi-4-mini. Code of their own, which auto_map names, is not run: transformers and
+# vLLM have the network, too. vLLM reads attention_bias and mlp_bias, transformers has no biases.
+PHI3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    attention=STACKED_ATTENTION,
+    dense=STACKED_DENSE,
+    defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    neutral={
+        "resid_pdrop": (0, 0.0),
+        "embd_pdrop": (0, 0.0),
+        "lm_head_bias": (False,),
+        "full_attn_mod": (1,),
+        "interpolate_factor": (1,),
+        "auto_map": (
+            None,
+            *(
+                {
+                    "AutoConfig": "configuration_phi3.Phi3Config",
+                    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+                    **tokenizer,
+                }
+                for tokenizer in ({}, {"AutoTokenizer": "Xenova/gpt-4o"})
+            ),
+        ),
+    },
+    partial_rotary=1.0,
+    has_long_rope=True,
 )
 
 # GLM-4.5, 4.6 and 4.7. Its first expert groups are one: n_group and topk_group choose nothing.
@@ -211,7 +243,7 @@ GLM4_MOE_LITE = Family(
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3),
         *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE),
     )
 }

@@ -89,6 +89,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "phi3": {"model_type": "phi3"},
+    "phi3_tied": {
+        "model_type": "phi3",
+        "tie_word_embeddings": True,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.5], "long_factor": [4.0]},
+    },
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,

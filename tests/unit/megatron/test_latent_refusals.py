@@ -8,7 +8,7 @@ from test_megatron_refusals import ARCH
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.refusals import layer_problems, model_problems
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.weights.arch import LatentArch
+from megatron_rl.weights.arch import LatentArch, LongRope
 
 LATENT = replace(
     ARCH,
@@ -33,6 +33,14 @@ def test_layers_of_transformer_engine_have_no_latent_attention():
     assert "Set model.layer_spec=local" in told
     assert not of_layers(LATENT, layer_spec="local")
     assert not of_layers(ARCH, layer_spec="transformer_engine")
+
+
+def test_layers_of_transformer_engine_have_no_long_rope():
+    rope = LongRope(positions=4096, factors=(1.0,) * 32, amplitude=1.0)
+    arch = replace(ARCH, long_rope=rope)
+    (told,) = of_layers(arch, layer_spec="transformer_engine")
+    assert "not built with LongRoPE here" in told
+    assert not of_layers(arch, layer_spec="local")
 
 
 def test_what_megatrons_own_latent_attention_recomputes():

@@ -38,6 +38,24 @@ STYLES = {
     "yarn, two scales": YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
     "yarn, at once": YARN | {"original_max_position_embeddings": 16},
 }
+# Texts of the context of pretraining, behind which the other factors are.
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + 0.1 * pair for pair in range(32)],
+    "long_factor": [2.0 + pair for pair in range(32)],
+}
+OF_LONG = {
+    "plain": STYLES["plain"],
+    "wide": STYLES["wide"],
+    "longrope": LONG,
+    "longrope of three quarters": {
+        **LONG,
+        "partial_rotary_factor": 0.75,
+        "short_factor": LONG["short_factor"][:24],
+        "long_factor": LONG["long_factor"][:24],
+    },
+}
 # transformers and vLLM read these alike in models with latent attention, which turn neighbours.
 OF_LATENTS = ("plain", "wide", "yarn", "yarn, two scales", "yarn, at once")
 LATENTS = {
@@ -47,7 +65,7 @@ LATENTS = {
 CASES = [
     (family, style)
     for family in FAMILIES
-    for style in STYLES
+    for style in (OF_LONG if family == "phi3" else STYLES)
     if family not in LATENTS or style in OF_LATENTS
 ]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -57,9 +75,15 @@ def config_of(family, style, head_dim=64):
     settings = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     if family in LATENTS:
         settings |= {"num_key_value_heads": 4, **LATENTS[family]}
+    if family == "phi3":
+        settings |= {"max_position_embeddings": 4096, "original_max_position_embeddings": 512}
     windows = {} if family == "qwen2" else {"sliding_window": None}
     return AutoConfig.for_model(
-        family, rope_parameters=dict(STYLES[style]), head_dim=head_dim, **settings, **windows
+        family,
+        rope_parameters=dict({**STYLES, **OF_LONG}[style]),
+        head_dim=head_dim,
+        **settings,
+        **windows,
     )
 
 

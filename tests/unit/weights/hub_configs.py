@@ -280,11 +280,67 @@ GLM4_MOE_LITE: dict[str, Any] = {  # GLM-4.7-Flash
     "v_head_dim": 256,
     "vocab_size": 154880,
 }
+PHI4: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 100257,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 100265,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 17920,
+    "max_position_embeddings": 16384,
+    "model_type": "phi3",
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 10,
+    "original_max_position_embeddings": 16384,
+    "pad_token_id": 100349,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 250000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0",
+    "use_cache": True,
+    "vocab_size": 100352,
+}
+PHI4_MINI: dict[str, Any] = {  # with 48 factors each
+    **PHI4,
+    "bos_token_id": 199999,
+    "eos_token_id": 199999,
+    "full_attn_mod": 1,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {
+        "long_factor": [1.0 + 0.5 * pair for pair in range(48)],
+        "short_factor": [1.0 + 0.01 * pair for pair in range(48)],
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "vocab_size": 200064,
+}
 CONFIGS = {
     config["model_type"]: config
     for config in (
         *(QWEN2, LLAMA, MISTRAL, QWEN3, QWEN3_MOE, MIXTRAL),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4),
     )
 }
 # Elements of all tensors in the models' files, tied heads counted once.
@@ -298,4 +354,5 @@ NUM_PARAMETERS = {
     "glm4_moe": 106_852_251_264,  # without the layer behind the last one
     "deepseek_v3": 671_026_419_200,  # likewise
     "glm4_moe_lite": 29_943_393_920,
+    "phi3": 14_659_507_200,
 }

@@ -66,6 +66,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_nextn_predict_layers": 0,
         },
     ),
+    "phi3": ("Phi3", {"pad_token_id": None}),
     "deepseek_v3": ("DeepseekV3", LATENT),
     "glm4_moe_lite": (
         "Glm4MoeLite",
@@ -109,6 +110,9 @@ def built(param: MegatronParam, tensors: dict[str, torch.Tensor]) -> torch.Tenso
 def by_formula(param: MegatronParam, tensors: dict[str, torch.Tensor], dim: int) -> torch.Tensor:
     """The parameter by what Megatron-Core says of it, on whole tensors."""
     parts = [tensors[name] for name in param.hf_names]
+    if "qkv_proj" in param.hf_names[0]:
+        dims = (HEADS * dim, GROUPS * dim, GROUPS * dim)
+        parts = list(parts[0].split(dims))
     if len(parts) == 3:  # query, key, value; group by group
         grouped = [part.reshape(GROUPS, -1, dim, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, dim=1).reshape(-1, *parts[0].shape[1:])

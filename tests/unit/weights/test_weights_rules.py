@@ -3,11 +3,19 @@ from weights_models import ARCHS, QWEN2
 
 from megatron_rl.parallel.layout import EngineLayout, Layout
 from megatron_rl.weights.arch import padded_vocab_size
-from megatron_rl.weights.families.rows import ATTENTION, DENSE, EMBEDDING, QKV_BIAS
+from megatron_rl.weights.families.rows import (
+    ATTENTION,
+    DENSE,
+    EMBEDDING,
+    QKV_BIAS,
+    STACKED_ATTENTION,
+    STACKED_DENSE,
+)
 from megatron_rl.weights.layouts import check_filled, engine_pieces, megatron_pieces
 from megatron_rl.weights.pieces import local_shapes
-from megatron_rl.weights.rules import Copy, GateUp, Qkv
+from megatron_rl.weights.rules import Copy, GateUp, Qkv, Stacked
 
+PHI3 = ARCHS["phi3"]
 LAYER = (*ATTENTION, *DENSE)
 QKV = next(rule for rule in LAYER if isinstance(rule, Qkv))
 GATE_UP = next(rule for rule in LAYER if isinstance(rule, GateUp))
@@ -197,3 +205,36 @@ def test_only_the_vocabulary_has_rows_that_nothing_fills():
     check_filled({**shapes, EMBEDDING.megatron: (128, 8), "output_layer.weight": (128, 8)}, pieces)
     with pytest.raises(ValueError, match=r"word_embeddings\.weight: the model has 80 elements"):
         check_filled({**shapes, EMBEDDING.megatron: (10, 8)}, pieces)
+
+
+@pytest.mark.parametrize(
+    ("tp", "tp_rank", "expected"),
+    [
+        (2, 0, [(0, "qkv", 0, 4), (4, "qkv", 8, 10), (6, "qkv", 12, 14)]),
+        (2, 1, [(0, "qkv", 4, 8), (4, "qkv", 10, 12), (6, "qkv", 14, 16)]),
+        (4, 1, [(0, "qkv", 8, 10), (2, "qkv", 12, 14)]),  # a key head and a value head
+    ],
+)
+def test_a_rank_has_rows_of_a_stack_from_each_part(tp, tp_rank, expected):
+    """8 rows of queries, then 4 of keys from row 8 on, then 4 of values from row 12 on."""
+    rule = next(rule for rule in STACKED_ATTENTION if isinstance(rule, Stacked))
+    assert rows_of(rule.megatron_pieces(PHI3, tp, tp_rank)) == expected
+    assert list(rule.hf_shapes(PHI3).values()) == [(16, 8)]
+
+
+def test_the_engine_has_a_stack_with_its_key_heads_on_several_ranks():
+    rule = next(rule for rule in STACKED_ATTENTION if isinstance(rule, Stacked))
+    assert rows_of(rule.engine_pieces(PHI3, 4, 1)) == [
+        (0, "qkv", 2, 4),
+        (2, "qkv", 8, 10),  # of the first key head, which rank 0 has, too
+        (4, "qkv", 12, 14),
+    ]
+
+
+def test_gate_and_up_of_a_stack_are_each_cut():
+    """12 rows of each: rank 2 of 4 has rows 6 to 8 of gate, and of up behind it."""
+    rule = next(rule for rule in STACKED_DENSE if isinstance(rule, Stacked))
+    expected = [(0, "gate_up", 6, 9), (3, "gate_up", 18, 21)]
+    assert rows_of(rule.megatron_pieces(PHI3, 4, 2)) == expected
+    assert rows_of(rule.engine_pieces(PHI3, 4, 2)) == expected
+    assert list(rule.hf_shapes(PHI3).values()) == [(24, 8)]

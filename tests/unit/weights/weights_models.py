@@ -78,6 +78,10 @@ ARCHS |= {
         LATENT, model_type="glm4_moe_lite", latent=replace(LATENT.latent, query_rank=None)
     ),
 }
+ARCHS |= {
+    "phi3": replace(LLAMA, model_type="phi3"),
+    "phi3_tied": replace(LLAMA, model_type="phi3", tied_embeddings=True, head_dim=6),
+}
 # What two does not divide: three key heads, and a vocabulary that padding makes 192 of.
 ODD = replace(QWEN2, num_attention_heads=6, num_query_groups=3, vocab_size=151)
 EIGHT_HEADS = replace(QWEN2, num_attention_heads=8, ffn_hidden_size=16, vocab_size=151)

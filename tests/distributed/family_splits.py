@@ -1,0 +1,30 @@
+"""Ways to split models whose files have one matrix for several products."""
+
+from typing import Any
+
+from layout import Layout
+
+PHI4: dict[str, Any] = {"model": "phi4", "has_least": True}
+PHI4_MINI: dict[str, Any] = {"model": "phi4_mini", "has_least": True}
+
+FAMILY_LAYOUTS = (
+    Layout(name="one rank, stacked, LongRoPE, tied", world=1, **PHI4_MINI),
+    Layout(name="TP2, stacked", world=2, tp=2, **PHI4),
+    Layout(name="TP2 SP, stacked, LongRoPE", world=2, tp=2, sequence_parallel=True, **PHI4_MINI),
+    Layout(
+        name="CP2, stacked, LongRoPE, all recomputed", world=2, cp=2, recompute="full", **PHI4_MINI
+    ),
+    Layout(name="PP2 VPP2, stacked, LongRoPE", world=2, pp=2, vpp=2, **PHI4_MINI),
+    Layout(name="one rank, stacked, shared prompts", world=1, shares_prompts=True, **PHI4),
+    Layout(name="TP4 SP over 2 key heads, stacked", world=4, tp=4, sequence_parallel=True, **PHI4),
+    Layout(
+        name="TP2 SP PP2, stacked, LongRoPE, overlapped",
+        world=4,
+        tp=2,
+        pp=2,
+        sequence_parallel=True,
+        overlaps_reduction=True,
+        is_daily=False,
+        **PHI4_MINI,
+    ),
+)
