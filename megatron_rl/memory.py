@@ -434,8 +434,14 @@ def held_by(arch: ModelArch, layout: Layout, pp_rank: int) -> tuple[int, int]:
 @functools.cache
 def _held_by(arch: ModelArch, layout: Layout, pp_rank: int) -> tuple[int, int]:
     shared = shared_pieces(arch, layout, tp_rank=0, pp_rank=pp_rank)
-    experts = expert_pieces(arch, layout, etp_rank=0, ep_rank=0, pp_rank=pp_rank)
-    return sum(size(piece.box) for piece in shared), sum(size(piece.box) for piece in experts)
+    held = sum(size(piece.box) for piece in shared)
+    if arch.mixture is None:
+        return held, 0
+    # All experts are alike, so those of a rank are counted by one.
+    each = arch.mixture.num_experts // layout.ep
+    alone = replace(arch, mixture=replace(arch.mixture, num_experts=layout.ep))
+    experts = expert_pieces(alone, layout, etp_rank=0, ep_rank=0, pp_rank=pp_rank)
+    return held, each * sum(size(piece.box) for piece in experts)
 
 
 def itemsize(dtype: str) -> int:

@@ -16,9 +16,10 @@ experts. Latent attention has 4 Q and V rows of values on any device, and the tw
 latent vectors.
 """
 
+import functools
 from dataclasses import dataclass
 
-from megatron_rl.megatron.config import ModelConfig
+from megatron_rl.megatron.config import Attention, ModelConfig
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.stages import layers_of_stages
 from megatron_rl.weights.arch import ModelArch
@@ -64,7 +65,7 @@ class Activations:
     def of_layer(self, layer: int) -> float:
         """Bytes a token keeps in a layer, counted over the whole model."""
         arch, size = self.arch, self.itemsize
-        kind = self.model.attention(self.device_type, arch.head_dim)
+        kind = self._attention
         is_local = kind != "transformer_engine"
         tp, hidden = self.parallel.tensor_model_parallel_size, arch.hidden_size
         queries, keys = arch.query_rows / tp, arch.key_rows / tp
@@ -82,6 +83,10 @@ class Activations:
             if self._is_unfused and size > 2:  # the product that both were cut from
                 attention += (queries + keys) * size
         return shared / self._sequence_ranks + attention + self._of_feed_forward(layer, is_local)
+
+    @functools.cached_property
+    def _attention(self) -> Attention:
+        return self.model.attention(self.device_type, self.arch.head_dim)
 
     def _of_latent_attention(self) -> float:
         """Bytes of queries, keys, values and their output, and of the latent vectors."""

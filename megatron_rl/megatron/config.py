@@ -1,5 +1,6 @@
 """The model that is trained, and how its weights are updated."""
 
+import functools
 import importlib.metadata
 import importlib.util
 from typing import Any, Literal
@@ -66,15 +67,20 @@ class ModelConfig(Settings):
         """
         if self.uses_transformer_engine(device_type):
             return "transformer_engine"
-        version = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
         has_kernel = (
             device_type == "cuda"
             and self.dtype in ("bfloat16", "float16")
             and head_dim % 8 == 0
             and head_dim <= FLASH_HEAD
-            and version >= FLASH_TORCH
+            and torch_version() >= FLASH_TORCH
         )
         return "flash" if has_kernel else "blocks"
+
+
+@functools.cache
+def torch_version() -> tuple[int, ...]:
+    """Of the files, since recipes are read before torch is; a plan asks for each of its layouts."""
+    return tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
 
 
 class OptimizerConfig(Settings):

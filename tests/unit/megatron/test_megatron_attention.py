@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_rl.megatron.config import ModelConfig
+from megatron_rl.megatron.config import ModelConfig, torch_version
 
 BOUND = 1e-6  # our angles are float32, as in transformers
 
@@ -80,7 +80,9 @@ def test_transformer_engine_takes_a_row_as_it_is(told):
 def test_the_kind_is_chosen_once_from_device_dtype_and_head(device, dtype, head_dim, torch, kind):
     model = ModelConfig(path="any", dtype=dtype, layer_spec="local")
     with mock.patch("importlib.metadata.version", return_value=torch):
+        torch_version.cache_clear()
         assert model.attention(device, head_dim) == kind
+    torch_version.cache_clear()
 
 
 def test_transformer_engine_has_its_own():
