@@ -17,7 +17,10 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.stages import splits_that_work
 from megatron_rl.weights.arch import ModelArch
 
-SIZES = ENGINE = (1, 2, 4, 8)
+SIZES = (1, 2, 4, 8)
+ENGINE = (*SIZES, 16, 32)
+"""Ranks of an engine; the largest ones lie on several nodes, where no smaller one holds a model."""
+
 MOST_STAGES = 16
 EXPERT_RANKS = (1, 2, 4, 8, 16, 32, 64)
 LONG = 16384

@@ -155,3 +155,15 @@ def test_what_the_recipe_has_of_a_layout_is_not_kept():
     config = recipe(response=1000, pipeline_model_parallel_size=10)
     (choice,) = first(1, config, QWEN_7B, 8, 400)
     assert choice.settings["parallel.pipeline_model_parallel_size"] == 1
+
+
+def test_an_engine_lies_on_several_nodes_only_where_none_of_one_holds_the_model():
+    """256 wide experts a layer: 1.3 TB of weights, of which eight GPUs have room for a half."""
+    mixture = MixtureArch(num_experts=256, ffn_hidden_size=8192, top_k=4, renormalized=True)
+    arch = replace(QWEN_7B, model_type="qwen3_moe", qkv_bias=False, qk_norm=True, mixture=mixture)
+    arch = replace(arch, num_attention_heads=32, num_query_groups=32)
+    (large,) = first(1, recipe(), arch, 256)
+    assert arch.num_parameters * 2 > 8 * 79.6 * 2**30
+    assert large.settings["rollout.tensor_model_parallel_size"] == 32
+    (small,) = first(1, recipe(), QWEN_7B, 256)
+    assert small.config.rollout.tensor_model_parallel_size <= 8
