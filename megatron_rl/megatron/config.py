@@ -1,12 +1,11 @@
 """The model that is trained, and how its weights are updated."""
 
-import functools
-import importlib.metadata
 import importlib.util
 from typing import Any, Literal
 
 from pydantic import Field
 
+from megatron_rl.platforms.versions import torch_version
 from megatron_rl.settings import Settings
 
 Attention = Literal["transformer_engine", "flash", "blocks"]
@@ -75,12 +74,6 @@ class ModelConfig(Settings):
             and torch_version() >= FLASH_TORCH
         )
         return "flash" if has_kernel else "blocks"
-
-
-@functools.cache
-def torch_version() -> tuple[int, ...]:
-    """Of the files, since recipes are read before torch is; a plan asks for each of its layouts."""
-    return tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
 
 
 class OptimizerConfig(Settings):

@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_rl.megatron.config import ModelConfig, torch_version
+from megatron_rl.megatron.config import ModelConfig
+from megatron_rl.platforms.versions import torch_version
 
 BOUND = 1e-6  # our angles are float32, as in transformers
 
