@@ -1,5 +1,6 @@
 """The ways in which models are split in the tests of gradients, on up to four ranks."""
 
+from delta_splits import DELTA_LAYOUTS
 from latent_splits import LATENT_LAYOUTS
 from layout import Layout
 from router_reference import Auxiliary
@@ -425,7 +426,7 @@ EVERY_LAYOUT = (
         has_least=True,
     ),
 )
-_OF_EVERY_VERSION = (*EVERY_LAYOUT, *WIDE_LAYOUTS, *LATENT_LAYOUTS)
+_OF_EVERY_VERSION = (*EVERY_LAYOUT, *WIDE_LAYOUTS, *LATENT_LAYOUTS, *DELTA_LAYOUTS)
 LAYOUTS = tuple(
     layout
     for layout in _OF_EVERY_VERSION
