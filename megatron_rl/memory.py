@@ -23,7 +23,12 @@ from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP
 from megatron_rl.rollout.group_rules import most_kept
-from megatron_rl.rollout.kv_cache import cache_mib, policy_token_bytes, sequence_bytes
+from megatron_rl.rollout.kv_cache import (
+    cache_mib,
+    policy_state_bytes,
+    policy_token_bytes,
+    sequence_bytes,
+)
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import expert_pieces, shared_pieces
@@ -273,8 +278,10 @@ def kv_bytes_of_sequence(config: RunConfig, arch: ModelArch) -> int:
     """Bytes per rank that the longest sequence takes of an engine's cache."""
     if config.engine_tp is None:
         layout = config.layout_of(config.smallest_world)
-        of_token = policy_token_bytes(arch, layout, itemsize=itemsize(config.model.dtype))
-        return longest_in_engine(config, arch) * of_token
+        nbytes = itemsize(config.model.dtype)
+        of_token = policy_token_bytes(arch, layout, itemsize=nbytes)
+        states = policy_state_bytes(arch, layout, itemsize=nbytes)
+        return longest_in_engine(config, arch) * of_token + states
     return sequence_bytes(
         arch,
         tokens=longest_in_engine(config, arch),
@@ -410,7 +417,7 @@ def _engine_step(config: RunConfig, arch: ModelArch) -> float:
     tp = config.engine_tp or config.parallel.tensor_model_parallel_size
     sequences = min(rollout.max_num_seqs, config.prompts.prompts_per_iteration * rollout.group_size)
     prompts = min(PROMPT_TOKENS_PER_STEP, sequences * config.prompts.max_prompt_tokens)
-    layer = 3 * arch.ffn_hidden_size + arch.query_rows + 2 * arch.key_rows
+    layer = 3 * arch.ffn_hidden_size + arch.widest_mixer
     tokens = prompts * (layer / tp + 4 * arch.hidden_size) * nbytes
     return tokens + 3 * 4 * sequences * arch.vocab_size
 

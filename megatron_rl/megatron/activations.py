@@ -70,14 +70,18 @@ class Activations:
         queries, keys = arch.query_rows / tp, arch.key_rows / tp
         # Outputs of both norms, and their inputs or, of 16 bits on a CPU, casts and normalised.
         shared = 2.0 * hidden * size + 2 * self._of_norm(hidden)
-        if arch.latent is not None:
+        if not arch.has_attention(layer):
+            attention = self._of_delta_net()
+        elif arch.latent is not None:
             attention = self._of_latent_attention()
         elif kind == "transformer_engine":
             attention = 3.0 * (queries + keys) * size
         else:
             attended = 5.0 * queries if kind == "blocks" else 2.0 * (queries + keys)
             attention = attended * size + 4 * arch.num_attention_heads / tp
-        if arch.qk_norm:
+        if arch.has_gates and arch.has_attention(layer):
+            attention += self._of_gates(queries)
+        if arch.qk_norm and arch.has_attention(layer):
             attention += self._of_norm(queries + keys)
             if self._is_unfused and size > 2:  # the product that both were cut from
                 attention += (queries + keys) * size
@@ -93,6 +97,18 @@ class Activations:
         vectors = latent.rank + (latent.query_rank or 0)
         of_vectors = vectors * self.itemsize + self._of_norm(vectors)
         return heads + 4 * arch.num_attention_heads / tp + of_vectors / self._sequence_ranks
+
+    def _of_gates(self, queries: float) -> float:
+        """Bytes of the gates of attention's output: bounded, and what they were cut from."""
+        return 3 * queries * self.itemsize
+
+    def _of_delta_net(self) -> float:
+        """Bytes of a net's products, its output and the norm of that; what is between is anew."""
+        delta, size = self.arch.delta, self.itemsize
+        assert delta is not None
+        wide = max(4, size)
+        rows = (delta.in_rows + 2 * delta.value_rows) * size + 4 * delta.value_rows * wide
+        return rows / self.parallel.tensor_model_parallel_size
 
     def _of_feed_forward(self, layer: int, is_local: bool) -> float:
         arch, parallel = self.arch, self.parallel

@@ -172,12 +172,10 @@ def by_chunks(
         is_own = level.is_own[:, None]
         g, beta = g.masked_fill(~is_own, 0), beta.masked_fill(~is_own, 0)
         shape = (len(level.runs), query.size(1), key.size(2), value.size(2))
-        if level.origins is None:
-            state = q.new_zeros(shape)
-        else:
-            state = repeated(last, level.origins)
+        origins = level.origins
+        state = q.new_zeros(shape) if origins is None else repeated(last, origins)
         out, state = _through_chunks(q, k, v, g, beta, state, level.counts)
-        if level.origins is None:
+        if origins is None:
             last = state
         outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, level.places))
     return torch.cat(outputs).index_select(0, row.order), last

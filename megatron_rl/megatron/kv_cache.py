@@ -4,7 +4,6 @@ A sequence has a slot in every layer of this rank; slots in use are the first on
 """
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch

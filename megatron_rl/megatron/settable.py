@@ -105,7 +105,8 @@ REFUSED = by_field(
             dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_kernel_backend
             dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu
             dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32
-            experimental_attention_variant_loss_scale_func mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads
+            experimental_attention_variant_loss_scale_func mamba_state_dim mamba_head_dim
+            mamba_num_groups mamba_num_heads
             use_mamba_mem_eff_path mamba_training_ssm_states_dtype moe_shared_expert_overlap
             moe_shared_expert_glu_interleave_size use_grouped_gemm_for_shared_expert
             use_fused_weighted_squared_relu""",

@@ -81,11 +81,6 @@ class DeltaArch:
         """Those, the gates of values, and two numbers for each of their heads."""
         return self.mixed_rows + self.value_rows + 2 * self.num_value_heads
 
-    @property
-    def state_elements(self) -> int:
-        """Elements that a layer keeps of a sequence: the states, and what the convolution sees."""
-        return self.value_rows * self.key_dim + (self.kernel - 1) * self.mixed_rows
-
 
 @dataclass(frozen=True, kw_only=True)
 class YarnRope:
@@ -189,6 +184,11 @@ class ModelArch:
     def qkv_rows(self) -> int:
         """Rows of the matrix that makes queries, their gates, keys and values."""
         return (2 if self.has_gates else 1) * self.query_rows + 2 * self.key_rows
+
+    @property
+    def widest_mixer(self) -> int:
+        """Rows of the largest product before tokens are brought together."""
+        return max(self.qkv_rows, self.delta.in_rows if self.delta is not None else 0)
 
     def has_attention(self, layer: int) -> bool:
         """True where a layer, counted over the whole model, has attention, and no delta net."""

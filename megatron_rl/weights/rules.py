@@ -232,9 +232,7 @@ class GatedQkv:
             start, end = max(at, lo), min(at + arch.head_dim, hi)
             if start < end:
                 rows = (first + start - at, first + end - at)
-                yield _rows(
-                    self.megatron, start - lo, self._hf(proj), rows, (0, arch.hidden_size)
-                )
+                yield _rows(self.megatron, start - lo, self._hf(proj), rows, (0, arch.hidden_size))
             at += arch.head_dim
 
     def _heads(self, arch: ModelArch) -> Iterator[tuple[str, int]]:

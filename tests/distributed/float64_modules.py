@@ -28,38 +28,30 @@ def float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def float64_delta_net(module: Any) -> Callable[..., Tensor]:
-    """The gated delta net of one sequence as it is defined: token by token, head by head."""
+    """The gated delta net of one sequence as it is defined, token by token."""
 
     def forward(hidden_states: Tensor, **_: object) -> Tensor:
         (hidden,) = hidden_states
-        mixed = module.in_proj_qkv(hidden)
-        behind = F.pad(mixed, (0, 0, module.conv_kernel_size - 1, 0))
+        behind = F.pad(module.in_proj_qkv(hidden), (0, 0, module.conv_kernel_size - 1, 0))
         seen = behind.unfold(0, module.conv_kernel_size, 1)  # [T, rows, kernel]
         mixed = F.silu((seen * module.conv1d.weight[:, 0]).sum(-1))
-        sizes = [module.key_dim, module.key_dim, module.value_dim]
-        query, key, value = mixed.split(sizes, -1)
+        mixed = mixed.split([module.key_dim, module.key_dim, module.value_dim], -1)
+        heads, keys = module.num_v_heads, module.num_k_heads
+        query, key = (_of_length_one(x.unflatten(-1, (keys, -1))) for x in mixed[:2])
+        query, key = (x[:, torch.arange(heads) // (heads // keys)] for x in (query, key))
+        value = mixed[2].unflatten(-1, (heads, -1))
         share = module.in_proj_b(hidden).sigmoid()
-        kept = (
-            -module.A_log.exp() * F.softplus(module.in_proj_a(hidden) + module.dt_bias)
-        ).exp()
-        values = value.unflatten(-1, (module.num_v_heads, -1))
-        each = module.num_v_heads // module.num_k_heads
-        heads = []
-        for head in range(module.num_v_heads):
-            of_key = slice(
-                head // each * module.head_k_dim, (head // each + 1) * module.head_k_dim
-            )
-            q, k = (_of_length_one(x[:, of_key]) for x in (query, key))
-            state = torch.zeros(module.head_k_dim, module.head_v_dim, dtype=hidden.dtype)
-            outputs = []
-            for t in range(len(hidden)):
-                state = kept[t, head] * state
-                learnt = share[t, head] * (values[t, head] - k[t] @ state)
-                state = state + torch.outer(k[t], learnt)
-                outputs.append(q[t] @ state * module.head_k_dim**-0.5)
-            heads.append(torch.stack(outputs))
-        out = torch.stack(heads, 1)
-        gate = module.in_proj_z(hidden).unflatten(-1, (module.num_v_heads, -1))
+        decay = module.A_log.exp() * F.softplus(module.in_proj_a(hidden) + module.dt_bias)
+        state = hidden.new_zeros(heads, module.head_k_dim, module.head_v_dim)
+        outputs = []
+        for t in range(len(hidden)):
+            state = (-decay[t]).exp()[:, None, None] * state
+            known = torch.einsum("hk,hkv->hv", key[t], state)
+            learnt = share[t, :, None] * (value[t] - known)
+            state = state + torch.einsum("hk,hv->hkv", key[t], learnt)
+            outputs.append(torch.einsum("hk,hkv->hv", query[t], state))
+        out = torch.stack(outputs) / module.head_k_dim**0.5
+        gate = module.in_proj_z(hidden).unflatten(-1, (heads, -1))
         norm = module.norm
         normed = F.rms_norm(out, out.shape[-1:], norm.weight, norm.variance_epsilon)
         return module.out_proj((normed * F.silu(gate)).flatten(1))[None]
