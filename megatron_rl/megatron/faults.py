@@ -196,7 +196,7 @@ FAULTS = {
         ),
         Fault(
             name="delta_net_without_fla",
-            versions=(V0_19_2,),
+            versions=SUPPORTED_VERSIONS,
             wrong="ends in an `ImportError` where it builds a gated delta net and "
             "flash-linear-attention is not installed",
             action="repaired",

@@ -64,9 +64,9 @@ def look_for_linear_of_te() -> None:
 
 def build_without_fla() -> None:
     """Let a gated delta net be built without kernels that ours does not call."""
-    from megatron.core.ssm.gated_delta_net import common
+    from megatron.core.ssm import gated_delta_net
 
-    common.HAVE_FLA = True
+    getattr(gated_delta_net, "common", gated_delta_net).HAVE_FLA = True
 
 
 # -- torch's Adam under the distributed optimizer --------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from harness import asked_for, run_on_ranks
 from layout import Layout
 from safetensors.torch import load_file
-from tiny_models import MIXTURES, write_model
+from tiny_models import DELTAS, MIXTURES, write_model
 from torch import Tensor, equal
 
 from megatron_rl.conversion.to_hf import convert_to_hf
@@ -32,6 +32,7 @@ MODELS = (
     "glm4_moe",
     "deepseek_v3",
     "moonlight",
+    *DELTAS,
     "qwen2_eight_heads",
 )
 LAYOUTS = (
@@ -58,6 +59,7 @@ LAYOUTS = (
 SHARE = (
     *("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
     "deepseek_v3",
+    *DELTAS[:1],
 )
 
 
