@@ -383,23 +383,23 @@ def _passing(
     """Activations and logits of the longest row; on a CPU, what is more than the logits later."""
     nbytes, is_cpu = itemsize(config.model.dtype), device_type == "cpu"
     tokens = longest_row(config, layout, row_tokens)
-    activations = Activations(
+    layers = Activations(
         arch=arch,
         model=config.model,
         parallel=config.parallel,
         device_type=device_type,
         itemsize=nbytes,
-    ).kept(
-        -(-tokens // layout.cp),
-        num_rows=rows_of_update(config, layout, tokens),
-        pp_rank=pp_rank,
     )
+    rows = rows_of_update(config, layout, tokens)
+    activations = layers.kept(-(-tokens // layout.cp), num_rows=rows, pp_rank=pp_rank)
     vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
     logits = min(float(LOGITS_BYTES), tokens / layout.cp * vocab * nbytes)
     is_native = not is_cpu or native.has("dlogits", torch.device("cpu"))
     if config.ops.backend == "reference" or not is_native:
         logits *= 1 + DEFINITION_COPIES * 4 / nbytes
     later = {"logits of one chunk": logits}
+    if arch.delta is not None:  # it comes in the backward, when logits are gone
+        later["chunks of a gated delta net"] = layers.of_one_net(tokens)
     if is_cpu:
         # gloo copies a buffer that it reduces, when activations are free but not given back.
         params = sum(held_by(arch, layout, pp_rank))

@@ -19,6 +19,7 @@ latent vectors.
 from dataclasses import dataclass
 
 from megatron_rl.megatron.config import ModelConfig
+from megatron_rl.megatron.delta_rule import CHUNK
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.stages import layers_of_stages
 from megatron_rl.weights.arch import ModelArch
@@ -48,6 +49,17 @@ class Activations:
         at_hand = behind + 1 if chunks == 1 else 2 * behind + (chunks - 1) * ranks + 1
         of_token = max(map(self._of_layers, stages[pp_rank::ranks]))
         return row_tokens * min(at_hand, num_rows * chunks) * of_token
+
+    def of_one_net(self, row_tokens: int) -> float:
+        """Bytes that a backward makes anew of the gated delta net whose turn it is."""
+        delta = self.arch.delta
+        if delta is None:
+            return 0.0
+        of_head = 8 * delta.key_dim + delta.value_dim + 9.2 * CHUNK  # rows, and chunks squared
+        of_head += 2 * delta.key_dim * delta.value_dim / CHUNK  # states
+        numbers = (delta.kernel + 2) * delta.mixed_rows + delta.num_value_heads * of_head
+        wide = max(4, self.itemsize)
+        return row_tokens * numbers * wide / self.parallel.tensor_model_parallel_size
 
     def _of_layers(self, layers: range) -> float:
         """Bytes a token in these layers, at the peak of a backward that computes them anew."""
@@ -106,8 +118,10 @@ class Activations:
         """Bytes of a net's products, its output and the norm of that; what is between is anew."""
         delta, size = self.arch.delta, self.itemsize
         assert delta is not None
-        wide = max(4, size)
-        rows = (delta.in_rows + 2 * delta.value_rows) * size + 4 * delta.value_rows * wide
+        # Output, normed twice, gates twice: in float32 at least, where the first gates are cut from
+        # the first product.
+        wide = (4 if size >= 4 else 5) * max(4, size)
+        rows = (delta.in_rows + delta.value_rows) * size + delta.value_rows * wide
         return rows / self.parallel.tensor_model_parallel_size
 
     def _of_feed_forward(self, layer: int, is_local: bool) -> float:

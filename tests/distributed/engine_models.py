@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from tiny_models import (
+    DELTA,
+    DELTAS,
     EIGHT_EXPERTS,
     GLM4,
     GLM4_LITE,
@@ -60,6 +62,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("Glm4MoeLite", {**GLM4_LITE, **LATENT_OF_ENGINE, "v_head_dim": 96}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+if DELTAS:  # which vLLM does not have on a CPU
+    MODELS["qwen3_5"] = ("Qwen3_5", {**DELTA, "tie_word_embeddings": True})
 
 
 def write_model(name: str, model_dir: Path) -> None:
@@ -73,7 +77,8 @@ def write_model(name: str, model_dir: Path) -> None:
     torch.manual_seed(len(name))
     family, changes = MODELS[name]
     settings = copy.deepcopy({**SIZES, "vocab_size": make_model.VOCAB_SIZE, **changes})
-    config = getattr(transformers, f"{family}Config")(**settings)
+    of_text = "Text" if family == "Qwen3_5" else ""
+    config = getattr(transformers, f"{family}{of_text}Config")(**settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,7 +4,10 @@ Expected is the recurrence as it is defined, in float64, token by token, of ever
 """
 
 import json
+import sys
+from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,8 @@ from megatron_rl.platforms.base import CPU
 
 enter(CPU)
 
+from megatron_rl.megatron import faults  # noqa: E402
+from megatron_rl.megatron.activations import Activations  # noqa: E402
 from megatron_rl.megatron.delta_rule import (  # noqa: E402
     CHUNK,
     by_chunks,
@@ -22,9 +27,12 @@ from megatron_rl.megatron.delta_rule import (  # noqa: E402
     delta_row,
     next_token,
 )
+from megatron_rl.weights.arch import DeltaArch  # noqa: E402
 
 HEADS, KEY, VALUE, ROWS = 2, 3, 5, 7
 Inputs = list[Tensor]
+# Heads of keys and of values, their entries, and the kernel: of Qwen3.5 but for the heads, and odd.
+SIZES = ((2, 4, 128, 128, 4), (4, 4, 96, 160, 2), (1, 3, 64, 128, 3))
 # Lengths of runs, and the run that each follows: chunks that are full, cut and single tokens.
 APART = ([2 * CHUNK + 3, 1, CHUNK, CHUNK - 1, 2], [None] * 5)
 BEHIND = ([CHUNK + 6, 5, 130, 2, 1, CHUNK], [None, 0, None, 0, 2, 2])
@@ -44,7 +52,9 @@ def main() -> None:
         found[f"float32, {name}"] = narrow
     found["dying and kept"] = of_decay()
     found["run on"] = of_one_run()
-    print(json.dumps(found))
+    if not faults.is_present("packed_delta_nets"):
+        found["kept and counted"] = [kept_and_counted(*sizes) for sizes in SIZES]
+    sys.stdout.write(json.dumps(found))
 
 
 def drawn(length: int) -> Inputs:
@@ -117,9 +127,7 @@ def of_convolution(lengths, origins, kernel: int) -> float:
     expected = torch.cat(
         [
             F.conv1d(F.pad(run.T, (kernel - 1, 0))[None], weight, groups=ROWS)[0].T[-length:]
-            for length, run in zip(
-                lengths, whole_sequences(lengths, origins, mixed), strict=True
-            )
+            for length, run in zip(lengths, whole_sequences(lengths, origins, mixed), strict=True)
         ]
     )
     found = torch.autograd.grad(out.sin().sum(), (mixed, weight))
@@ -128,7 +136,7 @@ def of_convolution(lengths, origins, kernel: int) -> float:
 
 
 def of_decay() -> float:
-    """A token after another by next_token, against the chunks, where states die at once or never."""
+    """By next_token, token by token, against the chunks, where states die at once or never."""
     inputs = drawn(CHUNK + 9)
     inputs[3] = torch.stack([torch.full((CHUNK + 9,), -900.0), torch.zeros(CHUNK + 9)], 1).double()
     row = delta_row([CHUNK + 9], [None], kernel=1, device=torch.device("cpu"))
@@ -151,6 +159,48 @@ def of_one_run() -> float:
     ]
     apart, as_one = (by_chunks(*inputs, row)[0] for row in rows)
     return off(as_one, apart)
+
+
+def kept_and_counted(keys: int, values: int, key: int, value: int, kernel: int) -> list[float]:
+    """Bytes that torch keeps of a net's core for its backward, and that memory is planned with."""
+    from megatron_rl.megatron.delta_net import DeltaNet
+
+    arch = SimpleNamespace(
+        delta=DeltaArch(
+            attention_layers=frozenset(),
+            num_key_heads=keys,
+            num_value_heads=values,
+            key_dim=key,
+            value_dim=value,
+            kernel=kernel,
+        )
+    )
+    rows, tokens = arch.delta.mixed_rows, 8 * CHUNK
+    net = SimpleNamespace(
+        conv1d=SimpleNamespace(weight=torch.randn(rows, 1, kernel, requires_grad=True)),
+        num_k_heads_local_tp=keys,
+        num_v_heads_local_tp=values,
+        qk_dim_local_tp=arch.delta.key_rows,
+        v_dim_local_tp=arch.delta.value_rows,
+        key_head_dim=key,
+        A_log=torch.zeros(values, requires_grad=True),
+        dt_bias=torch.zeros(values, requires_grad=True),
+    )
+    net.heads = partial(DeltaNet.heads, net)
+    row = delta_row([tokens], [None], kernel=kernel, device=torch.device("cpu"))
+    inputs = [torch.randn(tokens, n, requires_grad=True) for n in (rows, values, values)]
+    saved: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        DeltaNet.whole(net, *inputs, row=row)
+    parallel = SimpleNamespace(tensor_model_parallel_size=1)
+    layers = SimpleNamespace(arch=arch, parallel=parallel, itemsize=2)
+    counted = Activations.of_one_net(layers, tokens)
+    return [float(sum(t.untyped_storage().nbytes() for t in saved.values())), counted]
 
 
 def off(found: Tensor, wanted: Tensor) -> float:

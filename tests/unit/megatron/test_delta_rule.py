@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rl.megatron import faults
+
 ROWS = ("apart", "behind")  # sequences by themselves, and responses behind a prompt
 KINDS = ("outputs", "gradients", "states", *(f"convolution of {kernel}" for kernel in (1, 2, 4)))
 
@@ -36,3 +38,10 @@ def test_states_that_die_at_once_or_never_are_those_of_single_tokens(told):
 
 def test_a_state_that_went_on_from_another_sequence_would_show(told):
     assert told["run on"] > 1e-2
+
+
+def test_memory_is_planned_with_what_a_net_makes_anew(told):
+    found = told.get("kept and counted", [])
+    assert found or faults.is_present("packed_delta_nets")
+    for kept, counted in found:
+        assert 0.95 * kept < counted < 1.05 * kept, (kept, counted)
