@@ -111,7 +111,7 @@ def _level(
     if former is not None:
         place_of = {run: place for place, run in enumerate(former)}
         found = [place_of[origin] for run in runs if (origin := origins[run]) is not None]
-        behind = torch.tensor(found, device=device)
+        behind = torch.cat([torch.full((1,), place, device=device) for place in found])
     return Level(
         tokens=torch.cat(tokens),
         is_own=torch.stack(is_own),

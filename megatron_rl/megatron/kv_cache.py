@@ -73,7 +73,7 @@ class Prompts:
         plan = net.planned(self.rows)
         out: Tensor
         out, last = net.whole(mixed, share, decay, row=plan)
-        of_run = torch.tensor(plan.levels[0].runs, device=mixed.device).argsort()
+        of_run = torch.tensor(plan.levels[0].runs).argsort().to(mixed.device)
         states[self.all_slots] = last[of_run[self.prompts]]
         at = self.ends - 1
         for place in range(inputs.size(1)):  # the oldest comes first

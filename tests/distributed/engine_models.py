@@ -16,6 +16,7 @@ from tiny_models import (
     LLAMA3_ROPE,
     MOONLIGHT,
     YARN_ROPE,
+    with_long_memory,
 )
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -84,6 +85,7 @@ def write_model(name: str, model_dir: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        with_long_memory(model)
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn_like(bias))

@@ -219,15 +219,22 @@ def write_model(name: str, model_dir: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                # Else nearly all of a state is gone by the next token, and an output is that
-                # token's value, normed, by a sign that a float32 may not know.
-                parameter.sub_(4)
+        with_long_memory(model)
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn_like(bias))
     model.save_pretrained(model_dir)
+
+
+def with_long_memory(model: Any) -> None:
+    """Let the states of gated delta nets last.
+
+    As transformers draws A_log, nearly all of a state is gone by the next token, and an output is
+    that token's value, normed, by a sign that float32 may not know.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.sub_(4)
 
 
 def graded_groups(
