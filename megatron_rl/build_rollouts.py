@@ -25,7 +25,7 @@ from megatron_rl.rollout.engine import Engine
 from megatron_rl.rollout.exchange import Exchange
 from megatron_rl.rollout.gold import GoldRollouts
 from megatron_rl.rollout.group_rules import most_prompts, most_responses
-from megatron_rl.rollout.kv_cache import policy_token_bytes
+from megatron_rl.rollout.kv_cache import policy_state_bytes, policy_token_bytes
 from megatron_rl.rollout.megatron_engine import MegatronEngine
 from megatron_rl.rollout.record import ReplayedRollouts
 from megatron_rl.rollout.rollouts import Rollouts
@@ -182,6 +182,7 @@ def policy_as_engine(
         max_num_seqs=rollout.max_num_seqs,
         cache_bytes=share if mib is None else mib << 20,
         token_bytes=policy_token_bytes(inputs.arch, groups.layout, itemsize=policy.dtype.itemsize),
+        state_bytes=policy_state_bytes(inputs.arch, groups.layout, itemsize=policy.dtype.itemsize),
     )
 
 

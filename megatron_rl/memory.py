@@ -23,7 +23,12 @@ from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP
 from megatron_rl.rollout.group_rules import most_kept
-from megatron_rl.rollout.kv_cache import cache_mib, policy_token_bytes, sequence_bytes
+from megatron_rl.rollout.kv_cache import (
+    cache_mib,
+    policy_state_bytes,
+    policy_token_bytes,
+    sequence_bytes,
+)
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.layouts import expert_pieces, shared_pieces
@@ -278,8 +283,10 @@ def kv_bytes_of_sequence(config: RunConfig, arch: ModelArch) -> int:
     """Bytes per rank that the longest sequence takes of an engine's cache."""
     if config.engine_tp is None:
         layout = config.layout_of(config.smallest_world)
-        of_token = policy_token_bytes(arch, layout, itemsize=itemsize(config.model.dtype))
-        return longest_in_engine(config, arch) * of_token
+        nbytes = itemsize(config.model.dtype)
+        of_token = policy_token_bytes(arch, layout, itemsize=nbytes)
+        states = policy_state_bytes(arch, layout, itemsize=nbytes)
+        return longest_in_engine(config, arch) * of_token + states
     return sequence_bytes(
         arch,
         tokens=longest_in_engine(config, arch),
@@ -381,23 +388,23 @@ def _passing(
     """Activations and logits of the longest row; on a CPU, what is more than the logits later."""
     nbytes, is_cpu = itemsize(config.model.dtype), device_type == "cpu"
     tokens = longest_row(config, layout, row_tokens)
-    activations = Activations(
+    layers = Activations(
         arch=arch,
         model=config.model,
         parallel=config.parallel,
         device_type=device_type,
         itemsize=nbytes,
-    ).kept(
-        -(-tokens // layout.cp),
-        num_rows=rows_of_update(config, layout, tokens),
-        pp_rank=pp_rank,
     )
+    rows = rows_of_update(config, layout, tokens)
+    activations = layers.kept(-(-tokens // layout.cp), num_rows=rows, pp_rank=pp_rank)
     vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
     logits = min(float(LOGITS_BYTES), tokens / layout.cp * vocab * nbytes)
     is_native = not is_cpu or native.has("dlogits", torch.device("cpu"))
     if config.ops.backend == "reference" or not is_native:
         logits *= 1 + DEFINITION_COPIES * 4 / nbytes
     later = {"logits of one chunk": logits}
+    if arch.delta is not None:  # it comes in the backward, when logits are gone
+        later["chunks of a gated delta net"] = layers.of_one_net(tokens)
     if is_cpu:
         # gloo copies a buffer that it reduces, when activations are free but not given back.
         params = sum(held_by(arch, layout, pp_rank))
@@ -415,7 +422,7 @@ def _engine_step(config: RunConfig, arch: ModelArch) -> float:
     tp = config.engine_tp or config.parallel.tensor_model_parallel_size
     sequences = min(rollout.max_num_seqs, config.prompts.prompts_per_iteration * rollout.group_size)
     prompts = min(PROMPT_TOKENS_PER_STEP, sequences * config.prompts.max_prompt_tokens)
-    layer = 3 * arch.ffn_hidden_size + arch.query_rows + 2 * arch.key_rows
+    layer = 3 * arch.ffn_hidden_size + arch.widest_mixer
     tokens = prompts * (layer / tp + 4 * arch.hidden_size) * nbytes
     return tokens + 3 * 4 * sequences * arch.vocab_size
 

@@ -1,7 +1,8 @@
-"""`megatron-rl convert`: a Hugging Face model to a Megatron-Core checkpoint, and back.
+"""`megatron-rl convert`: a Hugging Face model to a Megatron-Core checkpoint, and back; or its text.
 
 megatron-rl convert to-megatron --hf DIR|NAME --output DIR     any layout loads the result
 megatron-rl convert to-hf --megatron DIR --output DIR          saved at any layout
+megatron-rl convert to-text --hf DIR|NAME --output DIR         the text of one that reads images
 """
 
 import argparse
@@ -46,20 +47,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the optimizer's float32 weights instead of the model's",
     )
-    back.add_argument(
-        "--file-mib", type=positive, default=4096, help="size of one safetensors file"
-    )
+    text = directions.add_parser("to-text", help="Hugging Face, images and text, to its text")
+    text.add_argument("--hf", required=True, metavar="DIR|NAME", help="directory or hub name")
+    for direction in (back, text):
+        direction.add_argument(
+            "--file-mib", type=positive, default=4096, help="size of one safetensors file"
+        )
+    for direction in (into, back, text):
+        direction.add_argument("--output", required=True, type=Path, metavar="DIR")
     for direction in (into, back):
         add_ignored_fields(direction)
-        direction.add_argument("--output", required=True, type=Path, metavar="DIR")
         direction.add_argument(
             "--dtype", choices=DTYPES, help="of all weights; as stored if left out"
         )
 
 
 def run(options: argparse.Namespace) -> int:
-    made = (_to_megatron if options.direction == "to-megatron" else _to_hf)(options)
-    print(made)
+    directions = {"to-megatron": _to_megatron, "to-hf": _to_hf, "to-text": _to_text}
+    print(directions[options.direction](options))
     return 0
 
 
@@ -129,4 +134,17 @@ def _to_hf(options: argparse.Namespace) -> Path:
             file_bytes=options.file_mib << 20,
             progress=bar,
         )
+    return output
+
+
+def _to_text(options: argparse.Namespace) -> Path:
+    from megatron_rl.conversion.to_text import convert_to_text
+    from megatron_rl.weights.model_source import find_model
+
+    source = find_model(options.hf, "--hf")
+    if source.megatron_dir is not None:
+        raise InputError(f"--hf={options.hf!r}: it is a Megatron-Core checkpoint")
+    output: Path = options.output
+    with progress_bar("to text") as bar:
+        convert_to_text(source.config_dir, output, file_bytes=options.file_mib << 20, progress=bar)
     return output

@@ -20,6 +20,7 @@ import functools
 from dataclasses import dataclass
 
 from megatron_rl.megatron.config import Attention, ModelConfig
+from megatron_rl.megatron.delta_rule import CHUNK
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.stages import layers_of_stages
 from megatron_rl.weights.arch import ModelArch
@@ -50,6 +51,17 @@ class Activations:
         of_token = max(map(self._of_layers, stages[pp_rank::ranks]))
         return row_tokens * min(at_hand, num_rows * chunks) * of_token
 
+    def of_one_net(self, row_tokens: int) -> float:
+        """Bytes that a backward makes anew of the gated delta net whose turn it is."""
+        delta = self.arch.delta
+        if delta is None:
+            return 0.0
+        of_head = 8 * delta.key_dim + delta.value_dim + 9.2 * CHUNK  # rows, and chunks squared
+        of_head += 2 * delta.key_dim * delta.value_dim / CHUNK  # states
+        numbers = (delta.kernel + 2) * delta.mixed_rows + delta.num_value_heads * of_head
+        wide = max(4, self.itemsize)
+        return row_tokens * numbers * wide / self.parallel.tensor_model_parallel_size
+
     def _of_layers(self, layers: range) -> float:
         """Bytes a token in these layers, at the peak of a backward that computes them anew."""
         whole, count = sum(map(self.of_layer, layers)), len(layers)
@@ -71,14 +83,18 @@ class Activations:
         queries, keys = arch.query_rows / tp, arch.key_rows / tp
         # Outputs of both norms, and their inputs or, of 16 bits on a CPU, casts and normalised.
         shared = 2.0 * hidden * size + 2 * self._of_norm(hidden)
-        if arch.latent is not None:
+        if not arch.has_attention(layer):
+            attention = self._of_delta_net()
+        elif arch.latent is not None:
             attention = self._of_latent_attention()
         elif kind == "transformer_engine":
             attention = 3.0 * (queries + keys) * size
         else:
             attended = 5.0 * queries if kind == "blocks" else 2.0 * (queries + keys)
             attention = attended * size + 4 * arch.num_attention_heads / tp
-        if arch.qk_norm:
+        if arch.has_gates and arch.has_attention(layer):
+            attention += self._of_gates(queries)
+        if arch.qk_norm and arch.has_attention(layer):
             attention += self._of_norm(queries + keys)
             if self._is_unfused and size > 2:  # the product that both were cut from
                 attention += (queries + keys) * size
@@ -98,6 +114,20 @@ class Activations:
         vectors = latent.rank + (latent.query_rank or 0)
         of_vectors = vectors * self.itemsize + self._of_norm(vectors)
         return heads + 4 * arch.num_attention_heads / tp + of_vectors / self._sequence_ranks
+
+    def _of_gates(self, queries: float) -> float:
+        """Bytes of the gates of attention's output: bounded, and what they were cut from."""
+        return 3 * queries * self.itemsize
+
+    def _of_delta_net(self) -> float:
+        """Bytes of a net's products, its output and the norm of that; what is between is anew."""
+        delta, size = self.arch.delta, self.itemsize
+        assert delta is not None
+        # Output, normed twice, gates twice: in float32 at least, where the first gates are cut from
+        # the first product.
+        wide = (4 if size >= 4 else 5) * max(4, size)
+        rows = (delta.in_rows + delta.value_rows) * size + delta.value_rows * wide
+        return rows / self.parallel.tensor_model_parallel_size
 
     def _of_feed_forward(self, layer: int, is_local: bool) -> float:
         arch, parallel = self.arch, self.parallel

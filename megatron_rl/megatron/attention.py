@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_rl.megatron.delta_rule import DeltaRow
 from megatron_rl.megatron.gathering import Pad
 from megatron_rl.megatron.rope import Rope, Rotation
 from megatron_rl.megatron.shared_prompts import Seen, SeenBlocks, blocks_of, seen_of
@@ -41,11 +42,19 @@ def _no_index() -> Tensor:
 
 
 class Remembered(Protocol):
-    """Keys and values of earlier tokens, beside which a row is attended to."""
+    """Keys, values and states of earlier tokens, beside which a row is run."""
 
     def attend(self, layer: "PackedAttention", query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """As PackedAttention.attend, of queries and keys that are turned."""
         ...
+
+    def recur(self, net: Any, mixed: Tensor, share: Tensor, decay: Tensor) -> Tensor:
+        """As DeltaNet.whole: outputs [T, heads/tp, v]."""
+        ...
+
+
+Runs = tuple[tuple[int, ...], tuple[int | None, ...]]
+"""Lengths of the runs of a row, and behind which prompt each stands, if it stands behind one."""
 
 
 @dataclass
@@ -63,6 +72,8 @@ class PackedRows(PackedSeqParams):
     split: Split | None = None  # where ranks share every sequence; then there are no blocks
     seen: Seen | SeenBlocks | None = None  # where responses share a prompt; no blocks either
     remembered: Remembered | None = None  # where responses are sampled
+    runs: Runs | None = None
+    delta: DeltaRow | None = None  # made by the first gated delta net from the runs
 
 
 def packed_rows(
@@ -85,6 +96,8 @@ def packed_rows(
     )
     if rope is None:
         return plan
+    if row.shared is not None:
+        plan.runs = (row.lengths, row.shared.prompts)
     if row.part is not None:
         assert sharing is not None
         plan.split = split_of(row.lengths, row.cu_seqlens, sharing)
@@ -112,6 +125,7 @@ def rows_of(
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        runs=(lengths, (None,) * len(lengths)),
     )
     if rope is None:
         return plan

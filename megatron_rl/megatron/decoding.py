@@ -79,6 +79,8 @@ class Decoder:
         lengths = tuple(map(len, prompts))
         ends = list(accumulate(lengths))
         entries, in_slots, positions = [], [], []
+        counts = torch.tensor([len(own) for own in slots])
+        of_prompts = torch.arange(len(prompts)).repeat_interleave(counts)
         for prompt, end, own in zip(prompts, ends, slots, strict=True):
             place = torch.arange(len(prompt))
             entries.append((place + end - len(prompt)).repeat(len(own)))
@@ -102,6 +104,9 @@ class Decoder:
             entries=torch.cat(entries).to(self._device),
             slots=torch.cat(in_slots).to(self._device),
             positions=torch.cat(positions).to(self._device),
+            all_slots=torch.tensor(list(chain.from_iterable(slots))).to(self._device),
+            prompts=of_prompts.to(self._device),
+            ends=torch.tensor(ends)[of_prompts].to(self._device),
         )
         return Row(
             tokens=tokens.to(self._device),

@@ -187,6 +187,33 @@ FAULTS = {
             probes=ALONE,
         ),
         Fault(
+            name="packed_delta_nets",
+            versions=(V0_16_1,),
+            wrong="refuses packed rows in gated delta nets",
+            action="refused",
+            by="refusals.model_problems",
+            probes=ALONE,
+        ),
+        Fault(
+            name="delta_net_without_fla",
+            versions=SUPPORTED_VERSIONS,
+            wrong="ends in an `ImportError` where it builds a gated delta net and "
+            "flash-linear-attention is not installed",
+            action="repaired",
+            by="repairs.build_without_fla",
+            probes=ALONE,
+        ),
+        Fault(
+            name="gated_norm_without_reduction",
+            versions=(V0_19_2,),
+            wrong="leaves the norm of a gated delta net's output, of which every rank of tensor "
+            "parallelism has the gradient of its own heads, out of the reduction over these ranks "
+            "without sequence parallelism: wrong gradients without an error",
+            action="fitted",
+            by="delta_net.DeltaNet",
+            probes=ON_RANKS,
+        ),
+        Fault(
             name="no_output_hook",
             versions=(V0_16_1,),
             wrong="always computes whole logits: a model has no output hook",

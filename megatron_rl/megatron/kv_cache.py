@@ -1,9 +1,10 @@
-"""Keys and values of sequences that responses are sampled for, and attention to them.
+"""Keys, values and states of sequences that responses are sampled for, and their use.
 
 A sequence has a slot in every layer of this rank; slots in use are the first ones.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ class KeyValueCache:
     def __init__(self, num_slots: int, num_tokens: int) -> None:
         self._num_slots, self._num_tokens = num_slots, num_tokens
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._nets: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of a layer, [slots, groups/tp, tokens, d] each; key: [T, groups/tp, d].
@@ -29,11 +31,27 @@ class KeyValueCache:
             self._layers[layer] = (key.new_zeros(shape), key.new_zeros(shape))
         return self._layers[layer]
 
+    def of_net(self, net: Any, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """What a gated delta net has of every slot: the last inputs of its convolution, its state.
+
+        [slots, kernel - 1, rows/tp], and [slots, heads/tp, k, v] in float32 or wider. Both begin as
+        zeros, which is how a sequence begins. mixed: [T, rows/tp] inputs of the convolution.
+        """
+        if net.layer_number not in self._nets:
+            rows = (self._num_slots, net.conv_kernel_dim - 1, mixed.size(1))
+            heads = (net.num_v_heads_local_tp, net.key_head_dim, net.value_head_dim)
+            wide = torch.promote_types(mixed.dtype, torch.float32)
+            state = mixed.new_zeros(self._num_slots, *heads, dtype=wide)
+            self._nets[net.layer_number] = (mixed.new_zeros(rows), state)
+        return self._nets[net.layer_number]
+
     def move(self, sources: Tensor, targets: Tensor, num_tokens: int) -> None:
         """Copy the first tokens of some slots [k] into as many other ones."""
         for keys, values in self._layers.values():
             for cache in (keys, values):
                 cache[targets, :, :num_tokens] = cache[sources, :, :num_tokens]
+        for inputs, states in self._nets.values():
+            inputs[targets], states[targets] = inputs[sources], states[sources]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +63,27 @@ class Prompts:
     entries: Tensor  # [K] int64: of the row, as often as there are responses
     slots: Tensor  # [K] int64
     positions: Tensor  # [K] int64
+    all_slots: Tensor  # [S] int64: those of all responses
+    prompts: Tensor  # [S] int64: the prompt of each, by number
+    ends: Tensor  # [S] int64: of the row, behind it
+
+    def recur(self, net: Any, mixed: Tensor, share: Tensor, decay: Tensor) -> Tensor:
+        """Outputs; the states of prompts are kept for all of their responses."""
+        inputs, states = self.cache.of_net(net, mixed)
+        plan = net.planned(self.rows)
+        out: Tensor
+        out, last = net.whole(mixed, share, decay, row=plan)
+        of_run = torch.tensor(plan.levels[0].runs).argsort().to(mixed.device)
+        states[self.all_slots] = last[of_run[self.prompts]]
+        at = self.ends - 1
+        for place in range(inputs.size(1)):  # the oldest comes first
+            back = inputs.size(1) - 1 - place
+            seen = mixed[at] if back == 0 else mixed[plan.before[back - 1][at]]
+            missing = None if back == 0 else ~plan.has_before[back - 1][at]
+            inputs[self.all_slots, place] = (
+                seen if missing is None else seen.masked_fill(missing, 0)
+            )
+        return out
 
     def attend(self, layer: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = self.cache.of(layer.layer_number, key)
@@ -62,6 +101,17 @@ class NextTokens:
     positions: Tensor  # [n] int64 of the tokens in their sequences
     length: int  # more than all positions
     mask: Tensor  # [n, 1, 1, length]: 0 up to a token's position, and -inf behind it
+
+    def recur(self, net: Any, mixed: Tensor, share: Tensor, decay: Tensor) -> Tensor:
+        n = len(self.slots)
+        inputs, states = self.cache.of_net(net, mixed)
+        seen = torch.cat([inputs[:n], mixed[:n, None]], dim=1)
+        out: Tensor
+        out, states[:n] = net.next(seen, share[:n], decay[:n], states[:n])
+        inputs[:n] = seen[:, 1:]
+        if n == len(mixed):
+            return out
+        return torch.cat([out, out.new_zeros(len(mixed) - n, *out.shape[1:])])
 
     def attend(self, layer: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         n = len(self.slots)
@@ -83,6 +133,10 @@ class NextTokens:
 
 class Nothing:
     """A row of padding alone, which other ranks' experts need."""
+
+    def recur(self, net: Any, mixed: Tensor, share: Tensor, decay: Tensor) -> Tensor:
+        heads = (net.num_v_heads_local_tp, net.value_head_dim)
+        return mixed.new_zeros(len(mixed), *heads)
 
     def attend(self, layer: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return torch.zeros_like(query).flatten(1)

@@ -146,15 +146,39 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     """Problems of a layout for this model."""
     tp = parallel.tensor_model_parallel_size
     field = "parallel.tensor_model_parallel_size"
-    one_matrix = ("rows of queries, keys and values", arch.query_rows + 2 * arch.key_rows)
+    one_matrix = ("rows of queries, keys and values", arch.qkv_rows)
     rows = (
         ("attention heads", arch.num_attention_heads),
         *([one_matrix] if arch.latent is None else arch.latent_rows),
         *arch.dense_rows,
+        *arch.delta_heads,
     )
     yield from split_problems(field, tp, rows, arch.num_query_groups)
+    yield from _delta_problems(arch, parallel)
     yield from stage_problems(arch.num_layers, parallel)
     yield from _expert_problems(arch, parallel)
+
+
+def _delta_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[ConfigError]:
+    if arch.delta is None:
+        return
+    if reason := faults.reason("packed_delta_nets"):
+        yield ConfigError(
+            "model.path",
+            arch.model_type,
+            reason,
+            f"Install megatron-core=={faults.V0_19_2}, or use a model whose layers all have "
+            "attention",
+        )
+    if parallel.context_parallel_size > 1:
+        field = "parallel.context_parallel_size"
+        yield ConfigError(
+            field,
+            parallel.context_parallel_size,
+            "the states of gated delta nets go through a sequence from its start to its end, and "
+            "ranks that have parts of it do not hand them on here",
+            f"Set {field}=1",
+        )
 
 
 def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Iterator[ConfigError]:
@@ -163,6 +187,7 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
         "YaRN's rope": arch.yarn is not None,
         "LongRoPE": arch.long_rope is not None,
         "latent attention": arch.latent is not None,
+        "gated delta nets": arch.delta is not None,
     }
     missing = [name for name, is_needed in parts.items() if is_needed]
     if missing and model.uses_transformer_engine(device_type):

@@ -59,6 +59,16 @@ def look_for_linear_of_te() -> None:
     multi_latent_attention.HAVE_TE = isinstance(multi_latent_attention.TELinear, type)
 
 
+# -- gated delta nets ------------------------------------------------------------------------------
+
+
+def build_without_fla() -> None:
+    """Let a gated delta net be built without kernels that ours does not call."""
+    from megatron.core.ssm import gated_delta_net
+
+    getattr(gated_delta_net, "common", gated_delta_net).HAVE_FLA = True
+
+
 # -- torch's Adam under the distributed optimizer --------------------------------------------------
 
 
@@ -161,6 +171,7 @@ def _without_padding(buffers: Sequence[Any]) -> Iterator[None]:
 REPAIRS = {
     "router_without_transformer_engine": bind_router_product,
     "latent_attention_without_te": look_for_linear_of_te,
+    "delta_net_without_fla": build_without_fla,
     "dispatcher_without_numpy": give_numpy_on_a_cpu,
     "adam_without_states": give_states_to_load_into,
     "adam_step_not_saved": keep_step,

@@ -94,7 +94,9 @@ REFUSED = by_field(
             moe_apply_probs_on_input moe_router_topk moe_router_topk_limited_devices
             moe_router_topk_scaling_factor moe_router_pre_softmax moe_router_score_function
             moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias mtp_num_layers
-            heterogeneous_block_specs is_hybrid_model""",
+            heterogeneous_block_specs is_hybrid_model linear_attention_freq linear_conv_kernel_dim
+            linear_key_head_dim linear_value_head_dim linear_num_key_heads
+            linear_num_value_heads""",
         # Fields of parts that no family has: alone they have no effect, or change the network.
         "it is of a part that the models of weights/families do not have": """
             mtp_loss_scaling_factor mtp_standalone mtp_use_repeated_layer mtp_detach_heads
@@ -103,9 +105,8 @@ REFUSED = by_field(
             dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_kernel_backend
             dsa_indexer_rope_interleaved dsa_indexer_rotate_activation dsa_indexer_scoring_relu
             dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32
-            experimental_attention_variant_loss_scale_func linear_attention_freq
-            linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads
-            linear_num_value_heads mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads
+            experimental_attention_variant_loss_scale_func mamba_state_dim mamba_head_dim
+            mamba_num_groups mamba_num_heads
             use_mamba_mem_eff_path mamba_training_ssm_states_dtype moe_shared_expert_overlap
             moe_shared_expert_glu_interleave_size use_grouped_gemm_for_shared_expert
             use_fused_weighted_squared_relu""",

@@ -1,5 +1,6 @@
 """The modules that a layer of the policy is built from."""
 
+import copy
 import functools
 from typing import Any
 
@@ -8,12 +9,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_rl.megatron.attention import ATTENTIONS, PackedAttention
 from megatron_rl.megatron.config import Attention
 from megatron_rl.megatron.latent_attention import LatentAttention
-from megatron_rl.megatron.layers import Norm
-from megatron_rl.megatron.stored_names import LATENT_NORMS, MLP_NORM
+from megatron_rl.megatron.layers import CentredNorm, GatedAttention, Norm
+from megatron_rl.megatron.stored_names import DELTA_NORM, LATENT_NORMS, MLP_NORM
 
 
 def block_spec(
@@ -28,10 +30,41 @@ def block_spec(
         config, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
     )
     if not use_te:
-        spec.layer_norm = Norm
+        spec.layer_norm = norm_of(config)
         for layer in spec.layer_specs:
             _make_local(layer, config, ATTENTIONS[attention])
+    if config.linear_attention_freq is not None:
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        spec.layer_specs = [
+            _with_delta_net(layer) if config.linear_attention_freq[number] else layer
+            for number, layer in enumerate(spec.layer_specs, first)
+        ]
     return spec
+
+
+def norm_of(config: TransformerConfig) -> type[Norm]:
+    """The norm of hidden states and of heads."""
+    return CentredNorm if config.layernorm_zero_centered_gamma else Norm
+
+
+def _with_delta_net(layer: Any) -> Any:
+    """The layer with a gated delta net in the place of attention."""
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+
+    from megatron_rl.megatron.delta_net import DeltaNet  # not every version has what it builds on
+
+    net = copy.copy(layer)
+    parts = net.submodules = copy.copy(layer.submodules)
+    attention = layer.submodules.self_attention.submodules
+    parts.self_attention = ModuleSpec(
+        module=DeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=attention.linear_qkv, out_norm=Norm, out_proj=attention.linear_proj
+        ),
+    )
+    keys = layer.submodules.sharded_state_dict_keys_map
+    parts.sharded_state_dict_keys_map = dict([DELTA_NORM, *list(keys.items())[1:]])
+    return net
 
 
 def _make_local(
@@ -39,7 +72,8 @@ def _make_local(
 ) -> None:
     """Put our norm and attention into a stock layer; layers of one kind share their spec."""
     parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    norm = norm_of(config)
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
     attention = parts.self_attention.submodules
     attention.core_attention = core_attention
     if config.multi_latent_attention:
@@ -50,8 +84,10 @@ def _make_local(
         if not _is_mixture(parts.mlp):
             parts.sharded_state_dict_keys_map[MLP_NORM[0]] = MLP_NORM[1]
         return
+    if getattr(config, "attention_output_gate", False):  # 0.16.1 may have no such field
+        parts.self_attention.module = GatedAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = Norm
+        attention.q_layernorm = attention.k_layernorm = norm
     if _is_mixture(parts.mlp):
         # Transformer Engine keeps this norm apart from the experts, and so do its checkpoints:
         # under the stock map, one of local layers would not load there.

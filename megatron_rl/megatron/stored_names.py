@@ -13,11 +13,13 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.layouts import MegatronParam, megatron_params
 from megatron_rl.weights.pieces import Box, Piece
 
+DELTA_NORM = ("input_layernorm.", "self_attention.in_proj.layer_norm_")
 INPUT_NORM = ("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
 MLP_NORM = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 # Latent attention leaves the norm before it alone, and fuses those of latent vectors.
@@ -32,6 +34,7 @@ LATENT_LINEARS = (
 )
 QUERY_LINEARS = ("self_attention.linear_q_proj",)
 LATENT_QUERY_LINEARS = ("self_attention.linear_q_down_proj", "self_attention.linear_q_up_proj")
+DELTA_LINEARS = ("self_attention.in_proj", "self_attention.out_proj")
 DENSE_LINEARS = ("mlp.linear_fc1", "mlp.linear_fc2")
 EXPERT_LINEARS = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 SHARED_EXPERT_LINEARS = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
@@ -39,7 +42,7 @@ SHARED_EXPERT_LINEARS = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.li
 ATTENTION_STATE = "self_attention.core_attention"
 
 _FROM_TRANSFORMER_ENGINE = (
-    (r"\.self_attention\.linear_qkv\.layer_norm_weight$", ".input_layernorm.weight"),
+    (r"\.self_attention\.(?:linear_qkv|in_proj)\.layer_norm_weight$", ".input_layernorm.weight"),
     (r"\.mlp\.linear_fc1\.layer_norm_weight$", ".pre_mlp_layernorm.weight"),
     (
         r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$",
@@ -70,7 +73,7 @@ class Naming:
     def key(self, param: MegatronParam, arch: ModelArch) -> str:
         """The name of the tensor that holds a parameter."""
         name = param.template.replace(".local_experts.{e}.", ".experts.")
-        for pair in (INPUT_NORM,) if arch.latent is None else LATENT_NORMS:
+        for pair in _norms(param, arch):
             name = name.replace(*pair)
         is_dense = param.layer is not None and not arch.has_experts(param.layer)
         if is_dense or self.fuses_mixture_norm:
@@ -85,10 +88,17 @@ class Naming:
         return layer if param.expert is None else (*layer, param.expert)
 
 
+def _norms(param: MegatronParam, arch: ModelArch) -> tuple[tuple[str, str], ...]:
+    """The norms before attention that are kept under another name."""
+    if param.layer is not None and not arch.has_attention(param.layer):
+        return (DELTA_NORM,)
+    return (INPUT_NORM,) if arch.latent is None else LATENT_NORMS
+
+
 def stock_naming(arch: ModelArch) -> Naming:
     """The names of Megatron-Core with Transformer Engine, under which we save either layers."""
     kinds = {arch.has_experts(layer) for layer in range(arch.num_layers)}
-    return Naming(is_stacked=len(kinds) == 1)
+    return Naming(is_stacked=len(kinds) == 1 and arch.delta is None)
 
 
 NAMINGS = tuple(
@@ -134,11 +144,26 @@ def stored_params(
 ) -> dict[str, StoredParams]:
     """Tensors of a checkpoint by key, with the parameters in each, in the order of the network."""
     tensors: dict[str, StoredParams] = {}
-    for param in megatron_params(arch):
+    for param in chain.from_iterable(map(_parts, megatron_params(arch))):
         naming = naming_of(param)
         stored = tensors.setdefault(naming.key(param, arch), StoredParams({}))
         stored.by_lead[naming.lead(param)] = param
     return tensors
+
+
+def _parts(param: MegatronParam) -> Iterator[MegatronParam]:
+    """The parameter, or what stands in a tensor of its own: one of its pieces each."""
+    if not param.stored:
+        yield param
+        return
+    for template, piece in zip(param.stored, param.pieces, strict=True):
+        (lo, hi), *rest = piece.index
+        yield replace(
+            param,
+            template=template,
+            shape=(hi - lo, *param.shape[1:]),
+            pieces=(replace(piece, index=((0, hi - lo), *rest)),),
+        )
 
 
 def extra_state_keys(arch: ModelArch, naming: Naming) -> Iterator[str]:
@@ -151,12 +176,18 @@ def extra_state_keys(arch: ModelArch, naming: Naming) -> Iterator[str]:
         of_every_token: tuple[str, ...] = DENSE_LINEARS
         if arch.mixture and has_experts:
             of_every_token = SHARED_EXPERT_LINEARS if arch.mixture.shared_ffn_hidden_size else ()
-        for module in (*_attention_linears(arch), ATTENTION_STATE, *of_every_token):
+        for module in (*_attention_states(arch, layer), *of_every_token):
             yield _extra_state(prefix + module, at or (0,), of or (1,))
         count = arch.mixture.num_experts if arch.mixture and has_experts else 0
         for expert in range(count):
             for module in EXPERT_LINEARS:
                 yield _extra_state(prefix + module, (*at, expert), (*of, count))
+
+
+def _attention_states(arch: ModelArch, layer: int) -> tuple[str, ...]:
+    if not arch.has_attention(layer):
+        return DELTA_LINEARS
+    return (*_attention_linears(arch), ATTENTION_STATE)
 
 
 def _attention_linears(arch: ModelArch) -> tuple[str, ...]:

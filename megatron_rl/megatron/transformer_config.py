@@ -12,7 +12,7 @@ from megatron_rl.megatron.auxiliary import FIELDS
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.enter import config_fields
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.weights.arch import LatentArch, MixtureArch, ModelArch, YarnRope
+from megatron_rl.weights.arch import DeltaArch, LatentArch, MixtureArch, ModelArch, YarnRope
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -74,6 +74,8 @@ def transformer_config(
         settings |= _mixture_settings(arch.mixture, arch.num_layers, use_te=use_te)
         if arch.mixture.score == "sigmoid":
             settings |= _sigmoid_settings(arch.mixture, dtype)
+    if arch.delta is not None:
+        settings |= _delta_settings(arch.delta, arch.num_layers)
     if model.recompute_modules is not None:
         settings["recompute_modules"] = list(model.recompute_modules)
     if vpp is not None:  # see faults.py, interleaving_without_overlap
@@ -132,6 +134,22 @@ def _sigmoid_settings(mixture: MixtureArch, dtype: torch.dtype) -> dict[str, Any
         "moe_shared_expert_intermediate_size": mixture.shared_ffn_hidden_size,
         "moe_router_num_groups": mixture.num_groups if mixture.num_groups > 1 else None,
         "moe_router_group_topk": mixture.chosen_groups if mixture.num_groups > 1 else None,
+    }
+
+
+def _delta_settings(delta: DeltaArch, num_layers: int) -> dict[str, Any]:
+    """spec.py puts the nets in: with experimental_attention_variant local layers have no spec."""
+    return {
+        "linear_attention_freq": [
+            int(layer not in delta.attention_layers) for layer in range(num_layers)
+        ],
+        "linear_conv_kernel_dim": delta.kernel,
+        "linear_key_head_dim": delta.key_dim,
+        "linear_value_head_dim": delta.value_dim,
+        "linear_num_key_heads": delta.num_key_heads,
+        "linear_num_value_heads": delta.num_value_heads,
+        "attention_output_gate": True,
+        "layernorm_zero_centered_gamma": True,
     }
 
 

@@ -51,17 +51,21 @@ class MegatronEngine:
         max_num_seqs: int,
         cache_bytes: float,
         token_bytes: int,
+        state_bytes: int = 0,
     ) -> None:
         """Build it beside a policy whose weights it never copies.
 
         Args:
-            cache_bytes: of this rank, for keys and values; there is room for a sequence anyway.
+            cache_bytes: of this rank, for keys, values and states; there is room for a sequence
+                anyway.
             token_bytes: of those, what a token takes on the rank that has most layers.
+            state_bytes: likewise, what a sequence takes beside its tokens.
         """
         self._policy, self._groups = policy, groups
         self._stop_ids, self._max_model_len = list(eos_ids), max_model_len
         self._max_num_seqs = max_num_seqs
-        self._most_tokens = int(cache_bytes // token_bytes)  # of all slots together
+        self._cache_bytes, self._token_bytes = cache_bytes, token_bytes
+        self._state_bytes = state_bytes
         self._decoder = policy.decoder()
         self._shares_experts = groups.layout.ep > 1
         self._truncation: Truncation | None = None  # of the requests at hand
@@ -123,7 +127,8 @@ class MegatronEngine:
         longest = max((total for total, _ in limits), default=1)
         longest_response = max((response for _, response in limits), default=1)
         num_lanes, top_k = self._groups.layout.pp, self._most_to_choose_from
-        in_all = min(self._max_num_seqs, len(requests), self._most_tokens // longest)
+        room = int(self._cache_bytes // (longest * self._token_bytes + self._state_bytes))
+        in_all = min(self._max_num_seqs, len(requests), room)
         each = max(1, -(-in_all // num_lanes))
         return [
             _Lane(

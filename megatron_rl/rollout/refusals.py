@@ -24,6 +24,7 @@ def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
         ("attention heads", arch.num_attention_heads),
         *arch.dense_rows,
         *arch.expert_rows,
+        *arch.delta_heads,
         ("rows of the padded vocabulary", padded_vocab_size(arch.vocab_size, 1)),
     )
     field = "rollout.tensor_model_parallel_size"
@@ -41,7 +42,12 @@ def device_problems(
         and model.uses_transformer_engine(platform.device_type)
     ):
         yield te_problem("model.layer_spec", "auto")
-    if is_cpu and not is_policy and arch.latent is not None:
+    if is_cpu and not is_policy and arch.delta is not None:
+        yield (
+            "model.path: it has gated delta nets, which vLLM 0.32 runs on a CPU in bfloat16 alone, "
+            "with weights in an order of its own. Set rollout.engine=megatron"
+        )
+    elif is_cpu and not is_policy and arch.latent is not None:
         yield from _latent_problems(arch.latent)
     elif is_cpu and not is_policy and arch.head_dim not in CPU_HEAD_DIMS:
         yield (

@@ -50,6 +50,39 @@ class LatentArch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaArch:
+    """Gated delta nets (arXiv:2412.06464), which most layers have in the place of attention.
+
+    A head of values has a state of its own; those of several share a head of queries and keys.
+    """
+
+    attention_layers: frozenset[int]  # the others, which have attention
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # entries of a head of queries and keys
+    value_dim: int
+    kernel: int  # tokens that the convolution before the net sees
+
+    @property
+    def key_rows(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def value_rows(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+    @property
+    def mixed_rows(self) -> int:
+        """Rows of queries, keys and values, which the convolution goes over."""
+        return 2 * self.key_rows + self.value_rows
+
+    @property
+    def in_rows(self) -> int:
+        """Those, the gates of values, and two numbers for each of their heads."""
+        return self.mixed_rows + self.value_rows + 2 * self.num_value_heads
+
+
+@dataclass(frozen=True, kw_only=True)
 class YarnRope:
     """YaRN's scaling of rotary angles (arXiv:2309.00071, section 3)."""
 
@@ -105,6 +138,7 @@ class ModelArch:
     rotary_dim: int | None = None  # entries of a head, the first ones, that turn; None: all
     layers_behind: int = 0  # that a checkpoint may hold behind the last one, and that are left out
     latent: LatentArch | None = None  # then every head has keys and values of its own
+    delta: DeltaArch | None = None  # then attention has gates, and norms multiply by 1 + weight
 
     @property
     def query_rows(self) -> int:
@@ -131,6 +165,16 @@ class ModelArch:
         return rows
 
     @property
+    def delta_heads(self) -> list[tuple[str, int]]:
+        """(name, number) of the heads of gated delta nets, which tensor parallelism cuts."""
+        if self.delta is None:
+            return []
+        return [
+            ("key heads of gated delta nets", self.delta.num_key_heads),
+            ("value heads of gated delta nets", self.delta.num_value_heads),
+        ]
+
+    @property
     def dense_rows(self) -> list[tuple[str, int]]:
         """(name, number) of the rows that tensor parallelism cuts where every token goes."""
         rows = []
@@ -144,6 +188,29 @@ class ModelArch:
     def expert_rows(self) -> list[tuple[str, int]]:
         """(name, number) of the rows that tensor parallelism cuts in an expert, if there is one."""
         return [("rows of an expert", self.mixture.ffn_hidden_size)] if self.mixture else []
+
+    @property
+    def has_gates(self) -> bool:
+        """True where every query of attention has a gate beside it, of its output."""
+        return self.delta is not None
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the matrix that makes queries, their gates, keys and values."""
+        return (2 if self.has_gates else 1) * self.query_rows + 2 * self.key_rows
+
+    @property
+    def widest_mixer(self) -> int:
+        """Rows of the largest product before tokens are brought together."""
+        return max(self.qkv_rows, self.delta.in_rows if self.delta is not None else 0)
+
+    def has_attention(self, layer: int) -> bool:
+        """True where a layer, counted over the whole model, has attention, and no delta net."""
+        return self.delta is None or layer in self.delta.attention_layers
+
+    @property
+    def num_attention_layers(self) -> int:
+        return self.num_layers if self.delta is None else len(self.delta.attention_layers)
 
     def has_experts(self, layer: int) -> bool:
         """True where a layer, counted over the whole model, is a mixture of experts."""
@@ -162,20 +229,30 @@ class ModelArch:
 
     @property
     def num_parameters(self) -> int:
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         layers = sum(
-            self.attention_parameters + norms + self._feed_forward_parameters(layer)
+            self._mixer_parameters(layer)
+            + 2 * self.hidden_size
+            + self._feed_forward_parameters(layer)
             for layer in range(self.num_layers)
         )
         embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
         return layers + embeddings + self.hidden_size
 
+    def _mixer_parameters(self, layer: int) -> int:
+        """Those of what brings tokens together, without the norm of hidden states."""
+        if self.delta is not None and layer not in self.delta.attention_layers:
+            delta = self.delta
+            products = self.hidden_size * (delta.in_rows + delta.value_rows)
+            numbers = 2 * delta.num_value_heads + delta.value_dim
+            return products + delta.kernel * delta.mixed_rows + numbers
+        return self.attention_parameters + (2 * self.head_dim if self.qk_norm else 0)
+
     @property
     def attention_parameters(self) -> int:
-        """Those of one layer, without norms of hidden states and of heads."""
+        """Those of one layer with attention, without norms of hidden states and of heads."""
         if self.latent is None:
-            bias = (self.query_rows + 2 * self.key_rows) if self.qkv_bias else 0
-            return self.hidden_size * (2 * self.query_rows + 2 * self.key_rows) + bias
+            bias = self.qkv_rows if self.qkv_bias else 0
+            return self.hidden_size * (self.qkv_rows + self.query_rows) + bias
         latent = self.latent
         queries = self.hidden_size * self.query_rows
         if latent.query_rank is not None:

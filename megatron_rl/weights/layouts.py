@@ -12,7 +12,7 @@ from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.rows import EMBEDDING, FINAL_NORM, HEAD, TIED_HEAD_COPY
 from megatron_rl.weights.families.tables import FAMILIES
 from megatron_rl.weights.pieces import Piece, local_shapes, size, whole
-from megatron_rl.weights.rules import Rule
+from megatron_rl.weights.rules import Rule, Sections
 
 # Ends of the names of parameters with rows of padding, which stand for no token.
 VOCABULARY = (EMBEDDING.megatron, HEAD.megatron)
@@ -42,6 +42,7 @@ class MegatronParam:
     pieces: tuple[Piece, ...]
     is_vocabulary: bool  # rows of padding may follow; `shape` and `pieces` are without them
     in_float32: bool  # float32 in a model of any dtype, without a gradient
+    stored: tuple[str, ...] = ()  # tensors of a checkpoint with a piece each, where not in one
 
     @property
     def name(self) -> str:
@@ -64,7 +65,8 @@ def _places(arch: ModelArch) -> Iterator[Place]:
     yield Place(rule=EMBEDDING)
     for layer in range(arch.num_layers):
         has_experts = arch.has_experts(layer)
-        for rule in (*family.attention_of(arch), *(family.router if has_experts else family.dense)):
+        others = family.router if has_experts else family.dense
+        for rule in (*family.attention_of(arch, layer), *others):
             yield Place(rule=rule, layer=layer)
         for expert in range(arch.mixture.num_experts if arch.mixture and has_experts else 0):
             for rule in family.experts:
@@ -95,6 +97,7 @@ def megatron_params(arch: ModelArch) -> list[MegatronParam]:
                 pieces=tuple(pieces),
                 is_vocabulary=place.rule.megatron in VOCABULARY,
                 in_float32=place.rule.in_float32,
+                stored=place.rule.stored if isinstance(place.rule, Sections) else (),
             )
         )
     return params
@@ -121,6 +124,8 @@ def float32_names(arch: ModelArch) -> frozenset[str]:
 
 def is_behind(arch: ModelArch, name: str) -> bool:
     """Whether a tensor of a checkpoint is of a layer behind the last one, which is left out."""
+    if arch.delta is not None:
+        return arch.layers_behind > 0 and name.startswith("mtp.")
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return layer is not None and 0 <= int(layer[1]) - arch.num_layers < arch.layers_behind
 

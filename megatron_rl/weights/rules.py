@@ -209,6 +209,109 @@ class Qkv:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatedQkv:
+    """Query, gate, key and value projections, fused.
+
+    Megatron's rows are, group by group: its queries, the gates of their outputs, one key, one
+    value; a rank holds an equal run of them. Hugging Face has each head's gate behind its queries
+    in q_proj, and so has the engine, which has keys and values behind all of them.
+    """
+
+    megatron: str
+    hf: str  # {proj} stands for q, k and v
+    engine: str
+    in_float32: ClassVar[bool] = False
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        rows = {"q": 2 * arch.query_rows, "k": arch.key_rows, "v": arch.key_rows}
+        return {self._hf(proj): (count, arch.hidden_size) for proj, count in rows.items()}
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        lo, hi = _share(arch.qkv_rows, tp, tp_rank)
+        at = 0
+        for proj, first in self._heads(arch):
+            start, end = max(at, lo), min(at + arch.head_dim, hi)
+            if start < end:
+                rows = (first + start - at, first + end - at)
+                yield _rows(self.megatron, start - lo, self._hf(proj), rows, (0, arch.hidden_size))
+            at += arch.head_dim
+
+    def _heads(self, arch: ModelArch) -> Iterator[tuple[str, int]]:
+        """The heads in Megatron's order, each as a projection and its first row there."""
+        dim, each = arch.head_dim, arch.num_attention_heads // arch.num_query_groups
+        for group in range(arch.num_query_groups):
+            heads = range(group * each, (group + 1) * each)
+            yield from (("q", 2 * head * dim) for head in heads)
+            yield from (("q", (2 * head + 1) * dim) for head in heads)
+            yield from (("k", group * dim), ("v", group * dim))
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        query = _share(2 * arch.query_rows, tp, tp_rank)
+        heads = max(1, arch.num_query_groups // tp)
+        first_head = tp_rank * arch.num_query_groups // tp
+        key = (first_head * arch.head_dim, (first_head + heads) * arch.head_dim)
+        at = 0
+        for proj, rows in (("q", query), ("k", key), ("v", key)):
+            yield _rows(self.engine, at, self._hf(proj), rows, (0, arch.hidden_size))
+            at += rows[1] - rows[0]
+
+    def _hf(self, proj: str) -> str:
+        return self.hf.replace("{proj}", proj)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Some of the rows of a parameter, which ranks cut by themselves."""
+
+    name: str  # of the tensor in Megatron's checkpoints, behind the parameter's
+    hf: str
+    engine: str
+    rows: Size
+    hf_at: Size = lambda _: 0  # the first of its rows in the Hugging Face tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """Sections, one over the other: a rank holds its share of each.
+
+    In Hugging Face files and in the engine several may be one tensor, in the same order.
+    """
+
+    megatron: str
+    sections: tuple[Section, ...]
+    rest: Shape  # of the parameter, behind its rows
+    in_float32: ClassVar[bool] = False
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The tensors of a checkpoint of Megatron's that hold it."""
+        return tuple(f"{self.megatron}.{section.name}" for section in self.sections)
+
+    def hf_shapes(self, arch: ModelArch) -> dict[str, tuple[int, ...]]:
+        rows: dict[str, int] = {}
+        for section in self.sections:
+            rows[section.hf] = rows.get(section.hf, 0) + section.rows(arch)
+        return {name: (count, *self.rest(arch)) for name, count in rows.items()}
+
+    def megatron_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._pieces(lambda _: self.megatron, arch, tp, tp_rank)
+
+    def engine_pieces(self, arch: ModelArch, tp: int, tp_rank: int) -> Iterator[Piece]:
+        return self._pieces(lambda section: section.engine, arch, tp, tp_rank)
+
+    def _pieces(
+        self, name: Callable[[Section], str], arch: ModelArch, tp: int, tp_rank: int
+    ) -> Iterator[Piece]:
+        at: dict[str, int] = {}
+        for section in self.sections:
+            lo, hi = _share(section.rows(arch), tp, tp_rank)
+            first, param = section.hf_at(arch), name(section)
+            rows = (first + lo, first + hi)
+            yield _rows(param, at.get(param, 0), section.hf, rows, (0, *self.rest(arch)))
+            at[param] = at.get(param, 0) + hi - lo
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateUp:
     """Gate and up projections, one over the other; each is cut by itself.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from tiny_models import (
+    DELTA,
+    DELTAS,
     EIGHT_EXPERTS,
     GLM4,
     GLM4_LITE,
@@ -16,6 +18,7 @@ from tiny_models import (
     PHI,
     PHI_MINI,
     YARN_ROPE,
+    with_long_memory,
 )
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -73,6 +76,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi4_mini": ("Phi3", PHI_MINI_OF_ENGINE),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+if DELTAS:  # which vLLM does not have on a CPU
+    MODELS["qwen3_5"] = ("Qwen3_5", {**DELTA, "tie_word_embeddings": True})
 
 
 def write_model(name: str, model_dir: Path) -> None:
@@ -86,12 +91,14 @@ def write_model(name: str, model_dir: Path) -> None:
     torch.manual_seed(len(name))
     family, changes = MODELS[name]
     settings = copy.deepcopy({**SIZES, "vocab_size": make_model.VOCAB_SIZE, **changes})
-    config = getattr(transformers, f"{family}Config")(**settings)
+    of_text = "Text" if family == "Qwen3_5" else ""
+    config = getattr(transformers, f"{family}{of_text}Config")(**settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        with_long_memory(model)
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn_like(bias))

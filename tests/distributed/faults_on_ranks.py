@@ -76,6 +76,19 @@ def latent_keys_without_reduction(problems: Problems) -> bool:
         return _measured(problems, layout).gradient_error > NOTICED
 
 
+def gated_norm_without_reduction(problems: Problems) -> bool:
+    """Stock code takes the weight as it is, and nothing else adds its gradient up over ranks."""
+    if "qwen3_5" not in problems:  # nets are refused at this version
+        return False
+    from megatron_rl.megatron import delta_net
+
+    name = "copy_to_tensor_model_parallel_region"
+    layout = replace(TP2, model="qwen3_5")
+    with mock.patch.object(delta_net, name, lambda weight, group: weight):
+        assert _measured(problems, replace(EXPERTS, model="qwen3_5")).gradient_error < NOTICED
+        return _measured(problems, layout).gradient_error > NOTICED
+
+
 def optimizers_of_a_mixture(problems: Problems) -> bool:
     """A checkpoint of an expert-parallel layout loads without it only after fitting."""
     from megatron_rl.megatron import checkpoint

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,9 +20,47 @@ def one_epsilon(model: Any) -> None:
 
 def float64_norm(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(hidden: Tensor) -> Tensor:
+        if type(module).__name__.startswith("Qwen3_5"):
+            return F.rms_norm(hidden, hidden.shape[-1:], 1 + module.weight, module.eps)
         return F.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
 
     return forward
+
+
+def float64_delta_net(module: Any) -> Callable[..., Tensor]:
+    """The gated delta net of one sequence as it is defined, token by token."""
+
+    def forward(hidden_states: Tensor, **_: object) -> Tensor:
+        (hidden,) = hidden_states
+        behind = F.pad(module.in_proj_qkv(hidden), (0, 0, module.conv_kernel_size - 1, 0))
+        seen = behind.unfold(0, module.conv_kernel_size, 1)  # [T, rows, kernel]
+        mixed = F.silu((seen * module.conv1d.weight[:, 0]).sum(-1))
+        mixed = mixed.split([module.key_dim, module.key_dim, module.value_dim], -1)
+        heads, keys = module.num_v_heads, module.num_k_heads
+        query, key = (_of_length_one(x.unflatten(-1, (keys, -1))) for x in mixed[:2])
+        query, key = (x[:, torch.arange(heads) // (heads // keys)] for x in (query, key))
+        value = mixed[2].unflatten(-1, (heads, -1))
+        share = module.in_proj_b(hidden).sigmoid()
+        decay = module.A_log.exp() * F.softplus(module.in_proj_a(hidden) + module.dt_bias)
+        state = hidden.new_zeros(heads, module.head_k_dim, module.head_v_dim)
+        outputs = []
+        for t in range(len(hidden)):
+            state = (-decay[t]).exp()[:, None, None] * state
+            known = torch.einsum("hk,hkv->hv", key[t], state)
+            learnt = share[t, :, None] * (value[t] - known)
+            state = state + torch.einsum("hk,hv->hkv", key[t], learnt)
+            outputs.append(torch.einsum("hk,hkv->hv", query[t], state))
+        out = torch.stack(outputs) / module.head_k_dim**0.5
+        gate = module.in_proj_z(hidden).unflatten(-1, (heads, -1))
+        norm = module.norm
+        normed = F.rms_norm(out, out.shape[-1:], norm.weight, norm.variance_epsilon)
+        return module.out_proj((normed * F.silu(gate)).flatten(1))[None]
+
+    return forward
+
+
+def _of_length_one(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def float64_router(

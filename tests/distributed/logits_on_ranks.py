@@ -3,9 +3,12 @@
 Imported on ranks only, after preload_megatron has adapted Megatron-Core.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import preload_megatron  # noqa: F401  # isort: split
 import torch
@@ -18,7 +21,10 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_rl.batching.pack import pack
+from megatron_rl.megatron.attention import PackedRows
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
+from megatron_rl.megatron.delta_rule import DeltaRow, delta_row
+from megatron_rl.megatron.layers import CentredNorm
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.policy import Policy
@@ -38,6 +44,7 @@ def loaded_policy(
     groups: Groups,
     change_arch: ChangeArch | None = None,
     change_pieces: ChangePieces | None = None,
+    change: Callable[[Policy], None] | None = None,
     dtype: str = "float32",
 ) -> Policy:
     """Every parameter is NaN before the files are read: none may keep what it was born with."""
@@ -59,6 +66,8 @@ def loaded_policy(
     policy.load(ModelSource(config_dir=model_dir))
     unwritten = [name for name, param in params.items() if param.isnan().any()]
     assert not unwritten, unwritten
+    if change is not None:
+        change(policy)
     return policy
 
 
@@ -128,6 +137,43 @@ def with_another_softmax(arch: ModelArch) -> ModelArch:
     assert arch.mixture is not None
     mixture = replace(arch.mixture, renormalized=not arch.mixture.renormalized)
     return replace(arch, mixture=mixture)
+
+
+def queries_and_gates_swapped(pieces: list[Piece], policy: Policy) -> list[Piece]:
+    """Behind each head's rows of queries in q_proj stand as many of its gates."""
+    dim = policy.arch.head_dim
+
+    def swapped(piece: Piece) -> Piece:
+        if not piece.hf.endswith("q_proj.weight"):
+            return piece
+        (lo, hi), columns = piece.box
+        by = -dim if lo // dim % 2 else dim
+        return replace(piece, box=((lo + by, hi + by), columns))
+
+    return list(map(swapped, pieces))
+
+
+def norms_not_centred(policy: Policy) -> None:
+    """They multiply by their weights, and not by 1 + weight."""
+    for module in _modules(policy):
+        if isinstance(module, CentredNorm):
+            module.weight.data.sub_(1)
+
+
+def sequences_run_on(policy: Policy) -> None:
+    """States go from one sequence of a row into the next."""
+    for module in _modules(policy):
+        if hasattr(module, "planned"):  # a gated delta net
+            module.planned = partial(_as_one_run, module)
+
+
+def _as_one_run(net: Any, rows: PackedRows) -> DeltaRow:
+    length = sum(rows.runs[0])
+    return delta_row([length], [None], kernel=net.conv_kernel_dim, device=torch.device("cpu"))
+
+
+def _modules(policy: Policy) -> Iterator[torch.nn.Module]:
+    return chain.from_iterable(chunk.modules() for chunk in policy.chunks)
 
 
 def without_scale_of_routers(arch: ModelArch) -> ModelArch:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from float64_modules import float64_norm, float64_router, one_epsilon
+from float64_modules import float64_delta_net, float64_norm, float64_router, one_epsilon
 from router_reference import Auxiliary, Routed, auxiliary_losses, chosen_experts
 from torch import Tensor
 
@@ -203,6 +203,8 @@ class Reference:
         for module in self.model.modules():  # transformers computes these in float32
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = float64_norm(module)
+            if type(module).__name__.endswith("GatedDeltaNet"):
+                module.forward = float64_delta_net(module)
             if type(module).__name__.lower().endswith("topkrouter"):
                 module.forward = float64_router(module, self)
         self.temperature = temperature

@@ -41,6 +41,7 @@ LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("GLM-4.7-Flash", 64, 40, 4, {"tp": 4, "pp": 2, "sequence_parallel": True, "ep": 16}),
     ("Phi-4", 32, 16, 4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
     ("Phi-4-mini-instruct", 8, 0, 2, {"tp": 4, "sequence_parallel": True}),
+    ("Qwen3.5-27B, its text", 32, 20, 8, {"tp": 4, "pp": 2, "sequence_parallel": True}),
     ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),
 )
 PASSES = ("sft", "grpo", "ppo", "iterative_dpo", "distillation")
@@ -89,7 +90,10 @@ def _check_what_is_found() -> None:
 
 
 def _arch(config: dict[str, Any], layers: int) -> ModelArch:
-    return read_arch(FAMILIES[config["model_type"]], config | {"num_hidden_layers": layers}, "", ())
+    few: dict[str, Any] = {"num_hidden_layers": layers}
+    if "layer_types" in config:
+        few["layer_types"] = config["layer_types"][:layers]
+    return read_arch(FAMILIES[config["model_type"]], config | few, "", ())
 
 
 def _rehearsed(
@@ -142,6 +146,11 @@ def _check_weights(found: Rehearsal, arch: ModelArch, sizes: dict[str, Any]) -> 
         keys = (latent.rank + latent.turning_dim) * arch.hidden_size + latent.rank * raised
         output = arch.hidden_size * arch.num_attention_heads * latent.value_dim
         attention = queries + keys + output
+    if (delta := arch.delta) is not None:  # three layers of four have a net
+        attention += arch.hidden_size * arch.query_rows
+        values = delta.num_value_heads * delta.value_dim
+        rows = 2 * delta.num_key_heads * delta.key_dim + 2 * values + 2 * delta.num_value_heads
+        attention = (attention + 3 * arch.hidden_size * (rows + values)) / 4
     dense = dense if experts else 3 * arch.hidden_size * arch.ffn_hidden_size
     layer = (attention + dense) / tp + experts / ep
     vocabulary = arch.vocab_size * arch.hidden_size / tp

@@ -1,5 +1,6 @@
 """The ways in which models are split in the tests of gradients, on up to four ranks."""
 
+from delta_splits import DELTA_LAYOUTS
 from family_splits import FAMILY_LAYOUTS
 from latent_splits import LATENT_LAYOUTS
 from layout import Layout
@@ -426,7 +427,13 @@ EVERY_LAYOUT = (
         has_least=True,
     ),
 )
-_OF_EVERY_VERSION = (*EVERY_LAYOUT, *WIDE_LAYOUTS, *LATENT_LAYOUTS, *FAMILY_LAYOUTS)
+_OF_EVERY_VERSION = (
+    *EVERY_LAYOUT,
+    *WIDE_LAYOUTS,
+    *LATENT_LAYOUTS,
+    *FAMILY_LAYOUTS,
+    *DELTA_LAYOUTS,
+)
 LAYOUTS = tuple(
     layout
     for layout in _OF_EVERY_VERSION

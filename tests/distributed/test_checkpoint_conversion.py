@@ -9,7 +9,7 @@ import pytest
 from harness import asked_for, run_on_ranks
 from layout import Layout
 from safetensors.torch import load_file
-from tiny_models import MIXTURES, write_model
+from tiny_models import DELTAS, MIXTURES, write_model
 from torch import Tensor, equal
 
 from megatron_rl.conversion.to_hf import convert_to_hf
@@ -33,6 +33,7 @@ MODELS = (
     "deepseek_v3",
     "moonlight",
     "phi4_mini",
+    *DELTAS,
     "qwen2_eight_heads",
 )
 LAYOUTS = (
@@ -59,6 +60,7 @@ LAYOUTS = (
 SHARE = (
     *("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
     *("deepseek_v3", "phi4_mini"),
+    *DELTAS[:1],
 )
 
 

@@ -3,17 +3,20 @@
 torch itself tells which tensors it saves; what is counted are the bytes of their memory, each once.
 """
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 from harness import run_on_ranks
 
+from megatron_rl.megatron import faults
 from megatron_rl.megatron.activations import Activations
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.platforms.base import CPU
-from megatron_rl.weights.arch import LatentArch, MixtureArch, ModelArch
+from megatron_rl.weights.arch import DeltaArch, LatentArch, MixtureArch, ModelArch
 
 SEQUENCES, LENGTH, PROMPT = 8, 64, 8  # of one length, so that none is padded
 VOCAB = 128
@@ -50,6 +53,22 @@ LATENT = replace(
         rank=40, query_rank=24, still_dim=20, turning_dim=8, value_dim=16, interleaved=True
     ),
 )
+NETS = replace(
+    PLAIN,
+    model_type="qwen3_5_text",
+    qkv_bias=False,
+    qk_norm=True,
+    head_dim=32,
+    rotary_dim=8,
+    delta=DeltaArch(
+        attention_layers=frozenset({1}),
+        num_key_heads=2,
+        num_value_heads=4,
+        key_dim=24,
+        value_dim=40,
+        kernel=4,
+    ),
+)
 TP2 = {"tensor_model_parallel_size": 2}
 CASES: dict[str, tuple[ModelArch, str, dict[str, Any]]] = {
     "plain": (PLAIN, "float32", {}),
@@ -70,6 +89,16 @@ CASES: dict[str, tuple[ModelArch, str, dict[str, Any]]] = {
     "TP 2": (PLAIN, "float32", TP2),
     "TP 2, sequence parallel": (PLAIN, "float32", {**TP2, "sequence_parallel": True}),
 }
+if not faults.is_present("packed_delta_nets"):
+    CASES |= {
+        "delta nets": (NETS, "float32", {}),
+        "delta nets in bfloat16": (NETS, "bfloat16", {}),
+        "delta nets, TP 2, sequence parallel": (
+            NETS,
+            "float32",
+            {**TP2, "sequence_parallel": True},
+        ),
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,6 +126,7 @@ def kept_by_a_forward(arch: ModelArch, model: ModelConfig, parallel: ParallelCon
     """Bytes that torch keeps of one row, but for weights, the last norm and what follows it."""
     import preload_megatron  # noqa: F401
     import torch
+    from torch.utils.checkpoint import checkpoint
 
     from megatron_rl.megatron.groups import join
     from megatron_rl.policy.policy import Policy
@@ -126,7 +156,18 @@ def kept_by_a_forward(arch: ModelArch, model: ModelConfig, parallel: ParallelCon
             saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    def checkpointed(work: Any, *inputs: torch.Tensor, **settings: Any) -> Any:
+        for tensor in inputs:  # which it holds by itself
+            note(tensor)
+        return checkpoint(work, *inputs, **settings)
+
+    with ExitStack() as stack:
+        if arch.delta is not None:
+            from megatron_rl.megatron import delta_net
+
+            stack.enter_context(mock.patch.object(delta_net, "checkpoint", checkpointed))
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        stack.enter_context(hooks)
         policy.backward([row(policy)], lambda hidden, batch: hidden.float().sum() * 0.0)
     return sum(
         tensor.untyped_storage().nbytes()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from float64_modules import one_epsilon
 from harness import asked_for, run_on_ranks
 from layout import Layout
-from tiny_models import LATENTS, MIXTURES, MODELS, OF_THREES, VOCAB_SIZE, write_model
+from tiny_models import DELTAS, LATENTS, MIXTURES, MODELS, OF_THREES, VOCAB_SIZE, write_model
 
 LENGTHS = (256, 90)  # long enough for a scaled rope to show
 BOUND = 1e-4  # seen: 1.5e-5 and less
@@ -39,15 +39,19 @@ MISTAKES = {
     "with_another_softmax": (("qwen3_moe", "qwen3_moe_raw", "mixtral"), "one rank"),
     "with_another_epsilon": (("qwen2",), "one rank"),
     "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
-    "head_norms_swapped": (("qwen3", "qwen3_moe"), "one rank"),
+    "head_norms_swapped": (("qwen3", "qwen3_moe", *DELTAS), "one rank"),
     "biases_of_routers_reversed": (("glm4_moe", "deepseek_v3"), "one rank"),
     "without_scale_of_routers": (("glm4_moe", "glm4_moe_lite"), "one rank"),
     "without_groups_of_experts": (("deepseek_v3",), "one rank"),
     "without_scale_of_scores": (("deepseek_v3",), "one rank"),
     "halves_for_neighbours": (LATENTS, "one rank"),
-    "whole_heads_turned": (("glm4_moe", "phi4_mini"), "one rank"),
+    "whole_heads_turned": (("glm4_moe", "phi4_mini", *DELTAS), "one rank"),
     "long_factors": (("phi4_mini",), "one rank"),
     "stacks_taken_for_ours": (("phi4", "phi4_mini"), "TP2 SP"),
+    "shares_and_decays_swapped": (DELTAS, "one rank"),
+    "queries_and_gates_swapped": (DELTAS, "one rank"),
+    "norms_not_centred": (DELTAS, "one rank"),
+    "sequences_run_on": (DELTAS, "one rank"),
     "gate_over_up_cut_as_one": (("qwen2", "mistral"), "TP2 SP"),
 }
 
@@ -119,6 +123,10 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
         "long_factors": {"change_arch": ranks.long_factors},
         "stacks_taken_for_ours": {"change_pieces": ranks.stacks_taken_for_ours},
         "head_norms_swapped": {"change_pieces": ranks.swapped("q_norm", "k_norm")},
+        "shares_and_decays_swapped": {"change_pieces": ranks.swapped("in_proj_a", "in_proj_b")},
+        "queries_and_gates_swapped": {"change_pieces": ranks.queries_and_gates_swapped},
+        "norms_not_centred": {"change": ranks.norms_not_centred},
+        "sequences_run_on": {"change": ranks.sequences_run_on},
         "gate_over_up_cut_as_one": {"change_pieces": ranks.gate_over_up_cut_as_one},
     }
     found = {}

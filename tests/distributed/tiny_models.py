@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rl.megatron import faults
 from megatron_rl.types import Prompt, Rollout, RolloutGroup
 
 VOCAB_SIZE = 90  # padded to 128: with four ranks one shard is cut and one is padding alone
@@ -130,6 +131,30 @@ GLM4_LITE: dict[str, Any] = {
 }
 MODELS["glm4_moe_lite"] = ("Glm4MoeLite", GLM4_LITE)
 LATENTS = ("deepseek_v3", "moonlight", "glm4_moe_lite")
+# Three gated delta nets to one layer with attention, and the other way round.
+DELTA: dict[str, Any] = {
+    "initializer_range": 0.08,  # a net makes more of rounding than attention does
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {**SIZES["rope_parameters"], "partial_rotary_factor": 0.25},
+}
+FEW_NETS: dict[str, Any] = {
+    **DELTA,
+    "tie_word_embeddings": True,
+    "linear_num_key_heads": 4,
+    "linear_conv_kernel_dim": 2,
+    "layer_types": ["full_attention", "linear_attention", "full_attention", "linear_attention"],
+    "num_key_value_heads": 4,
+}
+DELTAS: tuple[str, ...] = ()
+if not faults.is_present("packed_delta_nets"):
+    MODELS["qwen3_5"] = ("Qwen3_5", DELTA)
+    MODELS["qwen3_5_few_nets"] = ("Qwen3_5", FEW_NETS)
+    DELTAS = ("qwen3_5", "qwen3_5_few_nets")
 # Of another shape than the models that it teaches.
 TEACHER = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 8, "head_dim": 24}
 MODELS["teacher"] = ("Llama", TEACHER)
@@ -204,17 +229,30 @@ def write_model(name: str, model_dir: Path) -> None:
 
     torch.manual_seed(list(MODELS).index(name))
     family, changes = MODELS[name]
-    config_class = getattr(transformers, f"{family}Config")
+    of_text = "Text" if family == "Qwen3_5" else ""
+    config_class = getattr(transformers, f"{family}{of_text}Config")
     settings = copy.deepcopy({**SIZES, **changes})  # transformers changes dictionaries
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**settings))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        with_long_memory(model)
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn_like(bias))
     model.save_pretrained(model_dir)
+
+
+def with_long_memory(model: Any) -> None:
+    """Let the states of gated delta nets last.
+
+    As transformers draws A_log, nearly all of a state is gone by the next token, and an output is
+    that token's value, normed, by a sign that float32 may not know.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.sub_(4)
 
 
 def graded_groups(

@@ -7,6 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import harness
 import pytest
 from engine_models import write_model
+from tiny_models import DELTAS
 from training_runs import TP2, Runs
 
 # With vLLM as well: one server for all files costs less than one for those that have an engine.
@@ -18,7 +19,7 @@ for module in ("preload_megatron", "preload_vllm"):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("qwen2", "qwen2_tied", "glm4_moe", "deepseek_v3", "phi4_mini"):
+    for name in ("qwen2", "qwen2_tied", "glm4_moe", "deepseek_v3", "phi4_mini", *DELTAS[:1]):
         write_model(name, folder / "models" / name)
     return Runs(folder)
 

@@ -120,13 +120,15 @@ def test_experts_continue_at_another_layout(runs, model):
     check_continuation(runs.records(straight), runs.records(moved))
 
 
-def check_continuation(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+def check_continuation(
+    expected: list[dict[str, Any]], found: list[dict[str, Any]], bound: float = 1e-6
+) -> None:
     assert found[:3] == expected[:3]
     assert len(found) == len(expected) >= 6
     for there, here in zip(expected[3:], found[3:], strict=True):
         for name in ("policy/loss", "policy/grad_norm", "policy/entropy_mean"):
             # float32 sums in another order
-            assert here[name] == pytest.approx(there[name], rel=1e-6), name
+            assert here[name] == pytest.approx(there[name], rel=bound), name
         assert here["policy/lr"] == there["policy/lr"]
 
 

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 from engine_models import QUICKSTART
+from tiny_models import DELTAS
 from training_runs import PP2, TP2
 
 pytestmark = pytest.mark.slow
@@ -30,6 +31,7 @@ CASES = {
     "experts in bfloat16": ("glm4_moe", 2, (*SP_EP, "model.dtype=bfloat16")),
     "sampled with latent attention": ("deepseek_v3", 1, SAMPLED),
     "sampled by an engine with LongRoPE": ("phi4_mini", 1, (*SAMPLED, "rollout.engine=vllm")),
+    **{f"sampled with {name}": (name, 1, SAMPLED) for name in DELTAS[:1]},
     "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),
 }

@@ -68,7 +68,10 @@ class Family:
     """The class of transformers and vLLM, as config.json's `architectures` names it."""
 
     attention: tuple[Rule, ...]
-    """The norms and the attention of every layer."""
+    """The norms and the attention of every layer that has attention."""
+
+    delta: tuple[Rule, ...] = ()
+    """The norms and the gated delta net of the others; where there are none, all have attention."""
 
     dense: tuple[Rule, ...]
     """The feed-forward network of a layer without experts."""
@@ -102,6 +105,10 @@ class Family:
     """True: as Phi-3 has it (arXiv:2404.14219). Rope is plain or LongRoPE's, and a sliding window
     that is as wide as the model has positions changes nothing."""
 
+    has_delta: bool = False
+    """True: layers that layer_types names have a gated delta net (arXiv:2412.06464), the others
+    attention whose output has gates; norms of hidden states and of heads multiply by 1 + weight."""
+
     has_optional_qk_norm: bool = False
     """True: use_qk_norm says whether queries and keys have norms."""
 
@@ -109,8 +116,10 @@ class Family:
     """True: a checkpoint may hold layers behind the last one, which guess tokens ahead and which
     the network does without."""
 
-    def attention_of(self, arch: ModelArch) -> tuple[Rule, ...]:
-        """The norms and the attention of the layers of one model."""
+    def attention_of(self, arch: ModelArch, layer: int) -> tuple[Rule, ...]:
+        """The norms of a layer, and what it has to bring tokens together."""
+        if not arch.has_attention(layer):
+            return self.delta
         absent: set[Rule] = set() if arch.qk_norm else set(QK_NORM)
         if arch.latent is not None:
             absent |= set(QUERIES if arch.latent.query_rank is not None else LATENT_QUERIES)

@@ -10,6 +10,7 @@ from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.family import Family
 from megatron_rl.weights.families.fields import Fields, shown
+from megatron_rl.weights.families.hf_delta import DELTA_FIELDS, layers_behind, read_delta
 from megatron_rl.weights.families.hf_latent import LATENT_FIELDS, read_latent
 from megatron_rl.weights.families.hf_mixture import read_mixture
 from megatron_rl.weights.families.hf_rope import read_rope
@@ -129,6 +130,7 @@ def read_arch(
         family.partial_rotary,
         of_latent_attention=family.has_latent_attention,
         of_long_rope=family.has_long_rope,
+        of_images=family.has_delta,
     )
     positions = fields.number("max_position_embeddings")
     if rope.yarn is not None:  # the engine's table of angles ends there
@@ -144,7 +146,7 @@ def read_arch(
         num_query_groups=groups,
         head_dim=head_dim,
         rotary_dim=rope.rotary_dim(head_dim, where) if latent is None else latent.turning_dim,
-        layers_behind=fields.count(LAYERS_BEHIND) if family.has_layers_behind else 0,
+        layers_behind=_layers_behind(family, fields),
         vocab_size=fields.number("vocab_size"),
         rms_norm_eps=fields.real("rms_norm_eps"),
         rope_theta=rope.theta,
@@ -157,7 +159,14 @@ def read_arch(
         tied_embeddings=fields.flag("tie_word_embeddings"),
         mixture=None if family.mixture is None else read_mixture(family.mixture, fields, layers),
         latent=latent,
+        delta=read_delta(fields, layers) if family.has_delta else None,
     )
+
+
+def _layers_behind(family: Family, fields: Fields) -> int:
+    if family.has_delta:
+        return layers_behind(fields.values, fields.where)
+    return fields.count(LAYERS_BEHIND) if family.has_layers_behind else 0
 
 
 def _refuse_unhonoured(
@@ -182,10 +191,13 @@ def _refuse_unhonoured(
         harmless |= LATENT_FIELDS
     if family.has_long_rope:
         harmless |= {"original_max_position_embeddings"} | _wide_window(config)
+    if family.has_delta:
+        harmless |= DELTA_FIELDS
     settings = {**family.defaults, **family.engine_defaults, **config}
     if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
         harmless |= {"sliding_window"}
-    _refuse_windows(config.get("layer_types"), where)
+    if not family.has_delta:
+        _refuse_windows(config.get("layer_types"), where)
     if known := sorted(set(ignored) & (harmless | neutral.keys())):
         raise InputError(
             f"{where}: {', '.join(known)} cannot be ignored: the field is known, and honoured or "

@@ -41,6 +41,8 @@ _INSTEAD = {
         "model.ignore_config_fields=[attn_factor]"
     )
 }
+# How positions on three axes are told apart, which are the same for every token of text.
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
 _WHOLE = (1, 1.0, None)  # values of partial_rotary_factor that turn whole heads
 
 
@@ -81,14 +83,17 @@ def read_rope(
     *,
     of_latent_attention: bool = False,
     of_long_rope: bool = False,
+    of_images: bool = False,
 ) -> Rope:
     """The rope of a model.
 
     told_theta: rope_theta as config.json itself has it. ignored: names that a person says change
     nothing. partial: the share of a head that turns where no field says it; None: heads turn whole,
-    and other shares are refused.
+    and other shares are refused. of_images: the model's tokens may also be parts of images.
     """
     rope = _settings(fields, told_theta)
+    if of_images:
+        rope = {name: value for name, value in rope.items() if name not in _OF_IMAGES}
     theta = Fields({"rope_theta": rope.pop("rope_theta", None)}, fields.where).real("rope_theta")
     kind = rope.pop("rope_type", rope.pop("type", None)) or "default"
     rope.pop("type", None)
@@ -96,6 +101,8 @@ def read_rope(
     honoured = _HONOURED
     if of_latent_attention or of_long_rope:
         honoured = _OF_LATENT_ATTENTION if of_latent_attention else _OF_LONG_ROPE
+    if of_images:
+        honoured = {"default": set()}
     if not isinstance(kind, str) or kind not in honoured:
         raise InputError(
             f"{fields.where}: rope type {kind!r} is not supported: {', '.join(honoured)} are. Use "

@@ -9,13 +9,21 @@ from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.tables import FAMILIES
 
+OF_IMAGES = {"qwen3_5": "qwen3_5_text"}
+"""Models that also read images, and what their text is."""
+
 INSTEAD = {
+    **dict.fromkeys(
+        OF_IMAGES,
+        "It also reads images, which are not trained here. Take its text out, and use that: "
+        "megatron-rl convert to-text --hf DIR --output DIR",
+    ),
     "kimi_k2": (
         "Its network is of deepseek_v3: write model_type=deepseek_v3, since transformers 5 and "
         "vLLM 0.32 do not know this name without running code of the model's own"
-    )
+    ),
 }
-"""Names for which config.json can have another."""
+"""Names of models that can be used in another way."""
 
 
 def read_model_config(model_dir: Path, ignored: Collection[str] = ()) -> ModelArch:

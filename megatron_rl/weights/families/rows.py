@@ -5,8 +5,20 @@ A row names one parameter in Megatron-Core's local layers, in Hugging Face files
 
 from dataclasses import replace
 
-from megatron_rl.weights.arch import LatentArch, ModelArch
-from megatron_rl.weights.rules import Copy, Down, GateUp, Qkv, Rule, Size, Stacked, Vocab
+from megatron_rl.weights.arch import DeltaArch, LatentArch, ModelArch
+from megatron_rl.weights.rules import (
+    Copy,
+    Down,
+    GatedQkv,
+    GateUp,
+    Qkv,
+    Rule,
+    Section,
+    Sections,
+    Size,
+    Stacked,
+    Vocab,
+)
 
 MEGATRON_LAYER = "decoder.layers.{i}."
 HF_LAYER = "model.layers.{i}."
@@ -188,6 +200,102 @@ LATENT_ATTENTION: tuple[Rule, ...] = (
         hf=HF_LAYER + "self_attn.o_proj.weight",
         engine=HF_LAYER + "self_attn.o_proj.weight",
         shape=lambda arch: (arch.hidden_size, arch.value_rows),
+        axis=1,
+    ),
+    _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),
+)
+
+# Attention whose output has gates, and the gated delta net of other layers.
+GATED_ATTENTION: tuple[Rule, ...] = tuple(
+    GatedQkv(megatron=rule.megatron, hf=rule.hf, engine=rule.engine)
+    if isinstance(rule, Qkv)
+    else rule
+    for rule in ATTENTION
+)
+
+
+def _delta(arch: ModelArch) -> DeltaArch:
+    assert arch.delta is not None
+    return arch.delta
+
+
+def _key_rows(arch: ModelArch) -> int:
+    return _delta(arch).key_rows
+
+
+def _value_rows(arch: ModelArch) -> int:
+    return _delta(arch).value_rows
+
+
+def _value_heads(arch: ModelArch) -> int:
+    return _delta(arch).num_value_heads
+
+
+_NET, _HF_NET = MEGATRON_LAYER + "self_attention.", HF_LAYER + "linear_attn."
+
+
+def _mixed(hf: str, engine: str) -> tuple[Section, ...]:
+    """The rows of queries, keys and values, which Hugging Face has in one tensor."""
+    hf, engine = _HF_NET + hf, _HF_NET + engine
+    return (
+        Section(name="query", hf=hf, engine=engine, rows=_key_rows),
+        Section(name="key", hf=hf, engine=engine, rows=_key_rows, hf_at=_key_rows),
+        Section(
+            name="value",
+            hf=hf,
+            engine=engine,
+            rows=_value_rows,
+            hf_at=lambda arch: 2 * _key_rows(arch),
+        ),
+    )
+
+
+def _beside(name: str, letter: str, engine: str, rows: Size) -> Section:
+    hf = f"{_HF_NET}in_proj_{letter}.weight"
+    return Section(name=name, hf=hf, engine=_HF_NET + engine, rows=rows)
+
+
+def _of_value_heads(name: str) -> Copy:
+    """A number for each head of values."""
+    return Copy(
+        megatron=_NET + name,
+        hf=_HF_NET + name,
+        engine=_HF_NET + name,
+        shape=lambda arch: (_value_heads(arch),),
+        axis=0,
+    )
+
+
+DELTA_NET: tuple[Rule, ...] = (
+    _norm("input_layernorm.weight", "input_layernorm.weight"),
+    _of_value_heads("dt_bias"),
+    _of_value_heads("A_log"),
+    Sections(
+        megatron=_NET + "in_proj.weight",
+        sections=(
+            *_mixed("in_proj_qkv.weight", "in_proj_qkvz.weight"),
+            _beside("z", "z", "in_proj_qkvz.weight", _value_rows),
+            _beside("beta", "b", "in_proj_ba.weight", _value_heads),
+            _beside("alpha", "a", "in_proj_ba.weight", _value_heads),
+        ),
+        rest=lambda arch: (arch.hidden_size,),
+    ),
+    Sections(
+        megatron=_NET + "conv1d.weight",
+        sections=_mixed("conv1d.weight", "conv1d.weight"),
+        rest=lambda arch: (1, _delta(arch).kernel),
+    ),
+    Copy(
+        megatron=_NET + "out_norm.weight",
+        hf=_HF_NET + "norm.weight",
+        engine=_HF_NET + "norm.weight",
+        shape=lambda arch: (_delta(arch).value_dim,),
+    ),
+    Copy(
+        megatron=_NET + "out_proj.weight",
+        hf=_HF_NET + "out_proj.weight",
+        engine=_HF_NET + "out_proj.weight",
+        shape=lambda arch: (arch.hidden_size, _value_rows(arch)),
         axis=1,
     ),
     _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight"),

@@ -9,7 +9,9 @@ those of hf_config.py. Every other field is refused by name.
 from megatron_rl.weights.families.family import Family, MixtureFields
 from megatron_rl.weights.families.rows import (
     ATTENTION,
+    DELTA_NET,
     DENSE,
+    GATED_ATTENTION,
     LATENT_ATTENTION,
     QK_NORM,
     QKV_BIAS,
@@ -240,10 +242,36 @@ GLM4_MOE_LITE = Family(
     has_layers_behind=True,
 )
 
+# Qwen3.5 and 3.6, their text. In float32 whatever the dtype, as mamba_ssm_dtype asks it of engines,
+# are the states of delta nets here, too.
+QWEN3_5 = Family(
+    model_type="qwen3_5_text",
+    architecture="Qwen3_5ForCausalLM",
+    attention=(*GATED_ATTENTION, *QK_NORM),
+    delta=DELTA_NET,
+    dense=DENSE,
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    },
+    neutral={
+        "attn_output_gate": (True,),
+        "output_gate_type": ("swish", "silu"),
+        "mamba_ssm_dtype": ("float32",),
+    },
+    partial_rotary=0.25,
+    has_delta=True,
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5),
     )
 }

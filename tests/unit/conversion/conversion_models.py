@@ -97,6 +97,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "rope_scaling": {"type": "longrope", "short_factor": [1.5], "long_factor": [4.0]},
     },
+    "qwen3_5": {
+        "model_type": "qwen3_5_text",
+        "partial_rotary_factor": 0.5,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 5,
+        "linear_value_head_dim": 7,
+        "linear_conv_kernel_dim": 3,
+        "full_attention_interval": 2,
+    },
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,

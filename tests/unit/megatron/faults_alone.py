@@ -7,11 +7,12 @@ Transformer Engine and Apex, adapted to it unless that is what is probed; nothin
 it is asked for.
 """
 
+import inspect
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -138,7 +139,6 @@ def rope_by_sequence() -> bool:
 
 
 def no_output_hook() -> bool:
-    import inspect
 
     from megatron.core.models.gpt import GPTModel
 
@@ -180,6 +180,23 @@ def latent_attention_without_te() -> bool:
         kv_layernorm=IdentityOp,
     )
     return _raises(TypeError, MLASelfAttention, config, parts, 1)
+
+
+def packed_delta_nets() -> bool:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.ssm import gated_delta_net
+
+    with mock.patch.object(getattr(gated_delta_net, "common", gated_delta_net), "HAVE_FLA", True):
+        net = _delta_net()
+    hidden, bounds = torch.randn(5, 1, 8), torch.tensor([0, 3, 5], dtype=torch.int32)
+    row = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    with suppress(AssertionError):  # newer ones take them, but by kernels that need a GPU
+        return _raises(NotImplementedError, lambda: net(hidden, None, packed_seq_params=row))
+    return False
+
+
+def delta_net_without_fla() -> bool:
+    return _raises(ImportError, _delta_net)
 
 
 def dispatcher_without_numpy() -> bool:
@@ -224,7 +241,6 @@ def state_of_several_buckets() -> bool:
 
 def optimizer_offload_by_copies() -> bool:
     """Nothing leaves a CPU, and nothing in the source pins, or keeps a view one."""
-    import inspect
 
     _, optimizer = _stepped()
     inner = optimizer.chained_optimizers[0]
@@ -288,6 +304,28 @@ def _config(**changes: Any) -> Any:
         "persist_layer_norm": False,
     }
     return TransformerConfig(**{**small, "use_cpu_initialization": True, **changes})
+
+
+def _delta_net() -> Any:
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    _lone_rank()
+    config = _config(
+        normalization="RMSNorm",
+        linear_conv_kernel_dim=2,
+        linear_key_head_dim=4,
+        linear_value_head_dim=4,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        deterministic_mode=True,
+    )
+    parts = GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear
+    )
+    group = SimpleNamespace(tp=dist.group.WORLD, cp=dist.group.WORLD)
+    return GatedDeltaNet(config, parts, 1, pg_collection=group)
 
 
 def _mixture(**changes: Any) -> Any:

@@ -8,8 +8,8 @@ from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine_rules import engine_problems_of, unused_by_policy
-from megatron_rl.rollout.kv_cache import policy_token_bytes, sequence_bytes
-from megatron_rl.weights.arch import LatentArch
+from megatron_rl.rollout.kv_cache import policy_state_bytes, policy_token_bytes, sequence_bytes
+from megatron_rl.weights.arch import DeltaArch, LatentArch
 from megatron_rl.weights.config import WeightSyncConfig
 
 MODEL = ModelConfig(path="model", dtype="float32")
@@ -68,3 +68,25 @@ def test_of_latent_attention_vllm_keeps_one_vector_and_the_policy_every_head():
     assert sequence_bytes(arch, tokens=129, tp=2, itemsize=2) == 256 * 6 * (12 + 2) * 2
     layout = Layout(world_size=4, tp=2, pp=2)
     assert policy_token_bytes(arch, layout, itemsize=2) == 2 * 3 * 4 * 10 * 2
+
+
+def test_delta_nets_keep_states_of_a_sequence_however_long_it_is():
+    """Layers 2 and 5 have attention; a state is in float32, three tokens before in 16 bits."""
+    delta = DeltaArch(
+        attention_layers=frozenset({2, 5}),
+        num_key_heads=4,
+        num_value_heads=8,
+        key_dim=3,
+        value_dim=5,
+        kernel=4,
+    )
+    arch = replace(
+        ARCH, num_layers=6, num_attention_heads=8, num_query_groups=4, head_dim=8, delta=delta
+    )
+    layout = Layout(world_size=4, tp=2, pp=2)
+    of_net = (8 * 5 * 3 * 4 + 3 * (2 * 4 * 3 + 8 * 5) * 2) // 2  # a rank's
+    assert policy_token_bytes(arch, layout, itemsize=2) == 2 * 1 * 2 * 8 * 2
+    assert policy_state_bytes(arch, layout, itemsize=2) == 2 * of_net
+    assert policy_state_bytes(ARCH, layout, itemsize=2) == 0
+    keys = 128 * 2 * 2 * 2 * 8 * 2
+    assert sequence_bytes(arch, tokens=1, tp=2, itemsize=2) == keys + 4 * of_net

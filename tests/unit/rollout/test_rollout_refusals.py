@@ -1,6 +1,8 @@
 """The bounds of our settings are the engine's own."""
 
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from rollout_models import ARCH
@@ -8,10 +10,27 @@ from rollout_models import ARCH
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.platforms.base import CPU, CUDA
 from megatron_rl.rollout.config import LEAST_TEMPERATURE, MOST_TEMPERATURE, RolloutConfig
-from megatron_rl.rollout.refusals import CPU_HEAD_DIMS, CPU_LATENT, device_problems
-from megatron_rl.weights.arch import LatentArch, MixtureArch
+from megatron_rl.rollout.refusals import (
+    CPU_HEAD_DIMS,
+    CPU_LATENT,
+    device_problems,
+    engine_problems,
+)
+from megatron_rl.weights.arch import DeltaArch, LatentArch, MixtureArch
 
 MODEL = ModelConfig(path="model")
+CPU_NETS = "model_executor/layers/mamba/ops/cpu/gdn_attention.py"
+NETS = replace(
+    ARCH,
+    delta=DeltaArch(
+        attention_layers=frozenset({1}),
+        num_key_heads=6,
+        num_value_heads=6,
+        key_dim=8,
+        value_dim=8,
+        kernel=4,
+    ),
+)
 LATENT = replace(
     ARCH,
     num_query_groups=ARCH.num_attention_heads,
@@ -63,6 +82,24 @@ def test_latent_attention_that_the_engine_lacks_on_a_cpu_is_refused_there_alone(
     assert "kv_lora_rank=256 and qk_rope_head_dim=64: on a CPU vLLM has 512 and 64" in str(problem)
     assert not list(device_problems(other, RolloutConfig(), MODEL, CUDA))
     assert not list(device_problems(other, RolloutConfig(engine="megatron"), MODEL, CPU))
+
+
+def test_delta_nets_that_the_engine_has_in_one_dtype_on_a_cpu_are_refused_there(monkeypatch):
+    monkeypatch.setattr(type(CUDA), "total_memory_bytes", lambda self: 1 << 36)
+    (problem,) = device_problems(NETS, RolloutConfig(), MODEL, CPU)
+    assert "which vLLM 0.32 runs on a CPU in bfloat16 alone" in str(problem)
+    assert str(problem).endswith("Set rollout.engine=megatron")
+    assert not list(device_problems(NETS, RolloutConfig(), MODEL, CUDA))
+    assert not list(device_problems(NETS, RolloutConfig(engine="megatron"), MODEL, CPU))
+    source = (Path(find_spec("vllm").origin).parent / CPU_NETS).read_text()
+    assert "CPU GDN attention requires BF16" in source
+
+
+def test_an_engine_cuts_the_heads_of_delta_nets():
+    found = list(map(str, engine_problems(NETS, 4)))
+    for name in ("key heads of gated delta nets", "value heads of gated delta nets"):
+        assert sum(name in problem for problem in found) == 1
+    assert not [told for told in map(str, engine_problems(NETS, 2)) if "delta nets" in told]
 
 
 def test_the_policy_samples_with_local_layers_alone(monkeypatch):

@@ -336,11 +336,52 @@ PHI4_MINI: dict[str, Any] = {  # with 48 factors each
     "tie_word_embeddings": True,
     "vocab_size": 200064,
 }
+QWEN3_5: dict[str, Any] = {  # the text of Qwen3.5-27B
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_output_gate": True,
+    "dtype": "bfloat16",
+    "eos_token_id": 248044,
+    "full_attention_interval": 4,
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "hidden_size": 5120,
+    "initializer_range": 0.02,
+    "intermediate_size": 17408,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 16,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 48,
+    "linear_value_head_dim": 128,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 262144,
+    "model_type": "qwen3_5_text",
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 64,
+    "num_key_value_heads": 4,
+    "output_gate_type": "swish",
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "mrope_interleaved": True,
+        "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    },
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 248320,
+}
 CONFIGS = {
     config["model_type"]: config
     for config in (
         *(QWEN2, LLAMA, MISTRAL, QWEN3, QWEN3_MOE, MIXTRAL),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4, QWEN3_5),
     )
 }
 # Elements of all tensors in the models' files, tied heads counted once.
@@ -355,4 +396,5 @@ NUM_PARAMETERS = {
     "deepseek_v3": 671_026_419_200,  # likewise
     "glm4_moe_lite": 29_943_393_920,
     "phi3": 14_659_507_200,
+    "qwen3_5_text": 26_895_998_464,  # without the layer that guesses ahead, and without images
 }

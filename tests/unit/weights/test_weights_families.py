@@ -78,6 +78,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_layer_types": ["dense", "dense", "sparse"],
         },
     ),
+    "qwen3_5_text": (
+        "Qwen3_5",
+        {
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 9,
+            "linear_key_head_dim": 5,
+            "linear_value_head_dim": 7,
+            "linear_conv_kernel_dim": 3,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -88,7 +99,9 @@ def models(tmp_path_factory):
 
     directories = {}
     for family, (prefix, changes) in MODELS.items():
-        config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **changes})
+        text = f"{prefix}TextConfig"
+        config_class = text if hasattr(transformers, text) else f"{prefix}Config"
+        config = getattr(transformers, config_class)(**{**SIZES, **changes})
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
         directories[family] = tmp_path_factory.mktemp(family)
         model.save_pretrained(directories[family])
@@ -113,6 +126,10 @@ def by_formula(param: MegatronParam, tensors: dict[str, torch.Tensor], dim: int)
     if "qkv_proj" in param.hf_names[0]:
         dims = (HEADS * dim, GROUPS * dim, GROUPS * dim)
         parts = list(parts[0].split(dims))
+    if param.hf_names[0].endswith("q_proj.weight") and len(parts[0]) == 2 * HEADS * dim:
+        query, gate = parts[0].reshape(GROUPS, -1, 2, dim, parts[0].shape[1]).unbind(2)
+        key, value = (part.reshape(GROUPS, 1, dim, -1) for part in parts[1:])
+        return torch.cat([query, gate, key, value], dim=1).reshape(-1, parts[0].shape[1])
     if len(parts) == 3:  # query, key, value; group by group
         grouped = [part.reshape(GROUPS, -1, dim, *part.shape[1:]) for part in parts]
         return torch.cat(grouped, dim=1).reshape(-1, *parts[0].shape[1:])

@@ -87,7 +87,7 @@ def as_transformers_5_writes(config):
     return {**new, "dtype": config["torch_dtype"], "transformers_version": "5.19.0"}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [name for name in CONFIGS if "rope_theta" in CONFIGS[name]])
 def test_spellings_of_transformers_4_and_5_are_the_same_model(read, family):
     assert read(CONFIGS[family]) == read(as_transformers_5_writes(CONFIGS[family]))
 

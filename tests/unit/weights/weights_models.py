@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.weights.arch import LatentArch, MixtureArch, ModelArch
+from megatron_rl.weights.arch import DeltaArch, LatentArch, MixtureArch, ModelArch
 from megatron_rl.weights.layouts import hf_shapes
 
 # 4 query heads of 2 rows in 2 groups: q has 8 rows, k and v have 4 each.
@@ -82,6 +82,21 @@ ARCHS |= {
     "phi3": replace(LLAMA, model_type="phi3"),
     "phi3_tied": replace(LLAMA, model_type="phi3", tied_embeddings=True, head_dim=6),
 }
+# 4 heads of queries and gates in 2 groups; 4 heads of keys, 8 of values in the net of layer 1.
+ARCHS["qwen3_5"] = replace(
+    QWEN3,
+    model_type="qwen3_5_text",
+    rotary_dim=2,
+    tied_embeddings=True,
+    delta=DeltaArch(
+        attention_layers=frozenset({0, 2, 3}),
+        num_key_heads=4,
+        num_value_heads=8,
+        key_dim=3,
+        value_dim=5,
+        kernel=4,
+    ),
+)
 # What two does not divide: three key heads, and a vocabulary that padding makes 192 of.
 ODD = replace(QWEN2, num_attention_heads=6, num_query_groups=3, vocab_size=151)
 EIGHT_HEADS = replace(QWEN2, num_attention_heads=8, ffn_hidden_size=16, vocab_size=151)

@@ -1,0 +1,57 @@
+"""A model with gated delta nets, from sampling to an export that transformers reads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import check_continuation
+from test_silence import SAMPLED
+from training_runs import LAST, PP2, TP2
+
+from megatron_rl.megatron import faults
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(faults.is_present("packed_delta_nets"), reason="refused at this version"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(runs):
+    return (f"model.path={runs.folder / 'models' / 'qwen3_5'}",)
+
+
+def test_it_samples_and_trains_by_itself(runs, model):
+    """What vLLM refuses on a CPU the policy does, with log-probs that a pass confirms."""
+    said = runs.finish("sampled nets", 1, *model, *SAMPLED, "run.num_iterations=3")
+    assert "engine: megatron, since the other one refuses" in said
+    assert "vLLM 0.32 runs on a CPU in bfloat16 alone" in said
+    records = runs.records("sampled nets")
+    gaps = [record["rollout/logprob_gap_max"] for record in records]
+    assert 0 < max(gaps) < 1e-5  # after updates, too
+    config = json.loads((runs.folder / "sampled nets" / "hf" / "config.json").read_text())
+    assert config["model_type"] == "qwen3_5_text"
+
+
+def test_another_layout_continues_and_what_is_exported_was_trained(runs, model):
+    straight, moved = "nets TP2", "nets TP2 to PP2"
+    runs.finish(straight, 2, *model, *TP2)
+    shutil.rmtree(runs.copy(straight, moved) / "checkpoints" / LAST)
+    said = runs.finish(moved, 2, *model, *PP2)
+    assert "resumed after iteration 3" in said
+    # A net makes more of rounding than attention does; seen: 1.1e-6.
+    check_continuation(runs.records(straight), runs.records(moved), bound=1e-5)
+    there, here, first = (
+        load_file(folder / "model.safetensors")
+        for folder in (
+            runs.folder / straight / "hf",
+            runs.folder / moved / "hf",
+            runs.folder / "models" / "qwen3_5",
+        )
+    )
+    assert there.keys() == here.keys() == first.keys()
+    for name, tensor in there.items():
+        torch.testing.assert_close(here[name], tensor, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(tensor, first[name]), name
