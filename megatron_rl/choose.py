@@ -12,10 +12,11 @@ from typing import Any
 
 from megatron_rl.config import RunConfig
 from megatron_rl.fit import RECOMPUTED, Fit, Free, changed_in, fit, is_possible
-from megatron_rl.memory import busiest_rank, itemsize, longest_row, rows_of_update
+from megatron_rl.memory import itemsize, longest_row, rows_of_update
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.stages import splits_that_work
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.sizes import busiest_rank
 
 SIZES = (1, 2, 4, 8)
 ENGINE = (*SIZES, 16, 32)

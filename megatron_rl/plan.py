@@ -30,7 +30,6 @@ from megatron_rl.megatron.refusals import (
 )
 from megatron_rl.memory import (
     GIB,
-    busiest_rank,
     host_bytes_of_offload,
     itemsize,
     keeps_initial_weights,
@@ -49,6 +48,7 @@ from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import ModelArch, padded_vocab_size
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.model_source import find_model
+from megatron_rl.weights.sizes import busiest_rank
 from megatron_rl.weights.sync import plan_sync
 
 RANKS_PER_NODE = 8
