@@ -74,7 +74,7 @@ def build_run(
     policy.prepare_training()
     critic = _build_critic(config, inputs, groups, config.most_steps)
     reference = _build_reference(config, inputs, policy, initial) if passes.ref else None
-    packer = _build_packer(config, algorithm, groups, policy.dtype)
+    packer = _build_packer(config, algorithm, groups, policy.dtype, meter)
     stop, away = StopRequest(), _offloaded(config, policy, critic, reference)
     (times or StartTimes()).end("model")
     return Run(
@@ -159,7 +159,7 @@ def _build_selector(
 
 
 def _build_packer(
-    config: RunConfig, algorithm: Algorithm, groups: Groups, dtype: torch.dtype
+    config: RunConfig, algorithm: Algorithm, groups: Groups, dtype: torch.dtype, meter: Meter
 ) -> Packer:
     """The packer of samples; a policy of 16 bits has its loss in float32, too."""
     return Packer(
@@ -172,6 +172,7 @@ def _build_packer(
         max_response_tokens=config.rollout.max_response_tokens,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
         share_prompts=config.batching.share_prompts,
+        report=meter.report,
     )
 
 

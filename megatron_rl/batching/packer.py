@@ -9,7 +9,7 @@ from megatron_rl.batching.pack import pack
 from megatron_rl.batching.schedule import distribute, rows_of
 from megatron_rl.parallel.collectives import max_over, sum_over
 from megatron_rl.parallel.groups import Groups
-from megatron_rl.types import MicroBatch, MiniBatch, Sample, UpdateTotals
+from megatron_rl.types import MicroBatch, MiniBatch, Report, Sample, UpdateTotals
 
 
 class Packer:
@@ -25,11 +25,14 @@ class Packer:
         max_response_tokens: int,
         dtype: torch.dtype,
         share_prompts: bool = False,
+        report: Report | None = None,
     ) -> None:
         """row_multiple: rows are padded to a multiple of it (Layout.row_multiple).
 
-        share_prompts: the responses to a prompt that share a row have it once.
+        share_prompts: the responses to a prompt that share a row have it once. report: is told of
+            what is trained.
         """
+        self._report = report
         self._groups, self._algorithm = groups, algorithm
         self._row_tokens, self._row_multiple = row_tokens, row_multiple
         self._max_response_tokens, self._dtype = max_response_tokens, dtype
@@ -51,6 +54,9 @@ class Packer:
             keep_groups_whole=self._keep_groups_whole,
             share_up_to=self._share_up_to,
         )
+        if self._report is not None and distributed.num_tokens:
+            repeated = distributed.num_repeated / distributed.num_tokens
+            self._report({"batching/repeated_prompts_frac": repeated})
         return [
             MiniBatch(
                 update=update,

@@ -45,6 +45,8 @@ class Distributed:
 
     samples: list[Sample]  # those that this rank's replica trains, by update, group and index
     num_samples: Counter[int]  # update -> number of samples with a gradient over all replicas
+    num_tokens: int  # of all samples, over all replicas
+    num_repeated: int  # of those, tokens of prompts that another sample of the update has as well
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,15 @@ def distribute(
         num_samples=Counter(
             key[0] for key, (_, has_gradient) in everywhere.items() if has_gradient
         ),
+        num_tokens=sum(map(sum, lengths.values())),
+        num_repeated=_repeated(lengths),
     )
+
+
+def _repeated(lengths: Mapping[Key, Length]) -> int:
+    """Tokens of prompts that stand again, for another response of the same update."""
+    once = {key[:2]: length.prompt for key, length in lengths.items()}
+    return sum(length.prompt for length in lengths.values()) - sum(once.values())
 
 
 def rows_of(

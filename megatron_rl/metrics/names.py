@@ -43,6 +43,8 @@ METRICS: dict[str, str] = {
     "rollout/tokens_per_s": "response tokens sampled per second of rollout, all ranks together",
     "rollout/support_mean": "mean number of tokens that a token was drawn from, under "
     "rollout.top_k and rollout.top_p",
+    "batching/repeated_prompts_frac": "share of the tokens of updates that are a prompt again, "
+    "for another response to it; batching.share_prompts spares those that share a row",
     "policy/loss": "global training loss, mean over the iteration's updates",
     "policy/entropy_mean": "mean entropy of the policy over the vocabulary, or what rollout.top_k "
     "leaves of it, nats per trained token, over the iteration's updates",

@@ -69,6 +69,13 @@ def test_one_sample_of_three_travels(sent):
     assert sent == [((0, 7, 0), 0), ((0, 7, 1), 1), ((0, 8, 0), 1)]
 
 
+def test_a_prompt_that_stands_again_is_counted_once_a_response(sent):
+    """Two responses of group 7 and one of group 8, in one update."""
+    found = distribute([FIRST, SECOND], groups(world_size=2, tp=1, pp=1))
+    assert found.num_tokens == 5 + 4 + 3
+    assert found.num_repeated == 1  # all prompts have one token
+
+
 def test_an_update_without_a_gradient_counts_as_empty(sent, monkeypatch):
     """Such as one whose responses were all rejected, under train_on_everything."""
     rejected = {key: (length, False) for key, length in PARTS.items()}

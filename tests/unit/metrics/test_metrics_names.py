@@ -14,9 +14,7 @@ PACKAGE = Path(__file__).parents[3] / "megatron_rl"
 
 
 def test_every_name_is_room_and_quantity():
-    pattern = (
-        r"(reward|algorithms|rollout|policy|weights|critic|time|memory|evaluation)/[a-z0-9_<>/]+"
-    )
+    pattern = r"(reward|algorithms|batching|rollout|policy|weights|critic|time|memory|evaluation)/[a-z0-9_<>/]+"
     assert [name for name in names.METRICS if not re.fullmatch(pattern, name)] == []
 
 
@@ -27,7 +25,7 @@ def test_what_is_shown_is_listed():
 
 
 def test_every_metric_that_the_package_spells_has_a_meaning():
-    rooms = "reward|algorithms|rollout|policy|weights|critic|time|memory"
+    rooms = "reward|algorithms|batching|rollout|policy|weights|critic|time|memory"
     spelled = {
         name
         for path in PACKAGE.rglob("*.py")
