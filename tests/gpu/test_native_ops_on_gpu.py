@@ -20,6 +20,8 @@ from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.loss_spec import Correction, SharedTerms
 from megatron_rl.ops.native_loss import loss_arguments
 from megatron_rl.ops.sample import draw_stats, draw_stats_definition
+from megatron_rl.ops.support import keep_support
+from megatron_rl.ops.truncated import Truncation, sample_truncated
 from megatron_rl.ops.vocab_parallel import Shard
 from megatron_rl.types import LossTokens
 
@@ -276,3 +278,27 @@ def test_draw_stats(vocab, dtype):
     is_same = found[:, 4] == expected[:, 4]
     assert is_same.sum() >= 63
     torch.testing.assert_close(found[is_same], expected[is_same], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_truncated_softmax_is_that_of_the_cpu(dtype):
+    torch.manual_seed(0)
+    logits, shard = (torch.randn(64, 50_257) * 2).to(dtype), Shard(None, 3, 50_259, 1.0)
+    asked = (torch.randint(2**62, (64,)), torch.arange(64), torch.full((64,), 0.7).double())
+    truncation = Truncation(20, 0.9)
+    on_cpu = sample_truncated(logits, shard, *asked, truncation=truncation)
+    on_gpu = sample_truncated(
+        logits.to(GPU), shard, *(x.to(GPU) for x in asked), truncation=truncation
+    )
+    is_same = (on_gpu.support.cpu() == on_cpu.support).all(1)
+    assert is_same.sum() >= 62  # where the last ones are nearly equal, another one may be left
+    assert torch.equal(on_gpu.tokens.cpu()[is_same], on_cpu.tokens[is_same])
+    support, expected = on_cpu.support.int(), logits.clone()
+    keep_support(expected, support, shard)
+    moved, support = logits.to(GPU), support.to(GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = keep_support(moved, support, shard)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), expected)
