@@ -150,6 +150,7 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     rows = (
         ("attention heads", arch.num_attention_heads),
         *([one_matrix] if arch.latent is None else arch.latent_rows),
+        *arch.normed_rows,
         *arch.dense_rows,
     )
     yield from split_problems(field, tp, rows, arch.num_query_groups)
@@ -163,6 +164,7 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
         "YaRN's rope": arch.yarn is not None,
         "LongRoPE": arch.long_rope is not None,
         "latent attention": arch.latent is not None,
+        "norms behind attention": arch.norms_behind,
     }
     missing = [name for name, is_needed in parts.items() if is_needed]
     if missing and model.uses_transformer_engine(device_type):

@@ -99,6 +99,9 @@ class ModelArch:
     qkv_bias: bool
     tied_embeddings: bool
     qk_norm: bool = False  # norms over head_dim on queries and keys, before rope
+    wide_qk_norm: bool = False  # then over all heads together
+    norms_behind: bool = False  # of attention and feed-forward network, in place of those before
+    turns_in_float32: bool = False  # heads of 16 bits are turned in float32, and rounded then
     mixture: MixtureArch | None = None
     yarn: YarnRope | None = None
     long_rope: LongRope | None = None
@@ -129,6 +132,13 @@ class ModelArch:
         if self.latent.query_rank is not None:
             rows.append(("rows of the latent vector of queries", self.latent.query_rank))
         return rows
+
+    @property
+    def normed_rows(self) -> list[tuple[str, int]]:
+        """(name, number) of the key heads, where a norm over all of them lets none be repeated."""
+        if not self.wide_qk_norm:
+            return []
+        return [("key/value heads, over which a norm goes,", self.num_query_groups)]
 
     @property
     def dense_rows(self) -> list[tuple[str, int]]:
@@ -162,7 +172,9 @@ class ModelArch:
 
     @property
     def num_parameters(self) -> int:
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        norms = 2 * self.hidden_size
+        if self.qk_norm:
+            norms += self.query_rows + self.key_rows if self.wide_qk_norm else 2 * self.head_dim
         layers = sum(
             self.attention_parameters + norms + self._feed_forward_parameters(layer)
             for layer in range(self.num_layers)

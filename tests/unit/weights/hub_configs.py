@@ -336,11 +336,36 @@ PHI4_MINI: dict[str, Any] = {  # with 48 factors each
     "tie_word_embeddings": True,
     "vocab_size": 200064,
 }
+OLMO2: dict[str, Any] = {  # OLMo-2-1124-7B-Instruct
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 100257,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0.dev0",
+    "use_cache": False,
+    "vocab_size": 100352,
+}
 CONFIGS = {
     config["model_type"]: config
     for config in (
         *(QWEN2, LLAMA, MISTRAL, QWEN3, QWEN3_MOE, MIXTRAL),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4, OLMO2),
     )
 }
 # Elements of all tensors in the models' files, tied heads counted once.
@@ -355,4 +380,5 @@ NUM_PARAMETERS = {
     "deepseek_v3": 671_026_419_200,  # likewise
     "glm4_moe_lite": 29_943_393_920,
     "phi3": 14_659_507_200,
+    "olmo2": 7_298_617_344,
 }
