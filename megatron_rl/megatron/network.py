@@ -111,7 +111,7 @@ def _build_chunk(
     where: dict[str, Any] = {} if chunk is None else {"ignore_virtual": False, **stage}
     model = chunk_class(
         config,
-        block_spec(config, attention=attention, vp_stage=chunk),
+        block_spec(arch, config, attention=attention, vp_stage=chunk),
         vocab_size=padded_vocab_size(arch.vocab_size, groups.layout.tp),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**where),

@@ -150,6 +150,7 @@ def model_problems(arch: ModelArch, parallel: ParallelConfig) -> Iterator[Config
     rows = (
         ("attention heads", arch.num_attention_heads),
         *([one_matrix] if arch.latent is None else arch.latent_rows),
+        *arch.normed_rows,
         *arch.dense_rows,
         *arch.delta_heads,
     )
@@ -188,6 +189,7 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
         "LongRoPE": arch.long_rope is not None,
         "latent attention": arch.latent is not None,
         "gated delta nets": arch.delta is not None,
+        "norms behind attention": arch.norms_behind,
     }
     missing = [name for name, is_needed in parts.items() if is_needed]
     if missing and model.uses_transformer_engine(device_type):

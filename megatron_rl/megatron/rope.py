@@ -48,7 +48,8 @@ class Rope:
         scaling = arch.yarn or arch.long_rope
         self.amplitude = 1.0 if scaling is None else scaling.amplitude
         self.interleaved = arch.latent is not None and arch.latent.interleaved
-        self.dtype = dtype
+        # In float32, 16 bits are turned in float32, too.
+        self.dtype = torch.promote_types(dtype, torch.float32) if arch.turns_in_float32 else dtype
 
     def rotation(self, position_ids: Tensor) -> Rotation:
         """The angles of a row; position_ids [T] int64."""
@@ -126,4 +127,4 @@ def _turn(heads: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     turned[..., 0, :].add_(product, alpha=-sign)
     torch.mul(halves[..., 0, :], sin, out=product)
     turned[..., 1, :].add_(product, alpha=sign)
-    return turned.flatten(-2)
+    return turned.flatten(-2).to(heads.dtype)

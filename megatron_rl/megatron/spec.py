@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -14,12 +15,20 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_rl.megatron.attention import ATTENTIONS, PackedAttention
 from megatron_rl.megatron.config import Attention
 from megatron_rl.megatron.latent_attention import LatentAttention
-from megatron_rl.megatron.layers import CentredNorm, GatedAttention, Norm
+from megatron_rl.megatron.layers import (
+    CentredNorm,
+    GatedAttention,
+    KeyNorm,
+    Norm,
+    NormedRowParallelLinear,
+    QueryNorm,
+)
 from megatron_rl.megatron.stored_names import DELTA_NORM, LATENT_NORMS, MLP_NORM
+from megatron_rl.weights.arch import ModelArch
 
 
 def block_spec(
-    config: TransformerConfig, *, attention: Attention, vp_stage: int | None
+    arch: ModelArch, config: TransformerConfig, *, attention: Attention, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk of this rank: Transformer Engine's, or local ones.
 
@@ -33,6 +42,8 @@ def block_spec(
         spec.layer_norm = norm_of(config)
         for layer in spec.layer_specs:
             _make_local(layer, config, ATTENTIONS[attention])
+            if arch.norms_behind:
+                _put_norms_behind(layer)
     if config.linear_attention_freq is not None:
         first = get_transformer_layer_offset(config, vp_stage=vp_stage)
         spec.layer_specs = [
@@ -94,6 +105,17 @@ def _make_local(
         parts.sharded_state_dict_keys_map = {
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
         }
+
+
+def _put_norms_behind(layer: Any) -> None:
+    """Norm what attention and feed-forward network give, not what they take; OLMo 2's norms."""
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+    attention = parts.self_attention.submodules
+    attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
+    mlp = parts.mlp
+    own = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+    attention.linear_proj = own.linear_fc2 = NormedRowParallelLinear
 
 
 def _is_mixture(mlp: ModuleSpec | functools.partial[Any]) -> bool:

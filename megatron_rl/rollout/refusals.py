@@ -22,6 +22,7 @@ def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
     """Why vLLM cannot split this model; it would say so itself, after minutes."""
     rows = (
         ("attention heads", arch.num_attention_heads),
+        *arch.normed_rows,
         *arch.dense_rows,
         *arch.expert_rows,
         *arch.delta_heads,

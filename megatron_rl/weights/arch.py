@@ -132,6 +132,9 @@ class ModelArch:
     qkv_bias: bool
     tied_embeddings: bool
     qk_norm: bool = False  # norms over head_dim on queries and keys, before rope
+    wide_qk_norm: bool = False  # then over all heads together
+    norms_behind: bool = False  # of attention and feed-forward network, in place of those before
+    turns_in_float32: bool = False  # heads of 16 bits are turned in float32, and rounded then
     mixture: MixtureArch | None = None
     yarn: YarnRope | None = None
     long_rope: LongRope | None = None
@@ -173,6 +176,13 @@ class ModelArch:
             ("key heads of gated delta nets", self.delta.num_key_heads),
             ("value heads of gated delta nets", self.delta.num_value_heads),
         ]
+
+    @property
+    def normed_rows(self) -> list[tuple[str, int]]:
+        """(name, number) of the key heads, where a norm over all of them lets none be repeated."""
+        if not self.wide_qk_norm:
+            return []
+        return [("key/value heads, over which a norm goes,", self.num_query_groups)]
 
     @property
     def dense_rows(self) -> list[tuple[str, int]]:
@@ -245,7 +255,8 @@ class ModelArch:
             products = self.hidden_size * (delta.in_rows + delta.value_rows)
             numbers = 2 * delta.num_value_heads + delta.value_dim
             return products + delta.kernel * delta.mixed_rows + numbers
-        return self.attention_parameters + (2 * self.head_dim if self.qk_norm else 0)
+        of_heads = self.query_rows + self.key_rows if self.wide_qk_norm else 2 * self.head_dim
+        return self.attention_parameters + (of_heads if self.qk_norm else 0)
 
     @property
     def attention_parameters(self) -> int:

@@ -15,6 +15,7 @@ from tiny_models import (
     LATENT,
     LLAMA3_ROPE,
     MOONLIGHT,
+    OLMO,
     PHI,
     PHI_MINI,
     YARN_ROPE,
@@ -74,6 +75,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe_lite": ("Glm4MoeLite", {**GLM4_LITE, **LATENT_OF_ENGINE, "v_head_dim": 96}),
     "phi4": ("Phi3", {**PHI, "hidden_size": 64, "num_key_value_heads": 1, "head_dim": 32}),
     "phi4_mini": ("Phi3", PHI_MINI_OF_ENGINE),
+    "olmo2": ("Olmo2", OLMO),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 if DELTAS:  # which vLLM does not have on a CPU

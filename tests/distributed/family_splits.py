@@ -1,4 +1,4 @@
-"""Ways to split models whose files have one matrix for several products."""
+"""Ways to split models with stacked files, and models with norms behind their layers."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from layout import Layout
 
 PHI4: dict[str, Any] = {"model": "phi4", "has_least": True}
 PHI4_MINI: dict[str, Any] = {"model": "phi4_mini", "has_least": True}
+OLMO2: dict[str, Any] = {"model": "olmo2", "has_least": True}
 
 FAMILY_LAYOUTS = (
     Layout(name="one rank, stacked, LongRoPE, tied", world=1, **PHI4_MINI),
@@ -26,5 +27,28 @@ FAMILY_LAYOUTS = (
         overlaps_reduction=True,
         is_daily=False,
         **PHI4_MINI,
+    ),
+    Layout(name="one rank, norms behind", world=1, **OLMO2),
+    Layout(name="one rank, norms behind, shared prompts", world=1, shares_prompts=True, **OLMO2),
+    Layout(name="TP2, norms behind", world=2, tp=2, **OLMO2),
+    Layout(name="TP2 SP, norms behind", world=2, tp=2, sequence_parallel=True, **OLMO2),
+    Layout(name="CP2, norms behind, all recomputed", world=2, cp=2, recompute="full", **OLMO2),
+    Layout(name="PP2 VPP2, norms behind", world=2, pp=2, vpp=2, **OLMO2),
+    Layout(
+        name="TP2 SP PP2, norms behind, attention recomputed",
+        world=4,
+        tp=2,
+        pp=2,
+        sequence_parallel=True,
+        recompute="selective",
+        **OLMO2,
+    ),
+    Layout(
+        name="TP2 CP2, norms behind",
+        world=4,
+        tp=2,
+        cp=2,
+        is_daily=False,
+        **OLMO2,
     ),
 )

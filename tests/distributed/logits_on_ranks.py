@@ -24,7 +24,7 @@ from megatron_rl.batching.pack import pack
 from megatron_rl.megatron.attention import PackedRows
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.delta_rule import DeltaRow, delta_row
-from megatron_rl.megatron.layers import CentredNorm
+from megatron_rl.megatron.layers import CentredNorm, WideNorm
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.policy.policy import Policy
@@ -35,6 +35,7 @@ from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece
 
 ChangeArch = Callable[[ModelArch], ModelArch]
+ChangeNorm = Callable[[WideNorm, Tensor], Tensor]
 ChangePieces = Callable[[list[Piece], Policy], list[Piece]]
 
 
@@ -46,6 +47,7 @@ def loaded_policy(
     change_pieces: ChangePieces | None = None,
     change: Callable[[Policy], None] | None = None,
     dtype: str = "float32",
+    change_norm: ChangeNorm | None = None,
 ) -> Policy:
     """Every parameter is NaN before the files are read: none may keep what it was born with."""
     arch = read_model_config(model_dir)
@@ -64,6 +66,11 @@ def loaded_policy(
     for param in params.values():
         param.fill_(torch.nan)
     policy.load(ModelSource(config_dir=model_dir))
+    if change_norm is not None:
+        norms = [m for chunk in policy.chunks for m in chunk.modules() if isinstance(m, WideNorm)]
+        assert norms
+        for norm in norms:
+            norm.forward = partial(change_norm, norm)
     unwritten = [name for name, param in params.items() if param.isnan().any()]
     assert not unwritten, unwritten
     if change is not None:
@@ -204,6 +211,18 @@ def long_factors(arch: ModelArch) -> ModelArch:
     """Those of texts behind the context of pretraining, as vLLM has them for shorter ones, too."""
     factors = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
     return replace(arch, long_rope=replace(arch.long_rope, factors=factors))
+
+
+def of_each_head(norm: WideNorm, heads: Tensor) -> Tensor:
+    """As Qwen3 norms heads, each by itself."""
+    weight = norm.own_weight.view(heads.shape[-2:])
+    return F.rms_norm(heads, heads.shape[-1:], eps=norm.eps) * weight
+
+
+def of_own_heads(norm: WideNorm, heads: Tensor) -> Tensor:
+    """Over the heads of this tensor-parallel rank alone."""
+    own = heads.flatten(-2)
+    return F.rms_norm(own, own.shape[-1:], norm.own_weight, norm.eps).view_as(heads)
 
 
 def with_another_epsilon(arch: ModelArch) -> ModelArch:

@@ -40,6 +40,7 @@ LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("Moonlight-16B-A3B-Instruct", 16, 9, 4, {"pp": 2, "ep": 4}),
     ("GLM-4.7-Flash", 64, 40, 4, {"tp": 4, "pp": 2, "sequence_parallel": True, "ep": 16}),
     ("Phi-4", 32, 16, 4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+    ("OLMo-2-0325-32B-Instruct", 64, 40, 4, {"tp": 8, "pp": 2, "sequence_parallel": True}),
     ("Phi-4-mini-instruct", 8, 0, 2, {"tp": 4, "sequence_parallel": True}),
     ("Qwen3.5-27B, its text", 32, 20, 8, {"tp": 4, "pp": 2, "sequence_parallel": True}),
     ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),

@@ -34,6 +34,7 @@ MODELS = (
     "moonlight",
     "phi4_mini",
     *DELTAS,
+    "olmo2",
     "qwen2_eight_heads",
 )
 LAYOUTS = (
@@ -59,7 +60,7 @@ LAYOUTS = (
 # unit/conversion).
 SHARE = (
     *("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
-    *("deepseek_v3", "phi4_mini"),
+    *("deepseek_v3", "phi4_mini", "olmo2"),
     *DELTAS[:1],
 )
 

@@ -137,6 +137,9 @@ CASES = (
     Case(model="phi4", tp=2, pp=1, rollout_tp=2),
     Case(model="phi4", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
     Case(model="phi4_mini", tp=2, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
+    Case(model="olmo2", tp=1, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
+    Case(model="olmo2", tp=2, pp=1, rollout_tp=2, extras=("corruption",)),
+    Case(model="olmo2", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
     # 24 rows each, which vLLM pads.
     Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2, replays=True, extras=("routed",)),
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),
@@ -156,12 +159,13 @@ CASES = (
     Case(model="moonlight", tp=2, pp=1, ep=2, rollout_tp=1),
     Case(model="glm4_moe_lite", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
 )
+# One key head stands on both ranks of an engine.
+ONE_KEY_HEAD = ("llama", "phi4")
 COINCIDING = {
     case.name
     for case in CASES
-    if case.pp == case.ep == 1
-    and case.tp == case.rollout_tp
-    and case.model not in ("llama", "phi4")
+    if case.pp == case.ep == 1 and case.tp == case.rollout_tp
+    if case.tp == 1 or case.model not in ONE_KEY_HEAD
 }
 
 

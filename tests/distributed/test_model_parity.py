@@ -40,6 +40,9 @@ MISTAKES = {
     "with_another_epsilon": (("qwen2",), "one rank"),
     "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
     "head_norms_swapped": (("qwen3", "qwen3_moe", *DELTAS), "one rank"),
+    "norms_behind_swapped": (("olmo2",), "one rank"),
+    "each_head_normed": (("olmo2",), "one rank"),
+    "own_heads_normed": (("olmo2",), "TP2 SP"),
     "biases_of_routers_reversed": (("glm4_moe", "deepseek_v3"), "one rank"),
     "without_scale_of_routers": (("glm4_moe", "glm4_moe_lite"), "one rank"),
     "without_groups_of_experts": (("deepseek_v3",), "one rank"),
@@ -120,6 +123,11 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
         "without_scale_of_scores": {"change_arch": ranks.without_scale_of_scores},
         "halves_for_neighbours": {"change_arch": ranks.halves_for_neighbours},
         "whole_heads_turned": {"change_arch": ranks.whole_heads_turned},
+        "norms_behind_swapped": {
+            "change_pieces": ranks.swapped("post_attention_layernorm", "post_feedforward_layernorm")
+        },
+        "each_head_normed": {"change_norm": ranks.of_each_head},
+        "own_heads_normed": {"change_norm": ranks.of_own_heads},
         "long_factors": {"change_arch": ranks.long_factors},
         "stacks_taken_for_ours": {"change_pieces": ranks.stacks_taken_for_ours},
         "head_norms_swapped": {"change_pieces": ranks.swapped("q_norm", "k_norm")},

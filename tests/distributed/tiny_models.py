@@ -184,6 +184,8 @@ PHI_MINI: dict[str, Any] = {
     },
 }
 MODELS["phi4_mini"] = ("Phi3", PHI_MINI)
+OLMO: dict[str, Any] = {"pad_token_id": None}
+MODELS["olmo2"] = ("Olmo2", OLMO)
 MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.

@@ -19,7 +19,8 @@ for module in ("preload_megatron", "preload_vllm"):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("qwen2", "qwen2_tied", "glm4_moe", "deepseek_v3", "phi4_mini", *DELTAS[:1]):
+    small = ("qwen2", "qwen2_tied", "glm4_moe", "deepseek_v3", "phi4_mini", "olmo2")
+    for name in (*small, *DELTAS[:1]):
         write_model(name, folder / "models" / name)
     return Runs(folder)
 

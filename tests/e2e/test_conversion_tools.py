@@ -23,6 +23,7 @@ MODELS = (
     pytest.param("llama3_rope", marks=pytest.mark.exhaustive),
     "glm4_moe",
     "phi4_mini",
+    "olmo2",
 )
 
 

@@ -32,6 +32,11 @@ CASES = {
     "sampled with latent attention": ("deepseek_v3", 1, SAMPLED),
     "sampled by an engine with LongRoPE": ("phi4_mini", 1, (*SAMPLED, "rollout.engine=vllm")),
     **{f"sampled with {name}": (name, 1, SAMPLED) for name in DELTAS[:1]},
+    "sampled by an engine of transformers' network": (
+        "olmo2",
+        2,
+        (*TP2, *SAMPLED, "rollout.engine=vllm", "rollout.tensor_model_parallel_size=2"),
+    ),
     "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),
 }

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_rl.weights.arch import ModelArch
-from megatron_rl.weights.families.rows import LATENT_QUERIES, QK_NORM, QKV_BIAS, QUERIES
+from megatron_rl.weights.families.rows import (
+    LATENT_QUERIES,
+    NORMED_ATTENTION,
+    QK_NORM,
+    QKV_BIAS,
+    QUERIES,
+    WIDE_QK_NORM,
+)
 from megatron_rl.weights.rules import Rule
 
 
@@ -109,6 +116,9 @@ class Family:
     """True: layers that layer_types names have a gated delta net (arXiv:2412.06464), the others
     attention whose output has gates; norms of hidden states and of heads multiply by 1 + weight."""
 
+    turns_in_float32: bool = False
+    """True: transformers turns heads of 16 bits in float32, and rounds what comes of it."""
+
     has_optional_qk_norm: bool = False
     """True: use_qk_norm says whether queries and keys have norms."""
 
@@ -131,4 +141,12 @@ class Family:
 
     @property
     def qk_norm(self) -> bool:
-        return set(QK_NORM) <= set(self.attention)
+        return set(QK_NORM) <= set(self.attention) or self.wide_qk_norm
+
+    @property
+    def wide_qk_norm(self) -> bool:
+        return set(WIDE_QK_NORM) <= set(self.attention)
+
+    @property
+    def norms_behind(self) -> bool:
+        return set(NORMED_ATTENTION) <= set(self.attention)

@@ -143,6 +143,24 @@ QKV_BIAS = Qkv(
 QK_NORM: tuple[Rule, ...] = (_head_norm("q"), _head_norm("k"))
 
 
+def _wide_norm(proj: str, rows: Size) -> Copy:
+    """A norm over all heads, with the weights of all of them on every rank."""
+    return replace(_head_norm(proj), shape=lambda arch: (rows(arch),))
+
+
+WIDE_QK_NORM: tuple[Rule, ...] = (
+    _wide_norm("q", lambda arch: arch.query_rows),
+    _wide_norm("k", lambda arch: arch.key_rows),
+)
+# Attention with norms behind it and behind the feed-forward network, and none before.
+NORMED_ATTENTION: tuple[Rule, ...] = (
+    *(rule for rule in ATTENTION if not rule.megatron.endswith("layernorm.weight")),
+    *WIDE_QK_NORM,
+    _norm("self_attention.linear_proj.norm.weight", "post_attention_layernorm.weight"),
+    _norm("mlp.linear_fc2.norm.weight", "post_feedforward_layernorm.weight"),
+)
+
+
 def _latent_norm(vector: str, rank: Size) -> Copy:
     return Copy(
         megatron=MEGATRON_LAYER + f"self_attention.{vector}_layernorm.weight",

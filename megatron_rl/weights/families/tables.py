@@ -13,6 +13,7 @@ from megatron_rl.weights.families.rows import (
     DENSE,
     GATED_ATTENTION,
     LATENT_ATTENTION,
+    NORMED_ATTENTION,
     QK_NORM,
     QKV_BIAS,
     ROUTER_BIAS,
@@ -109,6 +110,16 @@ PHI3 = Family(
     },
     partial_rotary=1.0,
     has_long_rope=True,
+)
+
+# OLMo 2. vLLM 0.32 has it by transformers' own network, with layers of vLLM in place of its own.
+OLMO2 = Family(
+    model_type="olmo2",
+    architecture="Olmo2ForCausalLM",
+    attention=NORMED_ATTENTION,
+    dense=DENSE,
+    defaults={"rms_norm_eps": 1e-5},
+    turns_in_float32=True,
 )
 
 # GLM-4.5, 4.6 and 4.7. Its first expert groups are one: n_group and topk_group choose nothing.
@@ -271,7 +282,7 @@ QWEN3_5 = Family(
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3),
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3, OLMO2),
         *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5),
     )
 }

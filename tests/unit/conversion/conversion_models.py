@@ -89,6 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "olmo2": {"model_type": "olmo2"},
     "phi3": {"model_type": "phi3"},
     "phi3_tied": {
         "model_type": "phi3",

@@ -8,6 +8,7 @@ from test_megatron_refusals import ARCH
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.refusals import layer_problems, model_problems
 from megatron_rl.parallel.config import ParallelConfig
+from megatron_rl.rollout.refusals import engine_problems
 from megatron_rl.weights.arch import LatentArch, LongRope
 
 LATENT = replace(
@@ -41,6 +42,22 @@ def test_layers_of_transformer_engine_have_no_long_rope():
     (told,) = of_layers(arch, layer_spec="transformer_engine")
     assert "not built with LongRoPE here" in told
     assert not of_layers(arch, layer_spec="local")
+
+
+def test_a_norm_over_all_heads_lets_no_key_head_be_repeated():
+    arch = replace(ARCH, qk_norm=True, wide_qk_norm=True, norms_behind=True)
+    (told,) = of_layers(arch, layer_spec="transformer_engine")
+    assert "not built with norms behind attention here" in told
+    assert not of_layers(arch, layer_spec="local")
+    tp = 2 * arch.num_query_groups
+    for found in (
+        list(model_problems(arch, ParallelConfig(tensor_model_parallel_size=tp))),
+        list(engine_problems(arch, tp)),
+    ):
+        whys = [str(problem) for problem in found]
+        assert any("key/value heads, over which a norm goes," in why for why in whys)
+    ways = (*model_problems(ARCH, ParallelConfig(tensor_model_parallel_size=tp)),)
+    assert not any("over which a norm goes" in str(problem) for problem in ways)
 
 
 def test_what_megatrons_own_latent_attention_recomputes():

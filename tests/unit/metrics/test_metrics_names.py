@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[3] / "megatron_rl"
 
 
 def test_every_name_is_room_and_quantity():
-    pattern = r"(reward|algorithms|batching|rollout|policy|weights|critic|time|memory|evaluation)/[a-z0-9_<>/]+"
+    rooms = "reward|algorithms|batching|rollout|policy|weights|critic|time|memory|evaluation"
+    pattern = rf"({rooms})/[a-z0-9_<>/]+"
     assert [name for name in names.METRICS if not re.fullmatch(pattern, name)] == []
 
 

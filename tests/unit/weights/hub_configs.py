@@ -377,11 +377,36 @@ QWEN3_5: dict[str, Any] = {  # the text of Qwen3.5-27B
     "use_cache": True,
     "vocab_size": 248320,
 }
+OLMO2: dict[str, Any] = {  # OLMo-2-1124-7B-Instruct
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 100257,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "olmo2",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pad_token_id": 100277,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0.dev0",
+    "use_cache": False,
+    "vocab_size": 100352,
+}
 CONFIGS = {
     config["model_type"]: config
     for config in (
         *(QWEN2, LLAMA, MISTRAL, QWEN3, QWEN3_MOE, MIXTRAL),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4, QWEN3_5),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4, OLMO2, QWEN3_5),
     )
 }
 # Elements of all tensors in the models' files, tied heads counted once.
@@ -397,4 +422,5 @@ NUM_PARAMETERS = {
     "glm4_moe_lite": 29_943_393_920,
     "phi3": 14_659_507_200,
     "qwen3_5_text": 26_895_998_464,  # without the layer that guesses ahead, and without images
+    "olmo2": 7_298_617_344,
 }

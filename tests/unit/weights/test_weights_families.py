@@ -67,6 +67,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3", {"pad_token_id": None}),
+    "olmo2": ("Olmo2", {"pad_token_id": None}),
     "deepseek_v3": ("DeepseekV3", LATENT),
     "glm4_moe_lite": (
         "Glm4MoeLite",

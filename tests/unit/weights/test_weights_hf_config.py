@@ -9,6 +9,7 @@ from hub_configs import (
     MISTRAL,
     MIXTRAL,
     NUM_PARAMETERS,
+    OLMO2,
     QWEN2,
     QWEN3,
     QWEN3_MOE,
@@ -159,6 +160,17 @@ def test_an_absent_field_is_what_transformers_takes(read, tmp_path, family, abse
         assert (theirs.decoder_sparse_step, theirs.mlp_only_layers) == (1, [])
 
 
+def test_olmo_2_is_read(read):
+    arch = read(OLMO2)
+    assert (arch.qk_norm, arch.wide_qk_norm, arch.norms_behind) == (True, True, True)
+    assert arch.turns_in_float32
+    assert not read(QWEN3).wide_qk_norm
+    assert not read(LLAMA).norms_behind
+    # 32 layers of 4 * 4096 ** 2 + 3 * 4096 * 11008 and 4 norms of 4096, two embeddings, a norm.
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 4 * 4096
+    assert arch.num_parameters == 32 * layer + 2 * 100352 * 4096 + 4096 == 7_298_617_344
+
+
 def test_the_fields_of_sigmoid_routers(read):
     arch = read(GLM4_MOE, first_k_dense_replace=3, routed_scaling_factor=2.5, n_shared_experts=2)
     assert arch.rotary_dim == 64
@@ -210,6 +222,13 @@ def test_an_absent_window_is_one_where_transformers_takes_it_so(read):
             {"rope_parameters": {"rope_theta": 1000000, "partial_rotary_factor": 0.25}},
             "partial_rotary_factor is 0.5, and 0.25 in rope_parameters",
         ),
+        (OLMO2, {"attention_bias": True}, "attention_bias=True is not supported"),
+        (OLMO2, {"clip_qkv": 8.0}, "clip_qkv=8.0 is not supported.*not known"),
+        (OLMO2, {"sliding_window": 4096}, "sliding_window=4096 is not supported"),
+        (OLMO2, {"use_qk_norm": False}, "use_qk_norm=False is not supported"),
+        (OLMO2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        (OLMO2, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        (OLMO2, {"model_type": "olmo3"}, "model_type='olmo3' is not supported: known are"),
         (MIXTRAL, {"norm_topk_prob": True}, "norm_topk_prob=True is not supported.*not known"),
         (QWEN2, {"logit_scale": 2.0}, "logit_scale=2.0 is not supported.*not known"),
         (QWEN2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),

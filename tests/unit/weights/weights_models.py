@@ -80,6 +80,7 @@ ARCHS |= {
 }
 ARCHS |= {
     "phi3": replace(LLAMA, model_type="phi3"),
+    "olmo2": replace(LLAMA, model_type="olmo2", qk_norm=True, wide_qk_norm=True, norms_behind=True),
     "phi3_tied": replace(LLAMA, model_type="phi3", tied_embeddings=True, head_dim=6),
 }
 # 4 heads of queries and gates in 2 groups; 4 heads of keys, 8 of values in the net of layer 1.
