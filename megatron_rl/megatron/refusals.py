@@ -201,14 +201,18 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
             "Set model.layer_spec=local",
         )
     modules = model.recompute_modules or ()
-    if arch.latent is not None and "mla_up_proj" in modules:
-        others = ",".join(name for name in modules if name != "mla_up_proj")
-        yield ConfigError(
-            "model.recompute_modules",
-            list(modules),
-            "mla_up_proj is of Megatron-Core's own latent attention, which is not built here",
-            f"Set model.recompute_modules=[{others or 'core_attn'}]",
-        )
+    for name, part, has_it in (
+        ("mla_up_proj", "latent attention", arch.latent is not None),
+        ("gdn_norm_out", "gated delta nets", arch.delta is not None),
+    ):
+        if has_it and name in modules:
+            others = ",".join(other for other in modules if other != name)
+            yield ConfigError(
+                "model.recompute_modules",
+                list(modules),
+                f"{name} is of Megatron-Core's own {part}, which is not built here",
+                f"Set model.recompute_modules=[{others or 'core_attn'}]",
+            )
 
 
 def router_problems(arch: ModelArch, model: ModelConfig) -> Iterator[ConfigError]:

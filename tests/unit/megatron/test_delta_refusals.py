@@ -46,6 +46,12 @@ def test_layers_of_transformer_engine_have_no_delta_nets():
     assert "Set model.layer_spec=local" in told
 
 
+def test_what_megatrons_own_delta_nets_recompute():
+    model = ModelConfig(path="model", recompute_modules=("core_attn", "gdn_norm_out"))
+    (told,) = (str(problem) for problem in layer_problems(NETS, model, "cpu"))
+    assert told.endswith("Set model.recompute_modules=[core_attn]")
+
+
 def test_an_older_megatron_refuses_packed_rows_in_them(monkeypatch, newest):
     assert not problems()
     monkeypatch.setattr(faults, "installed_version", lambda: faults.V0_16_1)
