@@ -269,7 +269,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))
     if config.has_engine:
         found.note(device_problems(arch, config.rollout, config.model, detect()))
-    found.note(_length_problems(config, arch))
+    found.note(length_problems(config, arch))
     open_weights(model, arch)
     return arch
 
@@ -385,7 +385,8 @@ def _replay_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:
+def length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:
+    """Texts that are longer than the model has positions."""
     longest = config.longest_sequence
     if longest > arch.max_position_embeddings:
         yield (
