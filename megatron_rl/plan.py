@@ -41,7 +41,7 @@ from megatron_rl.parallel.layout import EngineLayout, Layout, PolicyEngines
 from megatron_rl.parallel.stages import told_sizes
 from megatron_rl.platforms.base import detect
 from megatron_rl.policy.refusals import layer_spec_problems
-from megatron_rl.preflight import read_data
+from megatron_rl.preflight import length_problems, read_data
 from megatron_rl.rehearsal.report import ranks_that_differ, rehearsal_lines
 from megatron_rl.rollout.group_rules import most_kept, most_prompts, most_responses
 from megatron_rl.rollout.refusals import engine_problems
@@ -75,7 +75,7 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
     ]
     if config.has_vllm:
         problems += engine_problems(arch, config.rollout.tensor_model_parallel_size)
-    told = [str(problem) for problem in problems]
+    told = [*map(str, problems), *length_problems(config, arch)]
     if config.reference.path and (reference := reference_arch(config)):
         told += reference_problems(config.reference.path, reference, config.parallel)
     if told:

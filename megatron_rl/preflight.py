@@ -274,7 +274,7 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     if config.has_engine:
         found.note(device_problems(arch, config.rollout, config.model, detect()))
         found.note(evaluation_problems(config.rollout, config.evaluation, detect()))
-    found.note(_length_problems(config, arch))
+    found.note(length_problems(config, arch))
     open_weights(model, arch)
     return arch
 
@@ -390,7 +390,8 @@ def _replay_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:
+def length_problems(config: RunConfig, arch: ModelArch) -> Iterator[str]:
+    """Texts that are longer than the model has positions."""
     longest = config.longest_sequence
     if longest > arch.max_position_embeddings:
         yield (

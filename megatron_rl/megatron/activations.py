@@ -96,7 +96,8 @@ class Activations:
             attention += self._of_gates(queries)
         if arch.qk_norm and arch.has_attention(layer):
             attention += self._of_norm(queries + keys)
-            if self._is_unfused and size > 2:  # the product that both were cut from
+            # The product that both were cut from; a norm over all heads has copied its part.
+            if self._is_unfused and size > 2 and not arch.wide_qk_norm:
                 attention += (queries + keys) * size
         return shared / self._sequence_ranks + attention + self._of_feed_forward(layer, is_local)
 

@@ -37,6 +37,13 @@ PLAIN = ModelArch(
     tied_embeddings=True,
 )
 HEAD_NORMS = replace(PLAIN, qk_norm=True, qkv_bias=False, head_dim=32)
+BEHIND = replace(
+    HEAD_NORMS,
+    model_type="olmo2",
+    wide_qk_norm=True,
+    norms_behind=True,
+    turns_in_float32=True,
+)
 EXPERTS = replace(
     PLAIN,
     mixture=MixtureArch(num_experts=8, ffn_hidden_size=80, top_k=2, renormalized=True),
@@ -76,6 +83,13 @@ CASES: dict[str, tuple[ModelArch, str, dict[str, Any]]] = {
     "in bfloat16": (PLAIN, "bfloat16", {}),
     "norms of heads": (HEAD_NORMS, "float32", {}),
     "norms of heads in bfloat16": (HEAD_NORMS, "bfloat16", {}),
+    "norms behind": (BEHIND, "float32", {}),
+    "norms behind in bfloat16": (BEHIND, "bfloat16", {}),
+    "norms behind, TP 2, sequence parallel": (
+        BEHIND,
+        "float32",
+        {**TP2, "sequence_parallel": True},
+    ),
     "experts": (EXPERTS, "float32", {}),
     "experts in bfloat16": (EXPERTS, "bfloat16", {}),
     "experts in every second layer": (HALF, "float32", {}),

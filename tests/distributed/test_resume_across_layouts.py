@@ -48,11 +48,15 @@ MIXTURES = (
     Layout(name="EP2 PP2 of 3, 1", world=4, ep=2, pp=2, split=Split(last=1), **MIXED),
     Layout(name="CP2 EP4", world=4, cp=2, ep=4, **MIXED),
 )
+BEHIND = (
+    Layout(name="TP2 SP DP2, norms behind", world=4, tp=2, **SP, **BUCKETS, model="olmo2"),
+    Layout(name="CP2 PP2, norms behind", world=4, cp=2, pp=2, model="olmo2"),
+)
 PAIRS = [
     pytest.param(
         a.name, b.name, id=f"{a.name} -> {b.name}", marks=() if is_daily else pytest.mark.exhaustive
     )
-    for family in (DENSE, MIXTURES)
+    for family in (DENSE, MIXTURES, BEHIND)
     for number, a in enumerate(family)
     for b in family
     if a != b
@@ -65,7 +69,7 @@ def differing(request, tmp_path_factory):
     """Of every pair that is asked for: what differs after the load."""
     folder = tmp_path_factory.mktemp("layouts")
     pairs = set(asked_for(request, "saved", "loaded"))
-    for layout in (DENSE[0], MIXTURES[0]):
+    for layout in (DENSE[0], MIXTURES[0], BEHIND[0]):
         write_model(layout.model, folder / "models" / layout.model)
     run_on_ranks(4, measure, pairs, folder)
     found = json.loads((folder / "found.json").read_text())
@@ -78,7 +82,7 @@ def measure(pairs: set[tuple[str, str]], folder: Path) -> None:
     from resumes_on_ranks import loaded_by_another_kind, save_and_load
 
     asked = {name for pair in pairs for name in pair}
-    layouts = tuple(layout for layout in (*DENSE, *MIXTURES) if layout.name in asked)
+    layouts = tuple(layout for layout in (*DENSE, *MIXTURES, *BEHIND) if layout.name in asked)
     found = save_and_load(layouts, pairs, folder / "models", folder / "saved")
     refused = loaded_by_another_kind(
         folder / "saved" / layouts[0].name, layouts[0], folder / "models", is_sharded=False
@@ -94,7 +98,7 @@ def test_weights_and_optimizer_are_as_they_were_saved(differing, saved, loaded):
 
 def test_every_two_layouts_are_among_the_pairs():
     names = {(pair.values[0], pair.values[1]) for pair in PAIRS}
-    for family in (DENSE, MIXTURES):
+    for family in (DENSE, MIXTURES, BEHIND):
         assert names >= set(permutations([layout.name for layout in family], 2))
 
 

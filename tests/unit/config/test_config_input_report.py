@@ -133,6 +133,9 @@ def test_plan_shows_the_prompt_and_refuses_what_a_start_refuses(case, tmp_path, 
     shown = capsys.readouterr()
     assert "memory per rank" in shown.out
     assert "prompts.answer_key='gold': no such column" in shown.err
+    case.change(rollout={"max_response_tokens": 10**6})
+    assert main(["plan", str(case.write())]) == 2
+    assert "positions. Lower one of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
