@@ -256,12 +256,15 @@ def write_problem(model: str, folder: Path) -> Path:
     every = [*graded, *gold, *ranked, *drawn, *chosen, *truncated]
     logprobs, entropies, routed = reference.run(every)
     generator = torch.Generator().manual_seed(5)
-    old, ref, rollout = ({k: _near(v, generator) for k, v in logprobs.items()} for _ in range(3))
+    old, ref, rollout, values = {}, {}, {}, {}
+    last = {group.prompt.group_id for group in truncated}  # others have the numbers they had before
+    for are_last in (False, True):
+        part = {k: v for k, v in logprobs.items() if (k[0] in last) == are_last}
+        for near in (old, ref, rollout):
+            near |= {k: _near(v, generator) for k, v in part.items()}
+        for k, v in part.items():
+            values[k] = torch.randn(len(v), generator=generator, dtype=torch.float64)
     rollout = {key: value.float() for key, value in rollout.items()}  # what an engine returns
-    values = {
-        k: torch.randn(len(v), generator=generator, dtype=torch.float64)
-        for k, v in logprobs.items()
-    }
     groups = {
         "graded": [_with_rollout(group, rollout) for group in graded],
         "gold": gold,
