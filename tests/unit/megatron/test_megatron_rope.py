@@ -44,10 +44,8 @@ LATENTS = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
-KINDS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(LATENTS, OF_LATENTS),
-    "qwen3_5_text": ("plain", "wide"),
-}
+OF_NETS = {"qwen3_5_text": ("plain", "wide")}
+KINDS: dict[str, tuple[str, ...]] = {**dict.fromkeys(LATENTS, OF_LATENTS), **OF_NETS}
 CASES = [
     (family, style) for family in FAMILIES for style in STYLES if style in KINDS.get(family, STYLES)
 ]
