@@ -25,7 +25,7 @@ class DeltaNet(GatedDeltaNet):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        # Every rank has the gradient of its own heads, whatever is sequence parallel (see _whole).
+        # Every rank has the gradient of its own heads, whatever is sequence parallel (see _gated).
         self.out_norm.weight.sequence_parallel = False
 
     def _setup_variant_attrs(self) -> None:

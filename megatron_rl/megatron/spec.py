@@ -74,7 +74,7 @@ def _with_delta_net(layer: Any) -> Any:
         ),
     )
     keys = layer.submodules.sharded_state_dict_keys_map
-    parts.sharded_state_dict_keys_map = dict([DELTA_NORM, *list(keys.items())[1:]])
+    parts.sharded_state_dict_keys_map = {**keys, DELTA_NORM[0]: DELTA_NORM[1]}
     return net
 
 
@@ -95,7 +95,7 @@ def _make_local(
         if not _is_mixture(parts.mlp):
             parts.sharded_state_dict_keys_map[MLP_NORM[0]] = MLP_NORM[1]
         return
-    if getattr(config, "attention_output_gate", False):  # 0.16.1 may have no such field
+    if config.attention_output_gate:
         parts.self_attention.module = GatedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = norm

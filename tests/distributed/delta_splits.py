@@ -26,7 +26,14 @@ DELTA_LAYOUTS = (
         **NETS,
     ),
     Layout(name="PP2 VPP2, delta nets", world=2, pp=2, vpp=2, **NETS),
-    Layout(name="PP2 of 1, 3, few delta nets", world=2, pp=2, split=Split(first=1), **FEW),
+    Layout(
+        name="PP2 of 1, 3, few delta nets, attention recomputed",
+        world=2,
+        pp=2,
+        split=Split(first=1),
+        recompute="selective",
+        **FEW,
+    ),
     Layout(name="DP2, delta nets, overlapped", world=2, overlaps_reduction=True, **NETS),
     Layout(
         name="TP2 SP PP2, few delta nets, shared prompts",

@@ -177,6 +177,33 @@ def test_layers_of_two_kinds_are_stored_one_by_one(tmp_path):
     assert f"{mixture}mlp.linear_fc1.weight" not in keys
 
 
+def test_the_parts_of_a_delta_net_are_stored_one_by_one(tmp_path):
+    """Three key heads of 5 and six value heads of 7: the rows of q, k and v, and of two gates."""
+    tensors = write_model("qwen3_5", tmp_path / "hf")
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    net, hf = "decoder.layers.0.self_attention.", "model.layers.0.linear_attn."
+    rows = {"query": (0, 15), "key": (15, 30), "value": (30, 72)}
+    parts = {
+        **{f"{net}in_proj.weight.{n}": ("in_proj_qkv.weight", rows[n]) for n in rows},
+        f"{net}in_proj.weight.z": ("in_proj_z.weight", (0, 42)),
+        f"{net}in_proj.weight.beta": ("in_proj_b.weight", (0, 6)),
+        f"{net}in_proj.weight.alpha": ("in_proj_a.weight", (0, 6)),
+        **{f"{net}conv1d.weight.{n}": ("conv1d.weight", rows[n]) for n in rows},
+        f"{net}A_log": ("A_log", (0, 6)),
+        f"{net}dt_bias": ("dt_bias", (0, 6)),
+        f"{net}out_norm.weight": ("norm.weight", (0, 7)),
+        f"{net}out_proj.weight": ("out_proj.weight", (0, 16)),
+    }
+    norm = f"{net}in_proj.layer_norm_weight"
+    found = stored(directory, *parts, norm)
+    for key, (name, (lo, hi)) in parts.items():
+        assert torch.equal(found[key], tensors[hf + name][lo:hi]), key
+    assert torch.equal(found[norm], tensors["model.layers.0.input_layernorm.weight"])
+    keys = set(read_stored_tensors(directory))
+    assert not any(key.startswith(f"{net}linear_qkv") for key in keys)
+    assert "decoder.layers.1.self_attention.linear_qkv.weight" in keys
+
+
 def test_stock_layers_find_an_empty_state_of_every_linear(tmp_path):
     write_model("qwen3_moe", tmp_path / "hf")
     directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")

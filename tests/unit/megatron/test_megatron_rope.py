@@ -62,11 +62,13 @@ LATENTS = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
+OF_NETS = {"qwen3_5_text": ("plain", "wide")}
+KINDS: dict[str, tuple[str, ...]] = {**dict.fromkeys(LATENTS, OF_LATENTS), **OF_NETS}
 CASES = [
     (family, style)
     for family in FAMILIES
     for style in (OF_LONG if family == "phi3" else STYLES)
-    if family not in LATENTS or style in OF_LATENTS
+    if style in KINDS.get(family, (*STYLES, *OF_LONG))
 ]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -101,7 +103,7 @@ def positions():
 
 def rope_of_transformers(config, dtype):
     """(cos, sin, apply) as a model of this dtype has them."""
-    name = config.model_type
+    name = config.model_type.removesuffix("_text")
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     prefix = type(config).__name__.removesuffix("Config")
     rotary = getattr(module, f"{prefix}RotaryEmbedding")(config)

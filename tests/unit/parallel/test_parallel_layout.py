@@ -155,6 +155,7 @@ def of_megatron(num_layers, pp, vpp, split):
         qk_norm=False,
         mixture=None,
         latent=None,
+        delta=None,
     )
     parallel = ParallelConfig(
         pipeline_model_parallel_size=pp,
