@@ -34,8 +34,8 @@ CASES = {
     **{f"sampled with {name}": (name, 1, SAMPLED) for name in DELTAS[:1]},
     "sampled by an engine of transformers' network": (
         "olmo2",
-        2,
-        (*TP2, *SAMPLED, "rollout.engine=vllm", "rollout.tensor_model_parallel_size=2"),
+        1,
+        (*SAMPLED, "rollout.engine=vllm"),
     ),
     "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from draws import COLUMNS, VALID, logits_of, requests
 
 from megatron_rl.ops.philox import philox
 from megatron_rl.ops.sample import draw_stats, draw_stats_definition, merge_draws, sample_tokens
 from megatron_rl.ops.vocab_parallel import Shard
 
-VALID, COLUMNS = 90, 128  # the columns behind the vocabulary are padding
 ONE = Shard(None, 0, VALID, 1.0)
 # Of the authors' own table of known answers: counter, key, words.
 KNOWN = (
@@ -22,20 +21,6 @@ KNOWN = (
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 )
-
-
-def logits_of(num_rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Padding has the largest ones, so that a token of it would show."""
-    logits = 2 * torch.randn(num_rows, COLUMNS, generator=torch.Generator().manual_seed(3)).double()
-    logits[:, VALID:] = 50.0
-    return logits.to(dtype)
-
-
-def requests(num_rows: int, temperature: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(4)
-    seeds = torch.randint(2**62, (num_rows,), generator=draw)
-    places = torch.randint(1000, (num_rows,), generator=draw)
-    return seeds, places, torch.full((num_rows,), temperature, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draws import COLUMNS, VALID, logits_of, requests
 from torch import Tensor
 
 from megatron_rl.ops import truncated as module
@@ -12,22 +13,7 @@ from megatron_rl.ops.sample import sample_tokens
 from megatron_rl.ops.truncated import Truncated, Truncation, sample_truncated
 from megatron_rl.ops.vocab_parallel import Shard
 
-VALID, COLUMNS = 90, 128  # the columns behind the vocabulary are padding
 ONE = Shard(None, 0, VALID, 1.0)
-
-
-def logits_of(num_rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Padding has the largest ones, so that a token of it would show."""
-    logits = 2 * torch.randn(num_rows, COLUMNS, generator=torch.Generator().manual_seed(3)).double()
-    logits[:, VALID:] = 50.0
-    return logits.to(dtype)
-
-
-def requests(num_rows: int, temperature: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(4)
-    seeds = torch.randint(2**62, (num_rows,), generator=draw)
-    places = torch.randint(1000, (num_rows,), generator=draw)
-    return seeds, places, torch.full((num_rows,), temperature, dtype=torch.float64)
 
 
 def sample(logits: Tensor, shard: Shard, asked: tuple[Tensor, ...], *truncation) -> Truncated:
