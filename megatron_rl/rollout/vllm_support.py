@@ -34,7 +34,7 @@ class SupportOfRequests:
 
     def _sample_and_keep(self, logits: Tensor, generators: Any, k: Any, p: Any) -> Any:
         sampled, logprobs = self._sample(logits, generators, k, p)
-        if k is None:
+        if k is None and p is None:  # a top_k of the whole vocabulary is None, beside a top_p too
             return sampled, logprobs
         # A step has a row for each request; none is in the middle of its prompt (vllm_engine.py).
         for row, internal_id in zip(logprobs, self._runner.input_batch.req_ids, strict=True):
