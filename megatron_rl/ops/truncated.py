@@ -48,7 +48,7 @@ def sample_truncated(
 
     Collectives: one all-gather of 2 * top_k numbers a row.
     """
-    best = _merged(_best_of_shard(logits, shard, temperatures, truncation.top_k), shard, truncation)
+    best = _merged(_best_of_shard(logits, shard, temperatures, truncation.top_k), shard)
     scaled, ids = best[:, :, 0], best[:, :, 1].long()
     probs = scaled.softmax(dim=1)
     before = probs.cumsum(dim=1) - probs  # of the tokens that are more probable
@@ -92,8 +92,8 @@ def _ranks(scaled: Tensor) -> Tensor:
     return (ordered << _ID_BITS) - torch.arange(scaled.size(1), device=scaled.device)
 
 
-def _merged(best: Tensor, shard: Shard, truncation: Truncation) -> Tensor:
-    """[N, K, 2] of all shards together, most probable first."""
+def _merged(best: Tensor, shard: Shard) -> Tensor:
+    """[N, top_k, 2] of all shards together, most probable first."""
     if shard.is_whole:
         return best
     assert shard.tp_group is not None
@@ -103,5 +103,5 @@ def _merged(best: Tensor, shard: Shard, truncation: Truncation) -> Tensor:
     # Shards stand in the order of their ids, so a stable sort has smaller ids first among equals.
     every = gathered.view(tp, *best.shape).transpose(0, 1).flatten(1, 2)
     by_value = every[:, :, 0].float().argsort(dim=1, descending=True, stable=True)
-    order = by_value[:, : truncation.top_k, None].expand(-1, -1, 2)
+    order = by_value[:, : best.size(1), None].expand(-1, -1, 2)
     return every.gather(1, order)

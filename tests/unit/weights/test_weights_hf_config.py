@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from hub_configs import (
     CONFIGS,
@@ -18,16 +16,6 @@ from hub_configs import (
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import MixtureArch, YarnRope
 from megatron_rl.weights.families.registry import read_model_config
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read(config, without=(), ignored=(), **changes):
-        config = {k: v for k, v in {**config, **changes}.items() if k not in without}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return read_model_config(tmp_path, ignored)
-
-    return read
 
 
 def test_qwen2_is_read(read):

@@ -1,25 +1,12 @@
 """Fields of models with latent attention: honoured, or refused by name."""
 
-import json
-
 import pytest
 from hub_configs import DEEPSEEK_V3, GLM4_MOE_LITE
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import LatentArch, MixtureArch, YarnRope
-from megatron_rl.weights.families.registry import read_model_config
 
 YARN = DEEPSEEK_V3["rope_scaling"]
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read(config, without=(), **changes):
-        config = {k: v for k, v in {**config, **changes}.items() if k not in without}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return read_model_config(tmp_path)
-
-    return read
 
 
 def test_deepseek_v3_is_read(read):

@@ -1,6 +1,5 @@
 """Fields of Phi-3 to Phi-4: honoured, or refused by name."""
 
-import json
 import math
 
 import pytest
@@ -8,23 +7,12 @@ from hub_configs import PHI4, PHI4_MINI
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import LongRope
-from megatron_rl.weights.families.registry import read_model_config
 
 LONG = PHI4_MINI["rope_scaling"]
 AUTO_MAP = {
     "AutoConfig": "configuration_phi3.Phi3Config",
     "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
 }
-
-
-@pytest.fixture
-def read(tmp_path):
-    def read(config, without=(), **changes):
-        config = {k: v for k, v in {**config, **changes}.items() if k not in without}
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        return read_model_config(tmp_path)
-
-    return read
 
 
 def test_phi_4_is_read(read):
