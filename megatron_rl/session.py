@@ -33,6 +33,7 @@ from megatron_rl.errors import (
     tell_torchrun,
 )
 from megatron_rl.fit import (
+    MARGIN,
     Fit,
     Free,
     fit,
@@ -204,7 +205,8 @@ def _planned(need: Need, device_type: str) -> PlannedMemory:
     if device_type != "cpu":
         sums |= {"rollout": need.generation} if need.generating else {}
         sums["update"] = need.update
-    return PlannedMemory({name: nbytes / GIB for name, nbytes in sums.items()}, need.largest)
+    planned = {name: nbytes / GIB for name, nbytes in sums.items()}
+    return PlannedMemory(planned, need.largest, margin=MARGIN)
 
 
 def _free(platform: Platform) -> Free | None:

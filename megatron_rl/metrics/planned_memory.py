@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Mapping
 
-TOLERANCE = 1.1
-"""A plan that is exceeded by less is not worth a line."""
-
 
 class PlannedMemory:
     """Compares the memory of iterations with the plan of the busiest rank."""
 
-    def __init__(self, planned: Mapping[str, float], largest: str = "") -> None:
+    def __init__(
+        self, planned: Mapping[str, float], largest: str = "", *, margin: float = 1.0
+    ) -> None:
         """planned: GiB at the "peak", and where engine and trainer take turns on a device also at
         the end of the phases "rollout" and "update"; nothing: there is no plan. largest: its
-        largest parts, in words.
+        largest parts, in words. margin: the plan is exceeded where more than so many times it is
+        held.
         """
-        self._planned, self._largest = dict(planned), largest
+        self._planned, self._largest, self._margin = dict(planned), largest, margin
         self._is_told = self._is_exceeded = False
 
     def metrics(self) -> dict[str, float]:
@@ -34,7 +34,7 @@ class PlannedMemory:
             self._is_told = True
             parts = (f"{name} {gib:.2f} of {planned:.2f}" for name, (gib, planned) in found.items())
             yield f"memory: GiB on a rank, of those planned: {', '.join(parts)}"
-        over = [name for name, (gib, planned) in found.items() if gib > TOLERANCE * planned]
+        over = [name for name, (gib, planned) in found.items() if gib > self._margin * planned]
         if over and not self._is_exceeded:
             self._is_exceeded = True
             gib, planned = found[over[0]]
