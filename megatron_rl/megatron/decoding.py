@@ -115,9 +115,13 @@ class Decoder:
             at=(torch.tensor(ends) - 1).to(self._device),
         )
 
-    def next_tokens(self, cache: KeyValueCache, tokens: Tensor, positions: Tensor) -> Row:
-        """A row of one token for each of the first slots; both [n] int64, on the host."""
-        length = int(positions.max()) + 1
+    def next_tokens(
+        self, cache: KeyValueCache, tokens: Tensor, positions: Tensor, length: int
+    ) -> Row:
+        """A row of one token for each of the first slots; both [n] int64, on the host.
+
+        length: more than all positions; so much of the cache is looked at.
+        """
         places, slots = positions.to(self._device), torch.arange(len(tokens), device=self._device)
         behind = torch.arange(length, device=self._device) > places[:, None]
         mask = torch.zeros(behind.shape, dtype=self._dtype, device=self._device)

@@ -1,19 +1,24 @@
 """Products of float32 matrices on a CPU, by the library that is faster there.
 
-torch multiplies them by MKL, which leaves half of an AMD processor idle that has AVX-512: 100
-GFLOP/s of a core, where oneDNN, which torch has as well, reaches 200 to 250 (docs/kernels.md).
-Which one runs depends on the processor and the shapes alone, so a run that goes on has the same
-bits.
+torch multiplies them by MKL, which has no AVX-512 code for an AMD processor; oneDNN, which torch
+has as well, has. That doubles the speed of a core whose AVX-512 units are whole (Zen 5), and helps
+large products a little where they are halves (Zen 4): docs/kernels.md. Which one runs depends on
+the processor and the shapes alone, so a run that goes on has the same bits.
 """
 
 import functools
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-LEAST_PRODUCTS = 1_500_000
-"""Of a call that goes to oneDNN: below it, what it costs to prepare one is more than it saves."""
+NEVER = math.inf
+NOWHERE = (NEVER, NEVER)
+LEAST_PRODUCTS = {25: (12e6, NEVER), 26: (1.5e6, 1.5e6)}
+"""By the family of an AMD processor: the multiplications of a call from which on it goes to oneDNN,
+and those where the left factor is transposed, which oneDNN copies first. Below, what it costs to
+prepare one is more than it saves."""
 
 
 def product(left: Tensor, right: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -29,27 +34,29 @@ def goes_to_onednn(left: Tensor, right: Tensor) -> bool:
         left.dtype == right.dtype == torch.float32
         and left.device.type == right.device.type == "cpu"
         and right.dim() == 2
-        and left.numel() * right.size(1) >= LEAST_PRODUCTS
+        and left.numel() * right.size(1) >= least_here()[left.stride(-1) != 1]
         and (right.is_contiguous() or right.t().is_contiguous())
-        and is_faster_here()
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
     )
 
 
 @functools.cache
-def is_faster_here() -> bool:
-    """True on processors that have AVX-512 and are not Intel's."""
-    return (
+def least_here() -> tuple[float, float]:
+    """LEAST_PRODUCTS of this processor."""
+    maker, family = _processor()
+    has_it = (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and _maker() not in ("", "GenuineIntel")
+        and maker == "AuthenticAMD"
     )
+    return LEAST_PRODUCTS.get(min(family, max(LEAST_PRODUCTS)), NOWHERE) if has_it else NOWHERE
 
 
-def _maker(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's, as it says; nothing where the system does not say."""
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, int]:
+    """Its maker and family, as it says; nothing and 0 where the system does not say."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
-        return ""
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+        return "", 0
+    told = {name.strip(): value.strip() for name, _, value in (one.partition(":") for one in lines)}
+    return told.get("vendor_id", ""), int(told.get("cpu family", "0"))

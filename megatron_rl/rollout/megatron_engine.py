@@ -17,6 +17,7 @@ from megatron_rl.ops.truncated import Truncation
 from megatron_rl.parallel.collectives import max_over
 from megatron_rl.parallel.groups import Groups
 from megatron_rl.rollout.engine import Request, Response
+from megatron_rl.rollout.recorded import Recordings
 from megatron_rl.rollout.slots import Slots
 
 if TYPE_CHECKING:  # they import Megatron-Core, which must be entered first
@@ -25,12 +26,20 @@ if TYPE_CHECKING:  # they import Megatron-Core, which must be entered first
     from megatron_rl.policy.policy import Policy
 
 
+KEPT_BYTES = 64 << 20
+"""Caches up to this size stay between calls, with what was recorded of them."""
+
+LENGTH_BLOCK = 16
+"""Tokens of a cache that a step looks at come in multiples of it, so that steps are alike."""
+
+
 @dataclass(slots=True)
 class _Lane:
     """Responses that go through the pipeline while those of other lanes are in other stages."""
 
     slots: Slots
     cache: "KeyValueCache"
+    recordings: Recordings | None  # of its steps, where they are repeated
     row: "Row | None" = None  # that is on its way through the chunks
     asked: range = range(0)  # the slots that get a token from it
     repeats: Tensor | None = None  # [n] int64: the entry of row.at that each of them has
@@ -69,6 +78,14 @@ class MegatronEngine:
         self._decoder = policy.decoder()
         self._shares_experts = groups.layout.ep > 1
         self._truncation: Truncation | None = None  # of the requests at hand
+        layout, device = groups.layout, groups.platform.current_device()
+        self._records = (
+            device.type == "cpu"
+            and layout.tp == layout.pp == layout.cp == 1  # else a step waits for other ranks
+            and policy.arch.mixture is None  # how many tokens an expert has differs in every step
+        )
+        self._kept: dict[tuple[int, int], tuple[KeyValueCache, Recordings]] = {}
+        self._weights: list[int] = []  # where they were when that was recorded
 
     def generate(
         self,
@@ -133,10 +150,32 @@ class MegatronEngine:
         return [
             _Lane(
                 Slots(each, longest_response, longest, self._stop_ids, top_k=top_k),
-                self._policy.key_value_cache(each, longest),
+                *self._cache(each, longest),
             )
             for _ in range(num_lanes)
         ]
+
+    def _cache(self, num_slots: int, num_tokens: int) -> "tuple[KeyValueCache, Recordings | None]":
+        """A cache, and what was recorded of steps with it; small ones serve call after call."""
+        if not self._records:
+            return self._policy.key_value_cache(num_slots, num_tokens), None
+        weights = [weight.data_ptr() for weight in self._policy.named_parameters().values()]
+        if weights != self._weights:
+            self._kept, self._weights = {}, weights
+        size = (num_slots, num_tokens)
+        if size not in self._kept:
+            made = self._policy.key_value_cache(num_slots, num_tokens), Recordings()
+            if self._bytes_of(size) > KEPT_BYTES:
+                return made
+            if sum(map(self._bytes_of, [*self._kept, size])) > KEPT_BYTES:
+                self._kept.clear()
+            self._kept[size] = made
+        return self._kept[size]
+
+    def _bytes_of(self, size: tuple[int, int]) -> int:
+        """Of a cache of so many slots of so many tokens."""
+        num_slots, num_tokens = size
+        return num_slots * (num_tokens * self._token_bytes + self._state_bytes)
 
     def _any(self, is_busy: bool) -> bool:
         """Whether a rank that this one generates in step with has something to do."""
@@ -181,10 +220,37 @@ class MegatronEngine:
             counts = torch.tensor([len(slots) for slots in admitted.slots])
             lane.repeats = torch.arange(len(counts)).repeat_interleave(counts)
         elif lane.slots.in_use:
-            lane.row = self._decoder.next_tokens(lane.cache, *lane.slots.next_row())
             lane.asked = range(lane.slots.in_use)
+            self._step(lane)
         else:
             lane.row = self._decoder.nothing() if self._shares_experts else None
+
+    def _step(self, lane: _Lane) -> None:
+        """The row of a token for each of the lane's responses, or, where it is repeated, all of it:
+        what has been drawn from it.
+        """
+        n = len(lane.asked)
+        if lane.recordings is None:
+            tokens, positions = lane.slots.next_row(n)
+            lane.row = self._decoder.next_tokens(
+                lane.cache, tokens, positions, int(positions.max()) + 1
+            )
+            return
+        padded = min(_rounded_up(n), lane.slots.num_slots)
+        tokens, positions = lane.slots.next_row(padded)
+        blocks = int(positions[:n].max()) // LENGTH_BLOCK + 1
+        length = min(blocks * LENGTH_BLOCK, lane.slots.longest)
+
+        def step(tokens: Tensor, positions: Tensor, *noise: Tensor) -> Tensor:
+            row = self._decoder.next_tokens(lane.cache, tokens, positions, length)
+            hidden = self._decoder.run(0, row)
+            assert hidden is not None
+            return self._draw(hidden, None, noise)
+
+        noise = lane.slots.noise_of(range(padded))
+        key = (padded, length, self._truncation)
+        lane.row = None
+        lane.drawn = lane.recordings.run(key, step, tokens, positions, *noise)[:n]
 
     def _pass(self, lane: _Lane, chunk: int) -> None:
         """Run the lane's row through a chunk; behind the last one, draw its tokens."""
@@ -192,16 +258,21 @@ class MegatronEngine:
         hidden = self._decoder.run(chunk, lane.row)
         if hidden is None or not lane.asked:
             return
-        tokens, logprobs, support = self._policy.sample(
-            hidden, lane.repeats, *lane.slots.noise_of(lane.asked), self._truncation
-        )
-        drawn = torch.stack([tokens.double(), logprobs.double()], dim=1)
-        lane.drawn = (drawn if support is None else torch.cat([drawn, support], dim=1)).cpu()
+        lane.drawn = self._draw(hidden, lane.repeats, lane.slots.noise_of(lane.asked)).cpu()
         layout, rank = self._groups.layout, self._groups.rank
         for pp_rank in range(layout.pp - 1):
             target = rank % layout.stage_size + pp_rank * layout.stage_size
             work: Any = dist.isend(lane.drawn, target, group=self._groups.world)
             self._decoder.sent(work, lane.drawn)
+
+    def _draw(self, hidden: Tensor, repeats: Tensor | None, noise: tuple[Tensor, ...]) -> Tensor:
+        """[n, 2 + K] float64 as in a lane; noise: as Slots.noise_of."""
+        seeds, places, temperatures = noise
+        tokens, logprobs, support = self._policy.sample(
+            hidden, repeats, seeds, places, temperatures, self._truncation
+        )
+        drawn = torch.stack([tokens.double(), logprobs.double()], dim=1)
+        return drawn if support is None else torch.cat([drawn, support], dim=1)
 
     @property
     def _most_to_choose_from(self) -> int:
@@ -211,6 +282,12 @@ class MegatronEngine:
     def _last_stage(self) -> int:
         layout = self._groups.layout
         return self._groups.rank % layout.stage_size + (layout.pp - 1) * layout.stage_size
+
+
+def _rounded_up(number: int) -> int:
+    """To one of eight numbers between two powers of two."""
+    step = 1 << max(0, number.bit_length() - 4)
+    return -(-number // step) * step
 
 
 def truncation_of(requests: Sequence[Request]) -> Truncation | None:

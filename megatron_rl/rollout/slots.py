@@ -93,12 +93,14 @@ class Slots:
         ends = [*bounds[1:], self.in_use]
         return Admitted(prompts=tuple(prompts), slots=tuple(map(range, bounds, ends)))
 
-    def next_row(self) -> tuple[Tensor, Tensor]:
-        """([n] last tokens, [n] their positions) of the slots in use, which have one each."""
-        n = self.in_use
-        last = self._drawn[:n] - 1
-        tokens = self._tokens[:n].gather(1, last[:, None])[:, 0]
-        return tokens, self._prompt_lengths[:n] + last
+    def next_row(self, num_slots: int) -> tuple[Tensor, Tensor]:
+        """([n] last tokens, [n] their positions) of the first slots.
+
+        Those in use have a token; what others give is a token and a position that somebody had.
+        """
+        last = (self._drawn[:num_slots] - 1).clamp_(min=0)
+        tokens = self._tokens[:num_slots].gather(1, last[:, None])[:, 0]
+        return tokens, self._prompt_lengths[:num_slots] + last
 
     def noise_of(self, slots: range) -> tuple[Tensor, Tensor, Tensor]:
         """(seeds, places, temperatures) [n] of the tokens that these slots draw next."""

@@ -190,8 +190,8 @@ def made(mistake: str) -> Any:
 
     next_tokens, prompts_of, noise_of = Decoder.next_tokens, Decoder.prompts, Slots.noise_of
 
-    def shifted(self: Any, cache: Any, tokens: Any, positions: Any) -> Any:
-        return next_tokens(self, cache, tokens, positions + 1)
+    def shifted(self: Any, cache: Any, tokens: Any, positions: Any, length: int) -> Any:
+        return next_tokens(self, cache, tokens, positions + 1, length + 1)
 
     def in_first(self: Any, cache: Any, texts: Any, slots: Any) -> Any:
         return prompts_of(self, cache, texts, [own[:1] for own in slots])

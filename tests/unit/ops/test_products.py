@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from megatron_rl.ops import products
-from megatron_rl.ops.products import goes_to_onednn, is_faster_here, product
+from megatron_rl.ops.products import goes_to_onednn, least_here, product
 
 
 @pytest.fixture
 def faster(monkeypatch):
     """As on a processor where oneDNN is the faster one; its results are right on every one."""
-    monkeypatch.setattr(products, "is_faster_here", lambda: True)
+    monkeypatch.setattr(products, "least_here", lambda: products.LEAST_PRODUCTS[26])
 
 
 def factors(kind, rows=160, inner=96, columns=192):
@@ -66,24 +66,41 @@ def test_what_goes_elsewhere(faster):
     assert product(left[:4], right, memory).data_ptr() == memory.data_ptr()
 
 
-def test_the_processor_decides(monkeypatch, tmp_path):
+def test_a_transposed_factor_is_looked_at_by_itself(monkeypatch):
+    plain, transposed = factors("to the input"), factors("to the weight")
+    for least, expected in (((0, products.NEVER), True), ((products.NEVER, 0), False)):
+        monkeypatch.setattr(products, "least_here", lambda least=least: least)
+        assert goes_to_onednn(*plain) is expected
+        assert goes_to_onednn(*transposed) is not expected
+
+
+AMD, INTEL = "vendor_id\t: AuthenticAMD\n", "vendor_id\t: GenuineIntel\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "capability", "expected"),
+    [
+        (AMD + "cpu family\t: 26\n", "AVX512", (1.5e6, 1.5e6)),
+        (AMD + "cpu family\t: 27\n", "AVX512", (1.5e6, 1.5e6)),
+        (AMD + "cpu family\t: 25\n", "AVX512", (12e6, products.NEVER)),
+        (AMD + "cpu family\t: 25\n", "AVX2", products.NOWHERE),
+        (AMD + "cpu family\t: 23\n", "AVX2", products.NOWHERE),
+        (INTEL + "cpu family\t: 6\n", "AVX512", products.NOWHERE),
+        ("CPU implementer\t: 0x41\n", "AVX512", products.NOWHERE),
+        (None, "AVX512", products.NOWHERE),
+    ],
+)
+def test_the_processor_decides(monkeypatch, tmp_path, text, capability, expected):
+    if not torch.backends.mkldnn.is_available():
+        expected = products.NOWHERE
     file = tmp_path / "cpuinfo"
-    for text, maker in (
-        ("processor : 0\nvendor_id\t: AuthenticAMD\n", "AuthenticAMD"),
-        ("vendor_id\t: GenuineIntel\n", "GenuineIntel"),
-        ("CPU implementer\t: 0x41\n", ""),
-    ):
-        file.write_text(text)
-        assert products._maker(file) == maker
-    assert products._maker(tmp_path / "nothing") == ""
-    for maker, capability, expected in (
-        ("AuthenticAMD", "AVX512", torch.backends.mkldnn.is_available()),
-        ("AuthenticAMD", "AVX2", False),
-        ("GenuineIntel", "AVX512", False),
-        ("", "AVX512", False),
-    ):
-        monkeypatch.setattr(products, "_maker", lambda maker=maker: maker)
-        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda c=capability: c)
-        is_faster_here.cache_clear()
-        assert is_faster_here() is expected
-    is_faster_here.cache_clear()
+    if text is not None:
+        file.write_text("processor : 0\n" + text)
+    told = products._processor(file)
+    monkeypatch.setattr(products, "_processor", lambda: told)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    least_here.cache_clear()
+    try:
+        assert least_here() == expected
+    finally:
+        least_here.cache_clear()

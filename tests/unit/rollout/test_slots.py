@@ -43,7 +43,7 @@ def drawn(slots: Slots, num_slots: int, queue: deque[Request]) -> Iterator[Respo
             for prompt, part in zip(admitted.prompts, admitted.slots, strict=True):
                 assert {prompt[0] - 10} == {keys[slot][0] for slot in part}
         else:
-            last, positions = slots.next_row()
+            last, positions = slots.next_row(slots.in_use)
             for slot, (token, position) in enumerate(zip(last, positions, strict=True)):
                 place = int(position) - 3
                 assert int(token) == script(keys[slot])[place]
