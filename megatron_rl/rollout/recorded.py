@@ -38,7 +38,7 @@ class Recordings:
 
         It is recorded when a key comes for the second time, for that takes longer than to run it.
         A function that takes a number out of a tensor is never repeated: with another number it
-        might have done something else.
+        might have done something else. `tolist` and `numpy` are not noticed: it must not use them.
         """
         if key not in self._seen:
             self._seen.add(key)
@@ -114,9 +114,10 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        does_nothing = func in _DROPOUT and result is args[0] and not args[2]  # while training
-        if not does_nothing:
-            self.calls.append(_Call(func, args, kwargs or {}, result))
+        call = _Call(func, args, kwargs or {}, result)
+        is_idle_dropout = func in _DROPOUT and result is args[0] and not args[2]
+        if (call.read or call.made) and not is_idle_dropout:
+            self.calls.append(call)
         return result
 
 

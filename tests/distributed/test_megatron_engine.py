@@ -89,8 +89,9 @@ def sample_at_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
                     answers[f"{layout.name}: {model}: {kind}"] = responses_of(engine, groups, kind)
                 if layout.name == "one rank" and model == "qwen2":
                     for mistake in MISTAKES:
+                        wrong = engine_of(folder / model, parallel, groups)  # nothing recorded
                         with made(mistake):
-                            answers[mistake] = responses_of(engine, groups, "sampled")
+                            answers[mistake] = responses_of(wrong, groups, "sampled")
                 if layout.name == "TP2 PP2":
                     answers["broken off"] = num_of_broken_off(engine, groups)
     if dist.get_rank() == 0:

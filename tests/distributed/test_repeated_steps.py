@@ -1,0 +1,101 @@
+"""Steps of the policy as engine that are repeated have the bits of those that run anew."""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from harness import run_on_ranks
+from splits import Layout
+from test_megatron_engine import engine_of, responses_of
+from tiny_models import DELTAS, write_model
+
+MODELS = ("qwen2", "llama3_rope", "phi4_mini", "olmo2", *DELTAS[:1])
+KINDS = ("sampled", "greedy", "truncated")
+CALLS = 3  # the first ones run, or are recorded
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repeated")
+    for name in MODELS:
+        write_model(name, folder / name)
+    run_on_ranks(1, sample_again, folder, folder / "found.json")
+    return json.loads((folder / "found.json").read_text())
+
+
+def sample_again(folder: Path, out: Path) -> None:
+    from policy_on_ranks import groups_at
+
+    found: dict[str, Any] = {}
+    for model in MODELS:
+        with groups_at(Layout(name="one rank", world=1), None) as (parallel, groups):
+            engine = engine_of(folder / model, parallel, groups)
+            for kind in KINDS:
+                found[f"{model}: {kind}"] = {
+                    "repeated": [counted(engine, groups, kind) for _ in range(CALLS)],
+                    "anew": anew(engine, groups, kind),
+                }
+            with torch.no_grad():  # as an update does it
+                for weight in engine._policy.named_parameters().values():
+                    weight.mul_(1.1)
+            for kind in KINDS:
+                answers = counted(engine, groups, kind)[1], anew(engine, groups, kind)
+                found[f"{model}: {kind}"]["updated"] = answers
+    out.write_text(json.dumps(found))
+
+
+def counted(engine: Any, groups: Any, kind: str) -> tuple[float, dict[str, Any]]:
+    """The share of steps that were repeated, and the responses."""
+    from megatron_rl.megatron.decoding import Decoder
+    from megatron_rl.rollout.recorded import Recordings
+
+    run, next_tokens, counts = Recordings.run, Decoder.next_tokens, {"asked": 0, "run": 0}
+
+    def asked(self: Any, *given: Any) -> Any:
+        counts["asked"] += 1
+        return run(self, *given)
+
+    def ran(self: Any, *given: Any) -> Any:
+        counts["run"] += 1
+        return next_tokens(self, *given)
+
+    with (
+        mock.patch.object(Recordings, "run", asked),
+        mock.patch.object(Decoder, "next_tokens", ran),
+    ):
+        answers = responses_of(engine, groups, kind)
+    return 1 - counts["run"] / counts["asked"], answers
+
+
+def anew(engine: Any, groups: Any, kind: str) -> dict[str, Any]:
+    """The responses of the same steps without any recording."""
+    from megatron_rl.rollout.recorded import Recordings
+
+    def run(self: Any, key: Any, function: Any, *inputs: Any) -> Any:
+        return function(*inputs)
+
+    with mock.patch.object(Recordings, "run", run):
+        return responses_of(engine, groups, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_repeated_steps_have_the_same_bits(found, model, kind):
+    told = found[f"{model}: {kind}"]
+    shares = [share for share, _ in told["repeated"]]
+    assert shares[-1] == 1
+    assert shares == sorted(shares)
+    for _, answers in told["repeated"]:
+        assert answers == told["anew"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", MODELS)
+def test_an_update_is_seen(found, model, kind):
+    told = found[f"{model}: {kind}"]
+    repeated, anew = told["updated"]
+    assert repeated == anew
+    assert repeated != told["anew"]
