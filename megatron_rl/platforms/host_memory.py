@@ -6,6 +6,7 @@ is not there, as on other systems than Linux, it says nothing.
 
 import contextlib
 import ctypes
+import resource
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,10 @@ def available_bytes() -> int | None:
 
 def own_bytes() -> int:
     """Bytes of this process that are no cached file; 0 where nothing says it."""
-    return _numbers(ROOT / "proc/self/status").get("RssAnon", 0) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        _, resident, of_files = (ROOT / "proc/self/statm").read_text().split()[:3]
+        return (int(resident) - int(of_files)) * resource.getpagesize()
+    return 0
 
 
 def give_back() -> None:

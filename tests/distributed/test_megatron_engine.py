@@ -41,6 +41,7 @@ CASES = [
 MISTAKES = ("position_shifted", "slots_not_moved", "first_slot_for_all", "noise_of_slots")
 STOPS = (1, 17, 40)
 NUM_SLOTS, MAX_TOKENS = 7, 20
+LONGEST = 55  # tokens of a prompt and its response
 TEMPERATURES = {"sampled": 0.7, "greedy": 0.0, "truncated": 0.7}
 TOP_K, TOP_P = 6, 0.8  # of what is truncated
 BOUND = 2e-5  # of log-probs near -5 in float32
@@ -119,7 +120,7 @@ def engine_of(model_dir: Path, parallel: Any, groups: Any) -> Any:
         policy,
         groups,
         eos_ids=STOPS,
-        max_model_len=55,
+        max_model_len=LONGEST,
         max_num_seqs=NUM_SLOTS,
         cache_bytes=1e9,
         token_bytes=1,
@@ -192,7 +193,7 @@ def made(mistake: str) -> Any:
     next_tokens, prompts_of, noise_of = Decoder.next_tokens, Decoder.prompts, Slots.noise_of
 
     def shifted(self: Any, cache: Any, tokens: Any, positions: Any, length: int) -> Any:
-        return next_tokens(self, cache, tokens, positions + 1, length + 1)
+        return next_tokens(self, cache, tokens, positions + 1, min(length + 1, LONGEST))
 
     def in_first(self: Any, cache: Any, texts: Any, slots: Any) -> Any:
         return prompts_of(self, cache, texts, [own[:1] for own in slots])
@@ -269,7 +270,7 @@ def test_greedy_tokens_are_those_of_transformers(found, folder):
     reference = AutoModelForCausalLM.from_pretrained(folder / "qwen2", dtype=torch.float32)
     for number, prompt in enumerate(prompts()):
         asked = torch.tensor([prompt])
-        most = min(MAX_TOKENS, 55 - len(prompt))
+        most = min(MAX_TOKENS, LONGEST - len(prompt))
         whole = reference.generate(
             asked,
             attention_mask=torch.ones_like(asked),
@@ -290,7 +291,7 @@ def test_what_is_asked_for_ends_as_asked(found):
     reasons = set()
     for key, (tokens, _, reason, _) in answers.items():
         number, index = json.loads(key)
-        most = min(MAX_TOKENS - index, 55 - len(prompts()[number]))
+        most = min(MAX_TOKENS - index, LONGEST - len(prompts()[number]))
         reasons.add(reason)
         assert not set(tokens[:-1]) & set(STOPS)
         assert (tokens[-1] in STOPS) == (reason == "stop")

@@ -1,5 +1,7 @@
 """Files of /proc and /sys as kernels write them, in a folder of their own."""
 
+import resource
+
 import pytest
 
 from megatron_rl.platforms import host_memory
@@ -69,7 +71,8 @@ def test_a_system_without_these_files_says_nothing(monkeypatch, tmp_path):
 
 
 def test_own_memory_is_that_which_no_file_holds(machine):
-    machine("proc/self/status", "Name:\tpython 3\nVmRSS:\t  9000 kB\nRssAnon:\t  2048 kB\n")
+    pages = MIB // resource.getpagesize()
+    machine("proc/self/statm", f"{90 * pages} {9 * pages} {7 * pages} 1 0 {50 * pages} 0\n")
     assert host_memory.own_bytes() == 2 * MIB
 
 
