@@ -71,9 +71,7 @@ def pack(
     for run, start in zip(runs, starts, strict=False):
         tokens[start : start + len(run.tokens)] = run.tokens
     firsts = [*(run.position for run in runs), *[0] * bool(padding)]
-    position_ids = torch.cat(
-        [torch.arange(first, first + n) for first, n in zip(firsts, lengths, strict=True)]
-    )
+    position_ids = _ranges(firsts, lengths)
     entries = [
         (starts[place.prompt[0]] + place.prompt[1], starts[place.response[0]] + place.response[1])
         for place in places
@@ -134,15 +132,12 @@ def _shared(
     if all(run.prompt is None for run in runs):
         return None
     prompts = [*(run.prompt for run in runs), *[None] * (len(lengths) - len(runs))]
-    keys: list[Tensor] = []
-    key_lengths = []
-    for run, prompt in enumerate(prompts):
-        seen = [run] if prompt is None else [prompt, run]
-        keys += [torch.arange(starts[one], starts[one] + lengths[one]) for one in seen]
-        key_lengths.append(sum(lengths[one] for one in seen))
+    seen = [[run] if prompt is None else [prompt, run] for run, prompt in enumerate(prompts)]
+    flat = list(itertools.chain.from_iterable(seen))
+    key_lengths = [sum(lengths[one] for one in both) for both in seen]
     return SharedPrompts(
         prompts=tuple(prompts),
-        keys=torch.cat(keys).to(device),
+        keys=_ranges([starts[one] for one in flat], [lengths[one] for one in flat]).to(device),
         key_bounds=torch.tensor([0, *key_lengths]).cumsum(0).to(device, torch.int32),
         key_lengths=tuple(key_lengths),
     )
@@ -161,14 +156,19 @@ def _loss_tokens(
         # By way of float64, which Python numbers are, so that they are rounded once.
         return torch.tensor(values, dtype=torch.float64).to(dtype).repeat_interleave(counts)
 
-    at: list[Tensor] = []
-    for sample, (prompt, response) in zip(samples, entries, strict=True):
-        before = torch.arange(response - 1, response + len(sample.response_tokens) - 1)
-        before[:1] = prompt + len(sample.prompt_tokens) - 1
-        at.append(before)
+    at = _ranges([response - 1 for _, response in entries], counts.tolist())
+    first = (counts.cumsum(0) - counts)[counts > 0]  # where the last token of a prompt predicts
+    at[first] = torch.tensor(
+        [
+            prompt + len(sample.prompt_tokens) - 1
+            for sample, (prompt, _) in zip(samples, entries, strict=True)
+            if len(sample.response_tokens)
+        ],
+        dtype=torch.int64,
+    )
     rollout = [s.rollout_logprobs for s in samples if s.rollout_logprobs is not None]
     return LossTokens(
-        at=_joined(at, torch.int64),
+        at=at,
         targets=_joined([sample.response_tokens for sample in samples], torch.int64),
         weights=per_token([weight_of(sample) for sample in samples]),
         advantages=per_token([sample.advantage for sample in samples]),
@@ -211,6 +211,13 @@ def _part(own: Tensor, at: Tensor, row_tokens: int, device: torch.device) -> Row
     entries = entry_of[at]
     mine = torch.nonzero(entries >= 0)[:, 0]
     return RowPart(loss=mine.to(device), at=entries[mine].to(device))
+
+
+def _ranges(firsts: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """int64: counts[0] numbers from firsts[0] on, counts[1] from firsts[1] on, and so forth."""
+    sizes = torch.tensor(counts, dtype=torch.int64)
+    shifts = torch.tensor(firsts, dtype=torch.int64) - (sizes.cumsum(0) - sizes)
+    return shifts.repeat_interleave(sizes) + torch.arange(int(sizes.sum()))
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

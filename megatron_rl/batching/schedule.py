@@ -107,15 +107,18 @@ def distribute(
         [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp_rank == replica]
         for replica in range(layout.dp)
     ]
-    messages, to_ranks = [], []
+    staying, messages, to_ranks = [], [], []
     for sample in samples:
-        message = _encode(sample)
-        for rank in ranks_of[replica_of[_key(sample)]]:
-            messages.append(message)
-            to_ranks.append(rank)
+        ranks = ranks_of[replica_of[_key(sample)]]
+        if groups.rank in ranks:
+            staying.append(sample)
+        others = [rank for rank in ranks if rank != groups.rank]
+        if others:
+            messages += [_encode(sample)] * len(others)
+            to_ranks += others
     arrived = _decode(send_messages(messages, to_ranks, groups.world))
     return Distributed(
-        samples=sorted(arrived, key=_key),
+        samples=sorted([*staying, *arrived], key=_key),
         num_samples=Counter(
             key[0] for key, (_, has_gradient) in everywhere.items() if has_gradient
         ),

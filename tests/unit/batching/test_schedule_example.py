@@ -58,15 +58,18 @@ def sent(monkeypatch):
     return messages
 
 
-def groups(**layout):
-    return SimpleNamespace(layout=Layout(**layout), world=None)
+def groups(rank=0, **layout):
+    return SimpleNamespace(layout=Layout(**layout), world=None, rank=rank)
 
 
 def test_one_sample_of_three_travels(sent):
-    world = groups(world_size=2, tp=1, pp=1)
-    assert distribute([FIRST, SECOND], world).num_samples == {0: 3}  # rank 0's call
-    distribute([THIRD], world)  # rank 1's
-    assert sent == [((0, 7, 0), 0), ((0, 7, 1), 1), ((0, 8, 0), 1)]
+    found = distribute([FIRST, SECOND], groups(world_size=2, tp=1, pp=1))
+    assert found.num_samples == {0: 3}
+    assert found.samples[0] is FIRST
+    assert sent == [((0, 7, 1), 1)]
+    sent.clear()
+    assert distribute([THIRD], groups(rank=1, world_size=2, tp=1, pp=1)).samples == [THIRD]
+    assert sent == []
 
 
 def test_a_prompt_that_stands_again_is_counted_once_a_response(sent):
@@ -82,19 +85,23 @@ def test_an_update_without_a_gradient_counts_as_empty(sent, monkeypatch):
     monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [rejected])
     found = distribute([replace(FIRST, has_gradient=False)], groups(world_size=2, tp=1, pp=1))
     assert found.num_samples[0] == 0
-    assert len(sent) == 1  # it goes through the model all the same
+    assert len(found.samples) == 1  # it goes through the model all the same
 
 
 def test_nothing_travels_where_groups_stay_whole(sent):
-    world = groups(world_size=2, tp=1, pp=1)
-    distribute([FIRST, SECOND], world, keep_groups_whole=True)
-    distribute([THIRD], world, keep_groups_whole=True)
-    assert sent == [((0, 7, 0), 0), ((0, 7, 1), 0), ((0, 8, 0), 1)]
+    for rank, own in enumerate(([FIRST, SECOND], [THIRD])):
+        world = groups(rank=rank, world_size=2, tp=1, pp=1)
+        assert distribute(own, world, keep_groups_whole=True).samples == own
+    assert sent == []
 
 
 def test_every_rank_of_a_replica_gets_a_sample(sent):
     distribute([SECOND], groups(world_size=4, tp=2, pp=1))
     assert sent == [((0, 7, 1), 2), ((0, 7, 1), 3)]
+    sent.clear()
+    found = distribute([SECOND], groups(rank=3, world_size=4, tp=2, pp=1))
+    assert sent == [((0, 7, 1), 2)]
+    assert found.samples[0] is SECOND
 
 
 def test_replicas_train_five_and_seven_tokens():
