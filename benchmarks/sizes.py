@@ -130,6 +130,7 @@ def recipe(
         "model": model,
         "prompts": {"path": "none", "prompts_per_iteration": 512, "max_prompt_tokens": 1024},
         "rollout": {
+            "engine": "vllm",
             "group_size": 8,
             "max_response_tokens": 8192,
             "tensor_model_parallel_size": engine,

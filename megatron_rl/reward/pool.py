@@ -5,12 +5,16 @@ the node is. The kill is SIGKILL, since neither SIGTERM nor an alarm ends a loop
 
 What happens to a pair of strings, which is a job here:
 
-    submit     it waits, then goes to a worker that is ready and idle
+    submit     it waits, then goes to the ready worker that has fewest jobs, if it has room for one
     answered   its outcome comes out of poll()
     too slow   outcome "timeout"; the worker is killed and replaced
     crashed    its worker is replaced, and the job is tried once more; then outcome "error"
     no zygote  the process that forks workers (worker.py) is gone and they with it: all are started
                again, and the job is tried once more; then outcome "error"
+
+A worker has some jobs in its queue, so that it goes on while the trainer is busy. It does them one
+by one: the deadline of a job begins with the answer to the one before it, and what happens to a job
+is not charged to those behind it, which go to another worker.
 """
 
 import contextlib
@@ -29,6 +33,7 @@ from megatron_rl.reward.channel import Frames, Message, encode
 from megatron_rl.reward.math_grader import VerdictName
 
 WALL_FACTOR = 20  # a job that sleeps uses no CPU time; it ends after so many deadlines by the clock
+JOBS_AT_ONCE = 8  # in a worker's queue, so that it has something to do between two polls
 _START_LIMIT_S = 60.0  # for a worker's imports
 _MAX_ZYGOTE_STARTS = 3  # in a row, without an outcome of a worker in between
 _MAX_FAILED_STARTS = 8  # workers in a row that end before they are ready
@@ -58,13 +63,13 @@ class _Job:
 @dataclass(slots=True, eq=False)
 class _Worker:
     connection: socket.socket
-    started: float  # wall clock at which the worker, or then its job, was started
+    started: float  # wall clock at which the worker, or then its first job, was started
     frames: Frames = field(default_factory=Frames)
     outbox: bytes = b""  # the part of the request that the socket has not taken yet
     pid: int | None = None  # None until the worker has told it
     is_ready: bool = False  # its function is loaded
-    job: _Job | None = None
-    cpu_before: float = 0.0  # CPU seconds that it had used when it got the job
+    jobs: deque[_Job] = field(default_factory=deque)  # the first one is at work
+    cpu_before: float = 0.0  # CPU seconds that it had used when that one began
 
 
 class WorkerPool:
@@ -95,7 +100,7 @@ class WorkerPool:
     @property
     def num_pending(self) -> int:
         """The number of jobs that wait or are at work."""
-        return len(self._waiting) + sum(worker.job is not None for worker in self._workers)
+        return len(self._waiting) + sum(len(worker.jobs) for worker in self._workers)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -194,13 +199,13 @@ class WorkerPool:
                 "need less memory"
             )
         for worker in self._workers:
-            if worker.job is not None and worker.job.has_lost_zygote:
+            if worker.jobs and worker.jobs[0].has_lost_zygote:
                 seconds = time.monotonic() - worker.started
                 reason = "the process that workers are forked from died twice meanwhile"
                 self._finish(worker, Outcome("error", seconds, reason=reason))
-            elif worker.job is not None:
-                worker.job.has_lost_zygote = True
-                self._waiting.appendleft(worker.job)
+            elif worker.jobs:
+                worker.jobs[0].has_lost_zygote = True
+            self._take_back(worker)
         self._drop_workers()
         self._selector.unregister(self._control)
         self._control.close()
@@ -223,21 +228,30 @@ class WorkerPool:
         self._workers.clear()
 
     def _dispatch(self) -> None:
-        for worker in list(self._workers):
-            if not self._waiting:
+        while self._waiting:
+            ready = [worker for worker in self._workers if worker.is_ready]
+            worker = min(ready, key=lambda one: len(one.jobs), default=None)
+            if worker is None or len(worker.jobs) == JOBS_AT_ONCE:
                 return
-            if worker.is_ready and worker.job is None and worker in self._workers:
+            if not worker.jobs and not _is_connected(worker.connection):
+                self._worker_ended(worker)  # it died while idle: no job is charged for it
+                if worker in self._workers:
+                    return  # the zygote is gone, too, which the next poll finds
+            else:
                 self._assign(worker)
 
     def _assign(self, worker: _Worker) -> None:
-        if not _is_connected(worker.connection):
-            self._worker_ended(worker)  # it died while idle: no job is charged for it
-            return
-        worker.job = self._waiting.popleft()
-        worker.started = time.monotonic()
-        worker.cpu_before = _cpu_seconds(worker.pid)
-        worker.outbox = worker.job.request
+        if not worker.jobs:
+            worker.started = time.monotonic()
+            worker.cpu_before = _cpu_seconds(worker.pid)
+        worker.jobs.append(self._waiting.popleft())
+        worker.outbox += worker.jobs[-1].request
         self._flush(worker)
+
+    def _take_back(self, worker: _Worker) -> None:
+        """What is in a worker's queue waits again, before all others."""
+        self._waiting.extendleft(reversed(worker.jobs))
+        worker.jobs.clear()
 
     def _flush(self, worker: _Worker) -> None:
         try:
@@ -275,24 +289,25 @@ class WorkerPool:
         elif "ready" in message:
             worker.is_ready = True
             self._failed_starts = 0
-        elif worker.job is not None:
+        elif worker.jobs:
             self._zygote_starts = 0
             self._finish(worker, _outcome(message, self._deadline_s))
+            worker.started = time.monotonic()
+            worker.cpu_before = float(message.get("cpu", worker.cpu_before))
+            if message.get("is_last"):
+                self._replace(worker)  # it leaves, and has begun none of the others
 
     def _finish(self, worker: _Worker, outcome: Outcome) -> None:
-        assert worker.job is not None
-        self._finished.append((worker.job.id, outcome))
-        worker.job = None
+        """The outcome of the job at work."""
+        self._finished.append((worker.jobs.popleft().id, outcome))
 
     def _worker_ended(self, worker: _Worker) -> None:
         """Replace a worker that died; its job gets one more try."""
         if self._zygote_is_gone():
             return  # it took its workers along; `_zygote_spoke` will start all of them again
-        job = worker.job
-        if job is not None and not job.has_been_tried:
-            job.has_been_tried = True
-            self._waiting.appendleft(job)
-        elif job is not None:
+        if worker.jobs and not worker.jobs[0].has_been_tried:
+            worker.jobs[0].has_been_tried = True
+        elif worker.jobs:
             seconds = time.monotonic() - worker.started
             self._finish(worker, Outcome("error", seconds, reason="its worker died twice"))
         if not worker.is_ready:
@@ -307,6 +322,7 @@ class WorkerPool:
 
     def _replace(self, worker: _Worker) -> None:
         """Kill what is left of a worker's process group, and start another worker in its place."""
+        self._take_back(worker)
         self._selector.unregister(worker.connection)
         worker.connection.close()
         self._workers.remove(worker)
@@ -320,7 +336,7 @@ class WorkerPool:
         now = time.monotonic()
         for worker in list(self._workers):
             wall = now - worker.started
-            if worker.job is None:
+            if not worker.jobs:
                 if not worker.is_ready and wall > _START_LIMIT_S:
                     raise RunError(
                         f"a reward worker did not start within {_START_LIMIT_S:.0f} s. An import "

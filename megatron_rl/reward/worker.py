@@ -133,11 +133,14 @@ def _run_worker(connection: socket.socket, settings: Message, zygote_pid: int) -
         reply = _execute(function, request["left"], request["right"])
         if os.getpid() != pid:
             return  # we are a child that the user's function forked and let return
+        leaves_children = is_user_code and _has_children()
+        # Jobs that are in the socket by now go to another worker.
+        reply["is_last"] = leaves_children or bool(reply.pop("is_spent", False))
         connection.sendall(encode(reply))
-        if reply.get("is_spent"):
-            return
-        if is_user_code and _has_children():
+        if leaves_children:
             _kill_group(pid)
+        if reply["is_last"]:
+            return
 
 
 def _limit(memory_bytes: int, *, is_user_code: bool) -> None:
@@ -191,7 +194,8 @@ def _execute(function: Function, left: str, right: str) -> Message:
         reply = {"verdict": "error", "reason": _describe(error), "has_raised": True}
         # These errors do not depend on the data, so the check at start-up refuses the function.
         reply["is_misuse"] = isinstance(error, ImportError | NameError | SyntaxError)
-    reply["seconds"] = time.process_time() - started
+    reply["cpu"] = time.process_time()  # since the worker's own start
+    reply["seconds"] = reply["cpu"] - started
     return reply
 
 

@@ -153,6 +153,29 @@ def test_verdict_does_not_depend_on_how_often_the_trainer_looks(make_pool):
     assert finished[0][1].verdict == "timeout"
 
 
+def test_a_worker_goes_on_while_nobody_looks(make_pool):
+    """Each of its jobs has a deadline of its own: together they take longer than one."""
+    pool = make_pool("reward_functions:misbehave", deadline_s=1.0)
+    wait_ready(pool)
+    for number in range(5):
+        pool.submit(number, "burn", "")
+    time.sleep(6.0)
+    finished = pool.poll()
+    assert [number for number, _ in finished] == [0, 1, 2, 3, 4]
+    assert all(outcome.verdict == "correct" for _, outcome in finished)
+    assert all(0.4 <= outcome.seconds < 1.0 for _, outcome in finished)
+
+
+@pytest.mark.parametrize("action", ["loop in c", "os._exit", "allocate", "child", "garble"])
+def test_what_happens_to_a_job_is_not_charged_to_those_behind_it(make_pool, tmp_path, action):
+    pool = make_pool("reward_functions:misbehave", deadline_s=0.5)
+    wait_ready(pool)
+    given = [action, action, "fine", "no", action, "fine", "no"]
+    found = verdicts(run_all(pool, [(one, str(tmp_path / "pid")) for one in given]))
+    own = "timeout" if action == "loop in c" else "correct" if action == "child" else "error"
+    assert found == [own, own, "correct", "wrong", own, "correct", "wrong"]
+
+
 @pytest.mark.parametrize(
     ("action", "verdict"), [("child", "correct"), ("child, then exit", "error")]
 )
