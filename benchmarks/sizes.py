@@ -150,11 +150,13 @@ def recipe(
 def candidates(arch: ModelArch, world: int, offload: str) -> Iterator[RunConfig]:
     experts = (8, 16, 32) if arch.mixture else (1,)
     for pp, tp, ep, engine, recompute in itertools.product(
-        (1, 2, 4, 8), (1, 2, 4, 8), experts, (1, 2, 4, 8), (False, True)
+        (1, 2, 4, 8), (1, 2, 4, 8), experts, (1, 2, 4, 8, 16), (False, True)
     ):
         if tp * pp > world or (ep > 1 and pp * ep > world):
             continue
         is_shard = engine == 8 or arch.num_parameters * 2 / engine < LARGEST_SHARD
+        if engine > 8 and arch.num_parameters * 2 / 8 < LARGEST_SHARD:
+            continue  # an engine of two nodes only where one of eight ranks is full of weights
         if not is_shard or (engine < 8 and arch.num_parameters * 4 / engine < SMALLEST_SHARD):
             continue
         config = RunConfig.model_validate(recipe(offload, tp, pp, ep, engine, recompute=recompute))
