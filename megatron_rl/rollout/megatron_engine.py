@@ -81,7 +81,8 @@ class MegatronEngine:
         layout, device = groups.layout, groups.platform.current_device()
         self._records = (
             device.type == "cpu"
-            and layout.tp == layout.pp == layout.cp == 1  # else a step waits for other ranks
+            and layout.pp == layout.cp == 1  # else a step waits for what other ranks send
+            and not policy.config.sequence_parallel  # Megatron-Core looks at its random numbers
             and policy.arch.mixture is None  # how many tokens an expert has differs in every step
         )
         self._kept: dict[tuple[int, int], tuple[KeyValueCache, Recordings]] = {}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import Work
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TensorFunction = Callable[..., Tensor]
@@ -26,7 +27,7 @@ class Recordings:
 
     A function may read and write other tensors, too, which stay where they are: weights and caches.
     It is repeated on what they hold by then. Whoever calls drops the recordings when such a tensor
-    is replaced by another one.
+    is replaced by another one. Ranks whose function has collectives run the same keys in one order.
     """
 
     def __init__(self) -> None:
@@ -74,11 +75,13 @@ class _Call:
 
     @property
     def made(self) -> list[Tensor]:
-        return [*_tensors_in([self.result])]
+        return [] if self.is_collective else [*_tensors_in([self.result])]
 
     @property
     def written(self) -> list[Tensor]:
         """What it wrote to, among what it read."""
+        if self.is_collective:  # its schema does not say
+            return self.read
         given = [*self.args, *[None] * (len(self._arguments) - len(self.args))]
         return [
             tensor
@@ -88,8 +91,15 @@ class _Call:
         ]
 
     @property
+    def is_collective(self) -> bool:
+        """It writes to tensors that were given to it, and what it gives back is to be awaited."""
+        return self.operation.namespace == "c10d"
+
+    @property
     def is_repeatable(self) -> bool:
         """It made nothing but tensors, and does the same every time."""
+        if self.is_collective:
+            return True
         results = self.result if isinstance(self.result, (tuple, list)) else [self.result]
         return all(isinstance(one, Tensor) for one in results) and not self._is_random
 
@@ -200,6 +210,9 @@ class _Places:
         """Where a call's result goes; several tensors stand one behind the other."""
         if isinstance(call.result, Tensor):
             return self._taken(call.result)
+        if call.is_collective:
+            self.memory.append(None)  # its tensors are where they were
+            return len(self.memory) - 1
         first = len(self.memory)
         self.memory += [None] * len(call.made)
         for place, tensor in enumerate(call.made, first):
@@ -235,6 +248,8 @@ def _spelled(call: _Call, places: _Places) -> tuple[Callable[..., Any], Take]:
     function: Callable[..., Any] = partial(call.operation, **fixed) if fixed else call.operation
     if named:
         function = _with_names(function, named)
+    if call.is_collective:
+        function = _awaited(function)
     values = [*call.args, *(call.kwargs[name] for name in named)]
     finders = [_finder(value, places) for value in values]
     if len(finders) > 1 and all(isinstance(finder, int) for finder in finders):
@@ -247,6 +262,16 @@ def _with_names(function: Callable[..., Any], names: Sequence[str]) -> Callable[
 
     def call(*args: Any) -> Any:
         return function(*args[: -len(names)], **dict(zip(names, args[-len(names) :], strict=True)))
+
+    return call
+
+
+def _awaited(function: Callable[..., Any]) -> Callable[..., None]:
+    """function, a collective, and the wait for its end."""
+
+    def call(*args: Any) -> None:
+        *_, work = function(*args)
+        Work.unbox(work).wait()
 
     return call
 

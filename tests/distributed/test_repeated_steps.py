@@ -7,12 +7,15 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import run_on_ranks
 from splits import Layout
 from test_megatron_engine import engine_of, responses_of
 from tiny_models import DELTAS, write_model
 
 MODELS = ("qwen2", "llama3_rope", "phi4_mini", "olmo2", *DELTAS[:1])
+ONE, TP = Layout(name="one rank", world=1), Layout(name="TP2", world=2, tp=2)
+CASES = [*((ONE, model) for model in MODELS), (TP, "qwen2"), (TP, "olmo2")]
 KINDS = ("sampled", "greedy", "truncated")
 CALLS = 3  # the first ones run, or are recorded
 
@@ -22,19 +25,25 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repeated")
     for name in MODELS:
         write_model(name, folder / name)
-    run_on_ranks(1, sample_again, folder, folder / "found.json")
-    return json.loads((folder / "found.json").read_text())
+    answers = {}
+    for world in (1, 2):
+        out = folder / f"{world}.json"
+        run_on_ranks(world, sample_again, folder, out)
+        answers |= json.loads(out.read_text())
+    return answers
 
 
 def sample_again(folder: Path, out: Path) -> None:
     from policy_on_ranks import groups_at
 
     found: dict[str, Any] = {}
-    for model in MODELS:
-        with groups_at(Layout(name="one rank", world=1), None) as (parallel, groups):
+    for layout, model in CASES:
+        if layout.world != dist.get_world_size():
+            continue
+        with groups_at(layout, None) as (parallel, groups):
             engine = engine_of(folder / model, parallel, groups)
             for kind in KINDS:
-                found[f"{model}: {kind}"] = {
+                found[f"{layout.name}: {model}: {kind}"] = {
                     "repeated": [counted(engine, groups, kind) for _ in range(CALLS)],
                     "anew": anew(engine, groups, kind),
                 }
@@ -43,8 +52,9 @@ def sample_again(folder: Path, out: Path) -> None:
                     weight.mul_(1.1)
             for kind in KINDS:
                 answers = counted(engine, groups, kind)[1], anew(engine, groups, kind)
-                found[f"{model}: {kind}"]["updated"] = answers
-    out.write_text(json.dumps(found))
+                found[f"{layout.name}: {model}: {kind}"]["updated"] = answers
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found))
 
 
 def counted(engine: Any, groups: Any, kind: str) -> tuple[float, dict[str, Any]]:
@@ -82,9 +92,9 @@ def anew(engine: Any, groups: Any, kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", MODELS)
-def test_repeated_steps_have_the_same_bits(found, model, kind):
-    told = found[f"{model}: {kind}"]
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda one: getattr(one, "name", one))
+def test_repeated_steps_have_the_same_bits(found, layout, model, kind):
+    told = found[f"{layout.name}: {model}: {kind}"]
     shares = [share for share, _ in told["repeated"]]
     assert shares[-1] == 1
     assert shares == sorted(shares)
@@ -93,9 +103,9 @@ def test_repeated_steps_have_the_same_bits(found, model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", MODELS)
-def test_an_update_is_seen(found, model, kind):
-    told = found[f"{model}: {kind}"]
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda one: getattr(one, "name", one))
+def test_an_update_is_seen(found, layout, model, kind):
+    told = found[f"{layout.name}: {model}: {kind}"]
     repeated, anew = told["updated"]
     assert repeated == anew
     assert repeated != told["anew"]
