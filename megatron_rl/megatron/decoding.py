@@ -117,16 +117,9 @@ class Decoder:
 
     def next_tokens(self, cache: KeyValueCache, tokens: Tensor, positions: Tensor) -> Row:
         """A row of one token for each of the first slots; both [n] int64, on the host."""
-        length = int(positions.max()) + 1
         places, slots = positions.to(self._device), torch.arange(len(tokens), device=self._device)
-        behind = torch.arange(length, device=self._device) > places[:, None]
-        mask = torch.zeros(behind.shape, dtype=self._dtype, device=self._device)
         memory = NextTokens(
-            cache=cache,
-            slots=slots,
-            positions=places,
-            length=length,
-            mask=mask.masked_fill_(behind, -torch.inf)[:, None, None],
+            cache=cache, slots=slots, positions=places, length=int(positions.max()) + 1
         )
         return self._row(tokens, places, memory, at=slots)
 

@@ -116,6 +116,10 @@ class Family:
     """True: layers that layer_types names have a gated delta net (arXiv:2412.06464), the others
     attention whose output has gates; norms of hidden states and of heads multiply by 1 + weight."""
 
+    has_windows: bool = False
+    """True: layers that layer_types names, or three of four, have a sliding window and a plain
+    rope, as OLMo 3 has it."""
+
     turns_in_float32: bool = False
     """True: transformers turns heads of 16 bits in float32, and rounds what comes of it."""
 

@@ -14,6 +14,7 @@ from megatron_rl.weights.families.hf_delta import DELTA_FIELDS, layers_behind, r
 from megatron_rl.weights.families.hf_latent import LATENT_FIELDS, read_latent
 from megatron_rl.weights.families.hf_mixture import read_mixture
 from megatron_rl.weights.families.hf_rope import read_rope
+from megatron_rl.weights.families.hf_sliding import read_sliding, ropes_of_kinds
 
 USED = {
     "model_type",
@@ -123,9 +124,13 @@ def read_arch(
     layers = fields.number("num_hidden_layers")
     latent = read_latent(fields, heads) if family.has_latent_attention else None
     head_dim = fields.number("head_dim", hidden // heads) if latent is None else latent.head_dim
+    of_rope, told_theta, near_theta = fields, config.get("rope_theta"), 0.0
+    if family.has_windows:
+        default_theta = Fields(family.defaults, where).real("rope_theta")
+        of_rope, near_theta = ropes_of_kinds(fields, told_theta, default_theta)
     rope = read_rope(
-        fields,
-        config.get("rope_theta"),
+        of_rope,
+        told_theta,
         ignored,
         family.partial_rotary,
         of_latent_attention=family.has_latent_attention,
@@ -163,6 +168,7 @@ def read_arch(
         mixture=None if family.mixture is None else read_mixture(family.mixture, fields, layers),
         latent=latent,
         delta=read_delta(fields, layers) if family.has_delta else None,
+        sliding=read_sliding(fields, layers, near_theta) if family.has_windows else None,
     )
 
 
@@ -181,25 +187,9 @@ def _refuse_unhonoured(
         "use_qk_norm": (family.qk_norm,),
         **family.neutral,
     }
-    harmless = USED | IGNORED | {"layer_types"}
-    if family.mixture is not None:
-        harmless |= family.mixture.used | IGNORED_OF_MIXTURES
-    if family.has_optional_qk_norm:
-        harmless |= {"use_qk_norm"}
-    if family.partial_rotary is not None:
-        harmless |= {"partial_rotary_factor"}
-    if family.has_layers_behind:
-        harmless |= {LAYERS_BEHIND}
-    if family.has_latent_attention:
-        harmless |= LATENT_FIELDS
-    if family.has_long_rope:
-        harmless |= {"original_max_position_embeddings"} | _wide_window(config)
-    if family.has_delta:
-        harmless |= DELTA_FIELDS
     settings = {**family.defaults, **family.engine_defaults, **config}
-    if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
-        harmless |= {"sliding_window"}
-    if not family.has_delta:
+    harmless = _harmless(family, config)
+    if not (family.has_delta or family.has_windows):
         _refuse_windows(config.get("layer_types"), where)
     if known := sorted(set(ignored) & (harmless | neutral.keys())):
         raise InputError(
@@ -217,6 +207,31 @@ def _refuse_unhonoured(
     }
     if refused:
         raise InputError(_refusal(family, config, where, refused, neutral))
+
+
+def _harmless(family: Family, config: Mapping[str, object]) -> set[str]:
+    """The fields that are honoured at any value, or change nothing."""
+    harmless = USED | IGNORED | {"layer_types"}
+    if family.mixture is not None:
+        harmless |= family.mixture.used | IGNORED_OF_MIXTURES
+    if family.has_optional_qk_norm:
+        harmless |= {"use_qk_norm"}
+    if family.partial_rotary is not None:
+        harmless |= {"partial_rotary_factor"}
+    if family.has_layers_behind:
+        harmless |= {LAYERS_BEHIND}
+    if family.has_latent_attention:
+        harmless |= LATENT_FIELDS
+    if family.has_long_rope:
+        harmless |= {"original_max_position_embeddings"} | _wide_window(config)
+    if family.has_delta:
+        harmless |= DELTA_FIELDS
+    uses_window = {**family.defaults, **config}.get("use_sliding_window")
+    if "use_sliding_window" in family.defaults and uses_window is False:
+        harmless |= {"sliding_window"}
+    if family.has_windows:
+        harmless |= {"sliding_window"}
+    return harmless
 
 
 def _refusal(

@@ -122,6 +122,17 @@ OLMO2 = Family(
     turns_in_float32=True,
 )
 
+# OLMo 3: OLMo 2 with sliding windows. vLLM 0.32 has it in the same way.
+OLMO3 = Family(
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    attention=NORMED_ATTENTION,
+    dense=DENSE,
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+    has_windows=True,
+    turns_in_float32=True,
+)
+
 # GLM-4.5, 4.6 and 4.7. Its first expert groups are one: n_group and topk_group choose nothing.
 GLM4_MOE = Family(
     model_type="glm4_moe",
@@ -284,5 +295,6 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3, OLMO2),
         *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5),
+        *(OLMO3,),
     )
 }
