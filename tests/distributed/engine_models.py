@@ -18,6 +18,7 @@ from tiny_models import (
     OLMO,
     PHI,
     PHI_MINI,
+    WINDOWS,
     YARN_ROPE,
     with_long_memory,
 )
@@ -76,6 +77,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi4": ("Phi3", {**PHI, "hidden_size": 64, "num_key_value_heads": 1, "head_dim": 32}),
     "phi4_mini": ("Phi3", PHI_MINI_OF_ENGINE),
     "olmo2": ("Olmo2", OLMO),
+    "olmo3": ("Olmo3", WINDOWS),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 if DELTAS:  # which vLLM does not have on a CPU
