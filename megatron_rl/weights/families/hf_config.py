@@ -136,6 +136,7 @@ def read_arch(
         of_latent_attention=family.has_latent_attention,
         of_long_rope=family.has_long_rope,
         of_images=family.has_delta,
+        of_windows=family.has_windows,
     )
     positions = fields.number("max_position_embeddings")
     if rope.yarn is not None:  # the engine's table of angles ends there

@@ -216,7 +216,7 @@ def test_an_absent_window_is_one_where_transformers_takes_it_so(read):
         (OLMO2, {"use_qk_norm": False}, "use_qk_norm=False is not supported"),
         (OLMO2, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (OLMO2, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        (OLMO2, {"model_type": "olmo3"}, "model_type='olmo3' is not supported: known are"),
+        (OLMO2, {"model_type": "olmo"}, "model_type='olmo' is not supported: known are"),
         (MIXTRAL, {"norm_topk_prob": True}, "norm_topk_prob=True is not supported.*not known"),
         (QWEN2, {"logit_scale": 2.0}, "logit_scale=2.0 is not supported.*not known"),
         (QWEN2, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
