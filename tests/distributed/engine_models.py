@@ -18,6 +18,7 @@ from tiny_models import (
     OLMO,
     PHI,
     PHI_MINI,
+    SWITCHED_ON,
     WINDOWS,
     YARN_ROPE,
     with_long_memory,
@@ -78,6 +79,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi4_mini": ("Phi3", PHI_MINI_OF_ENGINE),
     "olmo2": ("Olmo2", OLMO),
     "olmo3": ("Olmo3", WINDOWS),
+    "mistral_window": ("Mistral", {"sliding_window": 8, "head_dim": 64}),
+    "qwen2_window": ("Qwen2", SWITCHED_ON),
+    "phi3_window": ("Phi3", {**PHI, "sliding_window": 7}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 if DELTAS:  # which vLLM does not have on a CPU

@@ -8,6 +8,7 @@ PHI4: dict[str, Any] = {"model": "phi4", "has_least": True}
 PHI4_MINI: dict[str, Any] = {"model": "phi4_mini", "has_least": True}
 OLMO2: dict[str, Any] = {"model": "olmo2", "has_least": True}
 OLMO3: dict[str, Any] = {"model": "olmo3", "has_least": True}
+ONE_WINDOW: dict[str, Any] = {"model": "mistral_window", "has_least": True}
 
 FAMILY_LAYOUTS = (
     Layout(name="one rank, stacked, LongRoPE, tied", world=1, **PHI4_MINI),
@@ -75,4 +76,6 @@ FAMILY_LAYOUTS = (
         is_daily=False,
         **OLMO3,
     ),
+    Layout(name="one rank, one window, shared prompts", world=1, shares_prompts=True, **ONE_WINDOW),
+    Layout(name="TP2 SP, one window", world=2, tp=2, sequence_parallel=True, **ONE_WINDOW),
 )

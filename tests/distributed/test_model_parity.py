@@ -31,6 +31,7 @@ LAYOUTS = (
 # Their splits are in the gradient table too, which has a sharper bound and fewer families.
 EXHAUSTIVE = {"TP2", "PP2 VPP2", "PP4", "TP2 SP EP4", "EP2 PP2"}
 SCALED = ("llama3_rope", "llama3_tied")
+WINDOWS = ("olmo3", "mistral_window", "qwen2_window", "phi3_window")
 # mistake -> models, and the layout at which it is made
 MISTAKES = {
     "without_rope_scaling": ((*SCALED, "qwen2_yarn", "phi4_mini", "olmo3"), "one rank"),
@@ -41,8 +42,8 @@ MISTAKES = {
     "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
     "head_norms_swapped": (("qwen3", "qwen3_moe", *DELTAS), "one rank"),
     "norms_behind_swapped": (("olmo2",), "one rank"),
-    "without_windows": (("olmo3",), "one rank"),
-    "one_token_more_seen": (("olmo3",), "one rank"),
+    "without_windows": (WINDOWS, "one rank"),
+    "one_token_more_seen": (WINDOWS, "one rank"),
     "windows_in_other_layers": (("olmo3",), "one rank"),
     "all_layers_turned_alike": (("olmo3",), "one rank"),
     "each_head_normed": (("olmo2",), "one rank"),

@@ -196,6 +196,11 @@ WINDOWS: dict[str, Any] = {
     },
 }
 MODELS["olmo3"] = ("Olmo3", WINDOWS)
+# All layers have a window.
+MODELS["mistral_window"] = ("Mistral", {"sliding_window": 8, "head_dim": 24})
+SWITCHED_ON = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+MODELS["qwen2_window"] = ("Qwen2", {**SWITCHED_ON, "tie_word_embeddings": True})
+MODELS["phi3_window"] = ("Phi3", {**PHI, "sliding_window": 7})
 MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.

@@ -11,15 +11,97 @@ INTERVAL = 4  # transformers: every so many layers one sees all that is before a
 _PLAIN = frozenset({"rope_type", "rope_theta"})  # the settings of a rope without scaling
 
 
-def read_sliding(fields: Fields, layers: int, rope_theta: float) -> SlidingArch:
-    """The window and its layers; rope_theta: of the rope of these layers.
+def read_sliding(
+    windows: str | None, fields: Fields, layers: int, rope_theta: float | None
+) -> SlidingArch | None:
+    """The window and its layers, by Family.windows; None where all layers see all.
+
+    rope_theta: of the rope of these layers, where it is one of their own.
 
     Raises:
         InputError: kinds of layers that nobody builds, or of which engines would make others.
     """
-    told = fields.values.get("layer_types")
+    if windows is None:
+        return None
+    if windows == "by layer":
+        found = _layers_told(fields, layers)
+    elif windows == "all":
+        found = _all_or_nothing(fields, layers)
+    else:
+        found = _switched(fields, layers)
+    if not found:
+        return None
+    window = fields.number("sliding_window")
+    if windows != "by layer" and window >= fields.number("max_position_embeddings"):
+        return None  # never full
+    return SlidingArch(window=window, layers=found, rope_theta=rope_theta)
+
+
+def refuse_kinds_of_layers(kinds: object, where: str) -> None:
+    """Refuse layer_types but that of layers which all see all that is before a token."""
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or any(kind != FULL for kind in kinds):
+        raise InputError(
+            f"{where}: layer_types={shown(kinds)} is not supported: only full_attention "
+            "is. Use a model without sliding-window layers"
+        )
+
+
+def _layers_told(fields: Fields, layers: int) -> frozenset[int]:
+    """As OLMo 3 has it."""
     by_interval = [SLIDING if (layer + 1) % INTERVAL else FULL for layer in range(layers)]
-    kinds = by_interval if told is None else told
+    found = _named(fields, layers, by_interval)
+    if not found:
+        raise InputError(
+            f"{fields.where}: layer_types has no {SLIDING!r}: no published model is like that, and "
+            "it has not been tried. Use a model with both kinds of layers"
+        )
+    return found
+
+
+def _all_or_nothing(fields: Fields, layers: int) -> frozenset[int]:
+    """As Mistral has it: transformers slides wherever there is a window.
+
+    vLLM asks layer_types first, where they are told, so that they may not be.
+    """
+    kinds, where = fields.values.get("layer_types"), fields.where
+    if fields.values.get("sliding_window") is None:
+        refuse_kinds_of_layers(kinds, where)
+        return frozenset()
+    window = fields.number("sliding_window")
+    if window < fields.number("max_position_embeddings"):
+        for name in ("layer_types", "use_sliding_window"):
+            if (told := fields.values.get(name)) is not None:
+                raise InputError(
+                    f"{where}: sliding_window={window} and {name}={shown(told)}: transformers "
+                    f"does not ask {name} of this family. Remove it, or set sliding_window to null"
+                )
+    refuse_kinds_of_layers(kinds, where)
+    return frozenset(range(layers))
+
+
+def _switched(fields: Fields, layers: int) -> frozenset[int]:
+    """As Qwen2 has it: of the layers from max_window_layers on, which are all, or none."""
+    if not fields.flag("use_sliding_window"):
+        refuse_kinds_of_layers(fields.values.get("layer_types"), fields.where)
+        return frozenset()
+    fields.number("sliding_window")
+    first = fields.count("max_window_layers")
+    found = _named(fields, layers, [FULL if n < first else SLIDING for n in range(layers)])
+    if len(found) not in (0, layers):
+        raise InputError(
+            f"{fields.where}: use_sliding_window=True gives {len(found)} of {layers} layers a "
+            "window (max_window_layers, layer_types): vLLM 0.32 has none of this family in which "
+            "layers differ. Use a model whose window is switched off"
+        )
+    return found
+
+
+def _named(fields: Fields, layers: int, absent: list[str]) -> frozenset[int]:
+    """The layers with a window; absent: the kinds where layer_types is."""
+    told = fields.values.get("layer_types")
+    kinds = absent if told is None else told
     if (
         not isinstance(kinds, list)
         or len(kinds) != layers
@@ -29,13 +111,7 @@ def read_sliding(fields: Fields, layers: int, rope_theta: float) -> SlidingArch:
             f"{fields.where}: layer_types={shown(told)} must be {layers} times {SLIDING!r} or "
             f"{FULL!r}, as num_hidden_layers={layers} says. Mend config.json"
         )
-    found = frozenset(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
-    if not found:
-        raise InputError(
-            f"{fields.where}: layer_types has no {SLIDING!r}: no published model is like that, and "
-            "it has not been tried. Use a model with both kinds of layers"
-        )
-    return SlidingArch(window=fields.number("sliding_window"), layers=found, rope_theta=rope_theta)
+    return frozenset(layer for layer, kind in enumerate(kinds) if kind == SLIDING)
 
 
 def ropes_of_kinds(

@@ -3,7 +3,7 @@
 from math import log
 
 import pytest
-from hub_configs import OLMO3
+from hub_configs import MISTRAL, OLMO3, PHI4, QWEN2, QWEN3
 
 from megatron_rl.errors import InputError
 from megatron_rl.weights.arch import SlidingArch, YarnRope
@@ -147,3 +147,61 @@ def test_ropes_that_nobody_reads_alike_are_refused(read, rope, message):
 def test_two_bases_that_differ_are_refused(read):
     with pytest.raises(InputError, match="two spellings of one thing and differ"):
         read(OLMO3, without=("rope_scaling",), rope_parameters=KINDS, rope_theta=10_000)
+
+
+@pytest.mark.parametrize(
+    ("config", "window", "layers"), [(MISTRAL, 4096, 32), (PHI4, 2047, 40), (PHI4, 16383, 40)]
+)
+def test_a_window_of_all_layers(read, config, window, layers):
+    """They turn as they would without it."""
+    arch = read(config, sliding_window=window)
+    assert arch.sliding == SlidingArch(window=window, layers=frozenset(range(layers)))
+    assert arch.keys_seen(2 * window) == layers * window * 0.75
+
+
+@pytest.mark.parametrize("config", [MISTRAL, PHI4])
+def test_a_window_that_is_never_full_is_none(read, config):
+    positions = config["max_position_embeddings"]
+    assert read(config, sliding_window=positions).sliding is None
+    assert read(config, sliding_window=None).sliding is None
+    assert read(config, sliding_window=positions - 1).sliding is not None
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_kinds_of_layers_beside_a_window_of_all_are_refused(read, kind):
+    """vLLM asks them and transformers does not."""
+    with pytest.raises(InputError, match="transformers does not ask layer_types of this family"):
+        read(MISTRAL, sliding_window=4096, layer_types=[kind] * 32)
+    with pytest.raises(InputError, match="is not supported: only full_attention is"):
+        read(MISTRAL, sliding_window=None, layer_types=["sliding_attention"] * 32)
+
+
+@pytest.mark.parametrize("config", [QWEN2, QWEN3])
+def test_a_window_that_is_switched_on(read, config):
+    layers, on = config["num_hidden_layers"], {"use_sliding_window": True, "sliding_window": 512}
+    assert read(config, **on, max_window_layers=layers) == read(config)
+    assert read(config, **on, max_window_layers=layers + 1) == read(config)
+    whole = SlidingArch(window=512, layers=frozenset(range(layers)))
+    assert read(config, **on, max_window_layers=0).sliding == whole
+    kinds = ["sliding_attention"] * layers
+    assert read(config, **on, max_window_layers=layers, layer_types=kinds).sliding == whole
+    assert read(config, **on, max_window_layers=0, layer_types=["full_attention"] * layers) == read(
+        config
+    )
+    for told in ({"max_window_layers": 1}, {"layer_types": ["full_attention", *kinds[1:]]}):
+        with pytest.raises(InputError, match=rf"gives {layers - 1} of {layers} layers a window"):
+            read(config, **on, **told)
+    with pytest.raises(InputError, match="sliding_window=None must be a positive whole number"):
+        read(config, use_sliding_window=True, sliding_window=None, max_window_layers=0)
+    with pytest.raises(InputError, match="use_sliding_window=1 must be true or false"):
+        read(config, use_sliding_window=1)
+
+
+def test_layers_with_a_window_are_those_of_transformers(read, tmp_path):
+    from transformers import AutoConfig
+
+    changes = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}
+    arch = read(QWEN2, **changes)
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.layer_types == ["sliding_attention"] * len(arch.sliding.layers)
+    assert theirs.sliding_window == arch.sliding.window
