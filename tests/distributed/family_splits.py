@@ -55,10 +55,10 @@ FAMILY_LAYOUTS = (
     ),
     Layout(name="one rank, windows", world=1, **OLMO3),
     Layout(name="one rank, windows, shared prompts", world=1, shares_prompts=True, **OLMO3),
-    Layout(name="TP2, windows", world=2, tp=2, **OLMO3),
+    Layout(name="TP2, windows", world=2, tp=2, is_daily=False, **OLMO3),
     Layout(name="TP2 SP, windows", world=2, tp=2, sequence_parallel=True, **OLMO3),
     Layout(name="CP2, windows, all recomputed", world=2, cp=2, recompute="full", **OLMO3),
-    Layout(name="PP2 VPP2, windows", world=2, pp=2, vpp=2, **OLMO3),
+    Layout(name="PP2 VPP2, windows", world=2, pp=2, vpp=2, is_daily=False, **OLMO3),
     Layout(
         name="TP2 SP PP2, windows, attention recomputed",
         world=4,
@@ -77,5 +77,12 @@ FAMILY_LAYOUTS = (
         **OLMO3,
     ),
     Layout(name="one rank, one window, shared prompts", world=1, shares_prompts=True, **ONE_WINDOW),
-    Layout(name="TP2 SP, one window", world=2, tp=2, sequence_parallel=True, **ONE_WINDOW),
+    Layout(
+        name="TP2 SP, one window",
+        world=2,
+        tp=2,
+        sequence_parallel=True,
+        is_daily=False,
+        **ONE_WINDOW,
+    ),
 )
