@@ -81,6 +81,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("Olmo3", WINDOWS),
     "mistral_window": ("Mistral", {"sliding_window": 8, "head_dim": 64}),
     "qwen2_window": ("Qwen2", SWITCHED_ON),
+    "qwen3_window": ("Qwen3", {**SWITCHED_ON, "head_dim": 64}),
     "phi3_window": ("Phi3", {**PHI, "sliding_window": 9}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }

@@ -31,7 +31,7 @@ LAYOUTS = (
 # Their splits are in the gradient table too, which has a sharper bound and fewer families.
 EXHAUSTIVE = {"TP2", "PP2 VPP2", "PP4", "TP2 SP EP4", "EP2 PP2"}
 SCALED = ("llama3_rope", "llama3_tied")
-WINDOWS = ("olmo3", "mistral_window", "qwen2_window", "phi3_window")
+WINDOWS = ("olmo3", "mistral_window", "qwen2_window", "phi3_window", "qwen3_window")
 # mistake -> models, and the layout at which it is made
 MISTAKES = {
     "without_rope_scaling": ((*SCALED, "qwen2_yarn", "phi4_mini", "olmo3"), "one rank"),

@@ -201,6 +201,7 @@ MODELS["mistral_window"] = ("Mistral", {"sliding_window": 8, "head_dim": 24})
 SWITCHED_ON = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
 MODELS["qwen2_window"] = ("Qwen2", {**SWITCHED_ON, "tie_word_embeddings": True})
 MODELS["phi3_window"] = ("Phi3", {**PHI, "sliding_window": 7})
+MODELS["qwen3_window"] = ("Qwen3", {**SWITCHED_ON, "head_dim": 32})
 MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.
