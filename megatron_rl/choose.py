@@ -150,7 +150,7 @@ def cost_of(config: RunConfig, arch: ModelArch, world: int, machine: Machine) ->
     tokens = row * rows  # of a replica
     layers, is_anew = arch.num_layers, config.model.recompute_granularity == "full"
     most = max(map(len, layout.layers_of(layers)))  # of a stage, for which the others wait
-    attended = 2 * 2 * arch.query_rows * config.longest_sequence / 2 * arch.num_attention_layers
+    attended = 2 * 2 * arch.query_rows * arch.keys_seen(config.longest_sequence)
     if arch.delta is not None:  # a token reads and changes the states of its nets
         nets = layers - arch.num_attention_layers
         attended += 2 * 4 * arch.delta.value_rows * arch.delta.key_dim * nets

@@ -5,21 +5,22 @@ that has no kernel. ModelConfig.attention says which one a model has.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_rl.megatron.delta_rule import DeltaRow
 from megatron_rl.megatron.gathering import Pad
 from megatron_rl.megatron.rope import Rope, Rotation
-from megatron_rl.megatron.shared_prompts import Seen, SeenBlocks, blocks_of, seen_of
-from megatron_rl.megatron.split_attention import Half, Split, attend_split, split_of
+from megatron_rl.megatron.shared_prompts import OfBlock, Seen, SeenBlocks, blocks_of, seen_of
+from megatron_rl.megatron.split_attention import Half, Masks, Split, attend_split, split_of
 from megatron_rl.types import MicroBatch
 
 MAX_WASTE = 1.25
@@ -69,6 +70,7 @@ class PackedRows(PackedSeqParams):
     blocks: tuple[tuple[int, int], ...] = ()  # (sequences, length) each
     tokens: Tensor = field(default_factory=_no_index)  # [P] int64 into the row; tails are repeated
     places: Tensor = field(default_factory=_no_index)  # [T] int64: tokens[places[t]] = t
+    masks: Masks = field(default_factory=dict)  # of blocks, made by the first layer with a window
     split: Split | None = None  # where ranks share every sequence; then there are no blocks
     seen: Seen | SeenBlocks | None = None  # where responses share a prompt; no blocks either
     remembered: Remembered | None = None  # where responses are sampled
@@ -179,6 +181,11 @@ class PackedAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.scale, self.layer_number = softmax_scale, layer_number
+        # Tokens that a query sees, itself among them; None: all up to it.
+        self.window: int | None = None
+        sizes = config.window_size  # of tokens before a query
+        if is_layer_window_attention(sizes, config.window_attn_skip_freq, layer_number):
+            self.window = sizes[0] + 1
         # Latent attention brings queries and keys that are turned.
         self._turns = not config.multi_latent_attention
 
@@ -200,7 +207,8 @@ class PackedAttention(torch.nn.Module):
         assert packed_seq_params.rotation is not None
         assert attention_bias is None
         if self._turns:
-            query, key = (packed_seq_params.rotation.turned(x) for x in (query, key))
+            rotation = packed_seq_params.rotation.of(self.window)
+            query, key = (rotation.turned(x) for x in (query, key))
         size = value.size(-1)
         if size == key.size(-1):
             return self._attended(query, key, value, packed_seq_params)
@@ -240,6 +248,11 @@ class PackedAttention(torch.nn.Module):
 class FlashAttention(PackedAttention):
     """torch's flash attention of sequences of any length: nothing is padded or repeated."""
 
+    @property
+    def _before_and_behind(self) -> tuple[int, int]:
+        """The tokens before and behind a query that varlen_attn lets it see."""
+        return CAUSAL if self.window is None else (self.window - 1, 0)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows) -> Tensor:
         bounds, longest = rows.cu_seqlens_q, rows.max_seqlen_q
         attended = varlen_attn(
@@ -251,7 +264,7 @@ class FlashAttention(PackedAttention):
             longest,
             longest,
             scale=self.scale,
-            window_size=CAUSAL,
+            window_size=self._before_and_behind,
             enable_gqa=query.size(1) != key.size(1),
         )
         assert isinstance(attended, Tensor)
@@ -274,7 +287,7 @@ class FlashAttention(PackedAttention):
             max(half.query_lengths),
             max(half.key_lengths),
             scale=self.scale,
-            window_size=CAUSAL,
+            window_size=self._before_and_behind,
             enable_gqa=query.size(1) != key.size(1),
         )
         assert isinstance(attended, Tensor)
@@ -291,24 +304,21 @@ class BlockAttention(PackedAttention):
         repeats = query.size(1) // key.size(1)
         sizes = [sequences * length for sequences, length in rows.blocks]
         padded = [Pad.apply(x, rows.tokens, rows.places).split(sizes) for x in (query, key, value)]
+        attend = self._of_blocks([(length, length) for _, length in rows.blocks], rows.masks)
         outputs = []
         for shape, *parts in zip(rows.blocks, *padded, strict=True):
             q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
             if repeats > 1:
                 k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-            outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+            outputs.append(attend(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(outputs).index_select(0, rows.places)
 
     def attend_seen(
         self, query: Tensor, key: Tensor, value: Tensor, seen: Seen | SeenBlocks
     ) -> Tensor:
         assert isinstance(seen, SeenBlocks)
-        behind = [(length, before + length) for _, length, before in seen.sizes if before]
-        most_queries, most_keys = (max(sizes) for sizes in zip(*behind, strict=True))
-        masks = _masks(seen.masks, most_queries, most_keys, query)
-        attend = partial(self._up_to_own_end, masks=masks)
-        return seen.attend(query, key, value, self.scale, attend)
+        sizes = [(length, before + length) for _, length, before in seen.sizes]
+        return seen.attend(query, key, value, self._of_blocks(sizes, seen.masks))
 
     def attend_half(self, query: Tensor, key: Tensor, value: Tensor, half: Half) -> Tensor:
         queries, keys, values = (
@@ -319,29 +329,53 @@ class BlockAttention(PackedAttention):
                 (value, half.key_lengths),
             )
         )
-        masks = _masks(half.masks, max(half.query_lengths), max(half.key_lengths), query)
+        most = max(half.query_lengths), max(half.key_lengths)
+        mask = _mask(half.masks, most, query, self.window)
         attended = (
-            self._up_to_own_end(*sequence, masks)
+            self._up_to_own_end(*sequence, mask)
             for sequence in zip(queries, keys, values, strict=True)
         )
         return torch.cat([part[0].transpose(0, 1) for part in attended])
 
-    def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor, masks: Tensor) -> Tensor:
+    def _of_blocks(self, sizes: Sequence[tuple[int, int]], masks: Masks) -> OfBlock:
+        """What _up_to_own_end does of blocks of such sizes; without a mask where none is needed.
+
+        sizes: (queries, keys) of a sequence of each block.
+        """
+
+        def is_plain(queries: int, keys: int) -> bool:
+            return queries == keys and (self.window is None or keys <= self.window)
+
+        masked = [size for size in sizes if not is_plain(*size)]
+        most = max((q for q, _ in masked), default=0), max((k for _, k in masked), default=0)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if is_plain(query.size(2), key.size(2)):
+                return F.scaled_dot_product_attention(
+                    query, key, value, is_causal=True, scale=self.scale
+                )
+            mask = _mask(masks, most, query, self.window)
+            return self._up_to_own_end(query, key, value, mask)
+
+        return attend
+
+    def _up_to_own_end(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         """[n, heads, q, d] of the last q tokens of sequences: [n, heads, q, d], [n, groups, k, d].
 
         Few at a time, since a mask is as large as the scores. The backward keeps it, so all parts
-        of all layers have views of one.
+        of all layers of a kind have views of one. Keys that no query of a part sees are left out.
         """
         parts, before = [], key.size(2) - query.size(2)
         for start in range(0, query.size(2), QUERIES_AT_A_TIME):
             part = query[:, :, start : start + QUERIES_AT_A_TIME]
             end = before + start + part.size(2)
+            first = 0 if self.window is None else max(0, before + start - self.window + 1)
             parts.append(
                 F.scaled_dot_product_attention(
                     part,
-                    key[:, :, :end],
-                    value[:, :, :end],
-                    attn_mask=masks[-part.size(2) :, -end:],
+                    key[:, :, first:end],
+                    value[:, :, first:end],
+                    attn_mask=mask[-part.size(2) :, first - end :],
                     scale=self.scale,
                     enable_gqa=query.size(1) != key.size(1),
                 )
@@ -349,18 +383,23 @@ class BlockAttention(PackedAttention):
         return torch.cat(parts, dim=2)
 
 
-def _masks(
-    made: dict[torch.dtype, Tensor], most_queries: int, most_keys: int, like: Tensor
-) -> Tensor:
-    """[queries, keys] to be added to scores of the last queries: 0 up to their own key, then -inf.
+def _mask(made: Masks, most: tuple[int, int], like: Tensor, window: int | None) -> Tensor:
+    """[queries, keys] to be added to scores of the last queries: 0 where they see a key, or -inf.
 
-    Its last rows and columns are the mask of fewer of both. made: those of this row, by dtype.
+    They see those up to their own, or the newest ones of them. Its last rows and columns are the
+    mask of fewer of both. made: those of this row. most: (queries, keys) of a sequence.
     """
-    if like.dtype not in made:
-        queries = min(QUERIES_AT_A_TIME, most_queries)
-        mask = torch.full((queries, most_keys), -torch.inf, dtype=like.dtype, device=like.device)
-        made[like.dtype] = mask.triu_(most_keys - queries + 1)
-    return made[like.dtype]
+    kind = like.dtype, window
+    if kind not in made:
+        queries, keys = min(QUERIES_AT_A_TIME, most[0]), most[1]
+        if window is not None:
+            keys = min(keys, queries + window - 1)
+        hidden = torch.full((queries, keys), -torch.inf, dtype=like.dtype, device=like.device)
+        own = keys - queries  # the diagonal of a query and its own key
+        made[kind] = hidden.clone().triu_(own + 1)
+        if window is not None:
+            made[kind] += hidden.tril_(own - window)
+    return made[kind]
 
 
 ATTENTIONS: dict[str, type[PackedAttention]] = {"flash": FlashAttention, "blocks": BlockAttention}

@@ -123,15 +123,7 @@ class Decoder:
         length: more than all positions; so much of the cache is looked at.
         """
         places, slots = positions.to(self._device), torch.arange(len(tokens), device=self._device)
-        behind = torch.arange(length, device=self._device) > places[:, None]
-        mask = torch.zeros(behind.shape, dtype=self._dtype, device=self._device)
-        memory = NextTokens(
-            cache=cache,
-            slots=slots,
-            positions=places,
-            length=length,
-            mask=mask.masked_fill_(behind, -torch.inf)[:, None, None],
-        )
+        memory = NextTokens(cache=cache, slots=slots, positions=places, length=length)
         return self._row(tokens, places, memory, at=slots)
 
     def nothing(self) -> Row:

@@ -3,7 +3,7 @@
 A sequence has a slot in every layer of this rank; slots in use are the first ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,7 +100,18 @@ class NextTokens:
     slots: Tensor  # [n] int64, ascending from 0
     positions: Tensor  # [n] int64 of the tokens in their sequences
     length: int  # more than all positions
-    mask: Tensor  # [n, 1, 1, length]: 0 up to a token's position, and -inf behind it
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by the window of a layer
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[n, 1, 1, length]: 0 where a token sees a position, and -inf elsewhere."""
+        if window not in self.masks:
+            places = torch.arange(self.length, device=self.positions.device)
+            hidden = places > self.positions[:, None]
+            if window is not None:
+                hidden |= places <= self.positions[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.masks[window] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+        return self.masks[window]
 
     def recur(self, net: Any, mixed: Tensor, share: Tensor, decay: Tensor) -> Tensor:
         n = len(self.slots)
@@ -123,7 +134,7 @@ class NextTokens:
             query[:n].unflatten(1, (key.size(1), -1)),
             keys[:n, :, : self.length],
             values[:n, :, : self.length],
-            attn_mask=self.mask,
+            attn_mask=self.mask(layer.window, query.dtype),
             scale=layer.scale,
         ).flatten(1)
         if n == len(query):

@@ -190,6 +190,7 @@ def layer_problems(arch: ModelArch, model: ModelConfig, device_type: str) -> Ite
         "latent attention": arch.latent is not None,
         "gated delta nets": arch.delta is not None,
         "norms behind attention": arch.norms_behind,
+        "sliding windows": arch.sliding is not None,
     }
     missing = [name for name, is_needed in parts.items() if is_needed]
     if missing and model.uses_transformer_engine(device_type):

@@ -4,7 +4,7 @@ Where layers are Transformer Engine's, its fused rope runs instead.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ class Rotation:
     cos: Tensor  # [T, 1, r/2]
     sin: Tensor  # [T, 1, r/2]
     interleaved: bool = False  # neighbours turn together
+    near: "Rotation | None" = None  # of layers with a window, where it is another
+
+    def of(self, window: int | None) -> "Rotation":
+        """That of layers with such a window; None: of those that see all before a token."""
+        return self if window is None or self.near is None else self.near
 
     def turned(self, heads: Tensor) -> Tensor:
         """[T, heads, d] queries or keys at their positions."""
@@ -42,21 +47,35 @@ class Rotation:
 class Rope:
     """The frequencies of a model; float32 whatever its dtype, as in transformers and vLLM."""
 
+    near: Tensor | None = None  # [r/2] those of layers with a window, where they are others
+
     def __init__(self, arch: ModelArch, dtype: torch.dtype, device: torch.device) -> None:
         # On the CPU first: powers of another device are others in the last bit.
         self.frequencies = frequencies(arch).to(device)  # [r/2]
         scaling = arch.yarn or arch.long_rope
         self.amplitude = 1.0 if scaling is None else scaling.amplitude
         self.interleaved = arch.latent is not None and arch.latent.interleaved
+        if arch.sliding is not None and arch.sliding.rope_theta is not None:
+            unscaled = replace(arch, yarn=None, long_rope=None, rope_scaling_factor=None)
+            plain = replace(unscaled, rope_theta=arch.sliding.rope_theta)
+            self.near = frequencies(plain).to(device)
         # In float32, 16 bits are turned in float32, too.
         self.dtype = torch.promote_types(dtype, torch.float32) if arch.turns_in_float32 else dtype
 
     def rotation(self, position_ids: Tensor) -> Rotation:
         """The angles of a row; position_ids [T] int64."""
-        angles = torch.outer(position_ids.float(), self.frequencies)[:, None]
-        waves = angles.cos(), angles.sin()
-        cos, sin = ((wave * self.amplitude).to(self.dtype) for wave in waves)
-        return Rotation(cos, sin, self.interleaved)
+        near = None
+        if self.near is not None:
+            near = Rotation(*self._waves(position_ids, self.near, 1.0), self.interleaved)
+        waves = self._waves(position_ids, self.frequencies, self.amplitude)
+        return Rotation(*waves, self.interleaved, near)
+
+    def _waves(
+        self, position_ids: Tensor, frequencies: Tensor, amplitude: float
+    ) -> tuple[Tensor, Tensor]:
+        """[T, 1, r/2] cosines and sines."""
+        angles = torch.outer(position_ids.float(), frequencies)[:, None]
+        return (angles.cos() * amplitude).to(self.dtype), (angles.sin() * amplitude).to(self.dtype)
 
 
 def frequencies(arch: ModelArch) -> Tensor:

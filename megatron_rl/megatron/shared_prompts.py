@@ -9,15 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.megatron.gathering import Pad, kept_as_row, repeated
-from megatron_rl.megatron.split_attention import Half
+from megatron_rl.megatron.split_attention import Half, Masks
 from megatron_rl.types import SharedPrompts
 
 OfHalf = Callable[[Tensor, Tensor, Tensor, Half], Tensor]
-UpToOwnEnd = Callable[[Tensor, Tensor, Tensor], Tensor]
+OfBlock = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""[n, heads, q, d] queries and [n, heads, k, d] keys and values of a block, of which queries are
+the last ones -> [n, heads, q, d]."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,9 @@ class SeenBlocks:
     queries: Tensor  # [P] int64 into the row; tails are repeated
     places: Tensor  # [T] int64: queries[places[t]] = t
     keys: Tensor  # [K] int64 into the row; tails are repeated
-    masks: dict[torch.dtype, Tensor] = field(default_factory=dict)  # made by the first layer
+    masks: Masks = field(default_factory=dict)  # made by the first layers
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float | None,
-        up_to_own_end: UpToOwnEnd,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, of_block: OfBlock) -> Tensor:
         """As above. No token sees the padding behind it, and padded outputs are not read."""
         repeats = query.size(1) // key.size(1)
         padded = Pad.apply(query, self.queries, self.places)
@@ -70,12 +64,7 @@ class SeenBlocks:
             )
             if repeats > 1:
                 k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-            out = (
-                up_to_own_end(q, k, v)
-                if before
-                else F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-            )
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            outputs.append(of_block(q, k, v).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.places)
 
 

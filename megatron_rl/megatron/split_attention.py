@@ -17,6 +17,9 @@ from torch import Tensor
 
 from megatron_rl.parallel.context import SequenceChunk, chunks_of, gathered_places
 
+Masks = dict[tuple[torch.dtype, int | None], Tensor]
+"""Those of one row, by the dtype of scores and the window of a layer; None: it has none."""
+
 
 @dataclass(frozen=True)
 class Half:
@@ -31,7 +34,7 @@ class Half:
     key_lengths: tuple[int, ...]
     query_bounds: Tensor  # [sequences + 1] int32
     key_bounds: Tensor  # [sequences + 1] int32
-    masks: dict[torch.dtype, Tensor] = field(default_factory=dict)  # that all layers share
+    masks: Masks = field(default_factory=dict)  # that all layers share
 
 
 @dataclass(frozen=True)

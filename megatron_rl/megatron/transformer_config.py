@@ -12,7 +12,14 @@ from megatron_rl.megatron.auxiliary import FIELDS
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.enter import config_fields
 from megatron_rl.parallel.config import ParallelConfig
-from megatron_rl.weights.arch import DeltaArch, LatentArch, MixtureArch, ModelArch, YarnRope
+from megatron_rl.weights.arch import (
+    DeltaArch,
+    LatentArch,
+    MixtureArch,
+    ModelArch,
+    SlidingArch,
+    YarnRope,
+)
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -76,6 +83,8 @@ def transformer_config(
             settings |= _sigmoid_settings(arch.mixture, dtype)
     if arch.delta is not None:
         settings |= _delta_settings(arch.delta, arch.num_layers)
+    if arch.sliding is not None:
+        settings |= _sliding_settings(arch.sliding, arch.num_layers)
     if model.recompute_modules is not None:
         settings["recompute_modules"] = list(model.recompute_modules)
     if vpp is not None:  # see faults.py, interleaving_without_overlap
@@ -150,6 +159,14 @@ def _delta_settings(delta: DeltaArch, num_layers: int) -> dict[str, Any]:
         "linear_num_value_heads": delta.num_value_heads,
         "attention_output_gate": True,
         "layernorm_zero_centered_gamma": True,
+    }
+
+
+def _sliding_settings(sliding: SlidingArch, num_layers: int) -> dict[str, Any]:
+    """Megatron-Core's window counts the tokens before a token, without itself."""
+    return {
+        "window_size": (sliding.window - 1, 0),
+        "window_attn_skip_freq": [int(layer in sliding.layers) for layer in range(num_layers)],
     }
 
 

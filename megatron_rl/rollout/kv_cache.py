@@ -11,14 +11,32 @@ BLOCK = 128  # tokens of a block of the cache on a CPU; a sequence begins with a
 
 
 def sequence_bytes(arch: ModelArch, *, tokens: int, tp: int, itemsize: int) -> int:
-    """Bytes per rank of a sequence's keys and values, in whole blocks, and of its states."""
+    """Bytes per rank of a sequence's keys and values, in whole blocks, and of its states.
+
+    At most: a layer with a window is taken to keep what it no longer sees, too.
+    """
     if arch.latent is None:
         heads = max(1, arch.num_query_groups // tp)  # ranks beyond the heads have copies
         kept = 2 * heads * arch.head_dim
     else:
         kept = arch.latent.down_rows  # the latent vector, whole on every rank
     states = (arch.num_layers - arch.num_attention_layers) * _net_bytes(arch, tp, itemsize)
-    return -(-tokens // BLOCK) * BLOCK * arch.num_attention_layers * kept * itemsize + states
+    return -(-tokens // BLOCK) * BLOCK * _kept_layers(arch) * kept * itemsize + states
+
+
+def _kept_layers(arch: ModelArch) -> int:
+    """Layers whose keys and values vLLM has room for, padding among them.
+
+    Where some have a window, it keeps layers of a kind in groups as large as the rarer kind; or as
+    large as the other one, where that is less than half larger.
+    """
+    if arch.sliding is None:
+        return arch.num_attention_layers
+    near = len(arch.sliding.layers)
+    fewer, more = sorted((near, arch.num_attention_layers - near))
+    if more < 1.5 * fewer:
+        return 2 * more
+    return fewer + -(-more // fewer) * fewer if fewer else more
 
 
 def policy_token_bytes(arch: ModelArch, layout: Layout, *, itemsize: int) -> int:

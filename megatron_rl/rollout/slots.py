@@ -96,11 +96,13 @@ class Slots:
     def next_row(self, num_slots: int) -> tuple[Tensor, Tensor]:
         """([n] last tokens, [n] their positions) of the first slots.
 
-        Those in use have a token; what others give is a token and a position that somebody had.
+        Those that are free have some token, at position 0.
         """
         last = (self._drawn[:num_slots] - 1).clamp_(min=0)
         tokens = self._tokens[:num_slots].gather(1, last[:, None])[:, 0]
-        return tokens, self._prompt_lengths[:num_slots] + last
+        positions = self._prompt_lengths[:num_slots] + last
+        positions[self.in_use :] = 0  # which everybody sees: no row of scores is masked as a whole
+        return tokens, positions
 
     def noise_of(self, slots: range) -> tuple[Tensor, Tensor, Tensor]:
         """(seeds, places, temperatures) [n] of the tokens that these slots draw next."""

@@ -83,6 +83,15 @@ class DeltaArch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlidingArch:
+    """Layers in which a token sees the newest ones alone, itself among them."""
+
+    window: int  # that many tokens
+    layers: frozenset[int]
+    rope_theta: float | None = None  # of their own, plain rope; None: they turn as the others do
+
+
+@dataclass(frozen=True, kw_only=True)
 class YarnRope:
     """YaRN's scaling of rotary angles (arXiv:2309.00071, section 3)."""
 
@@ -142,6 +151,7 @@ class ModelArch:
     layers_behind: int = 0  # that a checkpoint may hold behind the last one, and that are left out
     latent: LatentArch | None = None  # then every head has keys and values of its own
     delta: DeltaArch | None = None  # then attention has gates, and norms multiply by 1 + weight
+    sliding: SlidingArch | None = None  # where some layers do not see all that is before a token
 
     @property
     def query_rows(self) -> int:
@@ -221,6 +231,14 @@ class ModelArch:
     @property
     def num_attention_layers(self) -> int:
         return self.num_layers if self.delta is None else len(self.delta.attention_layers)
+
+    def keys_seen(self, length: int) -> float:
+        """Keys that a token of a sequence of such a length sees on average, over all layers."""
+        whole, sliding = length / 2, self.sliding
+        if sliding is None or sliding.window >= length:
+            return whole * self.num_attention_layers
+        near, count = sliding.window * (1 - sliding.window / length / 2), len(sliding.layers)
+        return whole * (self.num_attention_layers - count) + near * count
 
     def has_experts(self, layer: int) -> bool:
         """True where a layer, counted over the whole model, is a mixture of experts."""

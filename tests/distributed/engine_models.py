@@ -18,6 +18,8 @@ from tiny_models import (
     OLMO,
     PHI,
     PHI_MINI,
+    SWITCHED_ON,
+    WINDOWS,
     YARN_ROPE,
     with_long_memory,
 )
@@ -76,6 +78,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi4": ("Phi3", {**PHI, "hidden_size": 64, "num_key_value_heads": 1, "head_dim": 32}),
     "phi4_mini": ("Phi3", PHI_MINI_OF_ENGINE),
     "olmo2": ("Olmo2", OLMO),
+    "olmo3": ("Olmo3", WINDOWS),
+    "mistral_window": ("Mistral", {"sliding_window": 8, "head_dim": 64}),
+    "qwen2_window": ("Qwen2", SWITCHED_ON),
+    "qwen3_window": ("Qwen3", {**SWITCHED_ON, "head_dim": 64}),
+    "phi3_window": ("Phi3", {**PHI, "sliding_window": 9}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 if DELTAS:  # which vLLM does not have on a CPU

@@ -7,6 +7,8 @@ from layout import Layout
 PHI4: dict[str, Any] = {"model": "phi4", "has_least": True}
 PHI4_MINI: dict[str, Any] = {"model": "phi4_mini", "has_least": True}
 OLMO2: dict[str, Any] = {"model": "olmo2", "has_least": True}
+OLMO3: dict[str, Any] = {"model": "olmo3", "has_least": True}
+ONE_WINDOW: dict[str, Any] = {"model": "mistral_window", "has_least": True}
 
 FAMILY_LAYOUTS = (
     Layout(name="one rank, stacked, LongRoPE, tied", world=1, **PHI4_MINI),
@@ -50,5 +52,37 @@ FAMILY_LAYOUTS = (
         cp=2,
         is_daily=False,
         **OLMO2,
+    ),
+    Layout(name="one rank, windows", world=1, **OLMO3),
+    Layout(name="one rank, windows, shared prompts", world=1, shares_prompts=True, **OLMO3),
+    Layout(name="TP2, windows", world=2, tp=2, is_daily=False, **OLMO3),
+    Layout(name="TP2 SP, windows", world=2, tp=2, sequence_parallel=True, **OLMO3),
+    Layout(name="CP2, windows, all recomputed", world=2, cp=2, recompute="full", **OLMO3),
+    Layout(name="PP2 VPP2, windows", world=2, pp=2, vpp=2, is_daily=False, **OLMO3),
+    Layout(
+        name="TP2 SP PP2, windows, attention recomputed",
+        world=4,
+        tp=2,
+        pp=2,
+        sequence_parallel=True,
+        recompute="selective",
+        **OLMO3,
+    ),
+    Layout(
+        name="TP2 CP2, windows",
+        world=4,
+        tp=2,
+        cp=2,
+        is_daily=False,
+        **OLMO3,
+    ),
+    Layout(name="one rank, one window, shared prompts", world=1, shares_prompts=True, **ONE_WINDOW),
+    Layout(
+        name="TP2 SP, one window",
+        world=2,
+        tp=2,
+        sequence_parallel=True,
+        is_daily=False,
+        **ONE_WINDOW,
     ),
 )

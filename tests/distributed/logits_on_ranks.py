@@ -136,6 +136,28 @@ def without_amplitude(arch: ModelArch) -> ModelArch:
     return replace(arch, yarn=replace(arch.yarn, amplitude=1.0))
 
 
+def without_windows(arch: ModelArch) -> ModelArch:
+    assert arch.sliding is not None
+    return replace(arch, sliding=replace(arch.sliding, window=1000))
+
+
+def one_token_more_seen(arch: ModelArch) -> ModelArch:
+    assert arch.sliding is not None
+    return replace(arch, sliding=replace(arch.sliding, window=arch.sliding.window + 1))
+
+
+def windows_in_other_layers(arch: ModelArch) -> ModelArch:
+    """As if layers were counted from 1: the last window is in the layer that has none."""
+    assert arch.sliding is not None
+    moved = frozenset((layer + 1) % arch.num_layers for layer in arch.sliding.layers)
+    return replace(arch, sliding=replace(arch.sliding, layers=moved))
+
+
+def all_layers_turned_alike(arch: ModelArch) -> ModelArch:
+    assert arch.sliding is not None
+    return replace(arch, sliding=replace(arch.sliding, rope_theta=None))
+
+
 def with_another_theta(arch: ModelArch) -> ModelArch:
     return replace(arch, rope_theta=arch.rope_theta / 50)
 

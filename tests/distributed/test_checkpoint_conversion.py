@@ -35,6 +35,7 @@ MODELS = (
     "phi4_mini",
     *DELTAS,
     "olmo2",
+    "olmo3",
     "qwen2_eight_heads",
 )
 LAYOUTS = (

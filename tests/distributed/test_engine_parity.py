@@ -140,6 +140,13 @@ CASES = (
     Case(model="olmo2", tp=1, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
     Case(model="olmo2", tp=2, pp=1, rollout_tp=2, extras=("corruption",)),
     Case(model="olmo2", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
+    Case(model="olmo3", tp=1, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
+    Case(model="olmo3", tp=2, pp=1, rollout_tp=2, is_exhaustive=True),
+    Case(model="olmo3", tp=1, pp=2, rollout_tp=2),
+    Case(model="mistral_window", tp=2, pp=1, rollout_tp=1, extras=("policy_as_engine",)),
+    Case(model="qwen2_window", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
+    Case(model="qwen3_window", tp=1, pp=1, rollout_tp=1, is_exhaustive=True),
+    Case(model="phi3_window", tp=1, pp=2, rollout_tp=2, is_exhaustive=True),
     # 24 rows each, which vLLM pads.
     Case(model="qwen3_moe", tp=1, pp=1, ep=2, rollout_tp=2, replays=True, extras=("routed",)),
     Case(model="mixtral", tp=2, pp=1, ep=2, rollout_tp=1, extras=("unpacked_experts",)),

@@ -15,7 +15,8 @@ from harness import asked_for, run_on_ranks
 from splits import Layout
 from tiny_models import DELTAS, VOCAB_SIZE, write_model
 
-MODELS = ("qwen2", "qwen3_moe", "deepseek_v3", *DELTAS[:1])
+MODELS = ("qwen2", "qwen3_moe", "deepseek_v3", "olmo3", *DELTAS[:1])
+OF_FEW = ("deepseek_v3", "olmo3", *DELTAS)  # at a few layouts
 LAYOUTS = (
     Layout(name="one rank", world=1),
     Layout(name="TP2", world=2, tp=2),
@@ -35,7 +36,7 @@ CASES = [
     if (model != "qwen2" and (layout.tp == 1 or layout.sequence_parallel))
     or (model == "qwen2" and layout.ep == 1)
     if layout.name not in ("PP2 VPP2", "CP2") or model == "qwen2"
-    if layout.name in ("one rank", "TP2 SP", "PP2") or model not in ("deepseek_v3", *DELTAS)
+    if layout.name in ("one rank", "TP2 SP", "PP2") or model not in OF_FEW
     if layout.ep == 1 or model not in DELTAS
 ] + [("TP2", model) for model in DELTAS[:1]]
 MISTAKES = ("position_shifted", "slots_not_moved", "first_slot_for_all", "noise_of_slots")

@@ -31,16 +31,21 @@ LAYOUTS = (
 # Their splits are in the gradient table too, which has a sharper bound and fewer families.
 EXHAUSTIVE = {"TP2", "PP2 VPP2", "PP4", "TP2 SP EP4", "EP2 PP2"}
 SCALED = ("llama3_rope", "llama3_tied")
+WINDOWS = ("olmo3", "mistral_window", "qwen2_window", "phi3_window", "qwen3_window")
 # mistake -> models, and the layout at which it is made
 MISTAKES = {
-    "without_rope_scaling": ((*SCALED, "qwen2_yarn", "phi4_mini"), "one rank"),
-    "without_amplitude": (("qwen2_yarn", "phi4_mini"), "one rank"),
+    "without_rope_scaling": ((*SCALED, "qwen2_yarn", "phi4_mini", "olmo3"), "one rank"),
+    "without_amplitude": (("qwen2_yarn", "phi4_mini", "olmo3"), "one rank"),
     "with_another_theta": (("mistral", "qwen3", "mixtral"), "one rank"),
     "with_another_softmax": (("qwen3_moe", "qwen3_moe_raw", "mixtral"), "one rank"),
     "with_another_epsilon": (("qwen2",), "one rank"),
     "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
     "head_norms_swapped": (("qwen3", "qwen3_moe", *DELTAS), "one rank"),
     "norms_behind_swapped": (("olmo2",), "one rank"),
+    "without_windows": (WINDOWS, "one rank"),
+    "one_token_more_seen": (WINDOWS, "one rank"),
+    "windows_in_other_layers": (("olmo3",), "one rank"),
+    "all_layers_turned_alike": (("olmo3",), "one rank"),
     "each_head_normed": (("olmo2",), "one rank"),
     "own_heads_normed": (("olmo2",), "TP2 SP"),
     "biases_of_routers_reversed": (("glm4_moe", "deepseek_v3"), "one rank"),
@@ -126,6 +131,10 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
         "norms_behind_swapped": {
             "change_pieces": ranks.swapped("post_attention_layernorm", "post_feedforward_layernorm")
         },
+        "without_windows": {"change_arch": ranks.without_windows},
+        "one_token_more_seen": {"change_arch": ranks.one_token_more_seen},
+        "windows_in_other_layers": {"change_arch": ranks.windows_in_other_layers},
+        "all_layers_turned_alike": {"change_arch": ranks.all_layers_turned_alike},
         "each_head_normed": {"change_norm": ranks.of_each_head},
         "own_heads_normed": {"change_norm": ranks.of_own_heads},
         "long_factors": {"change_arch": ranks.long_factors},

@@ -186,6 +186,22 @@ PHI_MINI: dict[str, Any] = {
 MODELS["phi4_mini"] = ("Phi3", PHI_MINI)
 OLMO: dict[str, Any] = {"pad_token_id": None}
 MODELS["olmo2"] = ("Olmo2", OLMO)
+# Three of four layers see eight tokens, and turn by another base and without YaRN.
+WINDOWS: dict[str, Any] = {
+    **OLMO,
+    "sliding_window": 8,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+        "full_attention": YARN_ROPE,
+    },
+}
+MODELS["olmo3"] = ("Olmo3", WINDOWS)
+# All layers have a window.
+MODELS["mistral_window"] = ("Mistral", {"sliding_window": 8, "head_dim": 24})
+SWITCHED_ON = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+MODELS["qwen2_window"] = ("Qwen2", {**SWITCHED_ON, "tie_word_embeddings": True})
+MODELS["phi3_window"] = ("Phi3", {**PHI, "sliding_window": 7})
+MODELS["qwen3_window"] = ("Qwen3", {**SWITCHED_ON, "head_dim": 32})
 MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.

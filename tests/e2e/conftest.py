@@ -19,7 +19,7 @@ for module in ("preload_megatron", "preload_vllm"):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    small = ("qwen2", "qwen2_tied", "glm4_moe", "deepseek_v3", "phi4_mini", "olmo2")
+    small = ("qwen2", "qwen2_tied", "glm4_moe", "deepseek_v3", "phi4_mini", "olmo2", "olmo3")
     for name in (*small, *DELTAS[:1]):
         write_model(name, folder / "models" / name)
     return Runs(folder)

@@ -25,6 +25,7 @@ MODELS = (
     "glm4_moe",
     "phi4_mini",
     "olmo2",
+    "olmo3",
 )
 
 

@@ -37,6 +37,7 @@ CASES = {
         1,
         (*SAMPLED, "rollout.engine=vllm"),
     ),
+    "sampled by an engine with windows": ("olmo3", 1, (*SAMPLED, "rollout.engine=vllm")),
     "float16": ("qwen2_tied", 2, (*TP2, "model.dtype=float16")),
     "interleaved": ("qwen2_tied", 2, VPP),
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.rows import (
@@ -109,12 +110,16 @@ class Family:
     """True: as DeepSeek-V2 has it (arXiv:2405.04434)."""
 
     has_long_rope: bool = False
-    """True: as Phi-3 has it (arXiv:2404.14219). Rope is plain or LongRoPE's, and a sliding window
-    that is as wide as the model has positions changes nothing."""
+    """True: as Phi-3 has it (arXiv:2404.14219). Rope is plain or LongRoPE's."""
 
     has_delta: bool = False
     """True: layers that layer_types names have a gated delta net (arXiv:2412.06464), the others
     attention whose output has gates; norms of hidden states and of heads multiply by 1 + weight."""
+
+    windows: Literal["all", "all or none", "by layer"] | None = None
+    """Which layers have the sliding window that config.json tells: all of them; all or none, as
+    use_sliding_window, max_window_layers and layer_types say; those that layer_types names, or
+    three of four, which also have a plain rope. None: windows are refused."""
 
     turns_in_float32: bool = False
     """True: transformers turns heads of 16 bits in float32, and rounds what comes of it."""

@@ -14,6 +14,11 @@ from megatron_rl.weights.families.hf_delta import DELTA_FIELDS, layers_behind, r
 from megatron_rl.weights.families.hf_latent import LATENT_FIELDS, read_latent
 from megatron_rl.weights.families.hf_mixture import read_mixture
 from megatron_rl.weights.families.hf_rope import read_rope
+from megatron_rl.weights.families.hf_sliding import (
+    read_sliding,
+    refuse_kinds_of_layers,
+    ropes_of_kinds,
+)
 
 USED = {
     "model_type",
@@ -123,14 +128,20 @@ def read_arch(
     layers = fields.number("num_hidden_layers")
     latent = read_latent(fields, heads) if family.has_latent_attention else None
     head_dim = fields.number("head_dim", hidden // heads) if latent is None else latent.head_dim
+    by_layer = family.windows == "by layer"
+    of_rope, told_theta, near_theta = fields, config.get("rope_theta"), None
+    if by_layer:
+        default_theta = Fields(family.defaults, where).real("rope_theta")
+        of_rope, near_theta = ropes_of_kinds(fields, told_theta, default_theta)
     rope = read_rope(
-        fields,
-        config.get("rope_theta"),
+        of_rope,
+        told_theta,
         ignored,
         family.partial_rotary,
         of_latent_attention=family.has_latent_attention,
         of_long_rope=family.has_long_rope,
         of_images=family.has_delta,
+        of_windows=by_layer,
     )
     positions = fields.number("max_position_embeddings")
     if rope.yarn is not None:  # the engine's table of angles ends there
@@ -163,6 +174,7 @@ def read_arch(
         mixture=None if family.mixture is None else read_mixture(family.mixture, fields, layers),
         latent=latent,
         delta=read_delta(fields, layers) if family.has_delta else None,
+        sliding=read_sliding(family.windows, fields, layers, near_theta),
     )
 
 
@@ -181,26 +193,10 @@ def _refuse_unhonoured(
         "use_qk_norm": (family.qk_norm,),
         **family.neutral,
     }
-    harmless = USED | IGNORED | {"layer_types"}
-    if family.mixture is not None:
-        harmless |= family.mixture.used | IGNORED_OF_MIXTURES
-    if family.has_optional_qk_norm:
-        harmless |= {"use_qk_norm"}
-    if family.partial_rotary is not None:
-        harmless |= {"partial_rotary_factor"}
-    if family.has_layers_behind:
-        harmless |= {LAYERS_BEHIND}
-    if family.has_latent_attention:
-        harmless |= LATENT_FIELDS
-    if family.has_long_rope:
-        harmless |= {"original_max_position_embeddings"} | _wide_window(config)
-    if family.has_delta:
-        harmless |= DELTA_FIELDS
     settings = {**family.defaults, **family.engine_defaults, **config}
-    if "use_sliding_window" in family.defaults and settings["use_sliding_window"] is False:
-        harmless |= {"sliding_window"}
-    if not family.has_delta:
-        _refuse_windows(config.get("layer_types"), where)
+    harmless = _harmless(family, config)
+    if not family.has_delta and family.windows is None:
+        refuse_kinds_of_layers(config.get("layer_types"), where)
     if known := sorted(set(ignored) & (harmless | neutral.keys())):
         raise InputError(
             f"{where}: {', '.join(known)} cannot be ignored: the field is known, and honoured or "
@@ -217,6 +213,33 @@ def _refuse_unhonoured(
     }
     if refused:
         raise InputError(_refusal(family, config, where, refused, neutral))
+
+
+def _harmless(family: Family, config: Mapping[str, object]) -> set[str]:
+    """The fields that are honoured at any value, or change nothing."""
+    harmless = USED | IGNORED | {"layer_types"}
+    if family.mixture is not None:
+        harmless |= family.mixture.used | IGNORED_OF_MIXTURES
+    if family.has_optional_qk_norm:
+        harmless |= {"use_qk_norm"}
+    if family.partial_rotary is not None:
+        harmless |= {"partial_rotary_factor"}
+    if family.has_layers_behind:
+        harmless |= {LAYERS_BEHIND}
+    if family.has_latent_attention:
+        harmless |= LATENT_FIELDS
+    if family.has_long_rope:
+        harmless |= {"original_max_position_embeddings"}
+    if family.has_delta:
+        harmless |= DELTA_FIELDS
+    uses_window = {**family.defaults, **config}.get("use_sliding_window")
+    if "use_sliding_window" in family.defaults and uses_window is False:
+        harmless |= {"sliding_window"}
+    if family.windows is not None:
+        harmless |= {"sliding_window"}
+    if family.windows == "all or none":
+        harmless |= {"use_sliding_window"}
+    return harmless
 
 
 def _refusal(
@@ -254,22 +277,4 @@ def _refuse_other_classes(family: Family, named: object, where: str) -> None:
         raise InputError(
             f"{where}: architectures={shown(named)}: a model_type of {family.model_type!r} that "
             f"generates text is [{family.architecture!r}]. Use a language model, or mend the field"
-        )
-
-
-def _wide_window(config: Mapping[str, object]) -> set[str]:
-    """The field of a sliding window, where it is as wide as the model has positions."""
-    window, positions = config.get("sliding_window"), config.get("max_position_embeddings")
-    if isinstance(window, int) and isinstance(positions, int) and window >= positions:
-        return {"sliding_window"}
-    return set()
-
-
-def _refuse_windows(layer_types: object, where: str) -> None:
-    if layer_types is None:
-        return
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise InputError(
-            f"{where}: layer_types={shown(layer_types)} is not supported: only full_attention "
-            "is. Use a model without sliding-window layers"
         )

@@ -34,6 +34,9 @@ _OF_LONG_ROPE: dict[str, set[str]] = {
         *("short_factor", "long_factor", "factor", "original_max_position_embeddings"),
     },
 }
+# transformers looks for truncate beside the ropes of several kinds of layers, and not in them.
+_OF_WINDOWS = {**_HONOURED, "yarn": _HONOURED["yarn"] - {"truncate"}}
+_OF_IMAGES_TOO: dict[str, set[str]] = {"default": set()}
 _INSTEAD = {
     "attn_factor": (
         "Neither transformers 5 nor vLLM 0.32 reads it: both scale angles by attention_factor, "
@@ -84,12 +87,14 @@ def read_rope(
     of_latent_attention: bool = False,
     of_long_rope: bool = False,
     of_images: bool = False,
+    of_windows: bool = False,
 ) -> Rope:
     """The rope of a model.
 
     told_theta: rope_theta as config.json itself has it. ignored: names that a person says change
     nothing. partial: the share of a head that turns where no field says it; None: heads turn whole,
     and other shares are refused. of_images: the model's tokens may also be parts of images.
+    of_windows: the rope is of some layers, and others have a window and a rope of their own.
     """
     rope = _settings(fields, told_theta)
     if of_images:
@@ -101,8 +106,8 @@ def read_rope(
     honoured = _HONOURED
     if of_latent_attention or of_long_rope:
         honoured = _OF_LATENT_ATTENTION if of_latent_attention else _OF_LONG_ROPE
-    if of_images:
-        honoured = {"default": set()}
+    if of_images or of_windows:
+        honoured = _OF_IMAGES_TOO if of_images else _OF_WINDOWS
     if not isinstance(kind, str) or kind not in honoured:
         raise InputError(
             f"{fields.where}: rope type {kind!r} is not supported: {', '.join(honoured)} are. Use "

@@ -32,14 +32,17 @@ LLAMA = Family(
     dense=DENSE,
 )
 
-# Where config.json has no sliding_window, transformers slides a window of 4096, which is refused.
+# Where config.json has no sliding_window, transformers slides a window of 4096.
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     attention=ATTENTION,
     dense=DENSE,
     defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    windows="all",
 )
+
+SWITCHED_OFF = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 # Qwen2, Qwen2.5 and Qwen2.5-Math.
 QWEN2 = Family(
@@ -47,7 +50,8 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     attention=(*ATTENTION, QKV_BIAS),
     dense=DENSE,
-    defaults={"num_key_value_heads": 32, "use_sliding_window": False},
+    defaults={"num_key_value_heads": 32, **SWITCHED_OFF},
+    windows="all or none",
     neutral={"attention_bias": (True,), "use_mrope": (False,)},
 )
 
@@ -56,7 +60,8 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     attention=(*ATTENTION, *QK_NORM),
     dense=DENSE,
-    defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+    defaults={"num_key_value_heads": 32, "head_dim": 128, **SWITCHED_OFF},
+    windows="all or none",
 )
 
 QWEN3_MOE = Family(
@@ -110,6 +115,7 @@ PHI3 = Family(
     },
     partial_rotary=1.0,
     has_long_rope=True,
+    windows="all",
 )
 
 # OLMo 2. vLLM 0.32 has it by transformers' own network, with layers of vLLM in place of its own.
@@ -119,6 +125,17 @@ OLMO2 = Family(
     attention=NORMED_ATTENTION,
     dense=DENSE,
     defaults={"rms_norm_eps": 1e-5},
+    turns_in_float32=True,
+)
+
+# OLMo 3: OLMo 2 with sliding windows. vLLM 0.32 has it in the same way.
+OLMO3 = Family(
+    model_type="olmo3",
+    architecture="Olmo3ForCausalLM",
+    attention=NORMED_ATTENTION,
+    dense=DENSE,
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "sliding_window": 4096},
+    windows="by layer",
     turns_in_float32=True,
 )
 
@@ -284,5 +301,6 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3, OLMO2),
         *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5),
+        *(OLMO3,),
     )
 }

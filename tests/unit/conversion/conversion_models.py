@@ -108,6 +108,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 3,
         "full_attention_interval": 2,
     },
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 4,
+        "rope_theta": 500_000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,

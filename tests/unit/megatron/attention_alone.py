@@ -23,17 +23,29 @@ from megatron_rl.platforms.base import detect
 
 LENGTHS = (5, 40, 1, 38, 17, 3, 90)
 HEADS, GROUPS, WIDTH = 6, 2, 8
-TURNS = SimpleNamespace(multi_latent_attention=False)  # what a configuration says of attention
+ROW_OF_CHUNKS = (6, 1200, 18)  # one sequence is longer than the queries that a mask is made for
 
 
-def by_formula(query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool) -> Tensor:
-    """[q, heads, d] and [k, groups, d] twice -> [q, heads, d], ends at one token."""
+def settings(window: int | None = None, *, latent: bool = False) -> Any:
+    """What a configuration says of attention; layer 1 has the window, if there is one."""
+    sizes = None if window is None else (window - 1, 0)
+    return SimpleNamespace(
+        multi_latent_attention=latent, window_size=sizes, window_attn_skip_freq=[1, 0]
+    )
+
+
+def by_formula(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None
+) -> Tensor:
+    """[q, heads, d] and [k, groups, d] twice -> [q, heads, d], ends at one token.
+
+    window: tokens that a query sees, itself among them; None: all up to it.
+    """
     group_of = torch.arange(query.size(1)) // (query.size(1) // key.size(1))
     scores = torch.einsum("ihd,jhd->hij", query, key[:, group_of]) * scale
-    if is_causal:
-        scores = scores.masked_fill(
-            torch.ones(scores.shape[1:]).triu(1 + len(key) - len(query)).bool(), -torch.inf
-        )
+    ages = torch.arange(len(query))[:, None] + len(key) - len(query) - torch.arange(len(key))
+    hidden = (ages < 0) | (ages >= (len(key) if window is None else window))
+    scores = scores.masked_fill(hidden, -torch.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), value[:, group_of])
 
 
@@ -56,9 +68,12 @@ def stand_in(
     assert value.stride(-1) == 1
     lengths, seen = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
     assert (max_q, max_k) == (max(lengths), max(seen))
+    before, behind = window_size
+    assert behind == 0
+    window = None if before == -1 else before + 1
     parts = zip(query.split(lengths), key.split(seen), value.split(seen), strict=True)
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    return torch.cat([by_formula(*part, scale, window_size == (-1, 0)) for part in parts])
+    return torch.cat([by_formula(*part, scale, window) for part in parts])
 
 
 class Saving(torch.autograd.Function):
@@ -126,14 +141,20 @@ def rope_of(dtype: torch.dtype) -> Rope:
     return rope
 
 
-def run(kind: str, scale: float | None, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+def run(
+    kind: str,
+    scale: float | None,
+    lengths: tuple[int, ...] = LENGTHS,
+    window: int | None = None,
+    layer: int = 1,
+) -> list[Tensor]:
     """Output and gradient of a row."""
     from megatron_rl.megatron import attention
 
     mixed, *inputs = product(0, lengths)
     row, module = (
         row_of(lengths),
-        attention.ATTENTIONS[kind](TURNS, 1, None, "", softmax_scale=scale),
+        attention.ATTENTIONS[kind](settings(window), layer, None, "", softmax_scale=scale),
     )
     rows = attention.packed_rows(row, rope_of(torch.float64), in_blocks=kind == "blocks")
     with mock.patch.object(attention, "varlen_attn", stand_in):
@@ -152,7 +173,7 @@ def error_of_latent_attention(kind: str) -> float:
         torch.randn(sum(LENGTHS), HEADS, width, dtype=torch.float64, generator=drawn)
         for width in (WIDTH, WIDTH, WIDTH - 3)
     )
-    latent = SimpleNamespace(multi_latent_attention=True)
+    latent = settings(latent=True)
     module = attention.ATTENTIONS[kind](latent, 1, None, "", softmax_scale=0.3)
     rows = attention.packed_rows(
         row_of(LENGTHS), rope_of(torch.float64), in_blocks=kind == "blocks"
@@ -160,16 +181,18 @@ def error_of_latent_attention(kind: str) -> float:
     with mock.patch.object(attention, "varlen_attn", stand_in):
         found = module(query, key, value, None, packed_seq_params=rows)
     parts = zip(*(x.split(LENGTHS) for x in (query, key, value)), strict=True)
-    wanted = torch.cat([by_formula(*part, 0.3, True) for part in parts]).flatten(1)
+    wanted = torch.cat([by_formula(*part, 0.3) for part in parts]).flatten(1)
     return largest_error([found], [wanted])
 
 
-def run_split(kind: str, cp: int, lengths: tuple[int, ...]) -> list[Tensor]:
+def run_split(
+    kind: str, cp: int, lengths: tuple[int, ...], window: int | None = None
+) -> list[Tensor]:
     """The same with every sequence cut over cp ranks, all of which are this process."""
     from megatron_rl.megatron import attention, split_attention
 
     mixed, *inputs = product(0, lengths)
-    row, module = row_of(lengths), attention.ATTENTIONS[kind](TURNS, 1, None, "")
+    row, module = row_of(lengths), attention.ATTENTIONS[kind](settings(window), 1, None, "")
     own = [own_entries(lengths, cp, rank, torch.device("cpu")) for rank in range(cp)]
     parts = [[x[entries] for x in inputs] for entries in own]
     turn = rope_of(torch.float64).rotation
@@ -223,13 +246,13 @@ def shared_row() -> Any:
     return row
 
 
-def run_shared(kind: str, scale: float | None) -> list[Tensor]:
+def run_shared(kind: str, scale: float | None, window: int | None = None) -> list[Tensor]:
     """Output and gradient of a row whose responses share prompts."""
     from megatron_rl.megatron import attention
 
     row = shared_row()
     mixed, *inputs = product(0, row.lengths)
-    module = attention.ATTENTIONS[kind](TURNS, 1, None, "", softmax_scale=scale)
+    module = attention.ATTENTIONS[kind](settings(window), 1, None, "", softmax_scale=scale)
     rows = attention.packed_rows(row, rope_of(torch.float64), in_blocks=kind == "blocks")
     with mock.patch.object(attention, "varlen_attn", stand_in):
         out = module(*inputs, None, packed_seq_params=rows)
@@ -238,7 +261,7 @@ def run_shared(kind: str, scale: float | None) -> list[Tensor]:
     return [out.detach(), mixed.grad]
 
 
-def expected_shared(scale: float | None) -> list[Tensor]:
+def expected_shared(scale: float | None, window: int | None = None) -> list[Tensor]:
     """The same, each response behind a prompt of its own."""
     row = shared_row()
     mixed, query, key, value = product(0, row.lengths)
@@ -248,7 +271,7 @@ def expected_shared(scale: float | None) -> list[Tensor]:
     seen = row.shared.keys.split(row.shared.key_lengths)
     out = torch.cat(
         [
-            by_formula(query[run], key[keys], value[keys], scale, True)
+            by_formula(query[run], key[keys], value[keys], scale, window)
             for run, keys in zip(runs, seen, strict=True)
         ]
     ).flatten(1)
@@ -310,13 +333,15 @@ def turned(heads: Tensor, position_ids: Tensor) -> Tensor:
     return torch.cat([halves.real, halves.imag], dim=2)
 
 
-def expected(scale: float | None, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+def expected(
+    scale: float | None, lengths: tuple[int, ...] = LENGTHS, window: int | None = None
+) -> list[Tensor]:
     """The same, sequence by sequence, with angles of complex numbers."""
     mixed, query, key, value = product(0, lengths)
     query, key = (turned(x, row_of(lengths).position_ids) for x in (query, key))
     parts = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
     scale = WIDTH**-0.5 if scale is None else scale
-    out = torch.cat([by_formula(*part, scale, True) for part in parts]).flatten(1)
+    out = torch.cat([by_formula(*part, scale, window) for part in parts]).flatten(1)
     (out * torch.arange(out.size(1))).sum().backward()
     assert mixed.grad is not None
     return [out.detach(), mixed.grad]
@@ -328,7 +353,7 @@ def kept_by_flash() -> tuple[int, int]:
 
     tokens = sum(LENGTHS)
     rows = attention.packed_rows(row_of(LENGTHS), rope_of(torch.float64), in_blocks=False)
-    module = attention.FlashAttention(TURNS, 1, None, "")
+    module = attention.FlashAttention(settings(), 1, None, "")
     once = {x.untyped_storage().data_ptr() for x in (rows.rotation.cos, rows.rotation.sin)}
     kept: dict[int, int] = {}
 
@@ -346,6 +371,38 @@ def kept_by_flash() -> tuple[int, int]:
         module(*inputs, None, packed_seq_params=rows)
     widths = 2 * (HEADS + GROUPS) * WIDTH
     return sum(kept.values()), tokens * (8 * widths + 4 * HEADS)
+
+
+def errors_of_windows() -> dict[str, float]:
+    """Of layers with a window, and of one without it beside them."""
+    told = {}
+    for kind in ("flash", "blocks"):
+        for window, row in ((7, LENGTHS), (1, (4, 4)), (90, LENGTHS), (700, ROW_OF_CHUNKS)):
+            error = largest_error(run(kind, None, row, window), expected(None, row, window))
+            told[f"windows of {kind}, {window} in {row}"] = error
+        for cp, window in ((2, 5), (3, 700), (3, 200)):
+            found = run_split(kind, cp, ROW_OF_CHUNKS if cp == 3 else (4, 40, 12), window)
+            wanted = expected(None, ROW_OF_CHUNKS if cp == 3 else (4, 40, 12), window)
+            told[f"windows of {kind}, {window} at cp {cp}"] = largest_error(found, wanted)
+        for window in (3, 7, 33):
+            found, wanted = run_shared(kind, None, window), expected_shared(None, window)
+            told[f"windows of {kind}, {window} behind prompts"] = largest_error(found, wanted)
+        found, wanted = run(kind, None, LENGTHS, 7, layer=2), expected(None, LENGTHS)
+        told[f"windows of {kind}, the other layer"] = largest_error(found, wanted)
+    return told
+
+
+def masks_of_next_tokens() -> dict[str, list[list[bool]]]:
+    """Which positions the tokens at 0 and 4 see."""
+    from megatron_rl.megatron.kv_cache import NextTokens
+
+    slots: Any = torch.arange(2)
+    cache: Any = None
+    tokens = NextTokens(cache=cache, slots=slots, positions=torch.tensor([0, 4]), length=5)
+    return {
+        str(window): (tokens.mask(window, torch.float64)[:, 0, 0] == 0).tolist()
+        for window in (None, 3, 8)
+    }
 
 
 def of_transformer_engine() -> bool:
@@ -379,7 +436,7 @@ def main() -> None:
     told |= {
         f"split {kind}, cp {cp}": largest_error(run_split(kind, cp, row), expected(None, row))
         for kind in ("flash", "blocks")
-        for cp, row in ((2, (4, 40, 12)), (3, (6, 1200, 18)), (4, (8,)))
+        for cp, row in ((2, (4, 40, 12)), (3, ROW_OF_CHUNKS), (4, (8,)))
     }
     told |= {
         f"shared {kind}, scale {scale}": largest_error(
@@ -388,7 +445,9 @@ def main() -> None:
         for kind in ("flash", "blocks")
         for scale in (None, 0.5)
     }
+    told |= errors_of_windows()
     found = {
+        "next": masks_of_next_tokens(),
         "shared": kept_of_shared_prompts(),
         "split": kept_of_a_part(4),
         "errors": told,

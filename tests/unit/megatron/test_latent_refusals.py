@@ -9,7 +9,7 @@ from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.megatron.refusals import layer_problems, model_problems
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.rollout.refusals import engine_problems
-from megatron_rl.weights.arch import LatentArch, LongRope
+from megatron_rl.weights.arch import LatentArch, LongRope, SlidingArch
 
 LATENT = replace(
     ARCH,
@@ -41,6 +41,14 @@ def test_layers_of_transformer_engine_have_no_long_rope():
     arch = replace(ARCH, long_rope=rope)
     (told,) = of_layers(arch, layer_spec="transformer_engine")
     assert "not built with LongRoPE here" in told
+    assert not of_layers(arch, layer_spec="local")
+
+
+def test_layers_of_transformer_engine_have_no_windows():
+    arch = replace(ARCH, sliding=SlidingArch(window=8, layers=frozenset({0})))
+    (told,) = of_layers(arch, layer_spec="transformer_engine")
+    assert "not built with sliding windows here" in told
+    assert "Set model.layer_spec=local" in told
     assert not of_layers(arch, layer_spec="local")
 
 

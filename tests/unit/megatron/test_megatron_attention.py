@@ -53,6 +53,24 @@ def test_responses_behind_one_prompt_have_the_attention_of_whole_sequences(told,
     assert all(error < BOUND for error in errors.values()), errors
 
 
+@pytest.mark.parametrize("kind", ["flash", "blocks"])
+def test_a_window_hides_all_but_the_newest_tokens(told, kind):
+    """In whole rows, where ranks share a row, and behind prompts that responses share."""
+    errors = {n: error for n, error in told["errors"].items() if n.startswith(f"windows of {kind}")}
+    assert len(errors) == 11
+    assert all(error < BOUND for error in errors.values()), errors
+
+
+def test_the_next_tokens_see_what_their_layer_s_window_shows(told):
+    yes, no = True, False
+    first, whole = [yes, no, no, no, no], [yes] * 5
+    assert told["next"] == {
+        "None": [first, whole],
+        "3": [first, [no, no, yes, yes, yes]],
+        "8": [first, whole],
+    }
+
+
 def test_keys_that_are_picked_for_every_response_are_not_kept_for_the_backward(told):
     assert told["shared"] == 0
 

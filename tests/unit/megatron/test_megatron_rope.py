@@ -27,12 +27,14 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 128,
 }
+NEAR = {"rope_type": "default", "rope_theta": 5_000.0}  # of layers with a window
 STYLES = {
     "plain": {"rope_type": "default", "rope_theta": 10_000.0},
     "wide": {"rope_type": "default", "rope_theta": 1_000_000.0},
     "llama3": LLAMA3,
     "llama3, factor 8": LLAMA3 | {"factor": 8.0},
     "yarn": YARN,
+    "yarn, its own turns": YARN | {"beta_fast": 8.0, "beta_slow": 2.0},
     "yarn, its own bounds": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
     "yarn, its own amplitude": YARN | {"attention_factor": 0.75},
     "yarn, two scales": YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
@@ -63,7 +65,12 @@ LATENTS = {
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
 OF_NETS = {"qwen3_5_text": ("plain", "wide")}
-KINDS: dict[str, tuple[str, ...]] = {**dict.fromkeys(LATENTS, OF_LATENTS), **OF_NETS}
+OF_WINDOWS = {"olmo3": tuple(style for style in STYLES if style != "yarn, its own bounds")}
+KINDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(LATENTS, OF_LATENTS),
+    **OF_NETS,
+    **OF_WINDOWS,
+}
 CASES = [
     (family, style)
     for family in FAMILIES
@@ -80,9 +87,13 @@ def config_of(family, style, head_dim=64):
     if family == "phi3":
         settings |= {"max_position_embeddings": 4096, "original_max_position_embeddings": 512}
     windows = {} if family == "qwen2" else {"sliding_window": None}
+    rope = dict({**STYLES, **OF_LONG}[style])
+    if family == "olmo3":
+        windows["sliding_window"] = 8
+        rope = {"full_attention": rope, "sliding_attention": NEAR}
     return AutoConfig.for_model(
         family,
-        rope_parameters=dict({**STYLES, **OF_LONG}[style]),
+        rope_parameters=rope,
         head_dim=head_dim,
         **settings,
         **windows,
@@ -101,13 +112,14 @@ def positions():
     return torch.cat([torch.arange(length) for length in LENGTHS])
 
 
-def rope_of_transformers(config, dtype):
-    """(cos, sin, apply) as a model of this dtype has them."""
+def rope_of_transformers(config, dtype, kind="full_attention"):
+    """(cos, sin, apply) as a model of this dtype has them; kind: of a layer, where it matters."""
     name = config.model_type.removesuffix("_text")
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     prefix = type(config).__name__.removesuffix("Config")
     rotary = getattr(module, f"{prefix}RotaryEmbedding")(config)
-    cos, sin = rotary(torch.empty(0, dtype=dtype), positions()[None])
+    kinds = (kind,) if name == "olmo3" else ()
+    cos, sin = rotary(torch.empty(0, dtype=dtype), positions()[None], *kinds)
     apply = "apply_rotary_pos_emb_interleave" if name in LATENTS else "apply_rotary_pos_emb"
     return cos, sin, getattr(module, apply)
 
@@ -144,8 +156,22 @@ def test_rotated_heads_and_their_gradients_are_those_of_transformers(family, sty
             exact = one.detach().float().requires_grad_()
             wide, _ = apply(exact[None], exact[None], cos, sin, unsqueeze_dim=2)
             (their,) = torch.autograd.grad(wide, exact, gradient[None].float())
-            assert family == "olmo2"
+            assert family in ("olmo2", "olmo3")
         assert torch.equal(own, their.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_with_a_window_turn_by_a_rope_of_their_own(dtype):
+    """Another base, and no YaRN; bit for bit as in transformers."""
+    config = config_of("olmo3", "yarn")
+    rotation = Rope(arch_of(config), dtype, torch.device("cpu")).rotation(positions())
+    near = rotation.of(8)
+    cos, sin, _ = rope_of_transformers(config, dtype, "sliding_attention")
+    half = cos.shape[-1] // 2
+    assert torch.equal(near.cos[:, 0], cos[0, :, :half].to(near.cos.dtype))
+    assert torch.equal(near.sin[:, 0], sin[0, :, half:].to(near.cos.dtype))
+    assert rotation.of(None) is rotation
+    assert not torch.equal(near.cos, rotation.cos)
 
 
 def test_frequencies_by_hand():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from rollout_models import ARCH
 
 from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
@@ -9,7 +10,7 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.config import RolloutConfig
 from megatron_rl.rollout.engine_rules import engine_problems_of, unused_by_policy
 from megatron_rl.rollout.kv_cache import policy_state_bytes, policy_token_bytes, sequence_bytes
-from megatron_rl.weights.arch import DeltaArch, LatentArch
+from megatron_rl.weights.arch import DeltaArch, LatentArch, SlidingArch
 from megatron_rl.weights.config import WeightSyncConfig
 
 MODEL = ModelConfig(path="model", dtype="float32")
@@ -50,6 +51,21 @@ def test_a_token_takes_keys_and_values_in_every_layer_of_the_rank_that_has_most(
     assert sequence_bytes(arch, tokens=1, tp=2, itemsize=2) == 128 * 2 * 6 * 2 * 8 * 2
     alone = Layout(world_size=8, tp=8, pp=1)  # ranks beyond the heads have one each
     assert policy_token_bytes(arch, alone, itemsize=2) == 2 * 6 * 1 * 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("near", "kept"),
+    [((0, 1, 2, 4, 5), 6), ((0, 1, 3, 4), 6), ((0, 2, 4), 6), ((0, 1, 2, 3, 4, 5), 6), ((0, 1), 6)],
+)
+def test_vllm_keeps_layers_with_a_window_in_groups_of_one_size(near, kept):
+    """5 + 1, 4 + 2, 3 + 3, 6 alone, 2 + 4; below, 5 + 2 (padded to 6 + 2) and 4 + 3 (to 4 + 4)."""
+    arch = replace(ARCH, num_layers=6, sliding=SlidingArch(window=8, layers=frozenset(near)))
+    of_layer = sequence_bytes(replace(ARCH, num_layers=1), tokens=300, tp=1, itemsize=2)
+    assert sequence_bytes(arch, tokens=300, tp=1, itemsize=2) == kept * of_layer
+    seven = replace(arch, num_layers=7, sliding=SlidingArch(window=8, layers=frozenset(range(5))))
+    assert sequence_bytes(seven, tokens=300, tp=1, itemsize=2) == 8 * of_layer
+    even = replace(seven, sliding=SlidingArch(window=8, layers=frozenset(range(4))))
+    assert sequence_bytes(even, tokens=300, tp=1, itemsize=2) == 8 * of_layer
 
 
 def test_of_latent_attention_vllm_keeps_one_vector_and_the_policy_every_head():

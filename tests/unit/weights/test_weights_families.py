@@ -68,6 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("Phi3", {"pad_token_id": None}),
     "olmo2": ("Olmo2", {"pad_token_id": None}),
+    "olmo3": ("Olmo3", {"pad_token_id": None, "sliding_window": 4}),
     "deepseek_v3": ("DeepseekV3", LATENT),
     "glm4_moe_lite": (
         "Glm4MoeLite",

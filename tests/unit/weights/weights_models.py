@@ -7,7 +7,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_rl.weights.arch import DeltaArch, LatentArch, MixtureArch, ModelArch
+from megatron_rl.weights.arch import (
+    DeltaArch,
+    LatentArch,
+    MixtureArch,
+    ModelArch,
+    SlidingArch,
+)
 from megatron_rl.weights.layouts import hf_shapes
 
 # 4 query heads of 2 rows in 2 groups: q has 8 rows, k and v have 4 each.
@@ -97,6 +103,11 @@ ARCHS["qwen3_5"] = replace(
         value_dim=5,
         kernel=4,
     ),
+)
+ARCHS["olmo3"] = replace(
+    ARCHS["olmo2"],
+    model_type="olmo3",
+    sliding=SlidingArch(window=4, layers=frozenset({0, 1, 3}), rope_theta=1e4),
 )
 # What two does not divide: three key heads, and a vocabulary that padding makes 192 of.
 ODD = replace(QWEN2, num_attention_heads=6, num_query_groups=3, vocab_size=151)
