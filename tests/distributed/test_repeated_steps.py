@@ -13,7 +13,7 @@ from splits import Layout
 from test_megatron_engine import engine_of, responses_of
 from tiny_models import DELTAS, write_model
 
-MODELS = ("qwen2", "llama3_rope", "phi4_mini", "olmo2", *DELTAS[:1])
+MODELS = ("qwen2", "llama3_rope", "phi4_mini", "olmo3", *DELTAS[:1])
 ONE, TP = Layout(name="one rank", world=1), Layout(name="TP2", world=2, tp=2)
 CASES = [*((ONE, model) for model in MODELS), (TP, "qwen2"), (TP, "olmo2")]
 KINDS = ("sampled", "greedy", "truncated")
