@@ -186,7 +186,21 @@ PHI_MINI: dict[str, Any] = {
 MODELS["phi4_mini"] = ("Phi3", PHI_MINI)
 OLMO: dict[str, Any] = {"pad_token_id": None}
 MODELS["olmo2"] = ("Olmo2", OLMO)
-MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
+# A mixture in every layer, with one expert more that every token meets behind a gate.
+NETS_OF_EXPERTS: dict[str, Any] = {
+    **DELTA,
+    **EIGHT_EXPERTS,
+    "shared_expert_intermediate_size": 40,
+}
+OF_EXPERTS = ("qwen3_5_moe",) if DELTAS else ()
+if DELTAS:
+    MODELS["qwen3_5_moe"] = ("Qwen3_5Moe", NETS_OF_EXPERTS)
+    DELTAS += OF_EXPERTS
+MIXTURES = (
+    *("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
+    *(*LATENTS, *OF_EXPERTS),
+)
+STACKED = ("Qwen3_5Moe",)  # whose published files hold the experts of a layer in one tensor
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.
 REWARDS: tuple[tuple[float, ...], ...] = (
@@ -231,7 +245,7 @@ def write_model(name: str, model_dir: Path) -> None:
 
     torch.manual_seed(list(MODELS).index(name))
     family, changes = MODELS[name]
-    of_text = "Text" if family == "Qwen3_5" else ""
+    of_text = "Text" if family.startswith("Qwen3_5") else ""
     config_class = getattr(transformers, f"{family}{of_text}Config")
     settings = copy.deepcopy({**SIZES, **changes})  # transformers changes dictionaries
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**settings))
@@ -243,7 +257,7 @@ def write_model(name: str, model_dir: Path) -> None:
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn_like(bias))
-    model.save_pretrained(model_dir)
+    model.save_pretrained(model_dir, save_original_format=family not in STACKED)
 
 
 def with_long_memory(model: Any) -> None:
