@@ -76,6 +76,11 @@ NETS = replace(
         kernel=4,
     ),
 )
+GATED = replace(
+    NETS,
+    model_type="qwen3_5_moe_text",
+    mixture=replace(EXPERTS.mixture, shared_ffn_hidden_size=40, has_shared_gate=True),
+)
 TP2 = {"tensor_model_parallel_size": 2}
 CASES: dict[str, tuple[ModelArch, str, dict[str, Any]]] = {
     "plain": (PLAIN, "float32", {}),
@@ -110,6 +115,12 @@ if not faults.is_present("packed_delta_nets"):
         "delta nets, TP 2, sequence parallel": (
             NETS,
             "float32",
+            {**TP2, "sequence_parallel": True},
+        ),
+        "delta nets, a gate of an expert": (GATED, "float32", {}),
+        "the same in bfloat16, TP 2, sequence parallel": (
+            GATED,
+            "bfloat16",
             {**TP2, "sequence_parallel": True},
         ),
     }
