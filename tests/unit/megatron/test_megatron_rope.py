@@ -62,7 +62,7 @@ LATENTS = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
-OF_NETS = {"qwen3_5_text": ("plain", "wide")}
+OF_NETS = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), ("plain", "wide"))
 KINDS: dict[str, tuple[str, ...]] = {**dict.fromkeys(LATENTS, OF_LATENTS), **OF_NETS}
 CASES = [
     (family, style)
