@@ -13,6 +13,7 @@ from megatron_rl.conversion.partial import PartialOutput, Progress, describe_fil
 from megatron_rl.megatron.stored_files import MegatronCheckpoint
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.dcp_files import METADATA, Chunk
+from megatron_rl.weights.expert_stacks import Places, in_files
 from megatron_rl.weights.hf_files import (
     HfCheckpoint,
     copy_companions,
@@ -21,7 +22,6 @@ from megatron_rl.weights.hf_files import (
     write_index,
 )
 from megatron_rl.weights.layouts import float32_names, hf_shapes, stacks
-from megatron_rl.weights.stacks import Places, in_files
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
 FORMAT = 1  # of the journal; another number discards unfinished work

@@ -13,6 +13,7 @@ import torch
 from megatron_rl.conversion.partial import PartialOutput, Progress, describe_files
 from megatron_rl.errors import InputError
 from megatron_rl.files import read_json_object
+from megatron_rl.weights.expert_stacks import Places, Stack, in_files
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.registry import OF_IMAGES
 from megatron_rl.weights.families.tables import FAMILIES
@@ -26,7 +27,6 @@ from megatron_rl.weights.hf_files import (
 )
 from megatron_rl.weights.layouts import hf_shapes, stacks
 from megatron_rl.weights.pieces import blocks
-from megatron_rl.weights.stacks import Places, Stack, in_files
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
 FORMAT = 1  # of the journal; another number discards unfinished work

@@ -19,6 +19,7 @@ from megatron_rl.weights.critic_files import (
     write_value_head,
 )
 from megatron_rl.weights.disk import put_in_place, sync_tree
+from megatron_rl.weights.expert_stacks import Places, Stack, in_files
 from megatron_rl.weights.hf_files import (
     HfCheckpoint,
     copy_companions,
@@ -30,7 +31,6 @@ from megatron_rl.weights.layouts import float32_names, hf_pieces, hf_shapes, sta
 from megatron_rl.weights.pieces import whole
 from megatron_rl.weights.plan import Holders, Plan, build_plan
 from megatron_rl.weights.room import ROOM_FOR_THE_REST, Room
-from megatron_rl.weights.stacks import Places, Stack, in_files
 from megatron_rl.weights.sync import training_holders
 from megatron_rl.weights.tensor_file import TensorFileWriter
 from megatron_rl.weights.transfer import execute

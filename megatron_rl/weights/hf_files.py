@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_rl.errors import InputError
 from megatron_rl.files import read_json_object
+from megatron_rl.weights.expert_stacks import Places, Stack, in_files
 from megatron_rl.weights.pieces import Box, Piece, Tensors, blocks
-from megatron_rl.weights.stacks import Places, Stack, in_files
 from megatron_rl.weights.tensor_file import DTYPES, Entry, TensorFile
 
 INDEX = "model.safetensors.index.json"

@@ -9,11 +9,11 @@ from math import prod
 
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.expert_stacks import Stack
 from megatron_rl.weights.families.rows import EMBEDDING, FINAL_NORM, HEAD, TIED_HEAD_COPY
 from megatron_rl.weights.families.tables import FAMILIES
 from megatron_rl.weights.pieces import Piece, local_shapes, size, whole
 from megatron_rl.weights.rules import Rule, Sections
-from megatron_rl.weights.stacks import Stack
 
 # Ends of the names of parameters with rows of padding, which stand for no token.
 VOCABULARY = (EMBEDDING.megatron, HEAD.megatron)
@@ -117,7 +117,7 @@ def hf_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
 
 
 def stacks(arch: ModelArch) -> tuple[Stack, ...]:
-    """The tensors of the model's Hugging Face files that hold several of hf_shapes' (stacks.py)."""
+    """The tensors of the model's files that hold several of hf_shapes' (expert_stacks.py)."""
     family = FAMILIES[arch.model_type]
     if arch.mixture is None or not family.expert_stacks:
         return ()

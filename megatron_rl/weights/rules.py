@@ -344,7 +344,7 @@ class GateUp:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertStack:
-    """A tensor of Hugging Face files that holds a matrix of each expert of a layer (stacks.py).
+    """A tensor of files that holds a matrix of each expert of a layer (expert_stacks.py).
 
     It is no rule: everywhere but in files these matrices are tensors of their own.
     """

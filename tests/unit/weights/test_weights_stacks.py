@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.errors import InputError
+from megatron_rl.weights.expert_stacks import Places, Stack, in_files
 from megatron_rl.weights.families.registry import read_model_config
 from megatron_rl.weights.hf_files import HfCheckpoint
 from megatron_rl.weights.layouts import hf_shapes, stacks
 from megatron_rl.weights.pieces import view
-from megatron_rl.weights.stacks import Places, Stack, in_files
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
 SIZES = {
