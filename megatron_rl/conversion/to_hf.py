@@ -13,6 +13,7 @@ from megatron_rl.conversion.partial import PartialOutput, Progress, describe_fil
 from megatron_rl.megatron.stored_files import MegatronCheckpoint
 from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.dcp_files import METADATA, Chunk
+from megatron_rl.weights.expert_stacks import Places, in_files
 from megatron_rl.weights.hf_files import (
     HfCheckpoint,
     copy_companions,
@@ -20,7 +21,7 @@ from megatron_rl.weights.hf_files import (
     plan_files,
     write_index,
 )
-from megatron_rl.weights.layouts import float32_names, hf_shapes
+from megatron_rl.weights.layouts import float32_names, hf_shapes, stacks
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
 FORMAT = 1  # of the journal; another number discards unfinished work
@@ -55,10 +56,13 @@ def convert_to_hf(
     """
     shapes = hf_shapes(arch)
     kept = float32_names(arch)
-    dtypes = {
+    of_parts = {
         name: checkpoint.dtypes[name] if dtype is None or name in kept else dtype for name in shapes
     }
-    nbytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    tensors = in_files(shapes, stacks(arch))
+    places = Places(shapes, tensors.values())
+    dtypes = {name: stack.dtype(of_parts, checkpoint.directory) for name, stack in tensors.items()}
+    nbytes = {name: prod(stack.shape) * dtypes[name].itemsize for name, stack in tensors.items()}
     files = plan_files(nbytes, file_bytes)
     identity = {
         "format": FORMAT,
@@ -75,18 +79,20 @@ def convert_to_hf(
             if name in partial.finished:
                 progress.advance(sum(nbytes[tensor] for tensor in names))
                 continue
-            tensors = {tensor: (dtypes[tensor], shapes[tensor]) for tensor in names}
-            _write_file(partial.directory / name, tensors, checkpoint, progress)
+            of_file = {tensor: (dtypes[tensor], tensors[tensor].shape) for tensor in names}
+            _write_file(partial.directory / name, of_file, places, checkpoint, progress)
             partial.add(name, None)
         write_index(partial.directory, files, sum(nbytes.values()))
         copy_companions(config_dir, partial.directory, _main_dtype(dtypes, nbytes))
-        HfCheckpoint(partial.directory, shapes)  # index, headers and table must agree
+        # Index, headers and table must agree.
+        HfCheckpoint(partial.directory, shapes, stacks=stacks(arch))
         partial.complete()
 
 
 def _write_file(
     path: Path,
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    places: Places,
     checkpoint: MegatronCheckpoint,
     progress: Progress,
 ) -> None:
@@ -95,14 +101,15 @@ def _write_file(
     found = [
         (mapped.chunk, pieces)
         for mapped in checkpoint.chunks
-        if (pieces := [piece for piece in mapped.pieces if piece.hf in tensors])
+        if (pieces := [piece for piece in mapped.pieces if places.name(piece.hf) in tensors])
     ]
     records = _read_ahead(checkpoint, [chunk for chunk, _ in found])
     for (_, pieces), record in zip(found, records, strict=True):
         for piece in pieces:
             values = piece.of({piece.param: record})
-            writer.write(piece.hf, piece.box, values)
-            progress.advance(values.numel() * tensors[piece.hf][0].itemsize)
+            name = places.name(piece.hf)
+            writer.write(name, places.box(piece.hf, piece.box), values)
+            progress.advance(values.numel() * tensors[name][0].itemsize)
     writer.close()
 
 

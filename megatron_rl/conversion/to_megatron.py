@@ -33,7 +33,7 @@ from megatron_rl.weights.dcp_files import (
 )
 from megatron_rl.weights.disk import sync
 from megatron_rl.weights.hf_files import CONFIG, HfCheckpoint, copy_companions
-from megatron_rl.weights.layouts import MegatronParam, hf_shapes, is_behind
+from megatron_rl.weights.layouts import MegatronParam, hf_shapes, is_behind, stacks
 from megatron_rl.weights.model_source import COMPANION_DIR, TRACKER
 from megatron_rl.weights.pieces import Box, blocks, size
 
@@ -86,7 +86,9 @@ def convert_to_megatron(
     Raises:
         InputError: source cannot be used, or the output cannot be written.
     """
-    checkpoint = HfCheckpoint(source, hf_shapes(arch), lambda name: is_behind(arch, name))
+    checkpoint = HfCheckpoint(
+        source, hf_shapes(arch), lambda name: is_behind(arch, name), stacks(arch)
+    )
     plan = _plan(arch, checkpoint, tp, dtype)
     final = output / f"iter_{ITERATION:07d}"
     identity = {

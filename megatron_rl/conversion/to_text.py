@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from megatron_rl.conversion.partial import PartialOutput, Progress, describe_files
 from megatron_rl.errors import InputError
 from megatron_rl.files import read_json_object
+from megatron_rl.weights.expert_stacks import Places, Stack, in_files
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.registry import OF_IMAGES
 from megatron_rl.weights.families.tables import FAMILIES
@@ -22,7 +25,7 @@ from megatron_rl.weights.hf_files import (
     plan_files,
     write_index,
 )
-from megatron_rl.weights.layouts import hf_shapes
+from megatron_rl.weights.layouts import hf_shapes, stacks
 from megatron_rl.weights.pieces import blocks
 from megatron_rl.weights.tensor_file import TensorFileWriter
 
@@ -48,15 +51,20 @@ def convert_to_text(source: Path, output: Path, *, file_bytes: int, progress: Pr
     """
     config = text_config(read_json_object(source / CONFIG), str(source / CONFIG))
     family = FAMILIES[str(config["model_type"])]
-    shapes = hf_shapes(read_arch(family, config, str(source / CONFIG)))
+    arch = read_arch(family, config, str(source / CONFIG))
+    shapes, stacked = hf_shapes(arch), stacks(arch)
     there = {name: _name_there(name) for name in shapes}
     checkpoint = HfCheckpoint(
         source,
         {there[name]: shape for name, shape in shapes.items()},
         lambda name: name.startswith(LEFT_OUT),
+        map(_stack_there, stacked),
     )
-    dtypes = {name: checkpoint.dtypes[there[name]] for name in shapes}
-    nbytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    of_parts = {name: checkpoint.dtypes[there[name]] for name in shapes}
+    held = in_files(shapes, stacked)
+    places = Places(shapes, held.values())
+    dtypes = {name: stack.dtype(of_parts, source) for name, stack in held.items()}
+    nbytes = {name: prod(stack.shape) * dtypes[name].itemsize for name, stack in held.items()}
     files = plan_files(nbytes, file_bytes)
     identity = {
         "format": FORMAT,
@@ -71,20 +79,21 @@ def convert_to_text(source: Path, output: Path, *, file_bytes: int, progress: Pr
             if file in partial.finished:
                 progress.advance(sum(nbytes[name] for name in names))
                 continue
-            tensors = {name: (dtypes[name], shapes[name]) for name in names}
+            tensors = {name: (dtypes[name], held[name].shape) for name in names}
             writer = TensorFileWriter(partial.directory / file, tensors)
-            for name, (dtype, shape) in tensors.items():
-                for box in blocks(shape, dtype.itemsize, BLOCK_BYTES):
-                    values = torch.empty([hi - lo for lo, hi in box], dtype=dtype)
-                    checkpoint.read(there[name], box, values)
-                    writer.write(name, box, values)
+            for part in chain.from_iterable(held[name].parts for name in names):
+                for box in blocks(shapes[part], of_parts[part].itemsize, BLOCK_BYTES):
+                    values = torch.empty([hi - lo for lo, hi in box], dtype=of_parts[part])
+                    checkpoint.read(there[part], box, values)
+                    writer.write(places.name(part), places.box(part, box), values)
                     progress.advance(values.nbytes)
             writer.close()
             partial.add(file, None)
         write_index(partial.directory, files, sum(nbytes.values()))
         copy_companions(source, partial.directory)
         (partial.directory / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-        HfCheckpoint(partial.directory, shapes)  # index, headers and table must agree
+        # Index, headers and table must agree.
+        HfCheckpoint(partial.directory, shapes, stacks=stacked)
         partial.complete()
 
 
@@ -124,3 +133,8 @@ def text_config(config: Mapping[str, object], where: str) -> dict[str, Any]:
 def _name_there(name: str) -> str:
     """The name of a tensor of the text in a model that also reads images."""
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name
+
+
+def _stack_there(stack: Stack) -> Stack:
+    parts = tuple(map(_name_there, stack.parts))
+    return replace(stack, name=_name_there(stack.name), parts=parts)

@@ -137,12 +137,16 @@ class Activations:
             return (5.0 if is_local else 3.0) * arch.ffn_hidden_size / tp * self.itemsize
         mixture = arch.mixture
         experts_tp = parallel.expert_tensor_parallel_size or tp
-        # Each expert's output is scaled by its probability, so one more is kept.
+        # Each expert's output is scaled by its probability, so one more is kept. Ranks that share
+        # experts and no matrix of one have as many fewer tokens there as they share of a sequence.
         rows = (6.0 if is_local else 4.0) * mixture.ffn_hidden_size / experts_tp + arch.hidden_size
-        router = 6 * 4.0 * mixture.num_experts
+        rows *= experts_tp / tp
+        router = 6 * 4.0 * mixture.num_experts / self._sequence_ranks
         # The expert that every token meets is a feed-forward network beside them.
         shared = (5.0 if is_local else 3.0) * mixture.shared_ffn_hidden_size / tp
-        return self.itemsize * (mixture.top_k * rows + arch.hidden_size + shared) + router
+        # What experts give, summed up, and what the gate of that one was multiplied with.
+        sums = (2 if mixture.has_shared_gate else 1) * arch.hidden_size / self._sequence_ranks
+        return self.itemsize * (mixture.top_k * rows + sums + shared) + router
 
     def _of_norm(self, width: float) -> float:
         """Bytes of what a norm keeps besides its output."""

@@ -23,7 +23,13 @@ from megatron_rl.weights.dcp_files import (
     read_stored_tensors,
 )
 from megatron_rl.weights.hf_files import HfCheckpoint, WeightFiles
-from megatron_rl.weights.layouts import MegatronParam, hf_shapes, is_behind, megatron_params
+from megatron_rl.weights.layouts import (
+    MegatronParam,
+    hf_shapes,
+    is_behind,
+    megatron_params,
+    stacks,
+)
 from megatron_rl.weights.model_source import ModelSource
 from megatron_rl.weights.pieces import Piece, Tensors, intersection
 
@@ -46,7 +52,7 @@ def open_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
     """
     if source.megatron_dir is not None:
         return MegatronCheckpoint(source.megatron_dir, arch)
-    return HfCheckpoint(source.config_dir, hf_shapes(arch), partial(is_behind, arch))
+    return HfCheckpoint(source.config_dir, hf_shapes(arch), partial(is_behind, arch), stacks(arch))
 
 
 def open_critic_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
@@ -54,7 +60,7 @@ def open_critic_weights(source: ModelSource, arch: ModelArch) -> WeightFiles:
     if source.megatron_dir is not None:
         return MegatronCheckpoint(source.megatron_dir, arch)
     shapes = critic_shapes(arch, source.config_dir)
-    return HfCheckpoint(source.config_dir, shapes, partial(is_behind, arch))
+    return HfCheckpoint(source.config_dir, shapes, partial(is_behind, arch), stacks(arch))
 
 
 @dataclass(frozen=True)

@@ -128,11 +128,13 @@ def _mixture_settings(mixture: MixtureArch, num_layers: int, *, use_te: bool) ->
         # See routers.py, which balances.
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": use_te,
+        "moe_shared_expert_intermediate_size": mixture.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": mixture.has_shared_gate,
     }
 
 
 def _sigmoid_settings(mixture: MixtureArch, dtype: torch.dtype) -> dict[str, Any]:
-    """What DeepSeek-V3's router has besides, and the expert that every token meets."""
+    """What DeepSeek-V3's router has besides."""
     return {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": mixture.has_bias,
@@ -140,7 +142,6 @@ def _sigmoid_settings(mixture: MixtureArch, dtype: torch.dtype) -> dict[str, Any
         "moe_router_topk_scaling_factor": mixture.scale,
         # transformers and vLLM compute these logits in float32 whatever the model's dtype.
         "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
-        "moe_shared_expert_intermediate_size": mixture.shared_ffn_hidden_size,
         "moe_router_num_groups": mixture.num_groups if mixture.num_groups > 1 else None,
         "moe_router_group_topk": mixture.chosen_groups if mixture.num_groups > 1 else None,
     }

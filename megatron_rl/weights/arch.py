@@ -19,6 +19,7 @@ class MixtureArch:
     has_bias: bool = False  # experts are chosen by score + bias, and weighed by the score
     scale: float = 1.0  # by which the chosen experts' probabilities are multiplied
     shared_ffn_hidden_size: int = 0  # of the expert that every token meets; 0: there is none
+    has_shared_gate: bool = False  # its output is multiplied by a sigmoid of the token
     num_groups: int = 1  # of experts, of which a token goes to those of the best alone
     chosen_groups: int = 1  # those groups
 
@@ -295,6 +296,7 @@ class ModelArch:
             return 3 * self.hidden_size * self.ffn_hidden_size
         expert = 3 * self.hidden_size * self.mixture.ffn_hidden_size
         shared = 3 * self.hidden_size * self.mixture.shared_ffn_hidden_size
+        shared += self.hidden_size if self.mixture.has_shared_gate else 0
         bias = self.mixture.num_experts if self.mixture.has_bias else 0
         return self.mixture.num_experts * (expert + self.hidden_size) + bias + shared
 

@@ -19,6 +19,7 @@ from megatron_rl.weights.critic_files import (
     write_value_head,
 )
 from megatron_rl.weights.disk import put_in_place, sync_tree
+from megatron_rl.weights.expert_stacks import Places, Stack, in_files
 from megatron_rl.weights.hf_files import (
     HfCheckpoint,
     copy_companions,
@@ -26,7 +27,7 @@ from megatron_rl.weights.hf_files import (
     plan_files,
     write_index,
 )
-from megatron_rl.weights.layouts import float32_names, hf_pieces, hf_shapes
+from megatron_rl.weights.layouts import float32_names, hf_pieces, hf_shapes, stacks
 from megatron_rl.weights.pieces import whole
 from megatron_rl.weights.plan import Holders, Plan, build_plan
 from megatron_rl.weights.room import ROOM_FOR_THE_REST, Room
@@ -67,8 +68,9 @@ def export_hf(
     if is_critic:
         sources, shapes = critic_holders(sources), without_lm_head(shapes)
     exact = float32_names(arch)
-    dtypes = {name: torch.float32 if name in exact else dtype for name in shapes}
-    nbytes = {name: prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    tensors = in_files(shapes, stacks(arch))
+    dtypes = {name: torch.float32 if name in exact else dtype for name in tensors}
+    nbytes = {name: prod(stack.shape) * dtypes[name].itemsize for name, stack in tensors.items()}
     by_dtype = _files_by_dtype(nbytes, dtypes, file_mib << 20)
     files = list(chain.from_iterable(by_dtype.values()))
     temporary = output.with_name(f".{output.name}.partial")
@@ -88,50 +90,57 @@ def export_hf(
         write_value_head(temporary, value_head)
 
     def finish() -> None:
-        HfCheckpoint(temporary, shapes)  # index, headers and table must agree
+        # Index, headers and table must agree.
+        HfCheckpoint(temporary, shapes, stacks=stacks(arch))
         sync_tree(temporary)
         put_in_place(temporary, output)
 
     on_the_disk(prepare, has_part=groups.is_main)
     writes_head = groups.is_first_copy and groups.here.dp_rank == 0
-    writer = _FileSequence(temporary, files, shapes, dtypes)
+    writer = _FileSequence(temporary, files, tensors, shapes, dtypes)
     for one, its_files in by_dtype.items():
-        for names_of in _batches(its_files, nbytes, groups.layout.world_size):
-            tensors = _gathered(params, sources, names_of, shapes, groups, one)
-            on_the_disk(partial(writer.write, tensors))
+        parts = [tuple(chain.from_iterable(tensors[n].parts for n in names)) for names in its_files]
+        of_parts = {name: prod(shape) * one.itemsize for name, shape in shapes.items()}
+        for names_of in _batches(parts, of_parts, groups.layout.world_size):
+            gathered = _gathered(params, sources, names_of, shapes, groups, one)
+            on_the_disk(partial(writer.write, gathered))
     if is_critic:
         on_the_disk(write_head, has_part=writes_head)
     on_the_disk(finish, has_part=groups.is_main)
 
 
 class _FileSequence:
-    """Writes whole tensors to their files; all tensors of a file must come one after the other."""
+    """Writes whole parts to their files; all parts of a file must come one after the other."""
 
     def __init__(
         self,
         directory: Path,
         files: Sequence[tuple[str, ...]],
+        tensors: Mapping[str, Stack],
         shapes: Shapes,
         dtypes: Mapping[str, torch.dtype],
     ) -> None:
+        """files: the names of the tensors in each; shapes: of the parts of these."""
         self._directory, self._files, self._shapes, self._dtypes = directory, files, shapes, dtypes
+        self._tensors, self._places = tensors, Places(shapes, tensors.values())
         self._number_of = {name: number for number, names in enumerate(files) for name in names}
         self._writer: TensorFileWriter | None = None
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
+    def write(self, parts: Mapping[str, Tensor]) -> None:
+        for part, values in parts.items():
+            name = self._places.name(part)
             names = self._files[self._number_of[name]]
             if self._writer is None:
                 self._writer = self._open(self._number_of[name])
-            self._writer.write(name, whole(self._shapes[name]), tensor)
-            if name == names[-1]:
+            self._writer.write(name, self._places.box(part, whole(self._shapes[part])), values)
+            if part == self._tensors[names[-1]].parts[-1]:
                 self._writer.close()
                 self._writer = None
 
     def _open(self, number: int) -> TensorFileWriter:
         return TensorFileWriter(
             self._directory / file_name(number, len(self._files)),
-            {name: (self._dtypes[name], self._shapes[name]) for name in self._files[number]},
+            {name: (self._dtypes[name], self._tensors[name].shape) for name in self._files[number]},
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_rl.errors import InputError
 from megatron_rl.files import read_json_object
+from megatron_rl.weights.expert_stacks import Places, Stack, in_files
 from megatron_rl.weights.pieces import Box, Piece, Tensors, blocks
 from megatron_rl.weights.tensor_file import DTYPES, Entry, TensorFile
 
@@ -56,20 +57,27 @@ class HfCheckpoint:
         model_dir: Path,
         shapes: Mapping[str, tuple[int, ...]],
         is_left_out: Callable[[str], bool] = lambda _: False,
+        stacks: Iterable[Stack] = (),
     ) -> None:
         """Read the headers of all files.
 
-        is_left_out: whether a tensor of this name may be there that is not in shapes.
+        Args:
+            model_dir: the directory.
+            shapes: the tensors that it must have.
+            is_left_out: whether a tensor of this name may be there that is not in shapes.
+            stacks: tensors that may be there in the place of several of those.
 
         Raises:
             InputError: index, headers, file sizes and `shapes` do not agree.
         """
         self.model_dir = model_dir
         self._file_of = _open_files(model_dir)
-        self._check_names(shapes, is_left_out)
-        for name, shape in shapes.items():
-            self._check_tensor(name, shape)
-        self.dtypes = {name: DTYPES[self._entry(name).dtype] for name in shapes}
+        there = in_files(shapes, [stack for stack in stacks if stack.name in self._file_of])
+        self._check_names(there.keys(), is_left_out)
+        for name, stack in there.items():
+            self._check_tensor(name, stack.shape)
+        self._places = Places(shapes, there.values())
+        self.dtypes = {name: DTYPES[self._entry(self._places.name(name)).dtype] for name in shapes}
 
     @property
     def paths(self) -> list[Path]:
@@ -78,7 +86,8 @@ class HfCheckpoint:
 
     def read(self, name: str, box: Box, into: Tensor) -> None:
         """Copy hf[box] to a tensor of the box's shape."""
-        self._file_of[name].read(name, box, into)
+        there = self._places.name(name)
+        self._file_of[there].read(there, self._places.box(name, box), into)
 
     @torch.no_grad()
     def fill(self, params: Tensors, pieces: Sequence[Piece]) -> None:
@@ -89,19 +98,17 @@ class HfCheckpoint:
     def _entry(self, name: str) -> Entry:
         return self._file_of[name].entries[name]
 
-    def _check_names(
-        self, shapes: Mapping[str, tuple[int, ...]], is_left_out: Callable[[str], bool]
-    ) -> None:
-        is_tied_head = HEAD not in shapes and {HEAD, EMBEDDING} <= self._file_of.keys()
+    def _check_names(self, wanted: Collection[str], is_left_out: Callable[[str], bool]) -> None:
+        is_tied_head = HEAD not in wanted and {HEAD, EMBEDDING} <= self._file_of.keys()
         if is_tied_head and not self._is_equal(HEAD, EMBEDDING):
             raise InputError(
                 f"{self.model_dir}: config.json ties the embeddings but {HEAD} differs from "
                 f"{EMBEDDING}. Set tie_word_embeddings=false or remove one of the tensors"
             )
-        missing = sorted(set(shapes) - set(self._file_of))
+        missing = sorted(set(wanted) - set(self._file_of))
         extra = sorted(
             name
-            for name in set(self._file_of) - set(shapes)
+            for name in set(self._file_of) - set(wanted)
             if not name.endswith("rotary_emb.inv_freq")
             and not (is_tied_head and name == HEAD)
             and not is_left_out(name)
@@ -133,8 +140,8 @@ class HfCheckpoint:
             return False
         for box in blocks(shape, dtype.itemsize, COMPARED_BYTES):
             values = torch.empty(2, *(hi - lo for lo, hi in box), dtype=dtype)
-            self.read(one, box, values[0])
-            self.read(other, box, values[1])
+            for name, into in zip((one, other), values, strict=True):
+                self._file_of[name].read(name, box, into)
             if not torch.equal(values[0], values[1]):
                 return False
         return True

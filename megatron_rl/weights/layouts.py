@@ -9,6 +9,7 @@ from math import prod
 
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout
 from megatron_rl.weights.arch import ModelArch
+from megatron_rl.weights.expert_stacks import Stack
 from megatron_rl.weights.families.rows import EMBEDDING, FINAL_NORM, HEAD, TIED_HEAD_COPY
 from megatron_rl.weights.families.tables import FAMILIES
 from megatron_rl.weights.pieces import Piece, local_shapes, size, whole
@@ -104,12 +105,31 @@ def megatron_params(arch: ModelArch) -> list[MegatronParam]:
 
 
 def hf_shapes(arch: ModelArch) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model's Hugging Face checkpoint, in the order of the network."""
+    """Every tensor of the model's Hugging Face checkpoint, in the order of the network.
+
+    Each matrix of an expert is one, whatever files hold several of them in a stack.
+    """
     return {
         _numbered(name, place.layer, place.expert): shape
         for place in places(arch)
         for name, shape in place.rule.hf_shapes(arch).items()
     }
+
+
+def stacks(arch: ModelArch) -> tuple[Stack, ...]:
+    """The tensors of the model's files that hold several of hf_shapes' (expert_stacks.py)."""
+    family = FAMILIES[arch.model_type]
+    if arch.mixture is None or not family.expert_stacks:
+        return ()
+    shapes, count = hf_shapes(arch), arch.mixture.num_experts
+    found = []
+    for layer in filter(arch.has_experts, range(arch.num_layers)):
+        for stack in family.expert_stacks:
+            of_one = [shapes[_numbered(name, layer, 0)] for name in stack.of]
+            parts = [_numbered(name, layer, e) for e in range(count) for name in stack.of]
+            shape = (count, sum(rows for rows, *_ in of_one), *of_one[0][1:])
+            found.append(Stack(_numbered(stack.hf, layer, None), shape, tuple(parts)))
+    return tuple(found)
 
 
 def float32_names(arch: ModelArch) -> frozenset[str]:

@@ -343,6 +343,17 @@ class GateUp:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertStack:
+    """A tensor of files that holds a matrix of each expert of a layer (expert_stacks.py).
+
+    It is no rule: everywhere but in files these matrices are tensors of their own.
+    """
+
+    hf: str
+    of: tuple[str, ...]  # the tensors of one expert {e}, which stand over each other in it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stacked:
     """A rule whose Hugging Face tensors stand over each other in one, in the order of their names.
 

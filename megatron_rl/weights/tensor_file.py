@@ -48,6 +48,14 @@ class Entry:
     start: int  # in bytes from the start of the file
     nbytes: int
 
+    def of_axes(self, count: int) -> "Entry":
+        """The same bytes with so many axes: where there are fewer, the first ones are one."""
+        merged = len(self.shape) - count
+        if merged <= 0:
+            return self
+        first = math.prod(self.shape[: merged + 1])
+        return replace(self, shape=(first, *self.shape[merged + 1 :]))
+
 
 class TensorFile:
     """An open safetensors file whose header fits its size."""
@@ -71,8 +79,11 @@ class TensorFile:
             ) from error
 
     def read(self, name: str, box: Box, into: Tensor) -> None:
-        """Copy tensor[box] to `into`, which has the box's shape and any dtype and device."""
-        entry = self.entries[name]
+        """Copy tensor[box] to `into`, which has the box's shape and any dtype and device.
+
+        A box may have fewer axes than the tensor, whose first ones are one then.
+        """
+        entry = self.entries[name].of_axes(len(box))
         dtype = DTYPES[entry.dtype]
         is_whole_rows = box[1:] == whole(entry.shape[1:])
         if is_whole_rows and into.dtype == dtype and into.is_contiguous() and into.is_cpu:
@@ -113,8 +124,11 @@ class TensorFileWriter:
         _write_all(self._file.fileno(), memoryview(header), 0)
 
     def write(self, name: str, box: Box, values: Tensor) -> None:
-        """Write tensor[box] = values, cast to the tensor's dtype; never an element twice."""
-        entry = self._entries[name]
+        """Write tensor[box] = values, cast to the tensor's dtype; never an element twice.
+
+        A box may have fewer axes than the tensor, whose first ones are one then.
+        """
+        entry = self._entries[name].of_axes(len(box))
         values = values.to("cpu", DTYPES[entry.dtype]).contiguous()
         self._missing[name] -= values.numel()
         row_bytes = entry.nbytes // entry.shape[0]

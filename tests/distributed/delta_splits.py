@@ -3,6 +3,7 @@
 from typing import Any
 
 from layout import Layout
+from router_reference import Auxiliary
 
 from megatron_rl.parallel.stages import Split
 
@@ -12,6 +13,8 @@ NETS: dict[str, Any] = {
     "is_refused_with": "packed_delta_nets",
 }
 FEW: dict[str, Any] = {**NETS, "model": "qwen3_5_few_nets"}  # with a tied embedding
+BALANCED = Auxiliary(over="sequence", balance=0.3, z=0.02)
+EXPERTS: dict[str, Any] = {**NETS, "model": "qwen3_5_moe"}  # one of them behind a gate
 
 DELTA_LAYOUTS = (
     Layout(name="one rank, delta nets", world=1, **NETS),
@@ -46,4 +49,37 @@ DELTA_LAYOUTS = (
     ),
     Layout(name="TP4 SP, few delta nets", world=4, tp=4, sequence_parallel=True, **FEW),
     Layout(name="PP4, delta nets", world=4, pp=4, **NETS, is_daily=False),
+    Layout(name="one rank, nets and experts", world=1, **EXPERTS),
+    Layout(
+        name="EP2, nets and experts, shared prompts", world=2, ep=2, shares_prompts=True, **EXPERTS
+    ),
+    Layout(name="TP2 SP, nets and experts", world=2, tp=2, sequence_parallel=True, **EXPERTS),
+    Layout(name="PP2 VPP2, nets and experts", world=2, pp=2, vpp=2, **EXPERTS),
+    Layout(
+        name="TP2 SP EP2, nets and experts, balanced, all recomputed",
+        world=4,
+        tp=2,
+        ep=2,
+        sequence_parallel=True,
+        recompute="full",
+        auxiliary=BALANCED,
+        **EXPERTS,
+    ),
+    Layout(
+        name="EP2 PP2, nets and experts, overlapped",
+        world=4,
+        ep=2,
+        pp=2,
+        overlaps_reduction=True,
+        **EXPERTS,
+    ),
+    Layout(
+        name="TP2 SP EP4 ETP1, nets and experts",
+        world=4,
+        tp=2,
+        ep=4,
+        expert_tp=1,
+        sequence_parallel=True,
+        **EXPERTS,
+    ),
 )

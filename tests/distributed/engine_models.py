@@ -15,9 +15,11 @@ from tiny_models import (
     LATENT,
     LLAMA3_ROPE,
     MOONLIGHT,
+    NETS_OF_EXPERTS,
     OLMO,
     PHI,
     PHI_MINI,
+    STACKED,
     SWITCHED_ON,
     WINDOWS,
     YARN_ROPE,
@@ -87,6 +89,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 if DELTAS:  # which vLLM does not have on a CPU
     MODELS["qwen3_5"] = ("Qwen3_5", {**DELTA, "tie_word_embeddings": True})
+    MODELS["qwen3_5_moe"] = ("Qwen3_5Moe", NETS_OF_EXPERTS)
 
 
 def write_model(name: str, model_dir: Path) -> None:
@@ -100,7 +103,7 @@ def write_model(name: str, model_dir: Path) -> None:
     torch.manual_seed(len(name))
     family, changes = MODELS[name]
     settings = copy.deepcopy({**SIZES, "vocab_size": make_model.VOCAB_SIZE, **changes})
-    of_text = "Text" if family == "Qwen3_5" else ""
+    of_text = "Text" if family.startswith("Qwen3_5") else ""
     config = getattr(transformers, f"{family}{of_text}Config")(**settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
@@ -111,4 +114,4 @@ def write_model(name: str, model_dir: Path) -> None:
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn_like(bias))
-    model.save_pretrained(model_dir)
+    model.save_pretrained(model_dir, save_original_format=family not in STACKED)

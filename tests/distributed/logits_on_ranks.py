@@ -189,6 +189,23 @@ def norms_not_centred(policy: Policy) -> None:
             module.weight.data.sub_(1)
 
 
+def shared_gates_open(policy: Policy) -> None:
+    """The expert that every token meets has no gate."""
+    _shared_experts(policy, "use_shared_expert_gate", False)
+
+
+def without_shared_experts(policy: Policy) -> None:
+    """The output of that expert is left out."""
+    _shared_experts(policy, "forward", torch.zeros_like)
+
+
+def _shared_experts(policy: Policy, name: str, value: object) -> None:
+    found = [module for module in _modules(policy) if hasattr(module, "use_shared_expert_gate")]
+    assert found
+    for module in found:
+        setattr(module, name, value)
+
+
 def sequences_run_on(policy: Policy) -> None:
     """States go from one sequence of a row into the next."""
     for module in _modules(policy):

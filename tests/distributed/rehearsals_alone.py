@@ -45,6 +45,13 @@ LAYOUTS: tuple[tuple[str, int, int, int, dict[str, Any]], ...] = (
     ("Qwen3.5-27B, its text", 32, 20, 8, {"tp": 4, "pp": 2, "sequence_parallel": True}),
     ("Qwen2.5-Math-7B", 1024, 512, 8, {"tp": 4, "pp": 4, "sequence_parallel": True}),
     ("Olmo-3-32B-Think", 64, 40, 8, {"tp": 8, "pp": 2, "sequence_parallel": True}),
+    (
+        "Qwen3.5-35B-A3B, its text",
+        64,
+        40,
+        8,
+        {"tp": 2, "pp": 2, "sequence_parallel": True, "ep": 8},
+    ),
 )
 PASSES = ("sft", "grpo", "ppo", "iterative_dpo", "distillation")
 NAMES = {

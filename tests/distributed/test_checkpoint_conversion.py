@@ -9,7 +9,7 @@ import pytest
 from harness import asked_for, run_on_ranks
 from layout import Layout
 from safetensors.torch import load_file
-from tiny_models import DELTAS, MIXTURES, write_model
+from tiny_models import DELTAS, MIXTURES, OF_EXPERTS, write_model
 from torch import Tensor, equal
 
 from megatron_rl.conversion.to_hf import convert_to_hf
@@ -62,7 +62,7 @@ LAYOUTS = (
 SHARE = (
     *("qwen2_eight_heads", "qwen2_tied", "qwen3", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
     *("deepseek_v3", "phi4_mini", "olmo2"),
-    *DELTAS[:1],
+    *(*DELTAS[:1], *OF_EXPERTS),
 )
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from harness import asked_for, run_on_ranks
 from splits import Layout
-from tiny_models import DELTAS, VOCAB_SIZE, write_model
+from tiny_models import DELTAS, OF_EXPERTS, VOCAB_SIZE, write_model
 
-MODELS = ("qwen2", "qwen3_moe", "deepseek_v3", "olmo3", *DELTAS[:1])
+MODELS = ("qwen2", "qwen3_moe", "deepseek_v3", "olmo3", *DELTAS[:1], *OF_EXPERTS)
 OF_FEW = ("deepseek_v3", "olmo3", *DELTAS)  # at a few layouts
 LAYOUTS = (
     Layout(name="one rank", world=1),
@@ -36,8 +36,10 @@ CASES = [
     if (model != "qwen2" and (layout.tp == 1 or layout.sequence_parallel))
     or (model == "qwen2" and layout.ep == 1)
     if layout.name not in ("PP2 VPP2", "CP2") or model == "qwen2"
-    if layout.name in ("one rank", "TP2 SP", "PP2") or model not in OF_FEW
-    if layout.ep == 1 or model not in DELTAS
+    if layout.name in ("one rank", "TP2 SP", "PP2")
+    or model not in OF_FEW
+    or (layout.ep > 1 and model in OF_EXPERTS)
+    if layout.ep == 1 or model not in DELTAS[:1]
 ] + [("TP2", model) for model in DELTAS[:1]]
 MISTAKES = ("position_shifted", "slots_not_moved", "first_slot_for_all", "noise_of_slots")
 STOPS = (1, 17, 40)

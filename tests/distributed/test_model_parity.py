@@ -10,7 +10,16 @@ import torch.distributed as dist
 from float64_modules import one_epsilon
 from harness import asked_for, run_on_ranks
 from layout import Layout
-from tiny_models import DELTAS, LATENTS, MIXTURES, MODELS, OF_THREES, VOCAB_SIZE, write_model
+from tiny_models import (
+    DELTAS,
+    LATENTS,
+    MIXTURES,
+    MODELS,
+    OF_EXPERTS,
+    OF_THREES,
+    VOCAB_SIZE,
+    write_model,
+)
 
 LENGTHS = (256, 90)  # long enough for a scaled rope to show
 BOUND = 1e-4  # seen: 1.5e-5 and less
@@ -37,7 +46,7 @@ MISTAKES = {
     "without_rope_scaling": ((*SCALED, "qwen2_yarn", "phi4_mini", "olmo3"), "one rank"),
     "without_amplitude": (("qwen2_yarn", "phi4_mini", "olmo3"), "one rank"),
     "with_another_theta": (("mistral", "qwen3", "mixtral"), "one rank"),
-    "with_another_softmax": (("qwen3_moe", "qwen3_moe_raw", "mixtral"), "one rank"),
+    "with_another_softmax": (("qwen3_moe", "qwen3_moe_raw", "mixtral", *OF_EXPERTS), "one rank"),
     "with_another_epsilon": (("qwen2",), "one rank"),
     "gate_and_up_swapped": (("qwen2", "qwen3_moe"), "one rank"),
     "head_norms_swapped": (("qwen3", "qwen3_moe", *DELTAS), "one rank"),
@@ -58,6 +67,8 @@ MISTAKES = {
     "stacks_taken_for_ours": (("phi4", "phi4_mini"), "TP2 SP"),
     "shares_and_decays_swapped": (DELTAS, "one rank"),
     "queries_and_gates_swapped": (DELTAS, "one rank"),
+    "shared_gates_open": (OF_EXPERTS, "one rank"),
+    "without_shared_experts": (OF_EXPERTS, "one rank"),
     "norms_not_centred": (DELTAS, "one rank"),
     "sequences_run_on": (DELTAS, "one rank"),
     "gate_over_up_cut_as_one": (("qwen2", "mistral"), "TP2 SP"),
@@ -142,6 +153,8 @@ def measure_layouts(layouts: list[Layout], folder: Path, out: Path) -> None:
         "head_norms_swapped": {"change_pieces": ranks.swapped("q_norm", "k_norm")},
         "shares_and_decays_swapped": {"change_pieces": ranks.swapped("in_proj_a", "in_proj_b")},
         "queries_and_gates_swapped": {"change_pieces": ranks.queries_and_gates_swapped},
+        "shared_gates_open": {"change": ranks.shared_gates_open},
+        "without_shared_experts": {"change": ranks.without_shared_experts},
         "norms_not_centred": {"change": ranks.norms_not_centred},
         "sequences_run_on": {"change": ranks.sequences_run_on},
         "gate_over_up_cut_as_one": {"change_pieces": ranks.gate_over_up_cut_as_one},

@@ -202,7 +202,21 @@ SWITCHED_ON = {"use_sliding_window": True, "sliding_window": 8, "max_window_laye
 MODELS["qwen2_window"] = ("Qwen2", {**SWITCHED_ON, "tie_word_embeddings": True})
 MODELS["phi3_window"] = ("Phi3", {**PHI, "sliding_window": 7})
 MODELS["qwen3_window"] = ("Qwen3", {**SWITCHED_ON, "head_dim": 32})
-MIXTURES = ("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe", *LATENTS)
+# A mixture in every layer, with one expert more that every token meets behind a gate.
+NETS_OF_EXPERTS: dict[str, Any] = {
+    **DELTA,
+    **EIGHT_EXPERTS,
+    "shared_expert_intermediate_size": 40,
+}
+OF_EXPERTS = ("qwen3_5_moe",) if DELTAS else ()
+if DELTAS:
+    MODELS["qwen3_5_moe"] = ("Qwen3_5Moe", NETS_OF_EXPERTS)
+    DELTAS += OF_EXPERTS
+MIXTURES = (
+    *("qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed", "mixtral", "glm4_moe"),
+    *(*LATENTS, *OF_EXPERTS),
+)
+STACKED = ("Qwen3_5Moe",)  # whose published files hold the experts of a layer in one tensor
 
 # All correct, all wrong, mixed, graded in between, and alone in their group.
 REWARDS: tuple[tuple[float, ...], ...] = (
@@ -247,7 +261,7 @@ def write_model(name: str, model_dir: Path) -> None:
 
     torch.manual_seed(list(MODELS).index(name))
     family, changes = MODELS[name]
-    of_text = "Text" if family == "Qwen3_5" else ""
+    of_text = "Text" if family.startswith("Qwen3_5") else ""
     config_class = getattr(transformers, f"{family}{of_text}Config")
     settings = copy.deepcopy({**SIZES, **changes})  # transformers changes dictionaries
     model = getattr(transformers, f"{family}ForCausalLM")(config_class(**settings))
@@ -259,7 +273,7 @@ def write_model(name: str, model_dir: Path) -> None:
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 bias.copy_(0.3 * torch.randn_like(bias))
-    model.save_pretrained(model_dir)
+    model.save_pretrained(model_dir, save_original_format=family not in STACKED)
 
 
 def with_long_memory(model: Any) -> None:

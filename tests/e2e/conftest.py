@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 import harness
 import pytest
 from engine_models import write_model
-from tiny_models import DELTAS
+from tiny_models import DELTAS, OF_EXPERTS
 from training_runs import TP2, Runs
 
 # With vLLM as well: one server for all files costs less than one for those that have an engine.
@@ -20,7 +20,7 @@ for module in ("preload_megatron", "preload_vllm"):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     small = ("qwen2", "qwen2_tied", "glm4_moe", "deepseek_v3", "phi4_mini", "olmo2", "olmo3")
-    for name in (*small, *DELTAS[:1]):
+    for name in (*small, *DELTAS[:1], *OF_EXPERTS):
         write_model(name, folder / "models" / name)
     return Runs(folder)
 

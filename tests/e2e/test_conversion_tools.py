@@ -13,7 +13,7 @@ import torch
 from engine_models import write_model
 from forked import run_command
 from safetensors.torch import load_file, save_file
-from tiny_models import DELTAS
+from tiny_models import DELTAS, OF_EXPERTS
 from vllm_greedy import NEW_TOKENS, generate
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,11 @@ def converted(tmp_path_factory):
 
 # transformers has another epsilon than config.json says in moonlight's norms, which is mended here.
 @pytest.mark.parametrize(
-    "model", [*MODELS, *DELTAS[:1], pytest.param("moonlight", marks=pytest.mark.exhaustive)]
+    "model",
+    [
+        *(*MODELS, *DELTAS[:1], *OF_EXPERTS),
+        pytest.param("moonlight", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_both_kinds_hold_the_same_weights_and_give_the_same_logits(converted, model):
     folder = converted(model)

@@ -1,4 +1,4 @@
-"""A model with gated delta nets, from sampling to an export that transformers reads."""
+"""Models with gated delta nets, from sampling to an export that transformers reads."""
 
 import json
 import shutil
@@ -18,28 +18,40 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(runs):
-    return (f"model.path={runs.folder / 'models' / 'qwen3_5'}",)
+SHARED_EXPERTS = (
+    *TP2,
+    "parallel.sequence_parallel=true",
+    "parallel.expert_model_parallel_size=2",
+    "parallel.expert_tensor_parallel_size=1",
+)
+# Model -> how two ranks split it first.
+MODELS = {"qwen3_5": TP2, "qwen3_5_moe": SHARED_EXPERTS}
 
 
+def path_of(runs, model):
+    return f"model.path={runs.folder / 'models' / model}"
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_it_samples_and_trains_by_itself(runs, model):
     """What vLLM refuses on a CPU the policy does, with log-probs that a pass confirms."""
-    said = runs.finish("sampled nets", 1, *model, *SAMPLED, "run.num_iterations=3")
+    name = f"sampled {model}"
+    said = runs.finish(name, 1, path_of(runs, model), *SAMPLED, "run.num_iterations=3")
     assert "engine: megatron, since the other one refuses" in said
     assert "vLLM 0.32 runs on a CPU in bfloat16 alone" in said
-    records = runs.records("sampled nets")
+    records = runs.records(name)
     gaps = [record["rollout/logprob_gap_max"] for record in records]
     assert 0 < max(gaps) < 1e-5  # after updates, too
-    config = json.loads((runs.folder / "sampled nets" / "hf" / "config.json").read_text())
-    assert config["model_type"] == "qwen3_5_text"
+    config = json.loads((runs.folder / name / "hf" / "config.json").read_text())
+    assert config["model_type"] == f"{model}_text"
 
 
+@pytest.mark.parametrize("model", MODELS)
 def test_another_layout_continues_and_what_is_exported_was_trained(runs, model):
-    straight, moved = "nets TP2", "nets TP2 to PP2"
-    runs.finish(straight, 2, *model, *TP2)
+    straight, moved = f"{model} TP2", f"{model} TP2 to PP2"
+    runs.finish(straight, 2, path_of(runs, model), *MODELS[model])
     shutil.rmtree(runs.copy(straight, moved) / "checkpoints" / LAST)
-    said = runs.finish(moved, 2, *model, *PP2)
+    said = runs.finish(moved, 2, path_of(runs, model), *PP2)
     assert "resumed after iteration 3" in said
     # A net makes more of rounding than attention does; seen: 1.1e-6.
     check_continuation(runs.records(straight), runs.records(moved), bound=1e-5)
@@ -48,7 +60,7 @@ def test_another_layout_continues_and_what_is_exported_was_trained(runs, model):
         for folder in (
             runs.folder / straight / "hf",
             runs.folder / moved / "hf",
-            runs.folder / "models" / "qwen3_5",
+            runs.folder / "models" / model,
         )
     )
     assert there.keys() == here.keys() == first.keys()

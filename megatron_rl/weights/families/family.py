@@ -13,7 +13,7 @@ from megatron_rl.weights.families.rows import (
     QUERIES,
     WIDE_QK_NORM,
 )
-from megatron_rl.weights.rules import Rule
+from megatron_rl.weights.rules import ExpertStack, Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class MixtureFields:
 
     has_dense_layers: bool = False
     """True: decoder_sparse_step and mlp_only_layers can make some layers dense."""
+
+    shared_ffn_hidden_size: str | None = None
+    """The field with the size of an expert that every token meets, whose output has a gate."""
 
     has_groups: bool = False
     """True: n_group says of how many groups of experts topk_group are chosen first."""
@@ -58,6 +61,8 @@ class MixtureFields:
         own = frozenset({self.ffn_hidden_size, "num_experts_per_tok", *named})
         if self.renormalized is None:
             own |= {"norm_topk_prob"}
+        if self.shared_ffn_hidden_size is not None:
+            own |= {self.shared_ffn_hidden_size}
         if self.is_sigmoid:
             own |= {"routed_scaling_factor", "n_shared_experts"}
         if self.has_groups:
@@ -89,6 +94,9 @@ class Family:
 
     experts: tuple[Rule, ...] = ()
     """The matrices of each expert of such a layer; `{e}` is the expert's number."""
+
+    expert_stacks: tuple[ExpertStack, ...] = ()
+    """Where files hold a matrix of all experts of a layer in one tensor; empty: each alone."""
 
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Values that transformers takes for absent fields of this family; others are in

@@ -143,6 +143,9 @@ def read_arch(
         of_images=family.has_delta,
         of_windows=by_layer,
     )
+    mixture = None if family.mixture is None else read_mixture(family.mixture, fields, layers)
+    # Where no layer is dense, files may not say how wide one would be.
+    of_no_layer = None if mixture is None or family.dense else mixture.ffn_hidden_size
     positions = fields.number("max_position_embeddings")
     if rope.yarn is not None:  # the engine's table of angles ends there
         positions = min(positions, rope.yarn.positions)
@@ -152,7 +155,7 @@ def read_arch(
         model_type=family.model_type,
         num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=fields.number("intermediate_size"),
+        ffn_hidden_size=fields.number("intermediate_size", of_no_layer),
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=head_dim,
@@ -171,7 +174,7 @@ def read_arch(
         norms_behind=family.norms_behind,
         turns_in_float32=family.turns_in_float32,
         tied_embeddings=fields.flag("tie_word_embeddings"),
-        mixture=None if family.mixture is None else read_mixture(family.mixture, fields, layers),
+        mixture=mixture,
         latent=latent,
         delta=read_delta(fields, layers) if family.has_delta else None,
         sliding=read_sliding(family.windows, fields, layers, near_theta),

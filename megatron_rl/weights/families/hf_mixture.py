@@ -54,6 +54,9 @@ def read_mixture(names: MixtureFields, fields: Fields, layers: int) -> MixtureAr
         renormalized=renormalized,
         dense_layers=dense_layers,
     )
+    if names.shared_ffn_hidden_size is not None:
+        shared = fields.number(names.shared_ffn_hidden_size)
+        return replace(mixture, shared_ffn_hidden_size=shared, has_shared_gate=True)
     if not names.is_sigmoid:
         return mixture
     groups, chosen = _groups(mixture, fields) if names.has_groups else (1, 1)

@@ -9,7 +9,7 @@ from megatron_rl.weights.arch import ModelArch
 from megatron_rl.weights.families.hf_config import read_arch
 from megatron_rl.weights.families.tables import FAMILIES
 
-OF_IMAGES = {"qwen3_5": "qwen3_5_text"}
+OF_IMAGES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 """Models that also read images, and what their text is."""
 
 INSTEAD = {

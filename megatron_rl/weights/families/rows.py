@@ -9,6 +9,7 @@ from megatron_rl.weights.arch import DeltaArch, LatentArch, ModelArch
 from megatron_rl.weights.rules import (
     Copy,
     Down,
+    ExpertStack,
     GatedQkv,
     GateUp,
     Qkv,
@@ -327,6 +328,15 @@ STACKED_DENSE: tuple[Rule, ...] = tuple(
     for rule in DENSE
 )
 SHARED_EXPERT = _feed_forward("mlp.shared_experts", "mlp.shared_experts", _shared_expert_rows)
+GATED_SHARED_EXPERT: tuple[Rule, ...] = (
+    *_feed_forward("mlp.shared_experts", "mlp.shared_expert", _shared_expert_rows),
+    Copy(
+        megatron=MEGATRON_LAYER + "mlp.shared_experts.gate_weight",
+        hf=HF_LAYER + "mlp.shared_expert_gate.weight",
+        engine=HF_LAYER + "mlp.shared_expert_gate.weight",
+        shape=lambda arch: (1, arch.hidden_size),
+    ),
+)
 # What corrects the choice of experts (arXiv:2408.15664): float32 whatever the model's dtype, and no
 # gradient reaches it.
 ROUTER_BIAS = Copy(
@@ -368,4 +378,16 @@ def experts(block: str, *, gate: str, up: str, down: str) -> tuple[Rule, ...]:
             shape=lambda arch: (arch.hidden_size, _expert_rows(arch)),
             axis=1,
         ),
+    )
+
+
+def expert_stacks(block: str, *, gate: str, up: str, down: str) -> tuple[ExpertStack, ...]:
+    """Files with one tensor for gate over up of all experts of a layer, and one for down."""
+    hf = HF_LAYER + f"{block}.experts."
+    return (
+        ExpertStack(
+            hf=hf + f"{gate.removesuffix('_proj')}_{up}",
+            of=(hf + f"{{e}}.{gate}.weight", hf + f"{{e}}.{up}.weight"),
+        ),
+        ExpertStack(hf=hf + down, of=(hf + f"{{e}}.{down}.weight",)),
     )

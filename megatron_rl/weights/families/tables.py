@@ -12,6 +12,7 @@ from megatron_rl.weights.families.rows import (
     DELTA_NET,
     DENSE,
     GATED_ATTENTION,
+    GATED_SHARED_EXPERT,
     LATENT_ATTENTION,
     NORMED_ATTENTION,
     QK_NORM,
@@ -20,6 +21,7 @@ from megatron_rl.weights.families.rows import (
     SHARED_EXPERT,
     STACKED_ATTENTION,
     STACKED_DENSE,
+    expert_stacks,
     experts,
     router,
 )
@@ -296,11 +298,41 @@ QWEN3_5 = Family(
     has_delta=True,
 )
 
+# The mixtures among them. What Qwen publishes in 16 bits holds the experts of a layer in two
+# stacks; files that transformers has written hold each alone.
+QWEN3_5_MOE = Family(
+    model_type="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    attention=QWEN3_5.attention,
+    delta=DELTA_NET,
+    dense=(),
+    router=(*router("mlp"), *GATED_SHARED_EXPERT),
+    experts=experts("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    expert_stacks=expert_stacks("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    defaults={
+        **QWEN3_5.defaults,
+        "num_key_value_heads": 2,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    neutral={**QWEN3_5.neutral, "norm_topk_prob": (True,), "decoder_sparse_step": (1,)},
+    mixture=MixtureFields(
+        ffn_hidden_size="moe_intermediate_size",
+        num_experts=("num_experts",),
+        renormalized=True,
+        shared_ffn_hidden_size="shared_expert_intermediate_size",
+    ),
+    partial_rotary=0.25,
+    has_delta=True,
+)
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3, OLMO2),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5, QWEN3_5_MOE),
         *(OLMO3,),
     )
 }

@@ -118,6 +118,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 16,
         },
     },
+    "qwen3_5_moe": {  # five experts, whose two stacks divide by nothing
+        "model_type": "qwen3_5_moe_text",
+        "partial_rotary_factor": 0.5,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 5,
+        "linear_value_head_dim": 7,
+        "linear_conv_kernel_dim": 3,
+        "full_attention_interval": 2,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+        "shared_expert_intermediate_size": 10,
+    },
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,
@@ -134,9 +148,17 @@ COMPANIONS = {  # bytes that no parser would give back
 
 
 def write_model(
-    name: str, folder: Path, dtype: torch.dtype = torch.float32, *, num_files: int = 1
+    name: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    num_files: int = 1,
+    is_stacked: bool = True,
 ) -> dict[str, Tensor]:
-    """A model directory of random weights; its tensors."""
+    """A model directory of random weights; its tensors.
+
+    is_stacked: experts are in stacks where published files have them so.
+    """
     folder.mkdir(parents=True)
     config = {**SIZES, **CONFIGS[name], "torch_dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config))
@@ -149,8 +171,25 @@ def write_model(
         )
         for tensor, shape in hf_shapes(read_model_config(folder)).items()
     }
+    if is_stacked and name == "qwen3_5_moe":
+        tensors = with_stacks(tensors)
     save_tensors(folder, tensors, num_files)
     return tensors
+
+
+def with_stacks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The experts of a layer in two tensors, as Qwen3.5's published files have them."""
+    result = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." not in name}
+    for layer in {name.split(".mlp.")[0] for name in tensors if ".mlp.experts." in name}:
+        block, kinds = f"{layer}.mlp.experts", ("gate", "up", "down")
+        count = len([name for name in tensors if name.startswith(block)]) // 3
+        gate, up, down = (
+            torch.stack([tensors[f"{block}.{e}.{kind}_proj.weight"] for e in range(count)])
+            for kind in kinds
+        )
+        result[f"{block}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        result[f"{block}.down_proj"] = down
+    return result
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor], num_files: int = 1) -> None:

@@ -15,6 +15,7 @@ from conversion_models import (
     save_tensors,
     to_hf,
     to_megatron,
+    with_stacks,
     write_model,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -26,6 +27,7 @@ from megatron_rl.weights.dcp_files import read_stored_tensors
 from megatron_rl.weights.families.registry import read_model_config
 
 LAYER = "model.layers.1."
+PROJECTIONS = ("gate", "up", "down")
 
 
 def stored(directory, *keys):
@@ -65,7 +67,7 @@ def test_there_and_back_nothing_has_changed(tmp_path, name, num_files, tp, dtype
 
 
 @pytest.mark.parametrize("block_bytes", [1, 1000])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe_mixed"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe_mixed", "qwen3_5_moe"])
 def test_blocks_of_few_rows_make_the_same_model(tmp_path, monkeypatch, name, block_bytes):
     monkeypatch.setattr(to_megatron_module, "BLOCK_BYTES", block_bytes)
     tensors = write_model(name, tmp_path / "hf")
@@ -202,6 +204,30 @@ def test_the_parts_of_a_delta_net_are_stored_one_by_one(tmp_path):
     keys = set(read_stored_tensors(directory))
     assert not any(key.startswith(f"{net}linear_qkv") for key in keys)
     assert "decoder.layers.1.self_attention.linear_qkv.weight" in keys
+
+
+def test_experts_are_read_in_stacks_or_alone_and_written_in_stacks(tmp_path):
+    alone = write_model("qwen3_5_moe", tmp_path / "hf", is_stacked=False)
+    directory = to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    experts = "decoder.layers.1.mlp.experts.experts"
+    shared = "decoder.layers.1.mlp.shared_experts"
+    found = stored(
+        directory,
+        *(f"{experts}.linear_fc{n}.weight" for n in (1, 2)),
+        *(f"{shared}.linear_fc{n}.weight" for n in (1, 2)),
+        f"{shared}.gate_weight",
+    )
+    of = f"{LAYER}mlp."
+    for expert in range(5):
+        gate, up, down = (alone[f"{of}experts.{expert}.{p}_proj.weight"] for p in PROJECTIONS)
+        assert torch.equal(found[f"{experts}.linear_fc1.weight"][expert], torch.cat([gate, up]))
+        assert torch.equal(found[f"{experts}.linear_fc2.weight"][expert], down)
+    gate, up, down = (alone[f"{of}shared_expert.{p}_proj.weight"] for p in PROJECTIONS)
+    assert torch.equal(found[f"{shared}.linear_fc1.weight"], torch.cat([gate, up]))
+    assert torch.equal(found[f"{shared}.linear_fc2.weight"], down)
+    assert torch.equal(found[f"{shared}.gate_weight"], alone[f"{of}shared_expert_gate.weight"])
+    to_hf(tmp_path / "megatron", tmp_path / "back", file_bytes=5000)
+    assert are_equal(read_tensors(tmp_path / "back"), with_stacks(alone))
 
 
 def test_stock_layers_find_an_empty_state_of_every_linear(tmp_path):

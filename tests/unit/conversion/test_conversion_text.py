@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conversion_models import COMPANIONS, Told, are_equal, read_tensors
+from conversion_models import COMPANIONS, Told, are_equal, read_tensors, with_stacks
 from safetensors.torch import load_file
 
 from megatron_rl.conversion.to_text import convert_to_text, text_config
@@ -44,20 +44,36 @@ VISION = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["a head", "tied"])
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 10,
+}
+# Class of transformers -> what its text has, whether the head is tied, experts one by one.
+KINDS = {
+    "a head": ("Qwen3_5", {}, False, True),
+    "tied": ("Qwen3_5", {}, True, True),
+    "experts in stacks": ("Qwen3_5Moe", EXPERTS, False, False),
+    "experts one by one": ("Qwen3_5Moe", EXPERTS, False, True),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
 def models(request, tmp_path_factory):
     """(the model of transformers, its directory, that of its text)."""
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+    import transformers
 
     folder = tmp_path_factory.mktemp("images")
     torch.manual_seed(0)
-    config = Qwen3_5Config(
-        text_config={**TEXT, "tie_word_embeddings": request.param},
+    family, changes, is_tied, are_alone = request.param
+    config = getattr(transformers, f"{family}Config")(
+        text_config={**TEXT, **changes, "tie_word_embeddings": is_tied},
         vision_config=VISION,
-        tie_word_embeddings=request.param,
+        tie_word_embeddings=is_tied,
     )
-    model = Qwen3_5ForConditionalGeneration(config)
-    model.save_pretrained(folder / "images")
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    model.save_pretrained(folder / "images", save_original_format=are_alone)
     for name, content in COMPANIONS.items():
         (folder / "images" / name).write_bytes(content)
     convert_to_text(folder / "images", folder / "text", file_bytes=9000, progress=Told())
@@ -74,6 +90,8 @@ def test_the_tensors_are_those_of_the_text_bit_for_bit(models):
         for name, tensor in source.items()
         if "visual" not in name
     }
+    if "model.layers.0.mlp.experts.0.gate_proj.weight" in expected:
+        expected = with_stacks(expected)
     assert are_equal(read_tensors(text), expected)
 
 
@@ -82,7 +100,7 @@ def test_transformers_computes_the_same_with_the_text_alone(models):
 
     model, images, text = models
     alone = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
-    assert type(alone).__name__ == "Qwen3_5ForCausalLM"
+    assert type(alone).__name__ == type(model).__name__.replace("ConditionalGeneration", "CausalLM")
     tokens = torch.arange(2, 32)[None]
     with torch.no_grad():
         assert torch.equal(alone(tokens).logits, model(tokens).logits)

@@ -64,7 +64,7 @@ LATENTS = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
 }
-OF_NETS = {"qwen3_5_text": ("plain", "wide")}
+OF_NETS = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), ("plain", "wide"))
 OF_WINDOWS = {"olmo3": tuple(style for style in STYLES if style != "yarn, its own bounds")}
 KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LATENTS, OF_LATENTS),

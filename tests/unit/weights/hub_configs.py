@@ -377,6 +377,28 @@ QWEN3_5: dict[str, Any] = {  # the text of Qwen3.5-27B
     "use_cache": True,
     "vocab_size": 248320,
 }
+QWEN3_5_MOE: dict[str, Any] = {  # the text of Qwen3.5-35B-A3B, by transformers' defaults for it
+    **{
+        name: value
+        for name, value in QWEN3_5.items()
+        if name not in ("intermediate_size", "layer_types")
+    },
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "hidden_size": 2048,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 10,
+    "linear_num_value_heads": 32,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_5_moe_text",
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 512,
+}
 OLMO2: dict[str, Any] = {  # OLMo-2-1124-7B-Instruct
     "architectures": ["Olmo2ForCausalLM"],
     "attention_bias": False,
@@ -439,7 +461,7 @@ CONFIGS = {
     config["model_type"]: config
     for config in (
         *(QWEN2, LLAMA, MISTRAL, QWEN3, QWEN3_MOE, MIXTRAL),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4, OLMO2, QWEN3_5),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, PHI4, OLMO2, QWEN3_5, QWEN3_5_MOE),
     )
 }
 # Elements of all tensors in the models' files, tied heads counted once.
@@ -455,5 +477,6 @@ NUM_PARAMETERS = {
     "glm4_moe_lite": 29_943_393_920,
     "phi3": 14_659_507_200,
     "qwen3_5_text": 26_895_998_464,  # without the layer that guesses ahead, and without images
+    "qwen3_5_moe_text": 34_660_610_688,  # likewise
     "olmo2": 7_298_617_344,
 }

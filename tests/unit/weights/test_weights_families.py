@@ -91,6 +91,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["full_attention", "linear_attention", "full_attention"],
         },
     ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5Moe",
+        {
+            **EXPERTS,
+            "shared_expert_intermediate_size": 14,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 9,
+            "linear_key_head_dim": 5,
+            "linear_value_head_dim": 7,
+            "linear_conv_kernel_dim": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
 }
 
 

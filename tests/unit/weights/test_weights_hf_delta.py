@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hub_configs import QWEN3_5
+from hub_configs import QWEN3_5, QWEN3_5_MOE
 from safetensors.torch import save_file
 from weights_models import ARCHS, hf_tensors
 
@@ -77,6 +77,77 @@ def test_what_transformers_takes_for_absent_fields(read):
     assert arch.rotary_dim == arch.head_dim * share
     assert arch.rms_norm_eps == theirs.rms_norm_eps
     assert arch.tied_embeddings == theirs.tie_word_embeddings
+
+
+def test_qwen3_5_moe_is_read(read):
+    arch = read(QWEN3_5_MOE)
+    mixture = arch.mixture
+    assert (mixture.num_experts, mixture.top_k, mixture.ffn_hidden_size) == (256, 8, 512)
+    assert (mixture.shared_ffn_hidden_size, mixture.has_shared_gate) == (512, True)
+    assert (mixture.renormalized, mixture.score, mixture.dense_layers) == (
+        True,
+        "softmax",
+        frozenset(),
+    )
+    # 35B: by hand, of the published sizes.
+    mixed = 2 * 16 * 128 + 32 * 128
+    net = 2048 * (mixed + 32 * 128 + 2 * 32 + 32 * 128) + 4 * mixed + 2 * 32 + 128
+    attention = 2048 * 256 * (2 * 16 + 2 * 2 + 16) + 2 * 256
+    experts = 256 * (3 * 2048 * 512 + 2048) + 3 * 2048 * 512 + 2048
+    others = 40 * (experts + 2 * 2048) + 2048 + 2 * 248320 * 2048
+    assert arch.num_parameters == 30 * net + 10 * attention + others
+    # A field that no layer of the model reads.
+    assert read(QWEN3_5_MOE, intermediate_size=512) == arch
+
+
+def test_what_transformers_takes_for_absent_fields_of_a_mixture(read):
+    from transformers import Qwen3_5MoeTextConfig
+
+    optional = (
+        *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "num_key_value_heads"),
+        *("shared_expert_intermediate_size", "layer_types", "full_attention_interval", "head_dim"),
+        *("linear_num_value_heads", "linear_num_key_heads", "rope_parameters", "rms_norm_eps"),
+    )
+    arch = read(QWEN3_5_MOE, without=optional)
+    theirs = Qwen3_5MoeTextConfig(
+        **{k: v for k, v in QWEN3_5_MOE.items() if k not in (*optional, "partial_rotary_factor")}
+    )
+    mixture, delta = arch.mixture, arch.delta
+    assert (mixture.num_experts, mixture.top_k) == (theirs.num_experts, theirs.num_experts_per_tok)
+    assert mixture.ffn_hidden_size == theirs.moe_intermediate_size
+    assert mixture.shared_ffn_hidden_size == theirs.shared_expert_intermediate_size
+    assert (arch.num_query_groups, arch.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert (delta.num_key_heads, delta.num_value_heads) == (
+        theirs.linear_num_key_heads,
+        theirs.linear_num_value_heads,
+    )
+    assert (arch.rope_theta, arch.rms_norm_eps) == (
+        theirs.rope_parameters["rope_theta"],
+        theirs.rms_norm_eps,
+    )
+    assert arch.rotary_dim == arch.head_dim * theirs.rope_parameters["partial_rotary_factor"]
+    kinds = ["full_attention" if arch.has_attention(n) else "linear_attention" for n in range(40)]
+    assert kinds == theirs.layer_types
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_topk_prob": False}, r"norm_topk_prob=False is not supported.*only \(True,\)"),
+        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size=0 must be a pos"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size=None must be a positive whole"),
+        ({"num_experts_per_tok": 300}, "num_experts_per_tok=300 is more than num_experts=256"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1 with probabilities"),
+        ({"num_local_experts": 256}, "num_local_experts=256 is not supported"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
+        ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2 is not supported.*only \(1,\)"),
+        ({"n_shared_experts": 2}, "n_shared_experts=2 is not supported"),
+        ({"architectures": ["Qwen3_5ForCausalLM"]}, "that generates text is"),
+    ],
+)
+def test_what_a_mixture_would_ignore_is_refused(read, changes, message):
+    with pytest.raises(InputError, match=message):
+        read(QWEN3_5_MOE, **changes)
 
 
 @pytest.mark.parametrize("without", ["layer_types", "full_attention_interval"])

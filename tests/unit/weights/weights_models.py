@@ -109,6 +109,13 @@ ARCHS["olmo3"] = replace(
     model_type="olmo3",
     sliding=SlidingArch(window=4, layers=frozenset({0, 1, 3}), rope_theta=1e4),
 )
+# A mixture in each layer, and an expert of 8 rows that every token meets behind a gate.
+ARCHS["qwen3_5_moe"] = replace(
+    ARCHS["qwen3_5"],
+    model_type="qwen3_5_moe_text",
+    tied_embeddings=False,
+    mixture=replace(FOUR_EXPERTS, shared_ffn_hidden_size=8, has_shared_gate=True),
+)
 # What two does not divide: three key heads, and a vocabulary that padding makes 192 of.
 ODD = replace(QWEN2, num_attention_heads=6, num_query_groups=3, vocab_size=151)
 EIGHT_HEADS = replace(QWEN2, num_attention_heads=8, ffn_hidden_size=16, vocab_size=151)
