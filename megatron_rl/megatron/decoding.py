@@ -48,6 +48,7 @@ class Decoder:
         """in_blocks: attention pads sequences into blocks. is_split: under sequence parallelism."""
         self._chunks, self._rope, self._groups = chunks, rope, groups
         self._in_blocks, self._dtype, self._hidden_size = in_blocks, dtype, hidden_size
+        self.is_split = is_split
         self._ranks_of_row = groups.layout.tp if is_split else 1
         self._device = groups.platform.current_device()
         self._sent: list[tuple[Any, Tensor]] = []  # until it has left

@@ -82,7 +82,7 @@ class MegatronEngine:
         self._records = (
             device.type == "cpu"
             and layout.pp == layout.cp == 1  # else a step waits for what other ranks send
-            and not policy.config.sequence_parallel  # Megatron-Core looks at its random numbers
+            and not self._decoder.is_split  # Megatron-Core looks at its random numbers there
             and policy.arch.mixture is None  # how many tokens an expert has differs in every step
         )
         self._kept: dict[tuple[int, int], tuple[KeyValueCache, Recordings]] = {}
