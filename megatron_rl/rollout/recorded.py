@@ -276,7 +276,7 @@ def _awaited(function: Callable[..., Any]) -> Callable[..., None]:
     return call
 
 
-Finder = int | list[Any]
+Finder = int | list[int]
 
 
 def _finder(value: Any, places: _Places) -> Finder:
