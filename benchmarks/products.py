@@ -35,6 +35,7 @@ def main() -> None:
     print(
         f"ops/products.py takes oneDNN here from so many multiplications: {products.least_here()}"
     )
+    products.LEAST_ANYWHERE = 0
     products.least_here = lambda: (0, 0)  # type: ignore[assignment]
     print("| rows x inner x columns | product | MKL | oneDNN | error of MKL | of oneDNN |")
     print("|---|---|---|---|---|---|")

@@ -19,6 +19,7 @@ LEAST_PRODUCTS = {25: (12e6, NEVER), 26: (1.5e6, 1.5e6)}
 """By the family of an AMD processor: the multiplications of a call from which on it goes to oneDNN,
 and those where the left factor is transposed, which oneDNN copies first. Below, what it costs to
 prepare one is more than it saves."""
+LEAST_ANYWHERE = min(min(least) for least in LEAST_PRODUCTS.values())
 
 
 def product(left: Tensor, right: Tensor, memory: Tensor | None = None) -> Tensor:
@@ -34,6 +35,7 @@ def goes_to_onednn(left: Tensor, right: Tensor) -> bool:
         left.dtype == right.dtype == torch.float32
         and left.device.type == right.device.type == "cpu"
         and right.dim() == 2
+        and left.numel() * right.size(1) >= LEAST_ANYWHERE
         and left.numel() * right.size(1) >= least_here()[left.stride(-1) != 1]
         and (right.is_contiguous() or right.t().is_contiguous())
         and not (torch.is_grad_enabled() and (left.requires_grad or right.requires_grad))
