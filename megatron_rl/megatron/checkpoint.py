@@ -180,7 +180,14 @@ def _part(
 def _alike(
     groups: list[dict[str, Any]], group: dict[str, Any], names: tuple[str, ...]
 ) -> dict[str, Any]:
-    return next(g for g in groups if all(g[name] == group[name] for name in names))
+    for found in groups:
+        if all(found[name] == group[name] for name in names):
+            return found
+    raise InputError(
+        "parallel.expert_model_parallel_size: the checkpoint's optimizer is not distributed, and "
+        "keeps the parameters of experts apart, or not, as this layout does not. Go on at the size "
+        "that the checkpoint has; with optimizer.use_distributed_optimizer=true any would do"
+    )
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

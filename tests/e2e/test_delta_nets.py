@@ -53,8 +53,10 @@ def test_another_layout_continues_and_what_is_exported_was_trained(runs, model):
     shutil.rmtree(runs.copy(straight, moved) / "checkpoints" / LAST)
     said = runs.finish(moved, 2, path_of(runs, model), *PP2)
     assert "resumed after iteration 3" in said
-    # A net makes more of rounding than attention does; seen: 1.1e-6.
-    check_continuation(runs.records(straight), runs.records(moved), bound=1e-5)
+    # A net makes more of rounding than attention does, and routers more of that: seen were 1.1e-6
+    # and 1.7e-5 of a norm of 42, by models of other random weights.
+    bound = 1e-4 if "moe" in model else 1e-5
+    check_continuation(runs.records(straight), runs.records(moved), bound=bound)
     there, here, first = (
         load_file(folder / "model.safetensors")
         for folder in (
@@ -67,3 +69,13 @@ def test_another_layout_continues_and_what_is_exported_was_trained(runs, model):
     for name, tensor in there.items():
         torch.testing.assert_close(here[name], tensor, atol=1e-5, rtol=1e-5)
         assert not torch.equal(tensor, first[name]), name
+
+
+def test_an_optimizer_that_is_not_distributed_goes_on_at_its_own_experts(runs):
+    model, name = "qwen3_5_moe", "experts, whole optimizer"
+    whole = (path_of(runs, model), "optimizer.use_distributed_optimizer=false")
+    runs.finish(name, 2, *whole, *SHARED_EXPERTS, "run.num_iterations=1")
+    code, said = runs.train(name, 2, *whole, *PP2, "run.num_iterations=2")
+    assert code != 0
+    assert "Go on at the size that the checkpoint has" in said
+    runs.finish(name, 2, *whole, *SHARED_EXPERTS, "run.num_iterations=2")
