@@ -156,6 +156,7 @@ def of_megatron(num_layers, pp, vpp, split):
         mixture=None,
         latent=None,
         delta=None,
+        sliding=None,
     )
     parallel = ParallelConfig(
         pipeline_model_parallel_size=pp,
