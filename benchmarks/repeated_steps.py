@@ -1,6 +1,7 @@
 """What the policy as engine saves by repeating recorded steps: with and without, in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/repeated_steps.py
+    OMP_NUM_THREADS=1 python benchmarks/repeated_steps.py --case vocabulary --turns 7
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/repeated_steps.py --tp 2
 
 Eight responses of 32 tokens to each prompt, which end there. The first calls, in which steps are
@@ -21,13 +22,14 @@ from unittest import mock
 
 from compare import CASES, _model
 from measure import describe_machine
+from update_time import make_policy
 
 GROUP_SIZE, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 12, 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=["tiny", "vocabulary"])
+    parser.add_argument("--case", choices=CASES, default="tiny")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--turns", type=int, default=11)
     options = parser.parse_args()
@@ -43,10 +45,9 @@ def main() -> None:
         print(json.dumps(describe_machine("cpu")))
         print("| case | responses | recorded in, s | repeated, s | run anew, s | anew / repeated |")
         print("|---|---|---|---|---|---|")
-    for name in options.cases:
-        line = measured(name, options.tp, options.turns)
-        if is_first:
-            print(line, flush=True)
+    line = measured(options.case, options.tp, options.turns)
+    if is_first:
+        print(line)
 
 
 def measured(name: str, tp: int, turns: int) -> str:
@@ -81,30 +82,12 @@ def measured(name: str, tp: int, turns: int) -> str:
 
 
 def engine_of(model: Path, tp: int) -> Any:
-    from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
-    from megatron_rl.megatron.groups import join
-    from megatron_rl.parallel.config import ParallelConfig
-    from megatron_rl.platforms.base import detect
-    from megatron_rl.policy.policy import Policy
     from megatron_rl.rollout.megatron_engine import MegatronEngine
-    from megatron_rl.weights.families.registry import read_model_config
-    from megatron_rl.weights.model_source import find_model
 
-    parallel = ParallelConfig(tensor_model_parallel_size=tp)
-    groups = join(detect(), parallel, 1)
-    policy = Policy(
-        read_model_config(model),
-        ModelConfig(path=str(model), dtype="float32"),
-        parallel,
-        OptimizerConfig(),
-        groups,
-        temperature=1.0,
-        run_updates=1,
-    )
-    policy.load(find_model(str(model), "model.path"))
+    policy = make_policy(model, tp)
     return MegatronEngine(
         policy,
-        groups,
+        policy.groups,
         eos_ids=[],
         max_model_len=PROMPT_TOKENS + RESPONSE_TOKENS,
         max_num_seqs=1024,

@@ -161,27 +161,17 @@ def make_update(case: Case, folder: Path) -> Any:
     return lambda: trainer.update(batches)
 
 
-def make_trainer(case: Case, folder: Path, *, row_tokens: int) -> tuple[Any, Any]:
-    """A trainer, and what makes mini-batches for it of groups; every rank calls both.
-
-    The second takes share_prompts, too.
-    """
-    import torch
-
-    from megatron_rl.algorithms.algorithm import Algorithm
-    from megatron_rl.algorithms.config import AlgorithmConfig
-    from megatron_rl.batching.packer import Packer
+def make_policy(folder: Path, tp: int) -> Any:
+    """The policy of a model at a layout, in float32; every rank calls it, in one world."""
     from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
     from megatron_rl.megatron.groups import join
     from megatron_rl.parallel.config import ParallelConfig
     from megatron_rl.platforms.base import detect
-    from megatron_rl.policy.passes import plan_passes
     from megatron_rl.policy.policy import Policy
-    from megatron_rl.policy.trainer import Trainer
     from megatron_rl.weights.families.registry import read_model_config
     from megatron_rl.weights.model_source import find_model
 
-    parallel = ParallelConfig(tensor_model_parallel_size=case.tp)
+    parallel = ParallelConfig(tensor_model_parallel_size=tp)
     groups = join(detect(), parallel, 1)
     policy = Policy(
         read_model_config(folder),
@@ -193,6 +183,24 @@ def make_trainer(case: Case, folder: Path, *, row_tokens: int) -> tuple[Any, Any
         run_updates=1000,
     )
     policy.load(find_model(str(folder), "model.path"))
+    return policy
+
+
+def make_trainer(case: Case, folder: Path, *, row_tokens: int) -> tuple[Any, Any]:
+    """A trainer, and what makes mini-batches for it of groups; every rank calls both.
+
+    The second takes share_prompts, too.
+    """
+    import torch
+
+    from megatron_rl.algorithms.algorithm import Algorithm
+    from megatron_rl.algorithms.config import AlgorithmConfig
+    from megatron_rl.batching.packer import Packer
+    from megatron_rl.policy.passes import plan_passes
+    from megatron_rl.policy.trainer import Trainer
+
+    policy = make_policy(folder, case.tp)
+    groups = policy.groups
     policy.prepare_training()
     algorithm = Algorithm(AlgorithmConfig(preset="grpo"))
     plan = plan_passes(algorithm, num_updates=1, epochs=1)

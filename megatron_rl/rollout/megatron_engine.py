@@ -86,7 +86,7 @@ class MegatronEngine:
             and policy.arch.mixture is None  # how many tokens an expert has differs in every step
         )
         self._kept: dict[tuple[int, int], tuple[KeyValueCache, Recordings]] = {}
-        self._weights: list[int] = []  # where they were when that was recorded
+        self._addresses: list[int] = []  # of the weights when that was recorded
 
     def generate(
         self,
@@ -160,9 +160,9 @@ class MegatronEngine:
         """A cache, and what was recorded of steps with it; small ones serve call after call."""
         if not self._records:
             return self._policy.key_value_cache(num_slots, num_tokens), None
-        weights = [weight.data_ptr() for weight in self._policy.named_parameters().values()]
-        if weights != self._weights:
-            self._kept, self._weights = {}, weights
+        addresses = [weight.data_ptr() for weight in self._policy.named_parameters().values()]
+        if addresses != self._addresses:
+            self._kept, self._addresses = {}, addresses
         size = (num_slots, num_tokens)
         if size not in self._kept:
             made = self._policy.key_value_cache(num_slots, num_tokens), Recordings()
@@ -227,8 +227,9 @@ class MegatronEngine:
             lane.row = self._decoder.nothing() if self._shares_experts else None
 
     def _step(self, lane: _Lane) -> None:
-        """The row of a token for each of the lane's responses, or, where it is repeated, all of it:
-        what has been drawn from it.
+        """Find the row of a token for each of the lane's responses.
+
+        Where steps are recorded, it has run behind this, and its tokens are drawn.
         """
         n = len(lane.asked)
         if lane.recordings is None:

@@ -53,6 +53,15 @@ def sample_again(folder: Path, out: Path) -> None:
             for kind in KINDS:
                 answers = counted(engine, groups, kind)[1], anew(engine, groups, kind)
                 found[f"{layout.name}: {model}: {kind}"]["updated"] = answers
+            with torch.no_grad():
+                for chunk in engine._policy.chunks:
+                    for weight in chunk.parameters():
+                        weight.data = weight.data / 1.1  # in other memory
+            told = found[f"{layout.name}: {model}: sampled"]
+            told["moved"] = counted(engine, groups, "sampled"), anew(engine, groups, "sampled")
+            with mock.patch("megatron_rl.rollout.megatron_engine.KEPT_BYTES", 0):
+                engine._kept.clear()
+                told["not kept"] = [counted(engine, groups, "sampled") for _ in range(2)]
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
 
@@ -109,3 +118,20 @@ def test_an_update_is_seen(found, layout, model, kind):
     repeated, anew = told["updated"]
     assert repeated == anew
     assert repeated != told["anew"]
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda one: getattr(one, "name", one))
+def test_weights_in_other_memory_are_recorded_anew(found, layout, model):
+    told = found[f"{layout.name}: {model}: sampled"]
+    (share, answers), anew = told["moved"]
+    assert share < 1
+    assert answers == anew
+    assert answers != told["updated"][1]
+
+
+@pytest.mark.parametrize(("layout", "model"), CASES, ids=lambda one: getattr(one, "name", one))
+def test_a_large_cache_is_recorded_in_every_call(found, layout, model):
+    told = found[f"{layout.name}: {model}: sampled"]
+    shares = [share for share, _ in told["not kept"]]
+    assert shares[0] == shares[1] < 1
+    assert [answers for _, answers in told["not kept"]] == [told["moved"][1]] * 2

@@ -332,7 +332,6 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MIXTRAL, PHI3, OLMO2),
-        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5, QWEN3_5_MOE),
-        *(OLMO3,),
+        *(GLM4_MOE, DEEPSEEK_V3, GLM4_MOE_LITE, QWEN3_5, QWEN3_5_MOE, OLMO3),
     )
 }

@@ -59,6 +59,15 @@ LATENT: dict[str, Any] = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
 }
+NETS = {
+    "partial_rotary_factor": 0.5,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 7,
+    "linear_conv_kernel_dim": 3,
+    "full_attention_interval": 2,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_scaling": LLAMA3_ROPE},
     "mistral": {"model_type": "mistral", "sliding_window": None},
@@ -100,13 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5": {
         "model_type": "qwen3_5_text",
-        "partial_rotary_factor": 0.5,
-        "linear_num_key_heads": 3,
-        "linear_num_value_heads": 6,
-        "linear_key_head_dim": 5,
-        "linear_value_head_dim": 7,
-        "linear_conv_kernel_dim": 3,
-        "full_attention_interval": 2,
+        **NETS,
     },
     "olmo3": {
         "model_type": "olmo3",
@@ -120,13 +123,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe": {  # five experts, whose two stacks divide by nothing
         "model_type": "qwen3_5_moe_text",
-        "partial_rotary_factor": 0.5,
-        "linear_num_key_heads": 3,
-        "linear_num_value_heads": 6,
-        "linear_key_head_dim": 5,
-        "linear_value_head_dim": 7,
-        "linear_conv_kernel_dim": 3,
-        "full_attention_interval": 2,
+        **NETS,
         "num_experts": 5,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 6,

@@ -123,3 +123,13 @@ def test_few_free_slots_wait_for_others():
     admitted = slots.admit(queue)
     assert admitted is not None
     assert admitted.slots == (range(28, 32),)
+
+
+def test_a_slot_that_is_free_is_at_position_0():
+    """Also one that a response has left: under a window it would see nothing at an old position."""
+    slots = Slots(4, 8, 20, [STOP])
+    slots.admit(deque([request(0, index) for index in range(3)]))
+    slots.take(range(3), torch.tensor([7, STOP, STOP]), torch.zeros(3))
+    assert slots.in_use == 1
+    tokens, positions = slots.next_row(4)
+    assert (int(tokens[0]), positions.tolist()) == (7, [3, 0, 0, 0])
