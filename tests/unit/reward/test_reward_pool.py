@@ -164,6 +164,8 @@ def test_a_worker_goes_on_while_nobody_looks(make_pool):
     assert [number for number, _ in finished] == [0, 1, 2, 3, 4]
     assert all(outcome.verdict == "correct" for _, outcome in finished)
     assert all(0.4 <= outcome.seconds < 1.0 for _, outcome in finished)
+    # Nor are they too slow together while somebody looks.
+    assert verdicts(run_all(pool, [("burn", "")] * 5)) == ["correct"] * 5
 
 
 @pytest.mark.parametrize("action", ["loop in c", "os._exit", "allocate", "child", "garble"])
