@@ -47,6 +47,7 @@ ISA_FLAGS = {
     "row_kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
     "row_kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
+OTHER_SOURCES = ("csrc/bindings.cpp", "csrc/shared_memory/meeting.cpp")
 
 
 def find_torch() -> Path | None:
@@ -75,9 +76,15 @@ def sources(pattern: str) -> list[str]:
 
 
 def host_sources() -> list[str]:
-    vector_files = {} if platform.machine() in ("x86_64", "AMD64") else ISA_FLAGS
-    ops = [*sources("*_op.cpp"), *sources("row_kernels_*.cpp"), "csrc/bindings.cpp"]
-    return [path for path in ops if Path(path).name not in vector_files]
+    """What this machine has: vectors by its processor, and memory that processes share on Linux."""
+    left_out = set() if platform.machine() in ("x86_64", "AMD64") else set(ISA_FLAGS)
+    if platform.system() != "Linux":
+        left_out |= {Path(path).name for path in sources("shared_memory/*.cpp")}
+    return [
+        path
+        for path in (*sources("*_op.cpp"), *sources("row_kernels_*.cpp"), *OTHER_SOURCES)
+        if Path(path).name not in left_out
+    ]
 
 
 def cuda_arch_flags(nvcc: str) -> list[str]:

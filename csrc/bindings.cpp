@@ -36,6 +36,16 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
       "group_stats(Tensor rewards, Tensor offsets, int std_ddof, int keep_rules, "
       "int advantage_mode, float std_eps) -> (Tensor mean, Tensor std, Tensor max, Tensor min, "
       "Tensor counts, Tensor flags, Tensor keep, Tensor advantages)");
+  m.def("shared_create(Tensor pids, int slot_bytes) -> int");
+  m.def("shared_open(Tensor pids, int fd, int rank, int slot_bytes, float timeout_s) -> int");
+  m.def("shared_close(Tensor anchor, int group) -> ()");
+  m.def("shared_all_reduce_(Tensor(a!) x, int group, int reduction) -> ()");
+  m.def("shared_reduce_scatter(Tensor(a!) out, Tensor x, int group, int reduction) -> ()");
+  m.def("shared_all_gather(Tensor(a!) out, Tensor x, int group) -> ()");
+  m.def(
+      "shared_all_to_all(Tensor(a!) out, Tensor x, Tensor sent, Tensor received, int group) -> ()");
+  m.def("shared_broadcast_(Tensor(a!) x, int group, int root) -> ()");
+  m.def("shared_barrier(Tensor anchor, int group) -> ()");
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from megatron_rl.doctor.check import Result, failed, ok
+from megatron_rl.parallel import shared_memory  # noqa: F401  (a backend by its name)
 from megatron_rl.platforms.base import Platform, detect
 
 RANKS_ON_CPU = 2

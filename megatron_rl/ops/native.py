@@ -29,6 +29,7 @@ OPS = (
     "rescale_if_",
     "group_stats",
     "draw_stats",
+    "shared_open",
 )
 if not FAULT and (missing := [op for op in OPS if not hasattr(torch.ops.megatron_rl, op)]):
     FAULT = f"it was compiled from other sources, without {', '.join(missing)}"

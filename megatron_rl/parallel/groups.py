@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
+from megatron_rl.parallel import shared_memory
 from megatron_rl.parallel.layout import Coordinates, EngineLayout, Layout, PolicyEngines
 from megatron_rl.parallel.place import job_rank, job_size
 from megatron_rl.parallel.sides import PATIENCE, Job, Side
@@ -28,9 +29,9 @@ class Groups:
     layout: Layout
     engines: EngineLayout | PolicyEngines
     rank: int
-    world: dist.ProcessGroup  # gloo over the whole world, for CPU tensors and objects
+    world: dist.ProcessGroup  # the whole world, for CPU tensors and objects
     bridge: dist.ProcessGroup  # weight sync, apart from everybody else's collectives
-    engine: dist.ProcessGroup  # gloo, the ranks that generate in step with this one
+    engine: dist.ProcessGroup  # likewise, the ranks that generate in step with this one
     tensor_parallel: dist.ProcessGroup | None  # Megatron's; None where a layer is not split
     context_parallel: dist.ProcessGroup | None  # Megatron's; None where a sequence is not split
     nodes: tuple[int, ...]  # of every rank, the number of its node
@@ -111,7 +112,7 @@ def store_of_this_attempt(name: str) -> Store:
 
 def join_job(platform: Platform, side: Side) -> Job:
     """The groups over both sides of a job; every rank calls it, after init_distributed."""
-    world = _group_over(side, "job", "gloo")
+    world = _group_over(side, "job", platform.host_backend)
     bridge = _group_over(side, "bridge", platform.collective_backend)
     return Job(side=side, world=world, bridge=bridge, nodes=_nodes(world))
 
@@ -119,6 +120,8 @@ def join_job(platform: Platform, side: Side) -> Job:
 def _group_over(side: Side, name: str, backend: str) -> dist.ProcessGroup:
     """A group of all ranks of the job, which new_group could make within one side only."""
     place = (store_of_this_attempt(f"both/{name}"), side.job_rank, side.job_size)
+    if backend == shared_memory.NAME:
+        return shared_memory.SharedMemoryGroup(*place, PATIENCE)
     group = dist.ProcessGroup(*place)
     made: Any
     if backend == "gloo":
@@ -151,9 +154,10 @@ def make_groups(
     if rollout_tp is not None:
         engines = EngineLayout(world_size=world_size, tp=rollout_tp)
     # Every rank has to call new_group for all groups, also for those that it is not in.
-    made = {ranks: dist.new_group(list(ranks), backend="gloo") for ranks in engines.in_step}
+    host = platform.host_backend
+    made = {ranks: dist.new_group(list(ranks), backend=host) for ranks in engines.in_step}
     (engine,) = (group for ranks, group in made.items() if rank in ranks)
-    world = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    world = dist.new_group(backend=host, timeout=TIMEOUT)
     return Groups(
         platform=platform,
         layout=layout,

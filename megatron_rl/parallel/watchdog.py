@@ -59,8 +59,13 @@ LESS_MEMORY = (
     "model.recompute_method=uniform model.recompute_num_layers=1, or start fewer ranks on a "
     "machine; `megatron-rl plan` says what a rank needs"
 )
-# What a rank says whose peer has ended, in a collective over gloo.
-COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# What a rank says whose peer has ended, in a collective over gloo or in shared memory.
+COLLATERAL = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "has ended or left the group",
+)
 LOST = "Their machine or its network is lost, or they were killed; the same command goes on"
 STORE_IS_GONE = (
     "torchrun's store does not answer either: the first node is lost, or its network; "

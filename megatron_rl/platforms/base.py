@@ -26,7 +26,10 @@ class Platform:
     """Type of torch.device: "cuda" or "cpu"."""
 
     collective_backend: str
-    """Backend for init_process_group; CPU tensors always have gloo."""
+    """Backend for init_process_group; CPU tensors always have one."""
+
+    host_backend: str
+    """Backend of groups for CPU tensors and objects alone."""
 
     def current_device(self) -> torch.device:
         """The device of this rank."""
@@ -145,8 +148,12 @@ class Platform:
             self.set_rng_state(states)
 
 
-CUDA = Platform(device_type="cuda", collective_backend="cpu:gloo,cuda:nccl")
-CPU = Platform(device_type="cpu", collective_backend="gloo")
+CUDA = Platform(
+    device_type="cuda", collective_backend="cpu:gloo,cuda:nccl", host_backend="gloo"
+)
+CPU = Platform(
+    device_type="cpu", collective_backend="shared_memory", host_backend="shared_memory"
+)
 
 
 def detect() -> Platform:

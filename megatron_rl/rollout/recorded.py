@@ -101,6 +101,8 @@ class _Call:
         if self.is_collective:
             return True
         results = self.result if isinstance(self.result, (tuple, list)) else [self.result]
+        if self.result is None:
+            results = []
         return all(isinstance(one, Tensor) for one in results) and not self._is_random
 
     @property
@@ -210,7 +212,7 @@ class _Places:
         """Where a call's result goes; several tensors stand one behind the other."""
         if isinstance(call.result, Tensor):
             return self._taken(call.result)
-        if call.is_collective:
+        if call.is_collective or call.result is None:
             self.memory.append(None)  # its tensors are where they were
             return len(self.memory) - 1
         first = len(self.memory)
