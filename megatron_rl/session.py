@@ -51,8 +51,9 @@ from megatron_rl.metrics.planned_memory import PlannedMemory
 from megatron_rl.metrics.start_times import StartTimes
 from megatron_rl.metrics.starts import write_start
 from megatron_rl.metrics.writers import appended_files, check_appendable, prepare_to_append
+from megatron_rl.parallel import shared_memory
 from megatron_rl.parallel.collectives import all_gather_objects, same_or_raise
-from megatron_rl.parallel.groups import init_distributed, join_job, store_of_this_attempt
+from megatron_rl.parallel.groups import Groups, init_distributed, join_job, store_of_this_attempt
 from megatron_rl.parallel.place import job_rank, job_size
 from megatron_rl.parallel.sides import Job, Side, take_side
 from megatron_rl.parallel.stages import EVEN, told_sizes
@@ -360,6 +361,13 @@ def _start(config: RunConfig) -> Platform:
     return detect()
 
 
+def _means(groups: Groups) -> str:
+    """What ranks without GPUs meet by."""
+    if groups.platform.device_type != "cpu" or groups.layout.world_size == 1:
+        return ""
+    return " over shared memory" if shared_memory.is_in(groups.world) else " over gloo"
+
+
 def _start_lines(run: "Run") -> list[str]:
     layout = run.groups.layout
     stages = [len(layers) for layers in layout.layers_of(run.policy.arch.num_layers)]
@@ -367,7 +375,7 @@ def _start_lines(run: "Run") -> list[str]:
         f"layout: {layout.world_size} ranks = {layout.axes}"
         + layout.experts
         + (f", stages of {told_sizes(stages)} layers" if layout.split != EVEN else "")
-        + f" on {run.groups.platform.device_type}, {run.config.model.dtype}",
+        + f" on {run.groups.platform.device_type}{_means(run.groups)}, {run.config.model.dtype}",
         f"model: {run.policy.arch.described}, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         *run.policy.in_use,

@@ -21,9 +21,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int kSpins = 1000;                           // some 30 us
+constexpr int kSpins = 1000;  // some 30 us
 constexpr auto kYielding = std::chrono::microseconds(100);
-constexpr long kNanosecondsAsleep = 20'000'000;        // then it looks whether the other lives
+constexpr long kNanosecondsAsleep = 20'000'000;  // then it looks whether the other lives
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -171,8 +171,8 @@ void Meeting::check_purpose(int peer, const Purpose& purpose) {
   const auto& said = places_[peer].purposes[round_ & 1];
   if (said.kind == purpose.kind && said.bytes == purpose.bytes) return;
   fail(peer, "is in " + std::string(said.name) + " of " + std::to_string(said.bytes) +
-                " bytes, where this rank is in " + purpose.name + " of " +
-                std::to_string(purpose.bytes) + " bytes or of another type");
+                 " bytes, where this rank is in " + purpose.name + " of " +
+                 std::to_string(purpose.bytes) + " bytes or of another type");
 }
 
 void Meeting::fail(int peer, const std::string& what) {

@@ -26,8 +26,7 @@ class Meeting {
   static int64_t bytes_of(int64_t num_ranks, int64_t slot_bytes);
 
   // fd: of such memory, filled with zeros; it may be closed afterwards. pids: of all ranks.
-  Meeting(int fd, int rank, const std::vector<int64_t>& pids, int64_t slot_bytes,
-          double timeout_s);
+  Meeting(int fd, int rank, const std::vector<int64_t>& pids, int64_t slot_bytes, double timeout_s);
   ~Meeting();
   Meeting(const Meeting&) = delete;
   Meeting& operator=(const Meeting&) = delete;

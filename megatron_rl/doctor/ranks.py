@@ -1,4 +1,4 @@
-"""An all-reduce between ranks of this machine, over what a run would use: gloo, or NCCL on GPUs."""
+"""An all-reduce between ranks of this machine, by what a run would use; on GPUs that is NCCL."""
 
 import faulthandler
 import os
@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from megatron_rl.doctor.check import Result, failed, ok
-from megatron_rl.parallel import shared_memory  # noqa: F401  (a backend by its name)
+from megatron_rl.parallel import shared_memory
 from megatron_rl.platforms.base import Platform, detect
 
 RANKS_ON_CPU = 2
@@ -79,7 +79,7 @@ def join(rank: int, world_size: int, folder: str) -> Platform:
 
 
 def _over(platform: Platform, world_size: int) -> str:
-    backend = "NCCL" if platform.device_type == "cuda" else "gloo"
+    backend = "NCCL" if platform.device_type == "cuda" else shared_memory.means()
     return f"{world_size} {'ranks' if world_size > 1 else 'rank'} over {backend}"
 
 

@@ -26,13 +26,18 @@ NAME = "shared_memory"
 """The backend, for init_process_group and new_group."""
 
 SWITCH = "MEGATRON_RL_SHARED_MEMORY"
-SLOT_BYTES = 1 << 18  # of a rank: what it writes at a time, which its second-level cache holds twice
+SLOT_BYTES = (
+    1 << 18
+)  # of a rank: what it writes at a time, which its second-level cache holds twice
 
 _REDUCTIONS = (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN)
 _REDUCED = frozenset((*native.CPU_DTYPES, torch.int64, torch.int32))
 
 
-class SharedMemoryGroup(dist.ProcessGroup):
+_Group: Any = dist.ProcessGroup  # whose methods have several signatures, of which torch calls one
+
+
+class SharedMemoryGroup(_Group):  # type: ignore[misc]
     """A gloo group with faster ways for what training and sampling do all the time.
 
     A collective has ended when its call returns, whether or not it was asked for in the background.
@@ -209,7 +214,7 @@ def _memory_of(store: Store, rank: int, size: int, timeout: timedelta) -> int | 
     All of them find the same. It has no name, so that nothing is left behind by whoever is killed:
     the others open it through the process of rank 0.
     """
-    own = _machine() if is_wanted() and native.has("shared_open", _DEVICE) else f"rank {rank}"
+    own = _machine() if means() != "gloo" else f"rank {rank}"
     store.set(f"place/{rank}", f"{os.getpid()} {own}")
     told = store.multi_get([f"place/{other}" for other in range(size)])
     places = [place.decode().partition(" ")[::2] for place in told]
@@ -249,6 +254,17 @@ def _machine() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/pid')} {os.getuid()}"
 
 
+def is_in(group: dist.ProcessGroup) -> bool:
+    """True where the ranks of group share memory."""
+    return isinstance(group, SharedMemoryGroup) and group.is_shared
+
+
+def means() -> str:
+    """What ranks of one machine would meet by on a CPU."""
+    is_built = native.has("shared_open", _DEVICE)
+    return "shared memory" if is_wanted() and is_built else "gloo"
+
+
 def is_wanted() -> bool:
     """False where MEGATRON_RL_SHARED_MEMORY=0 asks for gloo alone.
 
@@ -258,8 +274,8 @@ def is_wanted() -> bool:
     value = os.environ.get(SWITCH, "1")
     if value not in ("0", "1"):
         raise InputError(
-            f"{SWITCH}={value}: expected 1 (ranks of one machine meet in shared memory, on CPUs), or 0 "
-            f"(they talk over gloo). unset {SWITCH}"
+            f"{SWITCH}={value}: expected 1 (ranks on CPUs of one machine meet in shared memory) "
+            f"or 0 (they meet over gloo). unset {SWITCH}"
         )
     return value == "1"
 

@@ -148,12 +148,8 @@ class Platform:
             self.set_rng_state(states)
 
 
-CUDA = Platform(
-    device_type="cuda", collective_backend="cpu:gloo,cuda:nccl", host_backend="gloo"
-)
-CPU = Platform(
-    device_type="cpu", collective_backend="shared_memory", host_backend="shared_memory"
-)
+CUDA = Platform(device_type="cuda", collective_backend="cpu:gloo,cuda:nccl", host_backend="gloo")
+CPU = Platform(device_type="cpu", collective_backend="shared_memory", host_backend="shared_memory")
 
 
 def detect() -> Platform:

@@ -1,4 +1,6 @@
-"""Real process groups on CPU. Ranks fork from one server that has imported torch already."""
+"""Real process groups on CPU, which meet in shared memory as runs do.
+
+Ranks fork from one server that has imported torch already."""
 
 import faulthandler
 import multiprocessing
@@ -17,6 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
+from megatron_rl.parallel import shared_memory  # noqa: F401  (a backend by its name)
+from megatron_rl.platforms.base import CPU
 
 PRELOAD = ["torch", "torch.distributed", "torch._dynamo"]
 """What the server imports before it forks; a conftest.py may append to it."""
@@ -62,7 +67,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 def run_on_ranks(
     world_size: int, fn: Callable[..., None], *args: object, timeout_s: float = STUCK_S
 ) -> None:
-    """Run fn(*args) on gloo ranks, one thread each.
+    """Run fn(*args) on ranks of this machine, one thread each.
 
     An exception or a time-out on any rank fails the test with every failing rank's traceback, the
     first to fail first. fn must be importable: a function at the head of its module.
@@ -131,7 +136,7 @@ def _rank_main(
         try:
             torch.set_num_threads(1)
             dist.init_process_group(
-                "gloo",
+                CPU.collective_backend,
                 store=dist.FileStore(str(Path(folder, "store")), world_size),
                 rank=rank,
                 world_size=world_size,

@@ -28,16 +28,16 @@ def fails_on_one_rank(rank, world_size, folder):
 def test_two_ranks_add_up():
     result = check_all_reduce()
     assert result.outcome == "ok"
-    assert result.found.startswith("2 ranks over gloo: right, ")
+    assert result.found.startswith("2 ranks over shared memory: right, ")
 
 
 def test_a_sum_that_is_wrong_on_one_rank():
     result = check_all_reduce(wrong_on_one_rank)
     assert (result.outcome, result.remedy) == ("failed", GLOO_REMEDY)
-    assert result.found == "2 ranks over gloo: the sum is 3.0, 4.0 and should be 3.0"
+    assert result.found == "2 ranks over shared memory: the sum is 3.0, 4.0 and should be 3.0"
 
 
 def test_a_rank_that_fails():
     result = check_all_reduce(fails_on_one_rank)
     assert (result.outcome, result.remedy) == ("failed", GLOO_REMEDY)
-    assert result.found == "2 ranks over gloo: RuntimeError: no such interface"
+    assert result.found == "2 ranks over shared memory: RuntimeError: no such interface"
