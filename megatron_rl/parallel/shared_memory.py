@@ -26,18 +26,15 @@ NAME = "shared_memory"
 """The backend, for init_process_group and new_group."""
 
 SWITCH = "MEGATRON_RL_SHARED_MEMORY"
-SLOT_BYTES = (
-    1 << 18
-)  # of a rank: what it writes at a time, which its second-level cache holds twice
+SLOT_BYTES = 1 << 18
+"""What a rank writes at a time: its second-level cache holds that twice."""
 
 _REDUCTIONS = (dist.ReduceOp.SUM, dist.ReduceOp.MAX, dist.ReduceOp.MIN)
 _REDUCED = frozenset((*native.CPU_DTYPES, torch.int64, torch.int32))
-
-
 _Group: Any = dist.ProcessGroup  # whose methods have several signatures, of which torch calls one
 
 
-class SharedMemoryGroup(_Group):  # type: ignore[misc]
+class SharedMemoryGroup(_Group):
     """A gloo group with faster ways for what training and sampling do all the time.
 
     A collective has ended when its call returns, whether or not it was asked for in the background.

@@ -28,8 +28,10 @@ class Platform:
     collective_backend: str
     """Backend for init_process_group; CPU tensors always have one."""
 
-    host_backend: str
-    """Backend of groups for CPU tensors and objects alone."""
+    @property
+    def host_backend(self) -> str:
+        """Backend of groups for CPU tensors and objects alone."""
+        return self.collective_backend if self.device_type == "cpu" else "gloo"
 
     def current_device(self) -> torch.device:
         """The device of this rank."""
@@ -148,8 +150,8 @@ class Platform:
             self.set_rng_state(states)
 
 
-CUDA = Platform(device_type="cuda", collective_backend="cpu:gloo,cuda:nccl", host_backend="gloo")
-CPU = Platform(device_type="cpu", collective_backend="shared_memory", host_backend="shared_memory")
+CUDA = Platform(device_type="cuda", collective_backend="cpu:gloo,cuda:nccl")
+CPU = Platform(device_type="cpu", collective_backend="shared_memory")
 
 
 def detect() -> Platform:
