@@ -29,6 +29,8 @@ from measure import describe_machine
 
 PHASES = ("rollout", "reward", "logprob", "update", "weight_sync")
 HERE = Path(__file__).parent
+OURS = {"megatron": "megatron", "vllm": "vllm", "half": "megatron"}
+"""Names of this program, and the engine of each; `half` drops every second group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +122,10 @@ def _start(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),
     }
-    if who in ("megatron", "vllm"):
+    if who in OURS:
+        environment |= {"COMPARE_HALF": "1"} if who == "half" else {}
         recipe = folder / f"{name}.yaml"
-        recipe.write_text(yaml.safe_dump(_recipe(who, case, model, folder / name, options)))
+        recipe.write_text(yaml.safe_dump(_recipe(OURS[who], case, model, folder / name, options)))
         program = [str(HERE / "compare_ours.py"), "train", str(recipe)]
         command = [sys.executable, *(torchrun if ranks > 1 else ()), *program]
     else:
@@ -161,7 +164,7 @@ def _recipe(
             "max_response_tokens": case.response_tokens,
         },
         "reward": {"num_workers": 1},
-        "algorithm": {"preset": "grpo"},
+        "algorithm": {"preset": "grpo", "selection": ["drop_uniform"]},
         "optimizer": {
             "lr": 1e-12,
             "weight_decay": 0.0,
@@ -226,11 +229,15 @@ def _report(
     lines.append("")
     for ours in programs:
         for other in programs:
-            if ours.name[:4] in ("mega", "vllm") and other.name[:3] in ("trl", "loo"):
+            if _is_ours(ours) and (not _is_ours(other) or other.name.startswith("half")):
                 ratios = [b / a for a, b in zip(ours.seconds[1:], other.seconds[1:], strict=True)]
                 told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 lines.append(f"{other.name} takes {told} times as long as {ours.name}")
     return lines
+
+
+def _is_ours(program: Program) -> bool:
+    return program.name.partition(":")[0] in OURS
 
 
 VERSIONS = (
@@ -261,7 +268,7 @@ def _options() -> argparse.Namespace:
         nargs="+",
         default=["megatron:2", "vllm:2", "trl:2", "loop:2"],
         metavar="NAME:RANKS",
-        help="megatron, vllm (the engines of this program), trl, loop",
+        help="megatron, vllm (engines of this program), half (it drops half of it), trl, loop",
     )
     return parser.parse_args()
 

@@ -221,8 +221,8 @@ void shared_all_to_all(Tensor out, const Tensor& x, const Tensor& sent, const Te
     to[rank + 1] = to[rank] + traffic[own * size + rank];
     from[rank + 1] = from[rank] + coming;
   }
-  checks.that(to[size] <= bytes_in(x) && from[size] <= bytes_in(out), "sent",
-              "no more bytes than x has, and in received no more than out has",
+  checks.that(to[size] == bytes_in(x) && from[size] == bytes_in(out), "sent",
+              "the bytes of x, and in received those of out",
               std::to_string(to[size]) + " and " + std::to_string(from[size]));
   memcpy(bytes_of(out) + from[own], bytes_of(x) + to[own], to[own + 1] - to[own]);
   int64_t most = 0;  // that one rank has for another

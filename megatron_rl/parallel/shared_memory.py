@@ -279,7 +279,7 @@ def is_wanted() -> bool:
 
 def _bytes_of(tensor: Tensor, rows: Sequence[int], size: int) -> Tensor:
     """Bytes of each rank's part of a tensor: so many rows, or where none are given equal parts."""
-    shape = rows or [tensor.shape[0] // size] * size
+    shape = list(rows) if len(rows) else [tensor.shape[0] // size] * size
     row_bytes = tensor[:1].numel() * tensor.element_size()
     return torch.tensor(shape) * row_bytes
 

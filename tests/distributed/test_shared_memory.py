@@ -7,6 +7,7 @@ import signal
 import time
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,6 +89,9 @@ def _exchanges() -> None:
         dist.all_to_all_single(out, brought[rank], received, rows[rank])
         expected = [brought[other].split(rows[other])[rank] for other in range(world)]
         assert torch.equal(out, torch.cat(expected)), unit
+        again = torch.empty_like(out)  # Megatron-Core counts tokens of experts in numpy
+        dist.all_to_all_single(again, brought[rank], np.array(received), np.array(rows[rank]))
+        assert torch.equal(again, out), unit
     even = torch.empty(2 * world)
     dist.all_to_all_single(even, torch.arange(2.0 * world) + 100 * rank)
     expected = [torch.arange(2 * rank, 2 * rank + 2) + 100 * other for other in range(world)]
