@@ -15,6 +15,10 @@ import torch
 from megatron_rl.errors import InputError
 from megatron_rl.platforms import host_memory
 
+# A CPU's large tensors are fresh memory every time, and by pages of 4 KiB that takes several times
+# as long as writing to it. torch looks for this when it allocates for the first time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 ALLOCATIONS_KEPT = 100_000  # of a memory history, the newest
 
 
