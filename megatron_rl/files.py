@@ -3,11 +3,12 @@
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from megatron_rl.errors import InputError
+from megatron_rl.errors import InputError, RunError
 
 MAX_TEXT_BYTES = 256 << 20  # of a file that is read as a whole; the largest tokenizers have 35 MiB
 MAX_SHOWN_CHARS = 60
@@ -38,6 +39,29 @@ def open_regular(path: Path) -> FileIO:
         os.close(descriptor)
         raise InputError(_irregular(path, mode))
     return FileIO(descriptor)
+
+
+def gone(directory: Path, what: str) -> RunError:
+    """The error of a run whose directory is not there any more. what: it wrote then."""
+    return RunError(
+        f"{directory}: it is gone: somebody removed or renamed it, or one above it, while this run "
+        f"wrote {what}. Bring it back where there is a copy, and start the same command again"
+    )
+
+
+@contextmanager
+def noticing_a_loss(directory: Path, what: str) -> Iterator[None]:
+    """A context in which `what` is written there; where the directory is gone, that is the error.
+
+    Raises:
+        RunError: it is.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if directory.exists():
+            raise
+        raise gone(directory, what) from error
 
 
 def refuse_irregular(path: Path) -> None:

@@ -43,6 +43,13 @@ template <Reduction reduction, typename value_t>
 void reduce_values(value_t* out, const std::vector<const value_t*>& inputs, int64_t count) {
   using R = Reduced<value_t>;
   using acc_t = typename R::type;
+  if (inputs.size() == 2) {
+    const value_t *a = inputs[0], *b = inputs[1];
+    for (int64_t i = 0; i < count; ++i) {
+      out[i] = R::back(joined<reduction>(R::of(a[i]), R::of(b[i])));
+    }
+    return;
+  }
   constexpr int64_t kBlock = 512;
   acc_t sums[kBlock];
   for (int64_t start = 0; start < count; start += kBlock) {

@@ -72,11 +72,13 @@ void with_value_type(const Checks& checks, const Tensor& tensor, Fn fn) {
   }
 }
 
+// What the ranks have written from an offset on; of this rank, what it still has itself.
 template <typename value_t>
-std::vector<const value_t*> values_in_slots(Meeting& meeting, int64_t offset) {
+std::vector<const value_t*> values_of_ranks(Meeting& meeting, int64_t offset, const value_t* own) {
   std::vector<const value_t*> inputs;
   for (int rank = 0; rank < meeting.size(); ++rank) {
-    inputs.push_back(reinterpret_cast<const value_t*>(meeting.slot(rank)) + offset);
+    const value_t* slot = reinterpret_cast<const value_t*>(meeting.slot(rank)) + offset;
+    inputs.push_back(rank == meeting.rank() ? own : slot);
   }
   return inputs;
 }
@@ -87,7 +89,7 @@ void reduce_at_once(Meeting& meeting, const Purpose& purpose, Reduction reductio
                     int64_t count) {
   memcpy(meeting.own_slot(), x, count * sizeof(value_t));
   meeting.meet(purpose);
-  reduce_values(reduction, x, values_in_slots<value_t>(meeting, 0), count);
+  reduce_values(reduction, x, values_of_ranks<value_t>(meeting, 0, x), count);
   meeting.next_round();
 }
 
@@ -101,7 +103,7 @@ void reduce_by_shares(Meeting& meeting, const Purpose& purpose, Reduction reduct
   const int64_t own = begin_of(meeting.rank());
   memcpy(meeting.own_slot(), x, count * sizeof(value_t));
   meeting.meet(purpose);
-  const auto inputs = values_in_slots<value_t>(meeting, own);
+  const auto inputs = values_of_ranks<value_t>(meeting, own, x + own);
   reduce_values(reduction, x + own, inputs, length_of(meeting.rank()));
   meeting.next_round();
   memcpy(meeting.own_slot(), x + own, length_of(meeting.rank()) * sizeof(value_t));
@@ -157,7 +159,8 @@ void shared_reduce_scatter(Tensor out, const Tensor& x, int64_t group, int64_t r
         memcpy(own + rank * count, part, count * sizeof(value_t));
       }
       meeting->meet(purpose);
-      const auto inputs = values_in_slots<value_t>(*meeting, meeting->rank() * count);
+      const value_t* kept = input<value_t>(x) + meeting->rank() * out.numel() + start;
+      const auto inputs = values_of_ranks<value_t>(*meeting, meeting->rank() * count, kept);
       reduce_values(static_cast<Reduction>(reduction), output<value_t>(out) + start, inputs, count);
       meeting->next_round();
     }

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from megatron_rl.errors import InputError
+from megatron_rl.files import noticing_a_loss
 from megatron_rl.metrics.config import MetricsConfig
 
 JSONL_NAME = "metrics.jsonl"
@@ -49,21 +50,27 @@ class JsonlWriter:
         """Forget the iterations that a resumed run repeats; the file is replaced in one step."""
         self._file.close()
         truncate_jsonl(self._path, iteration)
-        self._file = self._path.open("a", encoding="utf-8")
+        with noticing_a_loss(self._path.parent, self._path.name):
+            self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         self._file.close()
 
 
 def truncate_jsonl(path: Path, iteration: int) -> None:
-    """Drop the records of later iterations from a file, which is replaced in one step."""
-    kept = [record for record in read_jsonl(path) if record["iteration"] <= iteration]
+    """Drop the records of later iterations from a file, which is replaced in one step.
+
+    Raises:
+        RunError: its directory is gone.
+    """
     replacement = path.with_suffix(".jsonl.new")
-    with replacement.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    with noticing_a_loss(path.parent, path.name):
+        kept = [record for record in read_jsonl(path) if record["iteration"] <= iteration]
+        with replacement.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.replace(path)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

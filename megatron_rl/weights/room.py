@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.errors import RunError
+from megatron_rl.files import gone
 
 ROOM_FOR_THE_REST = 1 << 20
 """Bytes for what stands beside the tensors: states, indices, the manifest."""
@@ -41,11 +42,7 @@ class Room:
             raise
         except (OSError, RuntimeError) as error:
             if isinstance(error, FileNotFoundError | RuntimeError) and not self.directory.exists():
-                raise RunError(
-                    f"{self.directory}: it is gone: somebody removed or renamed it, or one above "
-                    f"it, while this run wrote {self.what}. Bring it back where there is a copy, "
-                    "and start the same command again"
-                ) from error
+                raise gone(self.directory, self.what) from error
             is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             if is_full or self._free < ROOM_FOR_THE_REST:
                 raise self._full() from error

@@ -1,10 +1,13 @@
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from megatron_rl.errors import InputError
+from megatron_rl.errors import InputError, RunError
 from megatron_rl.metrics.config import MetricsConfig
 from megatron_rl.metrics.writers import (
     JsonlWriter,
@@ -53,6 +56,27 @@ def test_a_line_cut_by_a_crash_is_dropped_and_not_written_to(tmp_path):
     resumed.truncate_after(5)
     resumed.write(2, {"reward/mean": 0.2})
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("lost_at", ["open", "read", "replace"])
+def test_a_directory_that_is_removed_is_named_whenever_that_happens(tmp_path, monkeypatch, lost_at):
+    writer = JsonlWriter(tmp_path / "run" / "metrics.jsonl")
+    writer.write(1, {"reward/mean": 0.1})
+    if lost_at == "read":
+        shutil.rmtree(tmp_path / "run")
+    else:
+        sync = os.fsync
+        replace = Path.replace
+
+        def remove() -> None:
+            shutil.rmtree(tmp_path / "run")
+
+        if lost_at == "replace":
+            monkeypatch.setattr(os, "fsync", lambda file: (sync(file), remove()))
+        else:
+            monkeypatch.setattr(Path, "replace", lambda *paths: (replace(*paths), remove()))
+    with pytest.raises(RunError, match=r"run: it is gone: .* wrote metrics\.jsonl\. Bring it back"):
+        writer.truncate_after(1)
 
 
 @pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"reward/mean": 1.0}', '"text"'])
