@@ -96,6 +96,7 @@ class Watchdog:
         self._processes: dict[int, Process] = {}
         self._oom_kills = OomKills()
         self._store: Store | None = None
+        self._last_alarm = (0.0, 0.0)  # its seconds, and until when it serves again
         self._is_over = threading.Event()
 
     def start(self, store: Store) -> None:
@@ -191,12 +192,21 @@ class Watchdog:
             # From here and not from the thread, which Python's lock may keep from it.
             with contextlib.suppress(RuntimeError):
                 self._set(f"beat/{self._rank}", _said(self._beat))
-            # A thread in C, the last to go off: it also ends a rank that holds Python's lock.
-            if math.isfinite(beat.deadline):
-                last = 2 * beat.deadline + SECONDS_TO_PRINT
-                faulthandler.dump_traceback_later(last, exit=True)
-            else:
-                faulthandler.cancel_dump_traceback_later()
+            self._set_last_alarm(2 * beat.deadline + SECONDS_TO_PRINT)
+
+    def _set_last_alarm(self, seconds: float) -> None:
+        """Have a thread in C end this rank then, also while it holds Python's lock.
+
+        A new alarm is a new thread, so one that is younger than a look serves again.
+        """
+        now = time.monotonic()
+        if (seconds, True) == (self._last_alarm[0], now < self._last_alarm[1]):
+            return
+        self._last_alarm = (seconds, now + SECONDS_BETWEEN_LOOKS)
+        if math.isfinite(seconds):
+            faulthandler.dump_traceback_later(seconds + SECONDS_BETWEEN_LOOKS, exit=True)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
     def _deadline(self, phase: str) -> float:
         usual = self._usual.get(phase)

@@ -49,6 +49,24 @@ def pair(clock, monkeypatch):
     return ranks, alarms
 
 
+def test_the_last_alarm_never_goes_off_too_early_and_is_new_only_where_it_must(clock, monkeypatch):
+    """Of many short phases: an alarm is a new thread, which costs as much as such a phase."""
+    set_at = []
+    monkeypatch.setattr(
+        module.faulthandler,
+        "dump_traceback_later",
+        lambda seconds, exit: set_at.append((clock.now, clock.now + seconds)),
+    )
+    watchdog = Watchdog(WatchdogConfig(min_s=10.0, start_s=50.0, factor=3.0), 0, 1)
+    watchdog._store = dist.HashStore()
+    for number in range(100):
+        clock.now += 0.05
+        with watchdog.phase("a" if number else "long"):
+            deadline = clock.now + 2 * watchdog._beat.deadline + module.SECONDS_TO_PRINT
+            assert deadline <= set_at[-1][1] <= deadline + 0.5
+    assert len(set_at) < 20
+
+
 def look(ranks, clock, seconds):
     """Let time pass and the threads look, as often as they would."""
     for _ in range(int(seconds / 0.5)):
