@@ -22,7 +22,8 @@ if [ ! -d "$output/sft/hf" ]; then
   echo "== the model and its warm-up, shared by all runs"
   "$python" examples/quickstart/make_model.py --output "$output/model"
   "$python" -m megatron_rl train examples/quickstart/sft.yaml \
-    model.path="$output/model" run.output_dir="$output/sft"
+    model.path="$output/model" run.output_dir="$output/sft" \
+    run.num_iterations=1000 prompts.prompts_per_iteration=64  # what small_scale.md was measured with
 fi
 
 train() {  # method seed
