@@ -44,12 +44,11 @@ def main() -> int:
         """Each response has another reward, whatever it says, so that nothing is dropped; with
         COMPARE_HALF every second group has one reward for all of its responses, and is.
         """
-        return [
-            replace(group, rollouts=tuple(map(_rewarded, group.rollouts, itertools.count())))
-            if number % step == 0
-            else replace(group, rollouts=tuple(map(_rewarded, group.rollouts, itertools.repeat(0))))
-            for number, group in enumerate(attach(groups, *rest))
-        ]
+        found = []
+        for number, group in enumerate(attach(groups, *rest)):
+            places = itertools.repeat(0) if number % step else itertools.count()
+            found.append(replace(group, rollouts=tuple(map(_rewarded, group.rollouts, places))))
+        return found
 
     own_init, vllm_init = MegatronEngine.__init__, VllmEngine.__init__
 

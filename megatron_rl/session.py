@@ -361,7 +361,7 @@ def _start(config: RunConfig) -> Platform:
     return detect()
 
 
-def _means(groups: Groups) -> str:
+def _over(groups: Groups) -> str:
     """What ranks without GPUs meet by."""
     if groups.platform.device_type != "cpu" or groups.layout.world_size == 1:
         return ""
@@ -375,7 +375,7 @@ def _start_lines(run: "Run") -> list[str]:
         f"layout: {layout.world_size} ranks = {layout.axes}"
         + layout.experts
         + (f", stages of {told_sizes(stages)} layers" if layout.split != EVEN else "")
-        + f" on {run.groups.platform.device_type}{_means(run.groups)}, {run.config.model.dtype}",
+        + f" on {run.groups.platform.device_type}{_over(run.groups)}, {run.config.model.dtype}",
         f"model: {run.policy.arch.described}, "
         f"from {run.inputs.model.megatron_dir or run.inputs.model_dir}",
         *run.policy.in_use,

@@ -101,9 +101,13 @@ class _Call:
         if self.is_collective:
             return True
         results = self.result if isinstance(self.result, (tuple, list)) else [self.result]
-        if self.result is None:
-            results = []
-        return all(isinstance(one, Tensor) for one in results) and not self._is_random
+        made_tensors = self.gives_nothing or all(isinstance(one, Tensor) for one in results)
+        return made_tensors and not self._is_random
+
+    @property
+    def gives_nothing(self) -> bool:
+        """It only writes to tensors that were given to it, as collectives in shared memory do."""
+        return self.result is None
 
     @property
     def _is_random(self) -> bool:
@@ -212,7 +216,7 @@ class _Places:
         """Where a call's result goes; several tensors stand one behind the other."""
         if isinstance(call.result, Tensor):
             return self._taken(call.result)
-        if call.is_collective or call.result is None:
+        if call.is_collective or call.gives_nothing:
             self.memory.append(None)  # its tensors are where they were
             return len(self.memory) - 1
         first = len(self.memory)
