@@ -229,7 +229,7 @@ def _report(
     lines.append("")
     for ours in programs:
         for other in programs:
-            if _is_ours(ours) and (not _is_ours(other) or other.name.startswith("half")):
+            if other is not ours and _is_ours(ours) and (not _is_ours(other) or other.name.startswith("half")):
                 ratios = [b / a for a, b in zip(ours.seconds[1:], other.seconds[1:], strict=True)]
                 told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 lines.append(f"{other.name} takes {told} times as long as {ours.name}")
