@@ -227,9 +227,10 @@ def _report(
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    for ours in programs:
-        for other in programs:
-            if other is not ours and _is_ours(ours) and (not _is_ours(other) or other.name.startswith("half")):
+    compared = [one for one in programs if not _is_ours(one) or one.name.startswith("half")]
+    for ours in filter(_is_ours, programs):
+        for other in compared:
+            if other is not ours:
                 ratios = [b / a for a, b in zip(ours.seconds[1:], other.seconds[1:], strict=True)]
                 told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
                 lines.append(f"{other.name} takes {told} times as long as {ours.name}")
