@@ -1,5 +1,6 @@
 """The process groups of a run, made once."""
 
+import functools
 import os
 import socket
 from dataclasses import dataclass
@@ -97,17 +98,22 @@ def store_of_this_attempt(name: str) -> Store:
     """
     if job_size() == 1:
         return PrefixStore(name, _OF_A_LONE_PROCESS)  # nobody else has to reach it, so no socket
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        job_size(),
-        is_master=not is_torchruns and job_rank() == 0,
-        timeout=TIMEOUT,
-        multi_tenant=True,
-    )
+    if not is_torchruns and job_rank() == 0:
+        _serve(*place)
+    store = TCPStore(*place, job_size(), timeout=TIMEOUT)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"megatron_rl/attempt_{attempt}/{name}", store)
+
+
+@functools.cache
+def _serve(address: str, port: int) -> TCPStore:
+    """The server that clients connect to, held until the process ends.
+
+    One that only a client held would close with it, maybe before the other ranks have read.
+    """
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
 
 
 def join_job(platform: Platform, side: Side) -> Job:

@@ -1,5 +1,9 @@
 """The store through which ranks find each other."""
 
+import socket
+import threading
+from datetime import timedelta
+
 import pytest
 import torch.distributed as dist
 
@@ -18,16 +22,42 @@ def test_a_lone_process_opens_no_socket(monkeypatch):
 
 def test_ranks_that_torchrun_started_again_do_not_see_the_former_ones(monkeypatch):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    for name, value in {
-        "WORLD_SIZE": "2",
-        "RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(server.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }.items():
-        monkeypatch.setenv(name, value)
+    _be_first_of_two(monkeypatch, server.port)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         store = store_of_this_attempt("groups")
         assert not store.check(["address"])
         store.set("address", attempt)
+
+
+def test_what_the_first_rank_wrote_outlives_its_client(monkeypatch):
+    """Without torchrun's store the first rank serves, and others may read long after it wrote."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    _be_first_of_two(monkeypatch, port)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    reads: list[bytes] = []
+
+    def read_late():
+        other = dist.TCPStore("127.0.0.1", port, 2, timeout=timedelta(seconds=30))
+        has_written.wait(30)
+        reads.append(other.get("megatron_rl/attempt_0/layout/chosen"))
+
+    has_written = threading.Event()
+    other_rank = threading.Thread(target=read_late)
+    other_rank.start()
+    store_of_this_attempt("layout").set("chosen", "tp 2")
+    has_written.set()
+    other_rank.join(60)
+    assert reads == [b"tp 2"]
+
+
+def _be_first_of_two(monkeypatch, port):
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }.items():
+        monkeypatch.setenv(name, value)
