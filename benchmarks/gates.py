@@ -1,8 +1,11 @@
 """Programs that take turns: each waits at a gate before an iteration, and one goes at a time.
 
 A gate is a folder. A rank that arrives behind iteration i touches `RANK.i`; the conductor touches
-`go.i` to let all ranks of a program begin iteration i. Nothing but the standard library is needed,
-so that a program of another environment can stand at a gate, too.
+`go.i` to let all ranks of a program begin iteration i. A rank needs nothing but the standard
+library, so that a program of another environment can stand at a gate, too.
+
+Whoever is not at its turn is stopped (SIGSTOP) with all its processes, since threads that wait wake
+up, those of gloo a hundred times a second for each group, and slow down whoever is.
 """
 
 import json
@@ -16,6 +19,7 @@ from pathlib import Path
 
 GATE = "MEGATRON_RL_BENCHMARK_GATES"
 TICK_S = 0.002
+SETTLE_S = 0.05  # for timers that ran out while a program was stopped
 
 
 class Gate:
@@ -78,18 +82,23 @@ class Program:
             )
         self._await(0)
         self.start_s = time.monotonic() - began
+        self._signal(signal.SIGSTOP)
 
     def go(self) -> None:
         """Let it do one iteration, alone."""
         number = len(self.seconds) + 1
+        self._signal(signal.SIGCONT)
+        time.sleep(SETTLE_S)
         began = time.monotonic()
         (self._gates / f"go.{number}").touch()
         self._await(number)
         self.seconds.append(time.monotonic() - began)
+        self._signal(signal.SIGSTOP)
 
     def end(self) -> None:
         """Tell its ranks to go, and end what is left of it."""
         (self._gates / "end").touch()
+        self._signal(signal.SIGCONT)
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
@@ -106,6 +115,17 @@ class Program:
         """Of each iteration that it has noted."""
         path = self._gates / "phases.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the process that was started and to all that it has started."""
+        import psutil
+
+        try:
+            started = psutil.Process(self._process.pid)
+            for process in (started, *started.children(recursive=True)):
+                process.send_signal(number)
+        except psutil.NoSuchProcess:
+            pass  # what has ended is noticed where it is waited for
 
     def _await(self, number: int) -> None:
         while any(not (self._gates / f"{rank}.{number}").exists() for rank in range(self.ranks)):
