@@ -36,6 +36,16 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
       "group_stats(Tensor rewards, Tensor offsets, int std_ddof, int keep_rules, "
       "int advantage_mode, float std_eps) -> (Tensor mean, Tensor std, Tensor max, Tensor min, "
       "Tensor counts, Tensor flags, Tensor keep, Tensor advantages)");
+  m.def("turn(Tensor heads, Tensor cos, Tensor sin, int sign) -> Tensor");
+  m.def("swiglu(Tensor x) -> Tensor");
+  m.def("swiglu_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor normed, Tensor inverse)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> "
+      "(Tensor grad_x, Tensor grad_weight)");
+  m.def(
+      "attend_next_(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, "
+      "Tensor positions, float scale, int window) -> Tensor");
   m.def("shared_create(Tensor pids, int slot_bytes) -> int");
   m.def("shared_open(Tensor pids, int fd, int rank, int slot_bytes, float timeout_s) -> int");
   m.def("shared_close(Tensor anchor, int group) -> ()");

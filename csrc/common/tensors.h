@@ -71,7 +71,22 @@ inline std::string device_of(const Tensor& tensor) {
   return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
 }
 
-// Checks of one op's arguments; the message names op, argument, expected and actual.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+struct StridesOf {
+  const Tensor& tensor;
+};
+
+// What a message says of a value.
+inline std::string words(const std::string& text) { return text; }
+inline std::string words(ScalarType type) { return name_of(type); }
+inline std::string words(const Sizes& shape) { return "shape " + text_of(shape); }
+inline std::string words(ShapeOf of) { return "shape " + text_of(of.tensor.sizes()); }
+inline std::string words(StridesOf of) { return "strides " + text_of(of.tensor.strides()); }
+
+// Checks of one op's arguments; the message names op, argument, expected and actual. Words are put
+// together only for an error: a step of a small model calls ops more often than that can be paid.
 class Checks {
  public:
   Checks(const char* op, const Tensor& anchor, const char* anchor_name)
@@ -83,9 +98,10 @@ class Checks {
                              ", got " + actual);
   }
 
-  void that(bool is_right, const char* argument, const std::string& expected,
-            const std::string& actual) const {
-    if (!is_right) fail(argument, expected, actual);
+  template <typename Expected, typename Actual>
+  void that(bool is_right, const char* argument, const Expected& expected,
+            const Actual& actual) const {
+    if (!is_right) fail(argument, words(expected), words(actual));
   }
 
   // A contiguous tensor of this type and shape on the anchor's device.
@@ -93,29 +109,28 @@ class Checks {
              const Sizes& shape) const {
     const auto sizes = tensor.sizes();
     const bool same = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-    that(same, argument, "shape " + text_of(shape), "shape " + text_of(sizes));
-    that(tensor.scalar_type() == type, argument, name_of(type), name_of(tensor.scalar_type()));
-    that(tensor.is_contiguous(), argument, "a contiguous tensor",
-         "strides " + text_of(tensor.strides()));
+    that(same, argument, shape, ShapeOf{tensor});
+    that(tensor.scalar_type() == type, argument, type, tensor.scalar_type());
+    that(tensor.is_contiguous(), argument, "a contiguous tensor", StridesOf{tensor});
     same_device(tensor, argument);
   }
 
   void same_device(const Tensor& tensor, const char* argument) const {
     const std::string actual = device_of(tensor);
-    that(actual == device_, argument, "the device of " + std::string(anchor_name_) + ", " + device_,
-         actual);
+    if (actual == device_) return;
+    fail(argument, "the device of " + std::string(anchor_name_) + ", " + device_, actual);
   }
 
   // Logits [T, V] whose rows are contiguous; rows of a tensor to be written do not overlap.
   void rows(const Tensor& logits, const char* argument, bool is_written) const {
-    that(logits.dim() == 2, argument, "shape [T, V]", "shape " + text_of(logits.sizes()));
+    that(logits.dim() == 2, argument, "shape [T, V]", ShapeOf{logits});
     const bool is_empty = logits.numel() == 0;
     that(is_empty || logits.size(1) == 1 || logits.stride(1) == 1, argument, "columns of stride 1",
-         "strides " + text_of(logits.strides()));
+         StridesOf{logits});
     that(!is_written || is_empty || logits.size(0) == 1 || logits.stride(0) >= logits.size(1),
-         argument, "rows that do not overlap", "strides " + text_of(logits.strides()));
+         argument, "rows that do not overlap", StridesOf{logits});
     that(logits.size(1) <= (int64_t(1) << 30), argument, "at most 2^30 columns",
-         "shape " + text_of(logits.sizes()));
+         ShapeOf{logits});
   }
 
  private:

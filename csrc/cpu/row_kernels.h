@@ -1,10 +1,12 @@
-// The three loops over a row of logits on a CPU, compiled once per instruction set.
+// What is computed of rows on a CPU, compiled once per instruction set: the three loops over a row
+// of logits, and those of layers.
 #pragma once
 
 #include "../common/logit_types.h"
 #include "../dlogits/gradient_row.h"
 #include "../draw_stats/draw_stats.h"
 #include "../row_stats/row_record.h"
+#include "layer_kernels.h"
 
 namespace megatron_rl {
 
@@ -30,6 +32,7 @@ struct RowKernelTable {
   RowKernels<Bf16> bf16;
   RowKernels<Fp16> fp16;
   RowKernels<float> fp32;
+  LayerKernels layers;
 };
 
 // Those of the running machine; MEGATRON_RL_CPU_ISA=avx512|avx2|baseline asks for others that it

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "layer_kernels_impl.h"
 #include "row_kernels.h"
 #include "word16.h"
 
@@ -224,7 +225,8 @@ constexpr RowKernelTable table(const char* instruction_set) {
   return {instruction_set,
           {stats_of_row<Bf16>, gradient_of_row<Bf16>, race_of_row<Bf16>},
           {stats_of_row<Fp16>, gradient_of_row<Fp16>, race_of_row<Fp16>},
-          {stats_of_row<float>, gradient_of_row<float>, race_of_row<float>}};
+          {stats_of_row<float>, gradient_of_row<float>, race_of_row<float>},
+          kLayerKernels};
 }
 
 }  // namespace

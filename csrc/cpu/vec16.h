@@ -72,6 +72,7 @@ struct Vec16 {
 MRL_INLINE Vec16 operator+(Vec16 a, Vec16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 MRL_INLINE Vec16 operator-(Vec16 a, Vec16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 MRL_INLINE Vec16 operator*(Vec16 a, Vec16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+MRL_INLINE Vec16 operator/(Vec16 a, Vec16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 MRL_INLINE Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // The second operand wins where either is NaN.
 MRL_INLINE Vec16 max(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
@@ -138,6 +139,9 @@ MRL_INLINE Vec16 operator-(Vec16 a, Vec16 b) {
 MRL_INLINE Vec16 operator*(Vec16 a, Vec16 b) {
   return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
 }
+MRL_INLINE Vec16 operator/(Vec16 a, Vec16 b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
 MRL_INLINE Vec16 fma(Vec16 a, Vec16 b, Vec16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -193,6 +197,9 @@ MRL_INLINE Vec16 operator-(const Vec16& a, const Vec16& b) {
 MRL_INLINE Vec16 operator*(const Vec16& a, const Vec16& b) {
   return Vec16::each([&](int i) { return a.v[i] * b.v[i]; });
 }
+MRL_INLINE Vec16 operator/(const Vec16& a, const Vec16& b) {
+  return Vec16::each([&](int i) { return a.v[i] / b.v[i]; });
+}
 // Not fused where the target has no such instruction: a library call per lane would be slow.
 MRL_INLINE Vec16 fma(const Vec16& a, const Vec16& b, const Vec16& c) {
   return Vec16::each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
@@ -228,9 +235,27 @@ MRL_INLINE float fold(Vec16 x, Fn fn) {
   return lane[0];
 }
 
+#if defined(MRL_VEC_AVX512) || defined(MRL_VEC_AVX2)
+MRL_INLINE __m256 halves_sum(Vec16 x) {
+#if defined(MRL_VEC_AVX512)
+  const __m512 swapped = _mm512_shuffle_f32x4(x.v, x.v, _MM_SHUFFLE(1, 0, 3, 2));
+  return _mm512_castps512_ps256(_mm512_add_ps(x.v, swapped));
+#else
+  return _mm256_add_ps(x.lo, x.hi);
+#endif
+}
+// The tree of fold, without a way through memory.
+MRL_INLINE float sum(Vec16 x) {
+  const __m256 eight = halves_sum(x);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+#else
 MRL_INLINE float sum(Vec16 x) {
   return fold(x, [](float a, float b) { return a + b; });
 }
+#endif
 MRL_INLINE float max(Vec16 x) {
   return fold(x, [](float a, float b) { return a > b ? a : b; });
 }

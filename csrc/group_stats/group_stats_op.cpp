@@ -45,7 +45,7 @@ Results group_stats(const Tensor& rewards, const Tensor& offsets, int64_t std_dd
   checks.dense(rewards, "rewards", ScalarType::Double, {num_rewards});
   checks.dense(offsets, "offsets", ScalarType::Long, {offsets.numel()});
   checks.that(offsets.numel() > 0, "offsets", "shape [groups + 1]",
-              "shape " + text_of(offsets.sizes()));
+              ShapeOf{offsets});
   check_offsets(checks, offsets, num_rewards);
   checks.that((keep_rules & ~kKeepRules) == 0, "keep_rules",
               "bits of " + std::to_string(kKeepRules), std::to_string(keep_rules));

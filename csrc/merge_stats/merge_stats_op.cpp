@@ -36,7 +36,7 @@ Merged typed_merge_stats(const Tensor& stats) {
 Merged merge_stats(const Tensor& stats) {
   const Checks checks("merge_stats", stats, "stats");
   checks.that(stats.dim() == 3 && stats.size(2) == 4 && stats.size(0) > 0, "stats",
-              "shape [shards, T, 4]", "shape " + text_of(stats.sizes()));
+              "shape [shards, T, 4]", ShapeOf{stats});
   const bool is_double = stats.is_cpu() && stats.scalar_type() == ScalarType::Double;
   checks.dense(stats, "stats", is_double ? ScalarType::Double : ScalarType::Float,
                {stats.size(0), stats.size(1), 4});

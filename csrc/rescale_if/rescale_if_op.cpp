@@ -32,7 +32,7 @@ void typed_rescale_if(const Checks& checks, const Tensor& x, const Tensor& grad,
 
 void rescale_if_(Tensor x, const Tensor& grad, double expected) {
   const Checks checks("rescale_if_", x, "x");
-  checks.that(x.is_contiguous(), "x", "a contiguous tensor", "strides " + text_of(x.strides()));
+  checks.that(x.is_contiguous(), "x", "a contiguous tensor", StridesOf{x});
   checks.that(expected != 0, "expected", "a number other than 0", "0");
   with_logit_type(checks, "x", x,
                   [&](auto zero) { typed_rescale_if<decltype(zero)>(checks, x, grad, expected); });

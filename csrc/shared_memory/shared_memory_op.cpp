@@ -56,7 +56,7 @@ char* bytes_of(const Tensor& tensor) { return static_cast<char*>(tensor.mutable_
 
 void check_dense(const Checks& checks, const Tensor& tensor, const char* argument) {
   checks.that(tensor.is_contiguous(), argument, "a contiguous tensor",
-              "strides " + text_of(tensor.strides()));
+              StridesOf{tensor});
 }
 
 // Calls fn(value_t{}) with the type of the elements.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.megatron.attention import PackedAttention, PackedRows
+from megatron_rl.ops.fused_layers import attend_next, run_natively
 
 
 class KeyValueCache:
@@ -126,20 +127,36 @@ class NextTokens:
 
     def attend(self, layer: PackedAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         n = len(self.slots)
-        keys, values = self.cache.of(layer.layer_number, key)
-        keys[self.slots, :, self.positions] = key[:n]
-        values[self.slots, :, self.positions] = value[:n]
+        cache = self.cache.of(layer.layer_number, key)
+        own = query[:n], key[:n], value[:n]
+        if run_natively(*own, *cache):
+            out = attend_next(*own, cache, self.positions, scale=layer.scale, window=layer.window)
+        else:
+            out = self._attend_padded(layer, *own, *cache)
+        if n == len(query):
+            return out
+        return torch.cat([out, out.new_zeros(len(query) - n, out.size(1))])
+
+    def _attend_padded(
+        self,
+        layer: PackedAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        n = len(query)
+        keys[self.slots, :, self.positions] = key
+        values[self.slots, :, self.positions] = value
         # The heads of a group attend to the same keys: as if they were queries of one head.
-        out = F.scaled_dot_product_attention(
-            query[:n].unflatten(1, (key.size(1), -1)),
+        return F.scaled_dot_product_attention(
+            query.unflatten(1, (key.size(1), -1)),
             keys[:n, :, : self.length],
             values[:n, :, : self.length],
             attn_mask=self.mask(layer.window, query.dtype),
             scale=layer.scale,
         ).flatten(1)
-        if n == len(query):
-            return out
-        return torch.cat([out, out.new_zeros(len(query) - n, out.size(1))])
 
 
 class Nothing:

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -12,6 +11,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+
+from megatron_rl.ops.fused_layers import rms_norm
 
 
 class Norm(torch.nn.RMSNorm):
@@ -25,6 +26,9 @@ class Norm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.weight, self.eps)
+
 
 class CentredNorm(Norm):
     """The same, of a weight that is kept as its difference from 1; computed in float32 at least."""
@@ -32,7 +36,7 @@ class CentredNorm(Norm):
     def forward(self, hidden: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         weight = 1 + self.weight.to(wide)
-        normed = F.rms_norm(hidden.to(wide), self.normalized_shape, weight, self.eps)
+        normed = rms_norm(hidden.to(wide), weight, self.eps)
         return normed.to(hidden.dtype)
 
 

@@ -11,7 +11,7 @@ Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "c
     @torch.compile                          ->  nothing: it imports Inductor, seconds of a start
 
 The products of its parallel layers, `x.matmul(y)` and `torch.matmul(x, y)`, become those of
-ops/products.py.
+ops/products.py, and its SwiGLU that of ops/fused_layers.py.
 
 A rehearsal installs it for a device of its own in the place of the CPU: the same rewrites, but that
 tensors are moved to it.
@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.ops.fused_layers import swiglu, swiglu_backward
 from megatron_rl.ops.products import product
 
 OF_A_GPU = ("transformer_engine", "apex", "amp_C", "flash_attn")
@@ -317,6 +318,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
             module.disable_jit_fuser()  # else torch.compile runs on every small function
         if module.__name__ == "megatron.core.tensor_parallel.mappings" and self._device == "cpu":
             _allow_uneven_runs(module)
+        if module.__name__ == "megatron.core.fusions.fused_bias_swiglu" and self._device == "cpu":
+            module.swiglu, module.swiglu_back = swiglu, swiglu_backward  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):

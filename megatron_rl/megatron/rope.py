@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.fused_layers import turn
 from megatron_rl.weights.arch import ModelArch, YarnRope
 from megatron_rl.weights.families.hf_rope import LLAMA3_ROPE
 
@@ -130,20 +131,9 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(heads, cos, sin, 1)
+        return turn(heads, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(gradients[0], cos, sin, -1), None, None
-
-
-def _turn(heads: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    # A product and a sum, each rounded, as transformers has it: addcmul rounds once.
-    halves = heads.unflatten(-1, (2, -1))  # [T, heads, 2, d/2]
-    turned: Tensor = halves * cos[:, None]
-    product = halves[..., 1, :] * sin
-    turned[..., 0, :].add_(product, alpha=-sign)
-    torch.mul(halves[..., 0, :], sin, out=product)
-    turned[..., 1, :].add_(product, alpha=sign)
-    return turned.flatten(-2).to(heads.dtype)
+        return turn(gradients[0], cos, sin, -1), None, None

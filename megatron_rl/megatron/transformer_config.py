@@ -68,7 +68,7 @@ def transformer_config(
         "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,  # rows differ
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, experts or not
         "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": use_te,
+        "bias_activation_fusion": use_te or device_type == "cpu",  # on_cpu.py has one for it
         "bias_dropout_fusion": use_te,
         "apply_rope_fusion": use_te,
         "masked_softmax_fusion": False,

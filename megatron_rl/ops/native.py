@@ -31,7 +31,16 @@ OPS = (
     "draw_stats",
     "shared_open",
 )
-if not FAULT and (missing := [op for op in OPS if not hasattr(torch.ops.megatron_rl, op)]):
+LAYER_OPS = (
+    "turn",
+    "swiglu",
+    "swiglu_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "attend_next_",
+)
+"""Those of ops/fused_layers.py, for float32 on CPUs alone."""
+if not FAULT and (missing := [op for op in (*OPS, *LAYER_OPS) if not hasattr(torch.ops.megatron_rl, op)]):
     FAULT = f"it was compiled from other sources, without {', '.join(missing)}"
 
 BUILT = not FAULT
@@ -70,6 +79,11 @@ def takes(op: str, tensor: Tensor) -> bool:
     """True where op was compiled for the device and dtype of this tensor."""
     dtypes = CPU_DTYPES if tensor.device.type == "cpu" else DEVICE_DTYPES
     return tensor.dtype in dtypes and has(op, tensor.device)
+
+
+def has_layers_for(tensor: Tensor) -> bool:
+    """True where LAYER_OPS take this tensor."""
+    return BUILT and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
