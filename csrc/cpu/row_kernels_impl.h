@@ -178,6 +178,19 @@ MRL_INLINE void words_of_block(uint32_t first, const RowNoise& noise, uint32_t* 
   store_by_turns(c0, c1, c2, c3, words);
 }
 
+// A block of which only the first columns are there, filled up as a Tail is.
+template <typename logit_t>
+struct Part {
+  logit_t lane[kRaceBlock];
+
+  MRL_INLINE Part(const logit_t* from, int64_t count) {
+    for (int i = 0; i < kRaceBlock; i += kLanes) {
+      Vec16::all(-std::numeric_limits<float>::infinity()).store(lane + i);
+    }
+    std::memcpy(lane, from, sizeof(logit_t) * count);
+  }
+};
+
 // Whether any of a block may win; see kGenerous.
 template <typename logit_t>
 MRL_INLINE bool may_win(const logit_t* block, const uint32_t* words, float scale, float best) {
@@ -206,8 +219,11 @@ Winner<float> race_of_row(const logit_t* row, int num_valid, float inv_temp, flo
   for (int64_t counter = first_counter; 4 * counter < behind; counter += kCounters) {
     words_of_block(static_cast<uint32_t>(counter), noise, words);
     const int64_t start = 4 * counter - noise.vocab_start;  // column of the block's first token
-    const bool is_whole = start >= 0 && start + kRaceBlock <= num_valid;
-    if (is_whole && !may_win(row + start, words, scale, best.score)) continue;
+    const int64_t left = num_valid - start;
+    const bool may = start < 0 || (left < kRaceBlock
+                                       ? may_win(Part(row + start, left).lane, words, scale, best.score)
+                                       : may_win(row + start, words, scale, best.score));
+    if (!may) continue;
     for (int i = 0; i < kRaceBlock; ++i) {
       const int64_t column = start + i;
       if (column < 0 || column >= num_valid) continue;

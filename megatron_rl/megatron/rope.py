@@ -76,7 +76,10 @@ class Rope:
     ) -> tuple[Tensor, Tensor]:
         """[T, 1, r/2] cosines and sines."""
         angles = torch.outer(position_ids.float(), frequencies)[:, None]
-        return (angles.cos() * amplitude).to(self.dtype), (angles.sin() * amplitude).to(self.dtype)
+        waves = angles.cos(), angles.sin()
+        if amplitude != 1.0:
+            waves = waves[0] * amplitude, waves[1] * amplitude
+        return waves[0].to(self.dtype), waves[1].to(self.dtype)
 
 
 def frequencies(arch: ModelArch) -> Tensor:

@@ -96,6 +96,9 @@ def gumbel(words: Tensor) -> Tensor:
 
 def merge_draws(gathered: Tensor) -> tuple[Tensor, Tensor]:
     """[tp, N, 5] -> (tokens [N] int64, log-probs [N] float64)."""
+    if len(gathered) == 1:
+        row_max, total, _, best_z, token = gathered[0].unbind(dim=1)
+        return token.long(), best_z - row_max - total.log()
     row_max = gathered[:, :, 0].amax(dim=0)
     total = torch.zeros_like(row_max)
     for shard in gathered:  # rank order: a sum in another order would have other bits

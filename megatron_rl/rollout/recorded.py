@@ -50,7 +50,7 @@ class Recordings:
             recorder = _Recorder()
             with recorder:
                 output = function(*inputs)
-            self._repeats[key] = _repeat_of(recorder.calls, inputs, output)
+            self._repeats[key] = _repeat_of(recorder.calls, inputs, recorder.original(output))
             return output
         repeat = self._repeats[key]
         return function(*inputs) if repeat is None else repeat(*inputs)
@@ -122,19 +122,49 @@ class _Call:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what runs."""
+    """Notes what runs, without the calls whose result is a tensor that was given to them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
+        self._same: dict[int, tuple[Tensor, Tensor]] = {}  # by the result's id: it, and the given
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        call = _Call(func, args, kwargs or {}, result)
+        given = _each(self.original, args)
+        call = _Call(func, given, _each(self.original, kwargs or {}), result)
         is_idle_dropout = func in _DROPOUT and result is args[0] and not args[2]
-        if (call.read or call.made) and not is_idle_dropout:
+        if is_idle_dropout or (call.is_repeatable and not call.written and self._is_given(call)):
+            self._same[id(result)] = result, given[0]
+        elif call.read or call.made:
             self.calls.append(call)
         return result
+
+    def original(self, value: Any) -> Any:
+        """The tensor that a value is the same as, or itself."""
+        return self._same[id(value)][1] if id(value) in self._same else value
+
+    def _is_given(self, call: _Call) -> bool:
+        """True where the result is the first argument, or a view of it that shows all of it alike."""
+        result, given = call.result, call.args[0] if call.args else None
+        return (
+            isinstance(result, Tensor)
+            and isinstance(given, Tensor)
+            and _memory_of(result) == _memory_of(given)
+            and result.dtype == given.dtype
+            and result.shape == given.shape
+            and result.stride() == given.stride()
+            and result.storage_offset() == given.storage_offset()
+        )
+
+
+def _each(function: Callable[[Any], Any], values: Any) -> Any:
+    """function of each of the values, and of those in lists of them."""
+    if isinstance(values, dict):
+        return {name: _each(function, value) for name, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(_each(function, value) for value in values)
+    return function(values)
 
 
 def _repeat_of(

@@ -58,8 +58,19 @@ def with_whole_numbers(x, y):
     return (x > 0).sum(dim=1).long().where(y[:, 0] > 0, -1)
 
 
+def with_calls_that_change_nothing(x, y):
+    made = x.clone()
+    same = made.to(torch.float32)[:4].view_as(x).reshape(4, 5)
+    same.contiguous().add_(y)
+    return same.expand(4, 5).detach() + made[1:].sum()
+
+
 def an_input(x, y):
     return y
+
+
+def an_input_as_it_is(x, y):
+    return y.to(y.dtype).view_as(x)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,9 @@ def an_input(x, y):
         with_results_given,
         with_attention,
         with_whole_numbers,
+        with_calls_that_change_nothing,
         an_input,
+        an_input_as_it_is,
     ],
 )
 def test_a_repeat_is_what_the_function_does(function):
@@ -82,6 +95,14 @@ def test_a_repeat_is_what_the_function_does(function):
             inputs = torch.randn(4, 5, generator=draw), torch.randn(4, 5, generator=draw)
             assert torch.equal(recordings.run("key", counted, *inputs), function(*inputs))
     assert counted.calls == 2  # once as it is, and once to record it
+
+
+def test_calls_that_change_nothing_are_not_repeated():
+    recorder, inputs = recorded._Recorder(), (torch.ones(4, 5), torch.ones(4, 5))
+    with torch.inference_mode(), recorder:
+        with_calls_that_change_nothing(*inputs)
+    repeated = [call.operation.overloadpacket.__name__ for call in recorder.calls]
+    assert repeated == ["clone", "add_", "slice", "sum", "add"]
 
 
 def test_what_stays_where_it_is_is_read_and_written_as_it_is_by_then():
