@@ -29,8 +29,12 @@ from measure import describe_machine
 
 PHASES = ("rollout", "reward", "logprob", "update", "weight_sync")
 HERE = Path(__file__).parent
-OURS = {"megatron": "megatron", "vllm": "vllm", "half": "megatron"}
-"""Names of this program, and the engine of each; `half` drops every second group."""
+OURS = {"megatron": "megatron", "vllm": "vllm", "half": "megatron", "shared": "megatron"}
+"""Names of this program, and the engine of each; `half` drops every second group, and in `shared`
+responses share their prompt (`batching.share_prompts`)."""
+
+
+OF_OURS = ("half", "shared")  # are compared with the others of this program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,9 @@ def _start(
     if who in OURS:
         environment |= {"COMPARE_HALF": "1"} if who == "half" else {}
         recipe = folder / f"{name}.yaml"
-        recipe.write_text(yaml.safe_dump(_recipe(OURS[who], case, model, folder / name, options)))
+        settings = _recipe(OURS[who], case, model, folder / name, options)
+        settings |= {"batching": {"share_prompts": True}} if who == "shared" else {}
+        recipe.write_text(yaml.safe_dump(settings))
         program = [str(HERE / "compare_ours.py"), "train", str(recipe)]
         command = [sys.executable, *(torchrun if ranks > 1 else ()), *program]
     else:
@@ -227,7 +233,7 @@ def _report(
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    compared = [one for one in programs if not _is_ours(one) or one.name.startswith("half")]
+    compared = [one for one in programs if not _is_ours(one) or one.name.startswith(OF_OURS)]
     for ours in filter(_is_ours, programs):
         for other in compared:
             if other is not ours:
@@ -269,7 +275,8 @@ def _options() -> argparse.Namespace:
         nargs="+",
         default=["megatron:2", "vllm:2", "trl:2", "loop:2"],
         metavar="NAME:RANKS",
-        help="megatron, vllm (engines of this program), half (it drops half of it), trl, loop",
+        help="megatron, vllm (engines of this program), half (it drops half of it), shared (its "
+        "responses share their prompts), trl, loop",
     )
     return parser.parse_args()
 
