@@ -40,7 +40,9 @@ LAYER_OPS = (
     "attend_next_",
 )
 """Those of ops/fused_layers.py, for float32 on CPUs alone."""
-if not FAULT and (missing := [op for op in (*OPS, *LAYER_OPS) if not hasattr(torch.ops.megatron_rl, op)]):
+if not FAULT and (
+    missing := [op for op in (*OPS, *LAYER_OPS) if not hasattr(torch.ops.megatron_rl, op)]
+):
     FAULT = f"it was compiled from other sources, without {', '.join(missing)}"
 
 BUILT = not FAULT

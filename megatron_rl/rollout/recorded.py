@@ -145,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         return self._same[id(value)][1] if id(value) in self._same else value
 
     def _is_given(self, call: _Call) -> bool:
-        """True where the result is the first argument, or a view of it that shows all of it alike."""
+        """True where the result is the first argument, or a view of it that is like it."""
         result, given = call.result, call.args[0] if call.args else None
         return (
             isinstance(result, Tensor)
