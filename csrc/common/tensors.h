@@ -129,8 +129,7 @@ class Checks {
          StridesOf{logits});
     that(!is_written || is_empty || logits.size(0) == 1 || logits.stride(0) >= logits.size(1),
          argument, "rows that do not overlap", StridesOf{logits});
-    that(logits.size(1) <= (int64_t(1) << 30), argument, "at most 2^30 columns",
-         ShapeOf{logits});
+    that(logits.size(1) <= (int64_t(1) << 30), argument, "at most 2^30 columns", ShapeOf{logits});
   }
 
  private:

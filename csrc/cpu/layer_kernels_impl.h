@@ -142,9 +142,8 @@ void attend_to_keys(const float* query, const float* keys, const float* values, 
   }
 }
 
-constexpr LayerKernels kLayerKernels = {turn_head,        swiglu_of_row, swiglu_backward_of_row,
-                                        norm_row,         norm_backward_of_row,
-                                        attend_to_keys};
+constexpr LayerKernels kLayerKernels = {turn_head, swiglu_of_row,        swiglu_backward_of_row,
+                                        norm_row,  norm_backward_of_row, attend_to_keys};
 
 }  // namespace
 }  // namespace megatron_rl

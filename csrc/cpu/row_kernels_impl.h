@@ -220,9 +220,10 @@ Winner<float> race_of_row(const logit_t* row, int num_valid, float inv_temp, flo
     words_of_block(static_cast<uint32_t>(counter), noise, words);
     const int64_t start = 4 * counter - noise.vocab_start;  // column of the block's first token
     const int64_t left = num_valid - start;
-    const bool may = start < 0 || (left < kRaceBlock
-                                       ? may_win(Part(row + start, left).lane, words, scale, best.score)
-                                       : may_win(row + start, words, scale, best.score));
+    const bool may =
+        start < 0 ||
+        (left < kRaceBlock ? may_win(Part(row + start, left).lane, words, scale, best.score)
+                           : may_win(row + start, words, scale, best.score));
     if (!may) continue;
     for (int i = 0; i < kRaceBlock; ++i) {
       const int64_t column = start + i;

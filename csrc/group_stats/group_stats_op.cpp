@@ -44,8 +44,7 @@ Results group_stats(const Tensor& rewards, const Tensor& offsets, int64_t std_dd
   const int64_t num_rewards = rewards.numel();
   checks.dense(rewards, "rewards", ScalarType::Double, {num_rewards});
   checks.dense(offsets, "offsets", ScalarType::Long, {offsets.numel()});
-  checks.that(offsets.numel() > 0, "offsets", "shape [groups + 1]",
-              ShapeOf{offsets});
+  checks.that(offsets.numel() > 0, "offsets", "shape [groups + 1]", ShapeOf{offsets});
   check_offsets(checks, offsets, num_rewards);
   checks.that((keep_rules & ~kKeepRules) == 0, "keep_rules",
               "bits of " + std::to_string(kKeepRules), std::to_string(keep_rules));

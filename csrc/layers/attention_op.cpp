@@ -6,8 +6,7 @@ namespace {
 
 // [T, heads, size] float32 on a CPU, whose entries of a head are neighbours.
 void check_heads(const Checks& checks, const Tensor& heads, const char* argument) {
-  checks.that(heads.dim() == 3, argument, "shape [T, heads, d]",
-              ShapeOf{heads});
+  checks.that(heads.dim() == 3, argument, "shape [T, heads, d]", ShapeOf{heads});
   checks.that(heads.scalar_type() == ScalarType::Float, argument, "float32",
               name_of(heads.scalar_type()));
   checks.that(heads.numel() == 0 || heads.size(2) == 1 || heads.stride(2) == 1, argument,
@@ -52,7 +51,8 @@ float* of_slot(const Tensor& cache, int64_t slot, int64_t group) {
 void check_cache(const Checks& checks, const Tensor& cache, const char* argument, int64_t rows,
                  const Tensor& key) {
   checks.that(cache.dim() == 4 && cache.size(0) >= rows, argument,
-              "shape [at least as many slots as there are rows, groups, tokens, d]", ShapeOf{cache});
+              "shape [at least as many slots as there are rows, groups, tokens, d]",
+              ShapeOf{cache});
   checks.dense(cache, argument, ScalarType::Float,
                {cache.size(0), key.size(1), cache.size(2), key.size(2)});
 }

@@ -11,8 +11,7 @@ namespace {
 constexpr int64_t kBlock = 256;
 
 int64_t width_of(const Checks& checks, const Tensor& x, const Tensor& weight) {
-  checks.that(x.dim() > 0 && x.size(x.dim() - 1) > 0, "x", "shape [..., H]",
-              ShapeOf{x});
+  checks.that(x.dim() > 0 && x.size(x.dim() - 1) > 0, "x", "shape [..., H]", ShapeOf{x});
   const int64_t size = x.size(x.dim() - 1);
   checks.dense(x, "x", ScalarType::Float, Sizes(x.sizes().begin(), x.sizes().end()));
   checks.dense(weight, "weight", ScalarType::Float, {size});

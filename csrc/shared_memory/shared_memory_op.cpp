@@ -55,8 +55,7 @@ int64_t bytes_in(const Tensor& tensor) { return tensor.numel() * tensor.element_
 char* bytes_of(const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
 void check_dense(const Checks& checks, const Tensor& tensor, const char* argument) {
-  checks.that(tensor.is_contiguous(), argument, "a contiguous tensor",
-              StridesOf{tensor});
+  checks.that(tensor.is_contiguous(), argument, "a contiguous tensor", StridesOf{tensor});
 }
 
 // Calls fn(value_t{}) with the type of the elements.

@@ -22,6 +22,8 @@ class Norm(torch.nn.RMSNorm):
     which saw other tokens. Without it the gradient is wrong, and nothing says so.
     """
 
+    eps: float
+
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

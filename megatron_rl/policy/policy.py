@@ -13,7 +13,7 @@ from megatron_rl.objectives.loss import Loss, no_extrema
 from megatron_rl.ops.head import LOGITS_BYTES, Head
 from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.products import product
-from megatron_rl.ops.sample import sample_tokens
+from megatron_rl.ops.sample import sample_from_head
 from megatron_rl.ops.truncated import Truncation, sample_truncated
 from megatron_rl.ops.vocab_parallel import Shard, row_slices
 from megatron_rl.parallel.config import ParallelConfig
@@ -104,17 +104,18 @@ class Policy(TrainedModel):
         most = max(1, LOGITS_BYTES // (len(weight) * hidden.element_size()))
         found: list[tuple[Tensor, Tensor, Tensor | None]] = []
         for rows in row_slices(len(seeds), most):
-            if repeats is None:
-                logits = product(hidden[rows], weight.T)
-            else:
-                of_row = repeats[rows]
-                first, last = int(of_row[0]), int(of_row[-1])
-                logits = product(hidden[first : last + 1], weight.T)
-                logits = logits.index_select(0, (of_row - first).to(device))
+            states, of_rows = hidden[rows], None
+            if repeats is not None:
+                first, last = int(repeats[rows][0]), int(repeats[rows][-1])
+                states = hidden[first : last + 1]
+                of_rows = (repeats[rows] - first).to(device)
             own = [x[rows].to(device) for x in (seeds, places, temperatures)]
             if truncation is None:
-                found.append((*sample_tokens(logits, shard, *own), None))
+                drawn = sample_from_head(states, weight, shard, *own, of_rows=of_rows)
+                found.append((*drawn, None))
             else:
+                logits = product(states, weight.T)
+                logits = logits if of_rows is None else logits.index_select(0, of_rows)
                 found.append(sample_truncated(logits, shard, *own, truncation=truncation))
         tokens, logprobs, supports = zip(*found, strict=True)
         support = None if truncation is None else torch.cat(supports)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from draws import COLUMNS, VALID, logits_of, requests
 
+from megatron_rl.ops import sample
 from megatron_rl.ops.philox import philox
 from megatron_rl.ops.sample import draw_stats, draw_stats_definition, merge_draws, sample_tokens
 from megatron_rl.ops.vocab_parallel import Shard
@@ -90,6 +91,26 @@ def test_a_split_vocabulary_gives_the_same_tokens(tp, dtype):
     whole_tokens, whole_logprobs = sample_tokens(logits, ONE, *asked)
     assert tokens.tolist() == whole_tokens.tolist()
     torch.testing.assert_close(logprobs.to(whole_logprobs), whole_logprobs, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [0, 7])
+def test_blocks_of_columns_give_the_tokens_of_all_logits(monkeypatch, dtype, start):
+    """The last blocks are padding in part, and alone."""
+    draw = torch.Generator().manual_seed(2)
+    hidden = torch.randn(20, 16, generator=draw, dtype=dtype)
+    weight = torch.randn(130, 16, generator=draw, dtype=dtype)
+    of_rows = torch.arange(20).repeat_interleave(3)
+    shard = Shard(None, start, start + 95, 1.0)
+    asked = requests(60)
+    asked[2][::4] = 0.0
+    monkeypatch.setattr(sample, "MANY_ROWS", 60)
+    monkeypatch.setattr(sample, "COLUMNS_OF_A_BLOCK", 31)
+    tokens, logprobs = sample.sample_from_head(hidden, weight, shard, *asked, of_rows=of_rows)
+    logits = (hidden @ weight.T).repeat_interleave(3, dim=0)
+    wanted, their_logprobs = sample_tokens(logits, shard, *asked)
+    assert tokens.tolist() == wanted.tolist()
+    torch.testing.assert_close(logprobs, their_logprobs, atol=2e-6, rtol=2e-6)
 
 
 def test_a_token_does_not_depend_on_who_else_is_sampled():
