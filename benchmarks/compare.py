@@ -14,6 +14,7 @@ all of a turn.
 import argparse
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -91,6 +92,7 @@ CASES = {
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # nobody is left standing
     options = _options()
     case = CASES[options.case]
     folder = Path(tempfile.mkdtemp(prefix="compare-"))

@@ -1,22 +1,23 @@
-"""Parts of a layer on a core: torch's, and those of ops/fused_layers.py.
+"""Parts of a layer on a core: torch's, and those of ops/fused_layers.py; and drawing in blocks.
 
     OMP_NUM_THREADS=1 python benchmarks/fused_layers.py
 
-Both take turns; the median of all turns, in microseconds a call.
+Both of a row take turns; the median of all turns, in microseconds a call.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from measure import describe_machine
 from torch import Tensor
 
-from megatron_rl.ops import backend, fused_layers
+from megatron_rl.ops import backend, fused_layers, sample
+from megatron_rl.ops.vocab_parallel import Shard
 
 # Tokens, hidden size, that of the FFN, heads and their size; in a step of the engine and in an
 # update: of the quickstart's model, and of SmolLM2-135M.
@@ -32,6 +33,7 @@ CACHES = (  # sequences, heads, groups, size of a head, tokens
     (32, 9, 3, 64, 1024),
     (8, 32, 8, 128, 2048),
 )
+DRAWS = ((32, 128, 151936), (64, 128, 151936), (256, 128, 151936))  # rows, hidden, vocabulary
 CALLS = 5
 
 
@@ -80,6 +82,20 @@ def next_tokens(
     return attend
 
 
+def draws(rows: int, hidden: int, vocabulary: int) -> Iterator[Callable[[], object]]:
+    """From all logits, and from blocks of their columns."""
+    states, weight = torch.randn(rows, hidden), 0.05 * torch.randn(vocabulary, hidden)
+    asked = torch.arange(rows), torch.arange(rows), torch.ones(rows, dtype=torch.float64)
+    shard = Shard(tp_group=None, vocab_start=0, valid_vocab=vocabulary, temperature=1.0)
+
+    def draw(many_rows: int) -> None:
+        sample.MANY_ROWS = many_rows
+        sample.sample_from_head(states, weight, shard, *asked)
+
+    for many_rows in (rows + 1, 0):
+        yield lambda many_rows=many_rows: draw(many_rows)  # type: ignore[misc]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--turns", type=int, default=41)
@@ -95,20 +111,35 @@ def main() -> None:
         sequences, heads, groups, size, tokens = cache
         name = f"attention of {sequences} next tokens, {heads} heads in {groups} groups of {size}"
         print(_row(f"{name}, to {tokens // 2 + 1}", next_tokens(*cache), turns))
+    print("\n| | all columns, us | in blocks, us | ratio |")
+    print("|---|---|---|---|")
+    for draw in DRAWS:
+        whole, in_blocks = _in_turns(tuple(draws(*draw)), turns // 4 + 1)
+        name = "drawn from {} rows of {} to {:,}".format(*draw)
+        print(f"| {name} | {whole:,.0f} | {in_blocks:,.0f} | {whole / in_blocks:.1f} |")
 
 
 def _row(name: str, call: Callable[[], object], turns: int) -> str:
-    taken: dict[str, list[float]] = {"reference": [], "auto": []}
-    for turn in range(turns + 1):  # the first one is not counted
-        for kind, seconds in taken.items():
-            backend.choose(kind, torch.device("cpu"))  # type: ignore[arg-type]
-            began = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            if turn:
-                seconds.append((time.perf_counter() - began) / CALLS)
-    torchs, fused = (1e6 * statistics.median(seconds) for seconds in taken.values())
+    def by(kind: str) -> None:
+        backend.choose(kind, torch.device("cpu"))  # type: ignore[arg-type]
+        for _ in range(CALLS):
+            call()
+
+    times = _in_turns((lambda: by("reference"), lambda: by("auto")), turns)
+    torchs, fused = (time / CALLS for time in times)
     return f"| {name} | {torchs:,.0f} | {fused:,.0f} | {torchs / fused:.1f} |"
+
+
+def _in_turns(calls: Sequence[Callable[[], object]], turns: int) -> list[float]:
+    """The median of each, in microseconds."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for turn in range(turns + 1):  # the first one is not counted
+        for call, seconds in zip(calls, taken, strict=True):
+            began = time.perf_counter()
+            call()
+            if turn:
+                seconds.append(time.perf_counter() - began)
+    return [1e6 * statistics.median(seconds) for seconds in taken]
 
 
 if __name__ == "__main__":

@@ -142,6 +142,31 @@ if BUILT:
             rewards.new_empty(rewards.shape),
         )
 
+    @torch.library.register_fake("megatron_rl::turn")
+    def _turn(heads: Tensor, *rest: object) -> Tensor:
+        return heads.new_empty(heads.shape)
+
+    @torch.library.register_fake("megatron_rl::swiglu")
+    def _swiglu(x: Tensor) -> Tensor:
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    @torch.library.register_fake("megatron_rl::swiglu_backward")
+    def _swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("megatron_rl::rms_norm")
+    def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), x.new_empty(x.numel() // weight.shape[0])
+
+    @torch.library.register_fake("megatron_rl::rms_norm_backward")
+    def _rms_norm_backward(grad: Tensor, x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), x.new_empty(x.shape[-1])
+
+    @torch.library.register_fake("megatron_rl::attend_next_")
+    def _attend_next_(query: Tensor, *rest: object) -> Tensor:
+        rows, heads, size = query.shape
+        return query.new_empty(rows, heads * size)
+
 
 def _loss_results(
     like: Tensor, rows: int, dtype: torch.dtype

@@ -186,3 +186,22 @@ def test_every_native_op(native_only):
     expected = everything(*tensors)
     torch.testing.assert_close(compiled, expected, atol=0, rtol=0)
     assert torch.equal(expected[4], 0.5 * expected[2])
+
+
+def test_every_part_of_a_layer(native_only):
+    x, weight, angles = torch.randn(4, 16), torch.randn(16), torch.randn(4, 1, 4)
+    places = torch.tensor([0, 2, 1, 4])
+
+    def everything(x, keys, values):
+        x = x * 1.5
+        heads, keys, values = x.unflatten(1, (2, 8)), keys.clone(), values.clone()
+        normed, inverse = ops.rms_norm(x, weight, 1e-6)
+        through = ops.swiglu(x)
+        turned = ops.turn(heads, angles, angles, 1)
+        attended = ops.attend_next_(turned, turned, heads, keys, values, places, 0.5, 2)
+        gradients = ops.rms_norm_backward(x, normed, weight, inverse)
+        return gradients, ops.swiglu_backward(through, x), attended, keys, values
+
+    tensors = x, torch.randn(4, 2, 5, 8), torch.randn(4, 2, 5, 8)
+    compiled = torch.compile(everything, fullgraph=True)(*tensors)
+    torch.testing.assert_close(compiled, everything(*tensors), atol=0, rtol=0)
