@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
   m.def(
       "draw_stats(Tensor logits, Tensor seeds, Tensor places, Tensor temperatures, "
       "int vocab_start, int valid_vocab) -> Tensor");
+  m.def(
+      "draw_from_head(Tensor hidden, Tensor weight, Tensor seeds, Tensor places, "
+      "Tensor temperatures, int vocab_start, int valid_vocab) -> Tensor");
   m.def("merge_stats(Tensor stats) -> (Tensor logprobs, Tensor entropy, Tensor log_sum_exp)");
   m.def("token_loss(Tensor stats, " MRL_LOSS_INPUTS
         "float inv_temp) -> (Tensor logprobs, Tensor entropy, Tensor params, Tensor loss, "

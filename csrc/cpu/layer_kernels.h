@@ -5,6 +5,8 @@
 
 namespace megatron_rl {
 
+constexpr int kMostTileColumns = 48;  // of multiply, on any instruction set
+
 struct LayerKernels {
   // A head [2 * half] whose halves turn together: each product and each sum is rounded.
   void (*turn)(const float* head, const float* cos, const float* sin, float sign, int half,
@@ -24,6 +26,11 @@ struct LayerKernels {
   // Attention of one query [size] to count keys and values [count, size]. scores: [count], room.
   void (*attend)(const float* query, const float* keys, const float* values, int64_t count,
                  int size, float scale, float* scores, float* out);
+
+  // out [rows, columns] = left [rows, inner] times weight [columns, inner], transposed; for few
+  // rows. packed: [inner * kMostTileColumns], room.
+  void (*multiply)(const float* left, int rows, const float* weight, int columns, int inner,
+                   float* packed, float* out, int64_t out_stride);
 };
 
 }  // namespace megatron_rl

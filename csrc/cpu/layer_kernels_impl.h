@@ -6,25 +6,11 @@
 #include <cstring>
 
 #include "layer_kernels.h"
+#include "thin_product_impl.h"
 #include "vec16.h"
 
 namespace megatron_rl {
 namespace {
-
-// Up to kLanes floats; zeros in the place of what is missing.
-MRL_INLINE Vec16 load_some(const float* from, int count) {
-  if (count >= kLanes) return Vec16::load(from);
-  float lane[kLanes] = {};
-  std::memcpy(lane, from, sizeof(float) * count);
-  return Vec16::load(lane);
-}
-
-MRL_INLINE void store_some(Vec16 x, float* to, int count) {
-  if (count >= kLanes) return x.store(to);
-  float lane[kLanes];
-  x.store(lane);
-  std::memcpy(to, lane, sizeof(float) * count);
-}
 
 void turn_head(const float* head, const float* cos, const float* sin, float sign, int half,
                float* out) {
@@ -142,8 +128,9 @@ void attend_to_keys(const float* query, const float* keys, const float* values, 
   }
 }
 
-constexpr LayerKernels kLayerKernels = {turn_head, swiglu_of_row,        swiglu_backward_of_row,
-                                        norm_row,  norm_backward_of_row, attend_to_keys};
+constexpr LayerKernels kLayerKernels = {turn_head,    swiglu_of_row,        swiglu_backward_of_row,
+                                        norm_row,     norm_backward_of_row, attend_to_keys,
+                                        multiply_thin};
 
 }  // namespace
 }  // namespace megatron_rl

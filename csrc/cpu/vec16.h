@@ -2,6 +2,7 @@
 // the same lanes, so a sum has the same order on all of them. Include inside no namespace.
 #pragma once
 
+#include <cstring>
 #include <limits>
 
 #include "../common/logit_types.h"
@@ -256,6 +257,21 @@ MRL_INLINE float sum(Vec16 x) {
   return fold(x, [](float a, float b) { return a + b; });
 }
 #endif
+// Up to kLanes floats; zeros in the place of what is missing.
+MRL_INLINE Vec16 load_some(const float* from, int count) {
+  if (count >= kLanes) return Vec16::load(from);
+  float lane[kLanes] = {};
+  std::memcpy(lane, from, sizeof(float) * count);
+  return Vec16::load(lane);
+}
+
+MRL_INLINE void store_some(Vec16 x, float* to, int count) {
+  if (count >= kLanes) return x.store(to);
+  float lane[kLanes];
+  x.store(lane);
+  std::memcpy(to, lane, sizeof(float) * count);
+}
+
 MRL_INLINE float max(Vec16 x) {
   return fold(x, [](float a, float b) { return a > b ? a : b; });
 }

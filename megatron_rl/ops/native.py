@@ -3,7 +3,9 @@
 Its ops are torch.ops.megatron_rl.*; what each must equal is the definition beside its wrapper.
 """
 
+import functools
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -38,8 +40,9 @@ LAYER_OPS = (
     "rms_norm",
     "rms_norm_backward",
     "attend_next_",
+    "draw_from_head",
 )
-"""Those of ops/fused_layers.py, for float32 on CPUs alone."""
+"""Those that are for float32 on CPUs alone."""
 if not FAULT and (
     missing := [op for op in (*OPS, *LAYER_OPS) if not hasattr(torch.ops.megatron_rl, op)]
 ):
@@ -86,6 +89,13 @@ def takes(op: str, tensor: Tensor) -> bool:
 def has_layers_for(tensor: Tensor) -> bool:
     """True where LAYER_OPS take this tensor."""
     return BUILT and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+@functools.cache
+def has_wide_vectors() -> bool:
+    """True where the ops compute with AVX-512."""
+    asked_for = os.environ.get("MEGATRON_RL_CPU_ISA") or "avx512"
+    return asked_for == "avx512" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -141,6 +151,10 @@ if BUILT:
             rewards.new_empty(rewards.shape, dtype=torch.bool),
             rewards.new_empty(rewards.shape),
         )
+
+    @torch.library.register_fake("megatron_rl::draw_from_head")
+    def _draw_from_head(hidden: Tensor, *rest: object) -> Tensor:
+        return hidden.new_empty((hidden.shape[0], 5), dtype=torch.float64)
 
     @torch.library.register_fake("megatron_rl::turn")
     def _turn(heads: Tensor, *rest: object) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.ops import backend
+from megatron_rl.ops import backend, native
+from megatron_rl.ops.fused_layers import run_natively
 from megatron_rl.ops.philox import words_of_tokens
 from megatron_rl.ops.products import product
 from megatron_rl.ops.vocab_parallel import Shard, compute_dtype, row_slices, with_dense_rows
@@ -19,7 +20,11 @@ NUM_STATS = 5
 
 MANY_ROWS, COLUMNS_OF_A_BLOCK = 48, 16384
 """On a CPU, from so many rows on, logits are made and drawn from in blocks of so many columns,
-which stay in the caches: of 151,936 columns it takes 0.7 of the time (docs/kernels.md)."""
+which stay in the caches."""
+
+MOST_STATES = 1 << 16
+"""Up to so many numbers, hidden states stay in a cache beside a block of the head, and one op makes
+and draws from a block at a time. docs/kernels.md has what each of the three ways takes."""
 
 
 def sample_tokens(
@@ -54,6 +59,17 @@ def sample_from_head(
 
     of_rows: [N] int64, the hidden state of each row; None: one each.
     """
+    if of_rows is None and _is_for_one_op(hidden, weight):
+        stats = torch.ops.megatron_rl.draw_from_head(
+            hidden.contiguous(),
+            weight,
+            seeds.contiguous(),
+            places.contiguous(),
+            temperatures.contiguous(),
+            shard.vocab_start,
+            shard.valid_vocab,
+        )
+        return _drawn(stats[None], shard.tp_group, hidden.dtype)
     in_blocks = hidden.device.type == "cpu" and len(seeds) >= MANY_ROWS
     size = COLUMNS_OF_A_BLOCK if in_blocks else len(weight)
     blocks = []
@@ -64,6 +80,15 @@ def sample_from_head(
         own = shard._replace(vocab_start=shard.vocab_start + columns.start)
         blocks.append(draw_stats(logits, own, seeds, places, temperatures))
     return _drawn(torch.stack(blocks), shard.tp_group, hidden.dtype)
+
+
+def _is_for_one_op(hidden: Tensor, weight: Tensor) -> bool:
+    return (
+        hidden.numel() <= MOST_STATES
+        and weight.is_contiguous()
+        and run_natively(hidden, weight)
+        and native.has_wide_vectors()
+    )
 
 
 def _drawn(

@@ -200,7 +200,8 @@ def test_every_part_of_a_layer(native_only):
         turned = ops.turn(heads, angles, angles, 1)
         attended = ops.attend_next_(turned, turned, heads, keys, values, places, 0.5, 2)
         gradients = ops.rms_norm_backward(x, normed, weight, inverse)
-        return gradients, ops.swiglu_backward(through, x), attended, keys, values
+        drawn = ops.draw_from_head(x, x, places, places, places.double(), 0, 4)
+        return drawn, gradients, ops.swiglu_backward(through, x), attended, keys, values
 
     tensors = x, torch.randn(4, 2, 5, 8), torch.randn(4, 2, 5, 8)
     compiled = torch.compile(everything, fullgraph=True)(*tensors)

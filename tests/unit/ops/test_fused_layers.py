@@ -13,6 +13,7 @@ from megatron_rl.ops import fused_layers, native
 from megatron_rl.ops.fused_layers import attend_next, rms_norm, swiglu, swiglu_backward, turn
 
 ROUNDING = 2e-6  # of float32 sums of up to some hundred terms, by the largest result
+OF_DRAWING = str(Path(__file__).with_name("test_draw_from_head.py"))
 ISAS = {"avx512": {"avx512f", "avx512bw"}, "avx2": {"avx2", "fma"}, "baseline": set()}
 
 
@@ -244,13 +245,23 @@ def test_what_an_op_does_not_take_is_said(native_only, call, message):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_is_right(native_only, isa):
-    """These very tests once more, in a process that is told which one to use."""
+    """These very tests once more, and those of drawing, in a process that is told which to use."""
     if not ISAS[isa] <= set(Path("/proc/cpuinfo").read_text().split()):
         pytest.skip(f"this processor has no {isa}")
     if os.environ.get("MEGATRON_RL_CPU_ISA"):
         pytest.skip("it is told already")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+            OF_DRAWING,
+        ],
         env=os.environ | {"MEGATRON_RL_CPU_ISA": isa, "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
