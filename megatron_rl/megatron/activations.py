@@ -5,9 +5,12 @@ the feed-forward network; one number is one element per token:
 
     kept                                          local layers        Transformer Engine's
     input and output of both norms                4 H                 4 H
-    their inputs, normalised (or cast, twice)     2 H  (on a CPU)
+    their inputs, normalised (or cast, twice)     2 H  (*)
     queries, keys, values, output of attention    5 Q, or 2 Q + 2 K   3 Q + 3 K
-    up and gate, and of them silu, +0, product    5 F                 3 F
+    up and gate, and their product                3 F  (on a CPU)     3 F
+    and of them silu, +0                          2 F  (on a GPU)
+
+(*) on a CPU, but for float32, whose norms are native there (ops/fused_layers.py).
 
 The attention of 16 bits on a GPU takes packed rows as they are. Elsewhere keys and values are
 repeated to as many heads as queries have, and sequences padded to blocks. A mixture has this of the
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 
 from megatron_rl.megatron.config import Attention, ModelConfig
 from megatron_rl.megatron.delta_rule import CHUNK
+from megatron_rl.ops import native
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.parallel.stages import layers_of_stages
 from megatron_rl.weights.arch import ModelArch
@@ -95,7 +99,7 @@ class Activations:
         if arch.has_gates and arch.has_attention(layer):
             attention += self._of_gates(queries)
         if arch.qk_norm and arch.has_attention(layer):
-            attention += self._of_norm(queries + keys)
+            attention += self._of_norm(queries + keys, is_fused=not arch.wide_qk_norm)
             # The product that both were cut from; a norm over all heads has copied its part.
             if self._is_unfused and size > 2 and not arch.wide_qk_norm:
                 attention += (queries + keys) * size
@@ -133,32 +137,41 @@ class Activations:
     def _of_feed_forward(self, layer: int, is_local: bool) -> float:
         arch, parallel = self.arch, self.parallel
         tp = parallel.tensor_model_parallel_size
+        of_unit = 5.0 if is_local and self.device_type != "cpu" else 3.0
         if arch.mixture is None or not arch.has_experts(layer):
-            return (5.0 if is_local else 3.0) * arch.ffn_hidden_size / tp * self.itemsize
+            return of_unit * arch.ffn_hidden_size / tp * self.itemsize
         mixture = arch.mixture
         experts_tp = parallel.expert_tensor_parallel_size or tp
         # Each expert's output is scaled by its probability, so one more is kept. Ranks that share
         # experts and no matrix of one have as many fewer tokens there as they share of a sequence.
-        rows = (6.0 if is_local else 4.0) * mixture.ffn_hidden_size / experts_tp + arch.hidden_size
+        # On a CPU the scaled one is made anew.
+        scaled = 0.0 if self.device_type == "cpu" else 1.0
+        rows = (of_unit + scaled) * mixture.ffn_hidden_size / experts_tp + arch.hidden_size
         rows *= experts_tp / tp
         router = 6 * 4.0 * mixture.num_experts / self._sequence_ranks
         # The expert that every token meets is a feed-forward network beside them.
-        shared = (5.0 if is_local else 3.0) * mixture.shared_ffn_hidden_size / tp
-        # What experts give, summed up, and what the gate of that one was multiplied with.
-        sums = (2 if mixture.has_shared_gate else 1) * arch.hidden_size / self._sequence_ranks
+        shared = of_unit * mixture.shared_ffn_hidden_size / tp
+        # What the gate of that one was multiplied with.
+        sums = (1 if mixture.has_shared_gate else 0) * arch.hidden_size / self._sequence_ranks
         return self.itemsize * (mixture.top_k * rows + sums + shared) + router
 
-    def _of_norm(self, width: float) -> float:
-        """Bytes of what a norm keeps besides its output."""
-        if not self._is_unfused:
-            return width * self.itemsize
+    def _of_norm(self, width: float, *, is_fused: bool = True) -> float:
+        """Bytes of what a norm keeps besides its output; is_fused: where there is one that is."""
+        if is_fused and not self._is_unfused:
+            return width * (max(4, self.itemsize) if self._is_wide else self.itemsize)
         # The input and the normalised input, which a norm of 16 bits has in float32.
         return 2 * width * max(4, self.itemsize)
 
     @property
     def _is_unfused(self) -> bool:
         """True where torch takes a norm apart into its steps, as on a CPU."""
-        return self.device_type == "cpu"
+        is_native = native.BUILT and (self.itemsize == 4 or (self._is_wide and self.itemsize < 4))
+        return self.device_type == "cpu" and not is_native
+
+    @property
+    def _is_wide(self) -> bool:
+        """True where norms have weights around 1, which are computed in float32 at least."""
+        return self.device_type == "cpu" and self.arch.delta is not None
 
     @property
     def _sequence_ranks(self) -> int:

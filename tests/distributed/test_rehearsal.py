@@ -3,10 +3,12 @@
 Real ranks train on a CPU; what they hold is summed up over the memory of all their tensors.
 """
 
+import contextlib
 import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -109,7 +111,7 @@ def train_and_look(config: RunConfig, folder: Path) -> None:
     algorithm, held = Algorithm(config.algorithm), {}
     groups = join(CPU, config.parallel, 1)
     rows, _ = full_rows(config, algorithm, groups.layout)
-    with _groups_destroyed(), Storages("cpu") as storages, one_kernel_for_norms():
+    with _groups_destroyed(), Storages("cpu") as storages, layers_of_a_gpu():
         policy = Policy(
             arch,
             config.model,
@@ -119,6 +121,7 @@ def train_and_look(config: RunConfig, folder: Path) -> None:
             temperature=1.0,
             run_updates=2,
         )
+        policy.config.bias_activation_fusion = False
         draw(policy.named_parameters())
         gc.collect()
         held["weights"] = storages.held
@@ -140,14 +143,19 @@ def draw(parameters: dict[str, Tensor]) -> None:
         torch.nn.init.normal_(parameter, std=0.02)
 
 
-def one_kernel_for_norms() -> Any:
-    """A GPU has one kernel for RMSNorm; on a CPU torch takes it apart and keeps what is between."""
+@contextlib.contextmanager
+def layers_of_a_gpu() -> Iterator[None]:
+    """A GPU has one kernel for RMSNorm, and without Transformer Engine nothing else of its kind."""
 
     def norm(values: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = KeptInput.apply(values, weight, eps)
         return normed
 
-    return mock.patch("torch.nn.functional.rms_norm", norm)
+    with (
+        mock.patch("torch.nn.functional.rms_norm", norm),
+        mock.patch("megatron_rl.ops.fused_layers.run_natively", return_value=False),
+    ):
+        yield
 
 
 class KeptInput(torch.autograd.Function):
