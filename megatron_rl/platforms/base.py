@@ -44,11 +44,9 @@ class Platform:
         return torch.device("cuda", torch.cuda.current_device())
 
     def bind_rank(self, local_rank: int) -> None:
-        """Make local_rank's device the current one, and see to the memory of a CPU."""
+        """Make local_rank's device the current one."""
         if self.device_type == "cuda":
             torch.cuda.set_device(local_rank)
-        else:
-            host_memory.keep_what_is_freed()
 
     def peak_memory_bytes(self) -> int:
         """Largest amount of device memory this process has held (resident memory on a CPU)."""

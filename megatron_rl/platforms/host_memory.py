@@ -6,15 +6,12 @@ is not there, as on other systems than Linux, it says nothing.
 
 import contextlib
 import ctypes
-import os
 import resource
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-
 LOOKS = 20  # of OomKills that are compared with
 
 
@@ -34,22 +31,6 @@ def own_bytes() -> int:
         _, resident, of_files = (ROOT / "proc/self/statm").read_text().split()[:3]
         return (int(resident) - int(of_files)) * resource.getpagesize()
     return 0
-
-
-def keep_what_is_freed() -> None:
-    """Have the C library keep large memory that was freed for what is allocated next.
-
-    Left to itself glibc maps every allocation of 32 MiB and more anew, and the kernel fills it with
-    zeros, a page at a time where it has no large ones left: for the logits of a large vocabulary
-    that takes as long as half of a product. Nothing is done where the environment says what malloc
-    is to do, or where the C library is another one.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # nothing but give_back
 
 
 def give_back() -> None:
