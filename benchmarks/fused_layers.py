@@ -33,7 +33,13 @@ CACHES = (  # sequences, heads, groups, size of a head, tokens
     (32, 9, 3, 64, 1024),
     (8, 32, 8, 128, 2048),
 )
-DRAWS = ((32, 128, 151936), (64, 128, 151936), (256, 128, 151936))  # rows, hidden, vocabulary
+DRAWS = (  # rows, hidden, vocabulary
+    (8, 128, 151936),
+    (32, 128, 151936),
+    (64, 128, 151936),
+    (256, 128, 151936),
+    (32, 576, 49152),
+)
 CALLS = 5
 
 
@@ -83,17 +89,17 @@ def next_tokens(
 
 
 def draws(rows: int, hidden: int, vocabulary: int) -> Iterator[Callable[[], object]]:
-    """From all logits, and from blocks of their columns."""
+    """From all logits, from blocks of their columns, and from hidden states by one op."""
     states, weight = torch.randn(rows, hidden), 0.05 * torch.randn(vocabulary, hidden)
     asked = torch.arange(rows), torch.arange(rows), torch.ones(rows, dtype=torch.float64)
     shard = Shard(tp_group=None, vocab_start=0, valid_vocab=vocabulary, temperature=1.0)
 
-    def draw(many_rows: int) -> None:
-        sample.MANY_ROWS = many_rows
+    def draw(many_rows: int, most_states: int) -> None:
+        sample.MANY_ROWS, sample.MOST_STATES = many_rows, most_states
         sample.sample_from_head(states, weight, shard, *asked)
 
-    for many_rows in (rows + 1, 0):
-        yield lambda many_rows=many_rows: draw(many_rows)  # type: ignore[misc]
+    for way in ((rows + 1, 0), (0, 0), (0, states.numel())):
+        yield lambda way=way: draw(*way)  # type: ignore[misc]
 
 
 def main() -> None:
@@ -111,12 +117,12 @@ def main() -> None:
         sequences, heads, groups, size, tokens = cache
         name = f"attention of {sequences} next tokens, {heads} heads in {groups} groups of {size}"
         print(_row(f"{name}, to {tokens // 2 + 1}", next_tokens(*cache), turns))
-    print("\n| | all columns, us | in blocks, us | ratio |")
+    print("\n| | all columns, ms | in blocks, ms | one op, ms |")
     print("|---|---|---|---|")
     for draw in DRAWS:
-        whole, in_blocks = _in_turns(tuple(draws(*draw)), turns // 4 + 1)
-        name = "drawn from {} rows of {} to {:,}".format(*draw)
-        print(f"| {name} | {whole:,.0f} | {in_blocks:,.0f} | {whole / in_blocks:.1f} |")
+        name = "{} rows of {}, {:,} columns".format(*draw)
+        times = _in_turns(tuple(draws(*draw)), turns // 4 + 1)
+        print(f"| {name} | {' | '.join(f'{time / 1000:.1f}' for time in times)} |")
 
 
 def _row(name: str, call: Callable[[], object], turns: int) -> str:
