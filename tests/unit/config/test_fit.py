@@ -21,6 +21,7 @@ from megatron_rl.fit import (
     ways_out,
 )
 from megatron_rl.memory import GIB, longest_row, need_of, told_bytes, wanted_kv_mib
+from megatron_rl.ops import native
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.stages import EVEN, Split
 from megatron_rl.platforms import host_memory
@@ -80,11 +81,12 @@ def test_the_static_part_is_counted_by_hand():
     assert held["engine weights"] == weights + 49_152 * 576 * 4
 
 
+@pytest.mark.skipif(not native.BUILT, reason="norms are not native")
 def test_a_row_of_a_real_model_needs_what_was_measured_of_it():
-    """2.3 MB a token were measured of the resident memory, with the head's logits (135 M)."""
+    """1.6 MB a token were measured of the resident memory, with the head's logits (135 M)."""
     layout = recipe().parallel.layout(1)
     passing = need_of(recipe(), SMOLLM, layout, "cpu", row_tokens=2048).passing
-    measured = 7100 - 2576  # MiB, of a row of 2,048 tokens
+    measured = 5650 - 2526  # MiB, of a row of 2,048 tokens, with native norms
     assert 0.8 < sum(passing.values()) / 2**20 / measured < 1.25
 
 
