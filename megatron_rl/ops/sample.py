@@ -27,24 +27,6 @@ MOST_STATES = 1 << 16
 and draws from a block at a time. docs/kernels.md has what each of the three ways takes."""
 
 
-def sample_tokens(
-    logits: Tensor, shard: Shard, seeds: Tensor, places: Tensor, temperatures: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(tokens [N] int64, their log-probs [N] float32 or float64), the same bits on all tp ranks.
-
-    Collectives: one all-gather of 5 numbers a row. shard.temperature is not looked at.
-
-    Args:
-        logits: [N, V/tp], this rank's columns, any float dtype.
-        shard: which columns these are.
-        seeds: [N] int64 of the requests.
-        places: [N] int64, of the token in its response.
-        temperatures: [N] float64; 0 takes the most probable token, and its log-prob at 1.
-    """
-    stats = draw_stats(logits, shard, seeds, places, temperatures)
-    return _drawn(stats[None], shard.tp_group, logits.dtype)
-
-
 def sample_from_head(
     hidden: Tensor,
     weight: Tensor,
@@ -55,9 +37,18 @@ def sample_from_head(
     *,
     of_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of the logits hidden [M, H] @ weight.T, weight [V/tp, H].
+    """(tokens [N] int64, their log-probs [N] float32 or float64), the same bits on all tp ranks.
 
-    of_rows: [N] int64, the hidden state of each row; None: one each.
+    Collectives: one all-gather of 5 numbers a row, or a row and a block of columns.
+
+    Args:
+        hidden: [M, H] final hidden states, any float dtype.
+        weight: [V/tp, H] of the head, this rank's rows: logits are hidden @ weight.T.
+        shard: which columns of the logits these are; its temperature is not looked at.
+        seeds: [N] int64 of the requests.
+        places: [N] int64, of the token in its response.
+        temperatures: [N] float64; 0 takes the most probable token, and its log-prob at 1.
+        of_rows: [N] int64, the hidden state of each token; None: one each.
     """
     if of_rows is None and _is_for_one_op(hidden, weight):
         stats = torch.ops.megatron_rl.draw_from_head(

@@ -44,7 +44,8 @@ def sample_truncated(
     *,
     truncation: Truncation,
 ) -> Truncated:
-    """Tokens, the same bits on all tp ranks; arguments as in sample_tokens, of no row greedy.
+    """Tokens, the same bits on all tp ranks; logits [N, V/tp], the others as in
+    sample_from_head, of no row greedy.
 
     Collectives: one all-gather of 2 * top_k numbers a row.
     """

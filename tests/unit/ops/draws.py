@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.sample import draw_stats, merge_draws
+from megatron_rl.ops.vocab_parallel import Shard, compute_dtype
+
 VALID, COLUMNS = 90, 128  # the columns behind the vocabulary are padding
 
 
@@ -19,3 +22,9 @@ def requests(num_rows: int, temperature: float = 0.7) -> tuple[Tensor, Tensor, T
     seeds = torch.randint(2**62, (num_rows,), generator=draw)
     places = torch.randint(1000, (num_rows,), generator=draw)
     return seeds, places, torch.full((num_rows,), temperature, dtype=torch.float64)
+
+
+def sample_tokens(logits: Tensor, shard: Shard, *asked: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens [N], their log-probs [N]) of all logits [N, V] at once; asked: as from requests."""
+    tokens, logprobs = merge_draws(draw_stats(logits, shard, *asked)[None])
+    return tokens, logprobs.to(compute_dtype(logits.dtype))

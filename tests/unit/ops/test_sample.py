@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from draws import COLUMNS, VALID, logits_of, requests
+from draws import COLUMNS, VALID, logits_of, requests, sample_tokens
 
 from megatron_rl.ops import sample
 from megatron_rl.ops.philox import philox
-from megatron_rl.ops.sample import draw_stats, draw_stats_definition, merge_draws, sample_tokens
+from megatron_rl.ops.sample import draw_stats, draw_stats_definition, merge_draws
 from megatron_rl.ops.vocab_parallel import Shard
 
 ONE = Shard(None, 0, VALID, 1.0)

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from draws import COLUMNS, VALID, logits_of, requests
+from draws import COLUMNS, VALID, logits_of, requests, sample_tokens
 from torch import Tensor
 
 from megatron_rl.ops import truncated as module
 from megatron_rl.ops.philox import words_of_ids, words_of_tokens
-from megatron_rl.ops.sample import sample_tokens
 from megatron_rl.ops.truncated import Truncated, Truncation, sample_truncated
 from megatron_rl.ops.vocab_parallel import Shard
 
