@@ -49,6 +49,7 @@ STABLE_TORCH_LIBRARY(megatron_rl, m) {
   m.def(
       "attend_next_(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor positions, float scale, int window) -> Tensor");
+  m.def("multiply_(Tensor left, Tensor right, Tensor(a!) out, bool adds) -> ()");
   m.def("shared_create(Tensor pids, int slot_bytes) -> int");
   m.def("shared_open(Tensor pids, int fd, int rank, int slot_bytes, float timeout_s) -> int");
   m.def("shared_close(Tensor anchor, int group) -> ()");

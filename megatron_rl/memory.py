@@ -18,7 +18,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.megatron.activations import Activations
 from megatron_rl.megatron.config import Offload
 from megatron_rl.ops import native
-from megatron_rl.ops.head import LOGITS_BYTES
+from megatron_rl.ops.head import logits_bytes
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP
 from megatron_rl.rollout.group_rules import most_kept
@@ -396,11 +396,16 @@ def _passing(
     rows = rows_of_update(config, layout, tokens)
     activations = layers.kept(-(-tokens // layout.cp), num_rows=rows, pp_rank=pp_rank)
     vocab = padded_vocab_size(arch.vocab_size, layout.tp) // layout.tp
-    logits = min(float(LOGITS_BYTES), tokens / layout.cp * vocab * nbytes)
+    logits = min(float(logits_bytes(device_type)), tokens / layout.cp * vocab * nbytes)
     is_native = not is_cpu or native.has("dlogits", torch.device("cpu"))
     if config.ops.backend == "reference" or not is_native:
         logits *= 1 + DEFINITION_COPIES * 4 / nbytes
+    name = f"activations of a row of {tokens} tokens"
+    made = {name: activations * (SPREAD if is_cpu else 1.0)}
     later = {"logits of one chunk": logits}
+    if is_cpu and is_native:  # which keeps them
+        made |= later
+        later = {}
     if arch.delta is not None:  # it comes in the backward, when logits are gone
         later["chunks of a gated delta net"] = layers.of_one_net(tokens)
     if is_cpu:
@@ -410,8 +415,7 @@ def _passing(
         if config.has_engine_beside:
             later["an engine's step"] = _engine_step(config, arch)
     largest = max(later, key=lambda name: later[name])
-    name = f"activations of a row of {tokens} tokens"
-    return {name: activations * (SPREAD if is_cpu else 1.0), largest: later[largest]}
+    return made | {largest: later[largest]}
 
 
 def _engine_step(config: RunConfig, arch: ModelArch) -> float:

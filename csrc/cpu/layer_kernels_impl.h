@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "layer_kernels.h"
-#include "thin_product_impl.h"
+#include "product_impl.h"
 #include "vec16.h"
 
 namespace megatron_rl {
@@ -128,9 +128,14 @@ void attend_to_keys(const float* query, const float* keys, const float* values, 
   }
 }
 
-constexpr LayerKernels kLayerKernels = {turn_head,    swiglu_of_row,        swiglu_backward_of_row,
-                                        norm_row,     norm_backward_of_row, attend_to_keys,
-                                        multiply_thin};
+constexpr LayerKernels kLayerKernels = {turn_head,
+                                        swiglu_of_row,
+                                        swiglu_backward_of_row,
+                                        norm_row,
+                                        norm_backward_of_row,
+                                        attend_to_keys,
+                                        multiply,
+                                        pack_rows};
 
 }  // namespace
 }  // namespace megatron_rl

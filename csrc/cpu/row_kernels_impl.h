@@ -191,21 +191,28 @@ struct Part {
   }
 };
 
-// Whether any of a block may win; see kGenerous.
+// Whether any of a block may win; see kGenerous. 2^x is at most the float whose bits are
+// (x + 127) * 2^23, which is a straight line from one power to the next, and 1.06 times 2^x at
+// most.
 template <typename logit_t>
 MRL_INLINE bool may_win(const logit_t* block, const uint32_t* words, float scale, float best) {
-  float uniform[kRaceBlock];
-  for (int i = 0; i < kRaceBlock; ++i) uniform[i] = static_cast<float>(words[i]) * 0x1p-32f;
-  const Vec16 scales = Vec16::all(scale);
-  const Vec16 minus_best = Vec16::all(-best * static_cast<float>(kLog2E));
-  Vec16 most = Vec16::all(-1.f);
+  constexpr float kOne = 0x1p23f, kBias = 127.f, kMost = 0x1.fep30f;  // of bits
+  const Vec16 scales = Vec16::all(scale * kOne);
+  const Vec16 offset = Vec16::all((kBias - best * static_cast<float>(kLog2E)) * kOne);
+  float bits[kRaceBlock];
   for (int i = 0; i < kRaceBlock; i += kLanes) {
-    const Vec16 exponent =
-        megatron_rl::max(Vec16::all(kExp2Floor), fma(Vec16::load(block + i), scales, minus_best));
-    const Vec16 bound = fma(exp2(exponent), Vec16::all(kGenerous), Vec16::all(kGenerousUniform));
-    most = megatron_rl::max(most, bound - Vec16::load(uniform + i));
+    fma(Vec16::load(block + i), scales, offset).store(bits + i);
   }
-  return max(most) > 0.f;
+  int may = 0;
+  for (int i = 0; i < kRaceBlock; ++i) {
+    const float held = bits[i] > 0.f ? (bits[i] < kMost ? bits[i] : kMost) : 0.f;
+    const int32_t whole = static_cast<int32_t>(held);
+    float power;
+    std::memcpy(&power, &whole, sizeof power);
+    const float uniform = static_cast<float>(words[i]) * 0x1p-32f;
+    may |= power * kGenerous + kGenerousUniform > uniform;
+  }
+  return may != 0;
 }
 
 template <typename logit_t>

@@ -88,14 +88,26 @@ Tensor draw_from_head(const Tensor& hidden, const Tensor& weight, const Tensor& 
   const auto& kernels = row_kernel_table().layers;
   std::vector<DrawRecord> of_blocks(num_blocks * num_rows);
   for_rows(num_blocks, 2 * columns * num_rows * inner, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> packed(new float[inner * kMostTileColumns]);
+    const std::unique_ptr<float[]> packed(
+        new float[std::min<int64_t>(inner, kMostInner) * kMostTileColumns]);
     const std::unique_ptr<float[]> logits(new float[num_rows * columns]);
     std::vector<double> bounds(num_rows, none);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * columns;
       const int count = static_cast<int>(std::min(columns, num_valid - first));
-      kernels.multiply(args.hidden, static_cast<int>(num_rows), args.weight + first * inner, count,
-                       static_cast<int>(inner), packed.get(), logits.get(), columns);
+      const ProductArgs product = {.left = args.hidden,
+                                   .left_stride = inner,
+                                   .right = args.weight + first * inner,
+                                   .right_stride_of_k = 1,
+                                   .right_stride_of_column = inner,
+                                   .out = logits.get(),
+                                   .out_stride = columns,
+                                   .rows = static_cast<int>(num_rows),
+                                   .inner = static_cast<int>(inner),
+                                   .columns = count,
+                                   .adds = false,
+                                   .ahead = {}};
+      kernels.multiply(product, packed.get());
       for (int64_t row = 0; row < num_rows; ++row) {
         DrawRecord& own = of_blocks[block * num_rows + row];
         own = draw_of_block(args, row, logits.get() + row * columns, first, count, bounds[row]);

@@ -11,7 +11,8 @@ Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "c
     @torch.compile                          ->  nothing: it imports Inductor, seconds of a start
 
 The products of its parallel layers, `x.matmul(y)` and `torch.matmul(x, y)`, become those of
-ops/products.py, and its SwiGLU that of ops/fused_layers.py.
+ops/products.py, its SwiGLU that of ops/fused_layers.py, and its embedding gets a sparse gradient:
+of a vocabulary's rows, which are many, few are in a batch.
 
 A rehearsal installs it for a device of its own in the place of the CPU: the same rewrites, but that
 tensors are moved to it.
@@ -51,7 +52,7 @@ work on GPUs only, so on a CPU their import fails, and it takes torch's."""
 
 _FACADE_NAME = "__megatron_rl_cpu__"
 _PRODUCT_NAME = "__megatron_rl_product__"
-_WITH_PRODUCTS = "megatron.core.tensor_parallel.layers"
+_OF_LAYERS = "megatron.core.tensor_parallel.layers"
 _CACHE_TAG = "megatronrl"  # and the name of the device
 # Code of another Python, or of another version of this file, is not taken.
 _MADE_BY = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(Path(__file__).read_bytes())
@@ -223,12 +224,16 @@ class _Retarget(ast.NodeTransformer):
         ]
 
 
-class _Products(ast.NodeTransformer):
-    """Has another function multiply matrices, where the result is not put somewhere."""
+class _Layers(ast.NodeTransformer):
+    """Has another function multiply matrices, where the result is not put somewhere, and the
+    gradient of an embedding hold the rows that were looked up, and no others.
+    """
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
         func = node.func
+        if ast.unparse(func) == "F.embedding":
+            node.keywords.append(ast.keyword("sparse", ast.copy_location(ast.Constant(True), node)))
         if not (isinstance(func, ast.Attribute) and func.attr == "matmul") or node.keywords:
             return node
         is_torchs = isinstance(func.value, ast.Name) and func.value.id == "torch"
@@ -301,8 +306,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
             if data.startswith(made_from):
                 return marshal.loads(data[len(made_from) :])
         tree = _Retarget(self._device).visit(ast.parse(source, path))
-        if fullname == _WITH_PRODUCTS and self._device == "cpu":
-            tree = _Products().visit(tree)
+        if fullname == _OF_LAYERS and self._device == "cpu":
+            tree = _Layers().visit(tree)
         tree = ast.fix_missing_locations(tree)
         code = compile(tree, path, "exec", dont_inherit=True)
         if not sys.dont_write_bytecode:

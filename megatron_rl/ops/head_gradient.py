@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.products import add_product, product
 from megatron_rl.ops.vocab_parallel import compute_dtype
 
 BLOCK_ELEMENTS = 2**22
@@ -49,13 +50,13 @@ class HeadGradient:
     def add(self, logits_grad: Tensor, hidden: Tensor) -> None:
         """Add the product of a chunk of C rows: [C, V/tp] and [C, H]."""
         if self._total is None and self._num_chunks == 1:
-            self._total = logits_grad.T @ hidden  # rounded once, like a sum over chunks
+            self._total = product(logits_grad.T, hidden)  # rounded once, like a sum over chunks
             return
         is_first = self._total is None
         if self._total is None:
             dtype = compute_dtype(self._weight.dtype)
             self._total = torch.empty_like(self._weight, dtype=dtype, requires_grad=False)
-        add_product(self._total, logits_grad.T, hidden, overwrites=is_first)
+        add_widened(self._total, logits_grad.T, hidden, overwrites=is_first)
 
     def rescale(self, grad: Tensor) -> None:
         """Bring from loss_scale to grad [], which it almost always is; then nothing is done.
@@ -79,12 +80,12 @@ class HeadGradient:
         return torch.zeros_like(self._weight) if total is None else total.to(self._weight.dtype)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool = False) -> None:
+def add_widened(total: Tensor, left: Tensor, right: Tensor, *, overwrites: bool = False) -> None:
     """Add left [a, b] @ right [b, c] to total [a, c], maybe of a wider dtype, or write it there."""
-    beta = 0 if overwrites else 1
     if total.dtype == right.dtype:
-        total.addmm_(left, right, beta=beta)
+        add_product(total, left, right, overwrites=overwrites)
     elif right.device.type != "cpu":  # not rounded in between
+        beta = 0 if overwrites else 1
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=beta, out=total)
     else:
         size = max(1, BLOCK_ELEMENTS // right.size(1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.ops.head import Head
+from megatron_rl.ops.head import Head, logits_memory
 from megatron_rl.ops.head_gradient import GradientBuffer, HeadGradient
 from megatron_rl.ops.products import product
 from megatron_rl.ops.support import keep_support
@@ -68,10 +68,10 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.shard, ctx.chunk_size, ctx.buffer = shard, chunk_size, buffer
         ctx.set_materialize_grads(False)  # an entropy that is only a metric costs no backward
         stats = hidden.new_empty(len(hidden), 4, dtype=compute_dtype(hidden.dtype))
-        for rows in row_slices(len(hidden), chunk_size):
-            logits = _logits(hidden, head_weight, support, rows, shard)
-            stats[rows] = shard_stats(logits, targets[rows], shard)
-            del logits  # before there are others
+        with logits_memory(chunk_size, len(head_weight), hidden) as memory:
+            for rows in row_slices(len(hidden), chunk_size):
+                logits = _logits(hidden, head_weight, support, rows, shard, memory)
+                stats[rows] = shard_stats(logits, targets[rows], shard)
         logprobs, entropy, log_sum_exp = merge_stats(gather_stats(stats, shard.tp_group))
         ctx.save_for_backward(hidden, head_weight, targets, support, log_sum_exp, entropy)
         return logprobs, entropy
@@ -90,26 +90,32 @@ class _LinearLogprobs(torch.autograd.Function):
             if wants_weight
             else None
         )
-        for rows in chunks:
-            logits_grad = shard_gradient(
-                _logits(hidden, head_weight, support, rows, ctx.shard),
-                targets[rows],
-                log_sum_exp[rows],
-                entropy[rows],
-                None if logprobs_grad is None else logprobs_grad[rows],
-                None if entropy_grad is None else entropy_grad[rows],
-                ctx.shard,
-            )
-            if hidden_grad is not None:
-                hidden_grad[rows] = product(logits_grad, head_weight)
-            if head_grad is not None:
-                head_grad.add(logits_grad, hidden[rows])
+        with logits_memory(ctx.chunk_size, len(head_weight), hidden) as memory:
+            for rows in chunks:
+                logits_grad = shard_gradient(
+                    _logits(hidden, head_weight, support, rows, ctx.shard, memory),
+                    targets[rows],
+                    log_sum_exp[rows],
+                    entropy[rows],
+                    None if logprobs_grad is None else logprobs_grad[rows],
+                    None if entropy_grad is None else entropy_grad[rows],
+                    ctx.shard,
+                )
+                if hidden_grad is not None:
+                    hidden_grad[rows] = product(logits_grad, head_weight)
+                if head_grad is not None:
+                    head_grad.add(logits_grad, hidden[rows])
         weight_grad = None if head_grad is None else head_grad.hand_over()
         return hidden_grad, weight_grad, None, None, None, None, None
 
 
 def _logits(
-    hidden: Tensor, head_weight: Tensor, support: Tensor | None, rows: slice, shard: Shard
+    hidden: Tensor,
+    head_weight: Tensor,
+    support: Tensor | None,
+    rows: slice,
+    shard: Shard,
+    memory: Tensor,
 ) -> Tensor:
-    logits = product(hidden[rows], head_weight.T)
+    logits = product(hidden[rows], head_weight.T, memory[: rows.stop - rows.start])
     return keep_support(logits, None if support is None else support[rows], shard)

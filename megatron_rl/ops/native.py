@@ -41,6 +41,7 @@ LAYER_OPS = (
     "rms_norm_backward",
     "attend_next_",
     "draw_from_head",
+    "multiply_",
 )
 """Those that are for float32 on CPUs alone."""
 if not FAULT and (
@@ -155,6 +156,10 @@ if BUILT:
     @torch.library.register_fake("megatron_rl::draw_from_head")
     def _draw_from_head(hidden: Tensor, *rest: object) -> Tensor:
         return hidden.new_empty((hidden.shape[0], 5), dtype=torch.float64)
+
+    @torch.library.register_fake("megatron_rl::multiply_")
+    def _multiply_(left: Tensor, right: Tensor, out: Tensor, adds: bool) -> None:
+        return None
 
     @torch.library.register_fake("megatron_rl::turn")
     def _turn(heads: Tensor, *rest: object) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_rl.ops.head import Head
+from megatron_rl.ops.head import Head, logits_memory
 from megatron_rl.ops.head_gradient import GradientBuffer, HeadGradient
 from megatron_rl.ops.loss_spec import (
     KL_ESTIMATORS,
@@ -15,7 +15,7 @@ from megatron_rl.ops.loss_spec import (
     NativeTerm,
     SharedTerms,
 )
-from megatron_rl.ops.products import goes_to_onednn, product
+from megatron_rl.ops.products import product
 from megatron_rl.ops.support import keep_support
 from megatron_rl.ops.vocab_parallel import Shard, compute_dtype, gather_stats, row_slices
 from megatron_rl.types import LossTokens
@@ -112,26 +112,21 @@ class _LinearPolicyLoss(torch.autograd.Function):
         )
         logprobs = hidden.new_empty(len(hidden), dtype=dtype)
         chunks = chunks or [slice(0, 0)]  # zero rows have their sums too
-        memory: Tensor | None = None  # of a chunk, where the product takes it
         parts = []
-        for rows in chunks:
-            count = rows.stop - rows.start
-            if memory is None and not goes_to_onednn(hidden[rows], head_weight.T):
-                memory = hidden.new_empty(count, len(head_weight))
-            to = None if memory is None else memory[:count]
-            logits = product(hidden[rows], head_weight.T, to)
-            keep_support(logits, None if support is None else support[rows], shard)
-            logprobs[rows], sums, extrema = _turn_into_gradient(
-                logits, tokens[rows], terms, shard, scale if wants else None
-            )
-            parts.append((sums, extrema))
-            if hidden_grad is not None:
-                own = hidden_grad[rows]
-                if (part := product(logits, head_weight, own)) is not own:
-                    own.copy_(part)
-            if head_grad is not None:
-                head_grad.add(logits, hidden[rows])
-            del logits  # before there are others
+        with logits_memory(chunk_size, len(head_weight), hidden) as memory:
+            for rows in chunks:
+                logits = product(hidden[rows], head_weight.T, memory[: rows.stop - rows.start])
+                keep_support(logits, None if support is None else support[rows], shard)
+                logprobs[rows], sums, extrema = _turn_into_gradient(
+                    logits, tokens[rows], terms, shard, scale if wants else None
+                )
+                parts.append((sums, extrema))
+                if hidden_grad is not None:
+                    own = hidden_grad[rows]
+                    if (part := product(logits, head_weight, own)) is not own:
+                        own.copy_(part)
+                if head_grad is not None:
+                    head_grad.add(logits, hidden[rows])
         sums = torch.stack([part[0] for part in parts]).sum(0)
         extrema = torch.stack([part[1] for part in parts]).amax(0)
         ctx.hidden_grad, ctx.head_grad, ctx.is_spent = hidden_grad, head_grad, False

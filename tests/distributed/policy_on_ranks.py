@@ -238,7 +238,8 @@ def _ops(layout: Layout) -> Iterator[None]:
 
 def _small_chunks(layout: Layout) -> AbstractContextManager[Any]:
     row_bytes = 8 * padded_vocab_size(VOCAB_SIZE, layout.tp) // layout.tp
-    return mock.patch.object(head_module, "LOGITS_BYTES", layout.chunk_rows * row_bytes)
+    most = layout.chunk_rows * row_bytes
+    return mock.patch.object(head_module, "logits_bytes", return_value=most)
 
 
 def small_buckets() -> AbstractContextManager[Any]:

@@ -72,7 +72,7 @@ def test_chunks_change_nothing_but_rounding(chunk_rows):
 )
 def test_there_are_as_few_chunks_as_fit(monkeypatch, rows, fit, sizes):
     head, tokens = problem(rows)
-    monkeypatch.setattr(head_module, "LOGITS_BYTES", fit * 12 * 8)
+    monkeypatch.setattr(head_module, "logits_bytes", lambda device_type: fit * 12 * 8)
     seen = []
 
     def stats_of(logits, targets, shard):
