@@ -30,12 +30,12 @@ from measure import describe_machine
 
 PHASES = ("rollout", "reward", "logprob", "update", "weight_sync")
 HERE = Path(__file__).parent
-OURS = {"megatron": "megatron", "vllm": "vllm", "half": "megatron", "shared": "megatron"}
-"""Names of this program, and the engine of each; `half` drops every second group, and in `shared`
-responses share their prompt (`batching.share_prompts`)."""
+OURS = {"megatron": "megatron", "vllm": "vllm", "half": "megatron", "copies": "megatron"}
+"""Names of this program, and the engine of each; `half` drops every second group, and in `copies`
+every response has its own prompt (`batching.share_prompts=false`)."""
 
 
-OF_OURS = ("half", "shared")  # are compared with the others of this program
+OF_OURS = ("half", "copies")  # are compared with the others of this program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _start(
         environment |= {"COMPARE_HALF": "1"} if who == "half" else {}
         recipe = folder / f"{name}.yaml"
         settings = _recipe(OURS[who], case, model, folder / name, options)
-        settings |= {"batching": {"share_prompts": True}} if who == "shared" else {}
+        settings |= {"batching": {"share_prompts": False}} if who == "copies" else {}
         recipe.write_text(yaml.safe_dump(settings))
         program = [str(HERE / "compare_ours.py"), "train", str(recipe)]
         command = [sys.executable, *(torchrun if ranks > 1 else ()), *program]
@@ -277,8 +277,8 @@ def _options() -> argparse.Namespace:
         nargs="+",
         default=["megatron:2", "vllm:2", "trl:2", "loop:2"],
         metavar="NAME:RANKS",
-        help="megatron, vllm (engines of this program), half (it drops half of it), shared (its "
-        "responses share their prompts), trl, loop",
+        help="megatron, vllm (engines of this program), half (it drops half of it), copies (a "
+        "prompt for each response), trl, loop",
     )
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""Products of float32 matrices on a core: torch's (MKL) and those of ops/products.py (oneDNN).
+"""Products of float32 matrices on a core: MKL's and oneDNN's, which torch has, and csrc/product's.
 
     OMP_NUM_THREADS=1 python benchmarks/products.py
 
-Both take turns; GFLOP/s of the fastest of them, and the error of the largest entry against float64.
+All take turns; GFLOP/s of the fastest of them, and the error of the largest entry against float64.
 """
 
 import argparse
@@ -20,7 +20,9 @@ SHAPES = (  # rows, inner, columns
     (256, 64, 128),
     (64, 128, 352),
     (64, 576, 1536),
+    (32, 576, 1536),
     (1440, 576, 1536),
+    (1440, 1536, 576),
     (64, 576, 49152),
     (512, 128, 151936),
 )
@@ -32,12 +34,8 @@ def main() -> None:
     turns = parser.parse_args().turns
     torch.set_num_threads(1)
     print(json.dumps(describe_machine("cpu")))
-    print(
-        f"ops/products.py takes oneDNN here from so many multiplications: {products.least_here()}"
-    )
-    products.LEAST_ANYWHERE = 0
-    products.least_here = lambda: (0, 0)  # type: ignore[assignment]
-    print("| rows x inner x columns | product | MKL | oneDNN | error of MKL | of oneDNN |")
+    print(f"taken here from so many multiplications: {products.least_here()}")
+    print("| rows x inner x columns | product | MKL | oneDNN | native | their errors |")
     print("|---|---|---|---|---|---|")
     for rows, inner, columns in SHAPES:
         x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
@@ -51,9 +49,16 @@ def main() -> None:
 
 
 def _row(left: Tensor, right: Tensor, turns: int) -> str:
+    out = torch.zeros(len(left), right.size(1))
+
+    def native() -> Tensor:
+        torch.ops.megatron_rl.multiply_(left, right, out, False)
+        return out
+
     calls: list[Callable[[], Tensor]] = [
-        lambda: torch.mm(left, right),
-        lambda: products.product(left, right),
+        lambda: torch.mm(left, right, out=out),
+        lambda: torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], ""),
+        native,
     ]
     expected = left.double() @ right.double()
     errors = [float((call().double() - expected).abs().max()) for call in calls]
@@ -65,7 +70,7 @@ def _row(left: Tensor, right: Tensor, turns: int) -> str:
             least[number] = min(least[number], time.perf_counter() - began)
     operations = 2 * left.numel() * right.size(1)
     speeds = " | ".join(f"{operations / seconds / 1e9:.0f}" for seconds in least)
-    return f"{speeds} | {errors[0]:.0e} | {errors[1]:.0e}"
+    return f"{speeds} | {', '.join(f'{error:.0e}' for error in errors)}"
 
 
 if __name__ == "__main__":

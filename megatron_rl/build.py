@@ -171,7 +171,7 @@ def _build_packer(
         ),
         max_response_tokens=config.rollout.max_response_tokens,
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-        share_prompts=config.batching.share_prompts,
+        share_prompts=config.shares_prompts_on(groups.platform.device_type),
         report=meter.report,
     )
 

@@ -33,7 +33,7 @@ from megatron_rl.parallel.layout import Layout
 from megatron_rl.parallel.refusals import rank_problems
 from megatron_rl.policy.config import CriticConfig, ReferenceConfig
 from megatron_rl.policy.old_logprobs import lag_notices, old_problems, whose_are_old
-from megatron_rl.policy.refusals import sharing_problems
+from megatron_rl.policy.refusals import layer_spec_problems, sharing_problems
 from megatron_rl.prompts.config import PromptsConfig
 from megatron_rl.prompts.template import FOR_MATHEMATICS, NO_TEXTS, Texts
 from megatron_rl.recipe import Recipe, is_list, read_recipe
@@ -214,6 +214,18 @@ class RunConfig(Settings):
             return "optimizer" if device_type == "cuda" else "none"
         return self.optimizer.offload
 
+    def shares_prompts_on(self, device_type: str) -> bool:
+        """Whether responses to a prompt have it once; "auto": where nothing refuses it."""
+        if (asked := self.batching.share_prompts) != "auto":
+            return asked
+        refused = layer_spec_problems(True, self.model, device_type)
+        return not any((*self.sharing_problems(), *refused))
+
+    def sharing_problems(self) -> Iterator[ConfigError]:
+        most = 1 if self.is_supervised else most_kept(self.rollout, self.algorithm)
+        replays = self.rollout.routing_replay
+        return sharing_problems(self.parallel, self.model, most, replays_routing=replays)
+
     @property
     def engine_dtype(self) -> str:
         return self.model.dtype if self.rollout.dtype == "model" else self.rollout.dtype
@@ -270,14 +282,8 @@ def problems(config: RunConfig) -> Iterator[ConfigError]:
     yield from _training_problems(config)
     yield from old_problems(config.optimizer, config.algorithm, is_supervised=config.is_supervised)
     yield from _reference_problems(config)
-    most = 1 if config.is_supervised else most_kept(config.rollout, config.algorithm)
-    yield from sharing_problems(
-        config.batching,
-        config.parallel,
-        config.model,
-        most_responses=most,
-        replays_routing=config.rollout.routing_replay,
-    )
+    if config.batching.share_prompts is True:
+        yield from config.sharing_problems()
     if config.parallel.world_size is not None:
         yield from world_problems(config, config.parallel.world_size)
 

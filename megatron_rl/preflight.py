@@ -267,7 +267,9 @@ def _read_arch(config: RunConfig, model: ModelSource, found: _Problems) -> Model
     arch = read_model_config(model.config_dir, config.model.ignore_config_fields)
     found.note(model_problems(arch, config.parallel))
     found.note(layer_problems(arch, config.model, detect().device_type))
-    found.note(layer_spec_problems(config.batching, config.model, detect().device_type))
+    found.note(
+        layer_spec_problems(config.batching.share_prompts, config.model, detect().device_type)
+    )
     found.note(router_problems(arch, config.model))
     if config.has_vllm:
         found.note(engine_problems(arch, config.rollout.tensor_model_parallel_size))

@@ -1,8 +1,8 @@
 """What a prompt that stands once for several responses cannot go with."""
 
 from collections.abc import Iterator
+from typing import Literal
 
-from megatron_rl.batching.config import BatchingConfig
 from megatron_rl.errors import ConfigError
 from megatron_rl.megatron.auxiliary import auxiliary_losses
 from megatron_rl.megatron.config import ModelConfig
@@ -12,16 +12,9 @@ FIELD, WAY_OUT = "batching.share_prompts", "Set batching.share_prompts=false"
 
 
 def sharing_problems(
-    batching: BatchingConfig,
-    parallel: ParallelConfig,
-    model: ModelConfig,
-    *,
-    most_responses: int,
-    replays_routing: bool,
+    parallel: ParallelConfig, model: ModelConfig, most_responses: int, *, replays_routing: bool
 ) -> Iterator[ConfigError]:
-    """most_responses: of a prompt that reach an update."""
-    if not batching.share_prompts:
-        return
+    """Why prompts cannot be shared; most_responses: of a prompt that reach an update."""
     if parallel.context_parallel_size > 1:
         rule = "cannot be split over context-parallel ranks"
         yield ConfigError(FIELD, True, rule, f"{WAY_OUT}, or set parallel.context_parallel_size=1")
@@ -37,9 +30,9 @@ def sharing_problems(
 
 
 def layer_spec_problems(
-    batching: BatchingConfig, model: ModelConfig, device_type: str
+    shares: bool | Literal["auto"], model: ModelConfig, device_type: str
 ) -> Iterator[ConfigError]:
-    """Problems of the layers that this device gives a model."""
-    if batching.share_prompts and model.uses_transformer_engine(device_type):
+    """Why the layers that this device gives a model cannot share prompts, if that is asked for."""
+    if shares is True and model.uses_transformer_engine(device_type):
         rule = "needs local layers: Transformer Engine's see all that stands before in a sequence"
         yield ConfigError(FIELD, True, rule, f"{WAY_OUT}, or set model.layer_spec=local")

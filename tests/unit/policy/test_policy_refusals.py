@@ -2,25 +2,20 @@
 
 import pytest
 
-from megatron_rl.batching.config import BatchingConfig
+from megatron_rl.config import RunConfig
 from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.parallel.config import ParallelConfig
 from megatron_rl.policy.refusals import layer_spec_problems, sharing_problems
 
-SHARED = BatchingConfig(share_prompts=True)
 
-
-def told(batching=SHARED, *, parallel=None, model=None, most_responses=8, replays_routing=False):
-    return [
-        str(problem)
-        for problem in sharing_problems(
-            batching,
-            ParallelConfig(**parallel or {}),
-            ModelConfig(path="any", **model or {}),
-            most_responses=most_responses,
-            replays_routing=replays_routing,
-        )
-    ]
+def told(*, parallel=None, model=None, most_responses=8, replays_routing=False):
+    problems = sharing_problems(
+        ParallelConfig(**parallel or {}),
+        ModelConfig(path="any", **model or {}),
+        most_responses,
+        replays_routing=replays_routing,
+    )
+    return [str(problem) for problem in problems]
 
 
 @pytest.mark.parametrize(
@@ -32,12 +27,11 @@ def told(batching=SHARED, *, parallel=None, model=None, most_responses=8, replay
         ({"most_responses": 1}, "has no effect with one response"),
     ],
 )
-def test_each_has_its_reason_and_none_without_sharing(settings, message):
+def test_each_has_its_reason(settings, message):
     (problem,) = told(**settings)
     assert problem.startswith("batching.share_prompts=True: ")
     assert message in problem
     assert "Set batching.share_prompts=false" in problem
-    assert told(BatchingConfig(), **settings) == []
 
 
 def test_what_is_usual_has_no_problem():
@@ -46,8 +40,31 @@ def test_what_is_usual_has_no_problem():
 
 def test_layers_of_transformer_engine_are_refused_by_device():
     model = ModelConfig(path="any", layer_spec="transformer_engine")
-    (problem,) = layer_spec_problems(SHARED, model, "cuda")
+    (problem,) = layer_spec_problems(True, model, "cuda")
     assert "set model.layer_spec=local" in str(problem)
     local = ModelConfig(path="any", layer_spec="local")
-    assert not list(layer_spec_problems(SHARED, local, "cuda"))
-    assert not list(layer_spec_problems(BatchingConfig(), model, "cuda"))
+    assert not list(layer_spec_problems(True, local, "cuda"))
+    for not_asked in (False, "auto"):
+        assert not list(layer_spec_problems(not_asked, model, "cuda"))
+
+
+def shares(device_type="cpu", **sections):
+    recipe = {
+        "model": {"path": "any"},
+        "prompts": {"path": "any"},
+        "algorithm": {"preset": "grpo"},
+        "rollout": {"engine": "megatron"},
+        "run": {"output_dir": "any", "num_iterations": 1},
+    }
+    recipe = {name: settings | sections.pop(name, {}) for name, settings in recipe.items()}
+    return RunConfig.model_validate(recipe | sections).shares_prompts_on(device_type)
+
+
+def test_they_are_shared_wherever_nothing_refuses_it():
+    assert shares()
+    assert shares("cuda", model={"layer_spec": "local"})
+    assert not shares("cuda", model={"layer_spec": "transformer_engine"})
+    assert not shares(parallel={"context_parallel_size": 2})
+    assert not shares(model={"megatron": {"moe_z_loss_coeff": 0.1}})
+    assert not shares(rollout={"group_size": 1})
+    assert not shares(batching={"share_prompts": False})
