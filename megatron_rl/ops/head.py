@@ -32,14 +32,15 @@ def logits_memory(rows: int, columns: int, like: Tensor) -> Iterator[Tensor]:
 
     A GPU has it from torch's allocator, which keeps what is freed. On a CPU the system would hand
     it out anew each time, which takes longer than writing to it, and much longer where it has to
-    put large pages together first; so a process keeps what it has once touched.
+    put large pages together first; so a process keeps the largest.
     """
     num_bytes = rows * columns * like.element_size()
     if like.device.type != "cpu" or num_bytes > KEPT_BYTES or torch.compiler.is_compiling():
         yield like.new_empty(rows, columns)
         return
-    # Of all that may be asked for, the system hands out the pages that are written to.
-    memory = _kept.pop() if _kept else torch.empty(KEPT_BYTES, dtype=torch.uint8)
+    memory = _kept.pop() if _kept else None
+    if memory is None or len(memory) < num_bytes:
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
     try:
         yield memory[:num_bytes].view(like.dtype).view(rows, columns)
     finally:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.algorithm import Algorithm
 from megatron_rl.config import RunConfig
+from megatron_rl.ops.head import LOGITS_BYTES
 from megatron_rl.rehearsal.apart import rehearse_apart
 from megatron_rl.rehearsal.ledger import Storages
 from megatron_rl.rehearsal.rank import full_rows
@@ -145,7 +146,9 @@ def draw(parameters: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def layers_of_a_gpu() -> Iterator[None]:
-    """A GPU has one kernel for RMSNorm, and without Transformer Engine nothing else of its kind."""
+    """A GPU has one kernel for RMSNorm, and without Transformer Engine nothing else of its kind;
+    logits are given back to its allocator.
+    """
 
     def norm(values: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
         normed: Tensor = KeptInput.apply(values, weight, eps)
@@ -157,6 +160,8 @@ def layers_of_a_gpu() -> Iterator[None]:
     with (
         mock.patch("torch.nn.functional.rms_norm", norm),
         mock.patch("megatron_rl.ops.fused_layers.run_natively", never),
+        mock.patch("megatron_rl.ops.head.logits_bytes", return_value=LOGITS_BYTES),
+        mock.patch("megatron_rl.ops.head.KEPT_BYTES", 0),
     ):
         yield
 

@@ -211,10 +211,14 @@ def test_memory_of_logits_is_kept_on_a_cpu():
         with logits_memory(3, 5, like) as other:  # lent, so another one
             assert other.data_ptr() != first
             kept = other.data_ptr()
-    with logits_memory(7, 11, like.double()) as again:
+    with logits_memory(3, 2, like.double()) as again:
         assert again.dtype == torch.float64
-        assert again.shape == (7, 11)
+        assert again.shape == (3, 2)
         assert again.data_ptr() in (first, kept)
+    with logits_memory(300, 50, like) as more:
+        larger = more.data_ptr()
+    with logits_memory(3, 5, like) as less:
+        assert less.data_ptr() == larger
     with logits_memory(1, KEPT_BYTES, like) as large:  # four bytes each
         assert large.shape == (1, KEPT_BYTES)
 
