@@ -383,7 +383,7 @@ def _passing(
     device_type: str,
     row_tokens: int | None,
 ) -> dict[str, float]:
-    """Activations and logits of the longest row; on a CPU, what is more than the logits later."""
+    """Activations of the longest row and a chunk of logits; on a CPU also what comes later."""
     nbytes, is_cpu = itemsize(config.model.dtype), device_type == "cpu"
     tokens = longest_row(config, layout, row_tokens)
     layers = Activations(

@@ -83,7 +83,7 @@ def print_plan(config: RunConfig, *, gpu_gib: float = H100_GIB) -> None:
     layout = config.layout_of(world)
     for section, lines in (
         ("layout", _layout(config, arch, layout)),
-        ("iteration", _iteration(config, next(iter(_planned_devices(config, world)))[1])),
+        ("iteration", _iteration(config, [kind for _, kind, _ in _planned_devices(config, world)])),
         ("passes", _passes(config)),
         *(
             (title, _memory(config, arch, world, gpu_gib, device_type, why))
@@ -230,13 +230,14 @@ def _engines(config: RunConfig, layout: Layout) -> EngineLayout | PolicyEngines:
     )
 
 
-def _iteration(config: RunConfig, device_type: str) -> Iterator[tuple[str, str]]:
+def _iteration(config: RunConfig, kinds: Iterable[str]) -> Iterator[tuple[str, str]]:
     prompts = config.prompts.prompts_per_iteration
     each = config.optimizer.prompts_per_update or prompts
     yield "responses", _responses(config)
     yield "longest sequence", f"{config.longest_sequence} tokens"
-    shares = "; a prompt once for its responses" if config.shares_prompts_on(device_type) else ""
-    yield "packed row", f"up to {config.row_tokens} tokens{shares}; as many as kept samples fill"
+    yield "packed row", f"up to {config.row_tokens} tokens; as many rows as kept samples fill"
+    shared = " and ".join(filter(config.shares_prompts_on, kinds))
+    yield "prompts", f"once for all responses in a row: {shared}" if shared else "once a response"
     yield (
         "optimizer steps",
         f"{config.num_updates} mini-batches of {each} prompts x {config.optimizer.epochs} epochs",

@@ -91,6 +91,7 @@ void multiply_(const Tensor& left, const Tensor& right, Tensor out, bool adds) {
               Sizes{rows, columns}, ShapeOf{out});
   checks.that(out.scalar_type() == ScalarType::Float, "out", ScalarType::Float, out.scalar_type());
   checks.rows(out, "out", true);
+  checks.same_device(out, "out");
   const Factors factors = {left, right, rows, inner, columns};
   if (rows == 0 || columns == 0) return;
 

@@ -26,6 +26,12 @@ def logits_bytes(device_type: str) -> int:
     return KEPT_BYTES if device_type == "cpu" else LOGITS_BYTES
 
 
+def most_rows(hidden: Tensor, head_weight: Tensor) -> int:
+    """Rows of hidden states whose logits fit; one in any case."""
+    row_bytes = len(head_weight) * hidden.element_size()
+    return max(1, logits_bytes(hidden.device.type) // row_bytes)
+
+
 @contextmanager
 def logits_memory(rows: int, columns: int, like: Tensor) -> Iterator[Tensor]:
     """Memory for logits [rows, columns] of the dtype and device of another tensor, uninitialised.
@@ -64,11 +70,6 @@ class Head:
     """The gradient of the loss that its backward will begin with. Native ops write the gradient of
     the logits in their 16 bits before that, and float16 would lose the small ones."""
 
-    def most_rows(self) -> int:
-        """Rows whose logits fit; one in any case."""
-        row_bytes = len(self.head_weight) * self.hidden.element_size()
-        return max(1, logits_bytes(self.hidden.device.type) // row_bytes)
-
     def chunk_size(self, targets: Tensor, chunk_rows: int | None) -> int:
         """Rows of a chunk: chunks are as few as may be, and of about the same size.
 
@@ -89,7 +90,7 @@ class Head:
                 f"{list(hidden.shape)}, {list(weight.shape)} and {list(targets.shape)}"
             )
         if chunk_rows is None:
-            chunk_rows = self.most_rows()
+            chunk_rows = most_rows(hidden, weight)
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows={chunk_rows}: must be >= 1: a chunk holds whole rows")
         num_chunks = -(-len(hidden) // chunk_rows)

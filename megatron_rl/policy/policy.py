@@ -10,7 +10,7 @@ from megatron_rl.megatron.config import ModelConfig, OptimizerConfig
 from megatron_rl.megatron.gradients import MainGrad
 from megatron_rl.megatron.model import TrainedModel
 from megatron_rl.objectives.loss import Loss, no_extrema
-from megatron_rl.ops.head import Head, logits_bytes
+from megatron_rl.ops.head import Head, most_rows
 from megatron_rl.ops.linear_logprobs import linear_logprobs
 from megatron_rl.ops.products import product
 from megatron_rl.ops.sample import sample_from_head
@@ -101,9 +101,8 @@ class Policy(TrainedModel):
             truncation: None: tokens are drawn from the whole vocabulary, and there is no support.
         """
         weight, shard, device = self.head_weight, self._shard(), hidden.device
-        most = max(1, logits_bytes(device.type) // (len(weight) * hidden.element_size()))
         found: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        for rows in row_slices(len(seeds), most):
+        for rows in row_slices(len(seeds), most_rows(hidden, weight)):
             states, of_rows = hidden[rows], None
             if repeats is not None:
                 first, last = int(repeats[rows][0]), int(repeats[rows][-1])

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from megatron_rl import plan as module
 from megatron_rl.config import RunConfig
+from megatron_rl.megatron.config import ModelConfig
 from megatron_rl.memory import GIB
 from megatron_rl.plan import print_layouts, print_plan
 from megatron_rl.platforms import host_memory
@@ -58,7 +59,7 @@ def planned(monkeypatch, tmp_path, capsys):
             **sections,
         }
         print_plan(RunConfig.model_validate(recipe), gpu_gib=gpu_gib)
-        text = capsys.readouterr().out
+        plan.text = text = capsys.readouterr().out
         memory = text.partition("memory per rank\n")[2].partition("weight sync")[0]
         plan.of_a_gpu, _, plan.here = memory.partition("memory per rank on this machine\n")
         return plan.of_a_gpu
@@ -71,6 +72,18 @@ def test_a_run_of_a_cpu_is_compared_with_this_machine(planned):
     assert "device                             cpu\n" in said
     assert "key/value cache                    2.812 GiB" in said
     assert "it fits: 200.0 GiB of this machine's memory are free for it (400.0 GiB for 2" in said
+
+
+def test_where_prompts_are_shared_is_said(planned, monkeypatch):
+    planned(400, parallel={"world_size": 2})
+    assert "once for all responses in a row: cpu\n" in planned.text
+    planned(400, parallel={"world_size": 2}, batching={"share_prompts": False})
+    assert "once a response\n" in planned.text
+    monkeypatch.setattr(
+        ModelConfig, "uses_transformer_engine", lambda _, device_type: device_type == "cuda"
+    )
+    planned(400, "bfloat16", parallel={"world_size": 2})  # for a GPU, too
+    assert "once for all responses in a row: cpu\n" in planned.text
 
 
 def test_a_row_that_would_be_shorter_here_is_said(planned):
