@@ -78,18 +78,21 @@ class Rollout:
     # and -1 behind the last of them; None: the whole vocabulary
 
     def __post_init__(self) -> None:
-        if self.rollout_logprobs is not None and len(self.rollout_logprobs) != len(
-            self.response_tokens
-        ):
+        count = self.num_response_tokens
+        if self.rollout_logprobs is not None and self.rollout_logprobs.size(0) != count:
             raise ValueError(
-                f"rollout has {len(self.response_tokens)} response tokens but "
-                f"{len(self.rollout_logprobs)} rollout_logprobs: the engine must return one each"
+                f"rollout has {count} response tokens but {self.rollout_logprobs.size(0)} "
+                "rollout_logprobs: the engine must return one each"
             )
-        if self.support is not None and len(self.support) != len(self.response_tokens):
+        if self.support is not None and self.support.size(0) != count:
             raise ValueError(
-                f"rollout has {len(self.response_tokens)} response tokens but a support for "
-                f"{len(self.support)}: the engine must return one each"
+                f"rollout has {count} response tokens but a support for {self.support.size(0)}: "
+                "the engine must return one each"
             )
+
+    @property
+    def num_response_tokens(self) -> int:
+        return self.response_tokens.size(0)  # len() of a tensor takes ten times as long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,8 +121,16 @@ class Sample:
     ref_logprobs: Tensor | None = None  # [R] likewise
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return self.prompt_tokens.size(0)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return self.response_tokens.size(0)
+
+    @property
     def num_tokens(self) -> int:
-        return len(self.prompt_tokens) + len(self.response_tokens)
+        return self.num_prompt_tokens + self.num_response_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

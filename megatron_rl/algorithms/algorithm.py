@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import islice
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_rl.algorithms.signs import is_usable
 from megatron_rl.objectives.loss import Loss, loss_of
 from megatron_rl.objectives.objective import Objective
 from megatron_rl.ops.group_stats import GroupStats, group_stats
-from megatron_rl.types import Prompt, Rollout, RolloutGroup, Sample, UpdateTotals
+from megatron_rl.types import Rollout, RolloutGroup, Sample, UpdateTotals
 
 NO_TOTALS = UpdateTotals(kept_sequences=0, kept_tokens=0, collected_sequences=0, collected_tokens=0)
 
@@ -67,7 +68,7 @@ class Algorithm:
 
     config: AlgorithmConfig
 
-    @property
+    @cached_property
     def choice(self) -> Preset:
         """Selection, advantage, objective and aggregation, with the recipe's changes."""
         return self.config.resolved
@@ -134,9 +135,15 @@ class Algorithm:
             for index, is_kept, value in zip(indices, keep, group_advantage, strict=True):
                 advantage = value if is_kept else 0.0
                 if self._goes_through_model(is_kept, advantage):
-                    sample = _sample(group.prompt, group.rollouts[index], index, update, advantage)
-                    has_gradient = is_kept and self._has_gradient(advantage)
-                    samples.append(replace(sample, has_gradient=has_gradient))
+                    samples.append(
+                        _sample(
+                            group,
+                            index,
+                            update,
+                            advantage,
+                            has_gradient=is_kept and self._has_gradient(advantage),
+                        )
+                    )
                 elif is_kept:
                     counts["zero_advantage_sequences"] += 1
         return Selection(samples=samples, totals=totals, outcomes=Outcomes(**counts))
@@ -161,7 +168,7 @@ class Algorithm:
             return list(samples)
         whitened = whiten(
             torch.tensor([sample.advantage for sample in samples], dtype=torch.float64),
-            torch.tensor([len(sample.response_tokens) for sample in samples]),
+            torch.tensor([sample.num_response_tokens for sample in samples]),
             std_ddof=self.config.std_ddof,
             std_eps=self.config.std_eps,
             sum_over_ranks=sum_over_ranks,
@@ -181,7 +188,7 @@ class Algorithm:
         return aggregation.token_weight(
             self.choice.loss_aggregation,
             totals,
-            response_tokens=len(sample.response_tokens),
+            response_tokens=sample.num_response_tokens,
             max_response_tokens=max_response_tokens,
             normalize_over=self.config.normalize_over,
         )
@@ -205,11 +212,15 @@ class Algorithm:
     def _keep(
         self, candidates: Candidates, by_reward: KeepMask, group_id: int, seed: tuple[int, ...]
     ) -> KeepMask:
+        @cache  # few selections ask for it, and it takes longer than they do
+        def tie_break() -> random.Random:
+            return random.Random(repr((*seed, group_id)))  # text: alike in every process
+
         return keep_mask(
             candidates,
             by_reward,
             self.choice.selection,
-            tie_break=random.Random(repr((*seed, group_id))),  # text: alike in every process
+            tie_break=tie_break,
             overlong_tokens=self.config.overlong_tokens,
             balanced_size=self.config.balanced_size,
             max_per_group=self.config.max_per_group,
@@ -240,7 +251,7 @@ def _usable(group: RolloutGroup, *, needs_reward: bool) -> tuple[list[int], Cand
     rollouts = [group.rollouts[index] for index in indices]
     return indices, Candidates(
         rewards=tuple(_judged_by(rollout) for rollout in rollouts),
-        lengths=tuple(len(r.response_tokens) for r in rollouts),
+        lengths=tuple(r.num_response_tokens for r in rollouts),
         is_truncated=tuple(r.finish_reason == "length" for r in rollouts),
         is_gold=tuple(r.finish_reason == "gold" for r in rollouts),
     )
@@ -281,14 +292,18 @@ def _add(totals: UpdateTotals, lengths: Sequence[int], keep: KeepMask) -> Update
     )
 
 
-def _sample(prompt: Prompt, rollout: Rollout, index: int, update: int, advantage: float) -> Sample:
+def _sample(
+    group: RolloutGroup, index: int, update: int, advantage: float, *, has_gradient: bool
+) -> Sample:
+    rollout = group.rollouts[index]
     return Sample(
-        group_id=prompt.group_id,
+        group_id=group.prompt.group_id,
         index=index,
         update=update,
-        prompt_tokens=prompt.tokens,
+        prompt_tokens=group.prompt.tokens,
         response_tokens=rollout.response_tokens,
         advantage=advantage,
+        has_gradient=has_gradient,
         rollout_logprobs=rollout.rollout_logprobs,
         experts=rollout.experts,
         support=rollout.support,

@@ -8,6 +8,7 @@ from megatron_rl.algorithms.presets import SelectionName
 from megatron_rl.ops.group_stats import KEEP_RULES, KeepRule
 
 KeepMask = list[bool]
+TieBreak = Callable[[], random.Random]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ def keep_mask(
     by_reward: KeepMask,
     names: Sequence[SelectionName],
     *,
-    tie_break: random.Random,
+    tie_break: TieBreak,
     overlong_tokens: int | None = None,
     balanced_size: int = 4,
     max_per_group: int | None = None,
@@ -45,7 +46,7 @@ def keep_mask(
         candidates: the group.
         by_reward: what group_stats keeps under keep_rules(names).
         names: all selections.
-        tie_break: chooses among responses that are equally good.
+        tie_break: what chooses among responses that are equally good.
         overlong_tokens: longest response that drop_overlong keeps.
         balanced_size: responses that balanced keeps.
         max_per_group: most responses that are kept.
@@ -81,19 +82,19 @@ MASKS: dict[SelectionName, Callable[[Candidates], KeepMask]] = {
 }
 
 
-def _best_of_n(candidates: Candidates, keep: KeepMask, tie_break: random.Random) -> KeepMask:
+def _best_of_n(candidates: Candidates, keep: KeepMask, tie_break: TieBreak) -> KeepMask:
     if not any(keep):
         return keep
-    chosen = tie_break.choice(_with_reward(max, candidates, keep))
+    chosen = tie_break().choice(_with_reward(max, candidates, keep))
     return [index == chosen for index in range(len(keep))]
 
 
-def _best_and_worst(candidates: Candidates, keep: KeepMask, tie_break: random.Random) -> KeepMask:
+def _best_and_worst(candidates: Candidates, keep: KeepMask, tie_break: TieBreak) -> KeepMask:
     """The pair of a group with mixed outcomes; nothing of any other group."""
     kept = [reward for reward, is_kept in zip(candidates.rewards, keep, strict=True) if is_kept]
     if not kept or max(kept) <= 0 or min(kept) > 0:
         return [False] * len(keep)
-    pair = [tie_break.choice(_with_reward(end, candidates, keep)) for end in (max, min)]
+    pair = [tie_break().choice(_with_reward(end, candidates, keep)) for end in (max, min)]
     return [index in pair for index in range(len(keep))]
 
 
@@ -112,7 +113,8 @@ def _with_reward(
 ) -> list[int]:
     """Positions of the kept responses whose reward is the largest or smallest of them."""
     rewards = {index: r for index, r in enumerate(candidates.rewards) if keep[index]}
-    return [index for index, r in rewards.items() if r == end(list(rewards.values()))]
+    wanted = end(list(rewards.values()))
+    return [index for index, r in rewards.items() if r == wanted]
 
 
 def _first(keep: KeepMask, limit: int) -> KeepMask:

@@ -93,4 +93,4 @@ class Selector:
 
 
 def _tokens(responses: Sequence[Rollout] | Sequence[Sample]) -> int:
-    return sum(len(response.response_tokens) for response in responses)
+    return sum(response.num_response_tokens for response in responses)

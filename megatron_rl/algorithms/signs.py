@@ -31,7 +31,7 @@ def signs(rollouts: Iterable[Rollout]) -> Signs:
 
 def is_usable(rollout: Rollout, *, needs_reward: bool = True) -> bool:
     """Whether a response can be judged and trained on."""
-    if len(rollout.response_tokens) == 0:
+    if rollout.num_response_tokens == 0:
         return False
     if rollout.reward is None:
         return rollout.finish_reason == "gold" or not needs_reward

@@ -24,5 +24,5 @@ def measured_samples(groups: Sequence[RolloutGroup], most_each: int | None = Non
         )
         for group in groups
         for index, rollout in enumerate(group.rollouts[:most_each])
-        if len(rollout.response_tokens)
+        if rollout.num_response_tokens
     ]

@@ -19,12 +19,14 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.batching.balance import balance, fill_rows
-from megatron_rl.parallel.collectives import all_gather_objects, send_messages
+from megatron_rl.batching.messages import decode, encode
+from megatron_rl.parallel.collectives import gather_rows, send_messages
 from megatron_rl.parallel.groups import Groups
+from megatron_rl.parallel.layout import Layout
 from megatron_rl.types import Sample
 
 Key = tuple[int, int, int]  # update, group_id, index: the same order of samples on every rank
@@ -49,37 +51,42 @@ class Distributed:
     num_repeated: int  # of those, tokens of prompts that another sample of the update has as well
 
 
+@dataclass(slots=True)
+class Unit:
+    """Samples that travel and are packed as one."""
+
+    keys: list[Key]
+    tokens: int  # in a row
+
+
 @dataclass(frozen=True, kw_only=True)
 class Together:
-    """Which samples travel and are packed as one unit, and how many tokens that is."""
+    """Which samples travel and are packed as one unit."""
 
     keep_groups_whole: bool = False
     share_up_to: int | None = None  # most tokens of a unit that shares a prompt; None: none does
 
-    def units(self, lengths: Mapping[Key, Length]) -> dict[Key, list[Key]]:
+    def units(self, lengths: Mapping[Key, Length]) -> list[Unit]:
         """Samples by unit: each alone, a whole group, or as many of a group as share a prompt.
 
-        A unit is told by the key of its first sample. The order of both is that of the keys.
+        The order of units, and of the samples of one, is that of the keys.
         """
-        units: dict[Key, list[Key]] = {}
-        unit: Key | None = None
-        for key in sorted(lengths):
-            is_next = unit is not None and unit[:2] == key[:2]
-            if unit is None or not is_next or not self._fits([*units[unit], key], lengths):
-                unit = key
-            units.setdefault(unit, []).append(key)
+        units: list[Unit] = []
+        group = None
+        for key, length in sorted(lengths.items()):
+            further = length.response + (length.prompt if self.share_up_to is None else 0)
+            if key[:2] == group and self._fits(units[-1].tokens + further):
+                units[-1].keys.append(key)
+                units[-1].tokens += further
+            else:
+                units.append(Unit([key], sum(length)))
+                group = key[:2]
         return units
 
-    def _fits(self, keys: Sequence[Key], lengths: Mapping[Key, Length]) -> bool:
+    def _fits(self, tokens: int) -> bool:
         if self.keep_groups_whole:
             return True
-        return self.share_up_to is not None and self.tokens(keys, lengths) <= self.share_up_to
-
-    def tokens(self, keys: Sequence[Key], lengths: Mapping[Key, Length]) -> int:
-        """Tokens of a unit in a row."""
-        responses = sum(lengths[key].response for key in keys)
-        prompts = [lengths[key].prompt for key in keys]
-        return responses + (sum(prompts) if self.share_up_to is None else max(prompts))
+        return self.share_up_to is not None and tokens <= self.share_up_to
 
 
 def distribute(
@@ -95,36 +102,54 @@ def distribute(
     and on all ranks of one data-parallel replica after. Every rank must call it. share_up_to: most
     tokens of samples that share a prompt; None: prompts are not shared.
     """
-    own = {_key(sample): (_length(sample), sample.has_gradient) for sample in samples}
-    everywhere: dict[Key, tuple[Length, bool]] = {}
-    for part in all_gather_objects(own, groups.world):
-        everywhere |= part
-    lengths = {key: length for key, (length, _) in everywhere.items()}
+    lengths: dict[Key, Length] = {}
+    num_samples: Counter[int] = Counter()
+    for *key, prompt, response, has_gradient in _rows_of_all(samples, groups.world):
+        update, group_id, index = key
+        lengths[update, group_id, index] = Length(prompt, response)
+        num_samples[update] += has_gradient
     together = Together(keep_groups_whole=keep_groups_whole, share_up_to=share_up_to)
     replica_of = _replicas(lengths, groups.layout.dp, together)
-    layout = groups.layout
-    ranks_of = [
-        [rank for rank in range(layout.world_size) if layout.coordinates(rank).dp_rank == replica]
-        for replica in range(layout.dp)
-    ]
-    staying, messages, to_ranks = [], [], []
+    leaving: dict[int, list[Sample]] = {}
     for sample in samples:
-        ranks = ranks_of[replica_of[_key(sample)]]
-        if groups.rank in ranks:
-            staying.append(sample)
-        others = [rank for rank in ranks if rank != groups.rank]
+        leaving.setdefault(replica_of[_key(sample)], []).append(sample)
+    ranks_of = _ranks_of(groups.layout)
+    staying: list[Sample] = []
+    messages: list[Tensor] = []
+    to_ranks: list[int] = []
+    for replica, theirs in sorted(leaving.items()):
+        if groups.rank in ranks_of[replica]:
+            staying = theirs
+        others = [rank for rank in ranks_of[replica] if rank != groups.rank]
         if others:
-            messages += [_encode(sample)] * len(others)
+            messages += [encode(theirs)] * len(others)
             to_ranks += others
-    arrived = _decode(send_messages(messages, to_ranks, groups.world))
+    arrived = decode(send_messages(messages, to_ranks, groups.world))
     return Distributed(
         samples=sorted([*staying, *arrived], key=_key),
-        num_samples=Counter(
-            key[0] for key, (_, has_gradient) in everywhere.items() if has_gradient
-        ),
+        num_samples=num_samples,
         num_tokens=sum(map(sum, lengths.values())),
         num_repeated=_repeated(lengths),
     )
+
+
+def _rows_of_all(samples: Sequence[Sample], world: dist.ProcessGroup) -> list[list[int]]:
+    """Update, group_id, index, tokens of prompt and response, and has_gradient of all samples."""
+    own = [
+        (*_key(s), s.num_prompt_tokens, s.num_response_tokens, int(s.has_gradient)) for s in samples
+    ]
+    # A tensor, since Python takes ten times as long to read the objects that were sent.
+    table = gather_rows(torch.tensor(own, dtype=torch.int64).view(len(own), 6), world)
+    rows: list[list[int]] = table.tolist()
+    return rows
+
+
+def _ranks_of(layout: Layout) -> list[list[int]]:
+    """The ranks of each data-parallel replica."""
+    ranks_of: list[list[int]] = [[] for _ in range(layout.dp)]
+    for rank in range(layout.world_size):
+        ranks_of[layout.coordinates(rank).dp_rank].append(rank)
+    return ranks_of
 
 
 def _repeated(lengths: Mapping[Key, Length]) -> int:
@@ -152,22 +177,23 @@ def rows_of(
     together = Together(
         keep_groups_whole=keep_groups_whole, share_up_to=budget if share_prompts else None
     )
-    units = list(together.units(lengths).values())
-    filled = fill_rows([together.tokens(unit, lengths) for unit in units], budget)
-    rows = [[by_key[key] for index in row for key in units[index]] for row in filled]
+    units = together.units(lengths)
+    filled = fill_rows([unit.tokens for unit in units], budget)
+    rows = [[by_key[key] for index in row for key in units[index].keys] for row in filled]
     missing = -len(rows) % count_multiple or (count_multiple if not rows else 0)
     return rows + [[] for _ in range(missing)]
 
 
 def _replicas(lengths: dict[Key, Length], dp: int, together: Together) -> dict[Key, int]:
     """The data-parallel replica that trains each sample."""
+    of_updates: dict[int, dict[Key, Length]] = {}
+    for key, length in lengths.items():
+        of_updates.setdefault(key[0], {})[key] = length
     replica_of: dict[Key, int] = {}
-    for update in sorted({key[0] for key in lengths}):
-        of_update = {key: length for key, length in lengths.items() if key[0] == update}
-        units = list(_small(together, of_update, dp).units(of_update).values())
-        tokens = [together.tokens(unit, of_update) for unit in units]
-        for replica, share in enumerate(balance(tokens, dp)):
-            replica_of |= {key: replica for index in share for key in units[index]}
+    for of_update in of_updates.values():
+        units = _small(together, of_update, dp).units(of_update)
+        for replica, share in enumerate(balance([unit.tokens for unit in units], dp)):
+            replica_of |= {key: replica for index in share for key in units[index].keys}
     return replica_of
 
 
@@ -180,101 +206,8 @@ def _small(together: Together, lengths: Mapping[Key, Length], dp: int) -> Togeth
 
 
 def _length(sample: Sample) -> Length:
-    return Length(len(sample.prompt_tokens), len(sample.response_tokens))
+    return Length(sample.num_prompt_tokens, sample.num_response_tokens)
 
 
 def _key(sample: Sample) -> Key:
     return sample.update, sample.group_id, sample.index
-
-
-def _encode(sample: Sample) -> Tensor:
-    """One int64 vector that tells its own lengths; floats, experts and supports travel by their
-    bits.
-
-    Example: group 7, index 1, update 0, prompt [5, 9], response [2], advantage 0.5, no log-probs,
-    experts and support is [7, 1, 0, 2, 1, 0, 1, 0, 0, 0, -1, 5, 9, 2, 0x3FE0000000000000].
-    """
-    has_logprobs = sample.rollout_logprobs is not None
-    head = torch.tensor(
-        [
-            sample.group_id,
-            sample.index,
-            sample.update,
-            len(sample.prompt_tokens),
-            len(sample.response_tokens),
-            int(has_logprobs),
-            int(sample.has_gradient),
-            *_shape_of(sample.experts),
-            -1 if sample.support is None else sample.support.size(1),
-        ]
-    )
-    floats = [torch.tensor([sample.advantage], dtype=torch.float64)]
-    if sample.rollout_logprobs is not None:
-        floats.append(sample.rollout_logprobs.double())
-    return torch.cat(
-        [
-            head,
-            sample.prompt_tokens,
-            sample.response_tokens,
-            torch.cat(floats).view(torch.int64),
-            _words_of(sample.experts),
-            _words_of(sample.support),
-        ]
-    )
-
-
-def _shape_of(experts: Tensor | None) -> tuple[int, int, int]:
-    """Layers, experts of a token, and the bytes of one number; zeros where there are none."""
-    return (0, 0, 0) if experts is None else (*experts.shape[1:], experts.itemsize)
-
-
-def _words_of(told: Tensor | None) -> Tensor:
-    """Its bytes as int64, with zeros behind."""
-    if told is None:
-        return torch.empty(0, dtype=torch.int64)
-    told = told.contiguous().view(torch.uint8).flatten()
-    return F.pad(told, (0, -len(told) % 8)).view(torch.int64)
-
-
-def _decode(stream: Tensor) -> list[Sample]:
-    """The samples of encoded vectors that stand one behind the other."""
-    samples = []
-    at = 0
-
-    def take(count: int) -> Tensor:
-        nonlocal at
-        part = stream[at : at + count]
-        at += count
-        return part
-
-    def values(count: int, dtype: torch.dtype) -> Tensor:
-        size = count * dtype.itemsize
-        return take(-(-size // 8)).view(torch.uint8)[:size].clone().view(dtype)
-
-    while at < len(stream):
-        group_id, index, update, prompt, response, has_logprobs, has_gradient = take(7).tolist()
-        layers, top_k, itemsize, width = take(4).tolist()
-        prompt_tokens, response_tokens = take(prompt), take(response)
-        advantage = take(1).view(torch.float64).item()
-        logprobs = take(response).view(torch.float64).float() if has_logprobs else None
-        experts = None
-        if itemsize:
-            kind = torch.uint8 if itemsize == 1 else torch.int16
-            told = values((prompt + response - 1) * layers * top_k, kind)
-            experts = told.view(-1, layers, top_k)
-        support = None if width < 0 else values(response * width, torch.int32).view(response, width)
-        samples.append(
-            Sample(
-                group_id=group_id,
-                index=index,
-                update=update,
-                prompt_tokens=prompt_tokens,
-                response_tokens=response_tokens,
-                advantage=advantage,
-                has_gradient=bool(has_gradient),
-                rollout_logprobs=logprobs,
-                experts=experts,
-                support=support,
-            )
-        )
-    return samples

@@ -41,6 +41,6 @@ def to_question(group: RolloutGroup) -> Question:
         responses=tuple(rollout.text for rollout in group.rollouts),
         verdicts=tuple(str(rollout.verdict) for rollout in group.rollouts),
         extracted=tuple(rollout.extracted for rollout in group.rollouts),
-        tokens=tuple(len(rollout.response_tokens) for rollout in group.rollouts),
+        tokens=tuple(rollout.num_response_tokens for rollout in group.rollouts),
         truncated=tuple(rollout.finish_reason == "length" for rollout in group.rollouts),
     )

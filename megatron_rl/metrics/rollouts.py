@@ -70,7 +70,7 @@ def to_record(group: RolloutGroup, iteration: int) -> Record:
                 "verdict": None if rollout.verdict is None else str(rollout.verdict),
                 "extracted": rollout.extracted,
                 "reward": rollout.reward,
-                "tokens": len(rollout.response_tokens),
+                "tokens": rollout.num_response_tokens,
                 "truncated": rollout.finish_reason == "length",
             }
             for rollout in group.rollouts

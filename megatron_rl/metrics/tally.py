@@ -38,7 +38,7 @@ def count(groups: Sequence[RolloutGroup], parts: Sequence[str] = ()) -> tuple[li
         total["groups_all_correct"] += all(correct)
         total["groups_all_wrong"] += not any(correct)
         for rollout in group.rollouts:
-            length = len(rollout.response_tokens)
+            length = rollout.num_response_tokens
             longest = max(longest, length)
             total["responses"] += 1
             total["tokens"] += length

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rl.errors import RunError
@@ -99,6 +100,16 @@ def gather_objects(item: Item, group: dist.ProcessGroup) -> list[Item]:
     items: list[Item] | None = [item] * dist.get_world_size(group) if is_first else None
     dist.gather_object(item, items, group=group, group_dst=0)
     return items or []
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The int64 rows [n, k] of all ranks, in rank order; n may differ from rank to rank."""
+    counts = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([rows.size(0)]), group=group)
+    most = max(map(int, counts))
+    each = [rows.new_empty(most, rows.size(1)) for _ in counts]
+    dist.all_gather(each, F.pad(rows, (0, 0, 0, most - rows.size(0))), group=group)
+    return torch.cat([part[: int(count)] for part, count in zip(each, counts, strict=True)])
 
 
 def send_messages(

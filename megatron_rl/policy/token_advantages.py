@@ -104,7 +104,7 @@ def _of_row(
     row: MicroBatch, values: Tensor, config: AlgorithmConfig, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [N] of the row's loss tokens, float64 on the host."""
-    lengths = torch.tensor([len(s.response_tokens) for s in row.samples], dtype=torch.int64)
+    lengths = torch.tensor([s.num_response_tokens for s in row.samples], dtype=torch.int64)
     if not len(lengths):
         return values, values
     rewards = token_rewards(

@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from functools import cache
 from itertools import permutations
 
 import pytest
@@ -25,7 +26,9 @@ def kept(rewards, *names, lengths=None, truncated=(), gold=(), seed=0, **limits)
     )
     rewards, offsets = torch.tensor(rewards).double(), torch.tensor([0, len(rewards)])
     by_reward = group_stats(rewards, offsets, keep=keep_rules(names)).keep.tolist()
-    mask = keep_mask(candidates, by_reward, names, tie_break=random.Random(seed), **limits)
+    mask = keep_mask(
+        candidates, by_reward, names, tie_break=cache(lambda: random.Random(seed)), **limits
+    )
     assert len(mask) == len(rewards)
     return [index for index, is_kept in enumerate(mask) if is_kept]
 

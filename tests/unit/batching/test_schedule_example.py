@@ -9,22 +9,14 @@ import torch
 
 from megatron_rl.batching import schedule
 from megatron_rl.batching.balance import balance, fill_rows
-from megatron_rl.batching.schedule import (
-    Length,
-    Together,
-    _decode,
-    _encode,
-    _key,
-    _replicas,
-    distribute,
-    rows_of,
-)
+from megatron_rl.batching.messages import decode
+from megatron_rl.batching.schedule import Length, Together, _key, _replicas, distribute, rows_of
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.types import Sample
 
 LENGTHS = {(0, 7, 0): 5, (0, 7, 1): 4, (0, 8, 0): 3}
 PARTS = {key: Length(1, length - 1) for key, length in LENGTHS.items()}
-EVERYWHERE = {key: (length, True) for key, length in PARTS.items()}
+EVERYWHERE = torch.tensor([(*key, *length, True) for key, length in PARTS.items()])
 
 
 def sample(key):
@@ -44,16 +36,18 @@ FIRST, SECOND, THIRD = (sample(key) for key in LENGTHS)
 
 @pytest.fixture
 def sent(monkeypatch):
-    """(key, receiver) of each message of the call; the other ranks' lengths are known."""
+    """(key, receiver) of each sample that is sent; the other ranks' lengths are known."""
     messages = []
 
     def send(vectors, to_ranks, group):
         messages.extend(
-            (_key(_decode(vector)[0]), rank) for vector, rank in zip(vectors, to_ranks, strict=True)
+            (_key(sample), rank)
+            for vector, rank in zip(vectors, to_ranks, strict=True)
+            for sample in decode(vector)
         )
         return torch.cat([torch.empty(0, dtype=torch.int64), *vectors])
 
-    monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [own, EVERYWHERE])
+    monkeypatch.setattr(schedule, "gather_rows", lambda own, group: EVERYWHERE)
     monkeypatch.setattr(schedule, "send_messages", send)
     return messages
 
@@ -81,8 +75,8 @@ def test_a_prompt_that_stands_again_is_counted_once_a_response(sent):
 
 def test_an_update_without_a_gradient_counts_as_empty(sent, monkeypatch):
     """Such as one whose responses were all rejected, under train_on_everything."""
-    rejected = {key: (length, False) for key, length in PARTS.items()}
-    monkeypatch.setattr(schedule, "all_gather_objects", lambda own, group: [rejected])
+    rejected = torch.tensor([(*key, *length, False) for key, length in PARTS.items()])
+    monkeypatch.setattr(schedule, "gather_rows", lambda own, group: rejected)
     found = distribute([replace(FIRST, has_gradient=False)], groups(world_size=2, tp=1, pp=1))
     assert found.num_samples[0] == 0
     assert len(found.samples) == 1  # it goes through the model all the same
@@ -122,16 +116,16 @@ def test_units_that_share_a_prompt_have_it_once_and_fit():
     lengths[0, 2, 0] = Length(10, 2)
     together = Together(share_up_to=20)
     units = together.units(lengths)
-    assert list(units.values()) == [
+    assert [unit.keys for unit in units] == [
         [(0, 1, 0), (0, 1, 1)],
         [(0, 1, 2)],
         [(0, 1, 3)],
         [(0, 2, 0)],
     ]
-    assert [together.tokens(unit, lengths) for unit in units.values()] == [20, 15, 40, 12]
+    assert [unit.tokens for unit in units] == [20, 15, 40, 12]
     assert len(Together().units(lengths)) == 5
     whole = Together(keep_groups_whole=True, share_up_to=20).units(lengths)
-    assert [len(unit) for unit in whole.values()] == [4, 1]
+    assert [len(unit.keys) for unit in whole] == [4, 1]
 
 
 def test_rows_of_units_stay_within_the_budget():
@@ -155,53 +149,3 @@ def test_a_group_is_cut_so_that_replicas_can_be_given_alike():
     lengths = {(0, 1, i): Length(10, 10) for i in range(16)}
     replica_of = _replicas(lengths, 4, Together(share_up_to=1000))
     assert sorted(Counter(replica_of.values()).values()) == [4, 4, 4, 4]
-
-
-def test_a_sample_as_a_vector():
-    example = Sample(
-        group_id=7,
-        index=1,
-        update=0,
-        prompt_tokens=torch.tensor([5, 9]),
-        response_tokens=torch.tensor([2]),
-        advantage=0.5,
-    )
-    assert _encode(example).tolist() == [
-        *(7, 1, 0, 2, 1, 0, 1, 0, 0, 0, -1),
-        *(5, 9, 2, 0x3FE0000000000000),
-    ]
-
-
-def test_a_sample_keeps_whether_it_has_a_gradient():
-    for has_gradient in (True, False):
-        (found,) = _decode(_encode(replace(FIRST, has_gradient=has_gradient)))
-        assert found.has_gradient is has_gradient
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
-def test_a_sample_keeps_the_experts_of_its_tokens(dtype):
-    """Of several samples in one stream, whose bytes do not fill words."""
-    many = [
-        replace(FIRST, experts=torch.arange(n * 6).view(n, 3, 2).to(dtype))
-        for n in [FIRST.num_tokens - 1]
-    ]
-    for found in _decode(torch.cat([_encode(s) for s in (*many, FIRST, *many)]))[::2]:
-        assert torch.equal(found.experts, many[0].experts)
-        assert found.experts.dtype == dtype
-    assert _decode(_encode(FIRST))[0].experts is None
-
-
-@pytest.mark.parametrize("width", [0, 1, 3])
-def test_a_sample_keeps_what_its_tokens_were_drawn_from(width):
-    """Beside experts, whose bytes do not fill words either, and beside a sample without."""
-    count = len(FIRST.response_tokens)
-    support = torch.arange(count * width, dtype=torch.int32).view(count, width) - 1
-    experts = torch.arange((FIRST.num_tokens - 1) * 3).view(-1, 3, 1).to(torch.uint8)
-    many = [replace(FIRST, support=support), replace(FIRST, support=support, experts=experts)]
-    found = _decode(torch.cat([_encode(s) for s in (*many, FIRST, *many)]))
-    for one in (*found[:2], *found[3:]):
-        assert torch.equal(one.support, support)
-        assert one.support.dtype == torch.int32
-    assert [one.experts is None for one in found] == [True, False, True, True, False]
-    assert torch.equal(found[4].experts, experts)
-    assert found[2].support is None
