@@ -6,7 +6,7 @@ On a GPU vLLM takes what is left to it.
 from megatron_rl.parallel.layout import Layout
 from megatron_rl.weights.arch import ModelArch
 
-LEAST_MIB = 256
+LEAST_MIB = 64
 BLOCK = 128  # tokens of a block of the cache on a CPU; a sequence begins with a new one
 
 

@@ -1,5 +1,6 @@
 """Layouts that the rollout engine cannot have, found before anything is built."""
 
+import os
 from collections.abc import Iterator
 
 from megatron_rl.errors import ConfigError
@@ -16,6 +17,9 @@ CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 CPU_LATENT = (512, 64)
 """Size of the latent vector, and turning entries of keys, that it has code for there."""
+
+CACHE_SPACE, OTHER_PROCESS = "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"
+"""Environment variables by which vLLM overrules what it is told."""
 
 
 def engine_problems(arch: ModelArch, rollout_tp: int) -> Iterator[ConfigError]:
@@ -57,6 +61,8 @@ def device_problems(
             f"{', '.join(map(str, CPU_HEAD_DIMS))}. Use another model or a GPU, or set "
             "rollout.engine=megatron"
         )
+    if not is_policy:
+        yield from _environment_problems(is_cpu=is_cpu)
     if rollout.routing_replay:
         yield from _replay_problems(arch, rollout, is_cpu=is_cpu)
     total = platform.total_memory_bytes()
@@ -93,6 +99,22 @@ def evaluation_problems(
             evaluation.top_k,
             f"{rule} from no whole vocabulary",
             f"Set evaluation.top_k={rollout.top_k}, {way_out}",
+        )
+
+
+def _environment_problems(*, is_cpu: bool) -> Iterator[str]:
+    gib = os.environ.get(CACHE_SPACE, "")
+    if is_cpu and gib:
+        size = f", and set rollout.kv_cache_mib={int(gib) * 1024}" if gib.isdecimal() else ""
+        yield (
+            f"the environment has {CACHE_SPACE}={gib}, which vLLM takes in the place of "
+            f"rollout.kv_cache_mib. Unset it (unset {CACHE_SPACE}){size}"
+        )
+    if os.environ.get(OTHER_PROCESS, "0") != "0":
+        yield (
+            f"the environment has {OTHER_PROCESS}={os.environ[OTHER_PROCESS]}: vLLM's engine would "
+            "be another process, and weights are handed over within this one. Unset it (unset "
+            f"{OTHER_PROCESS})"
         )
 
 

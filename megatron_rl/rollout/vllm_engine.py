@@ -27,7 +27,6 @@ from megatron_rl.weights.layouts import engine_pieces, float32_names
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core lives in our process
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all ranks bind to the same cores
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about weights, which we verify ourselves
@@ -134,7 +133,9 @@ class VllmEngine:
 
         engine = self._llm.llm_engine
         key_of = {}
-        with self._platform.preserved_rng():
+        # vLLM compiles small functions at their first call, for seconds; on a CPU that never pays.
+        stance = "force_eager" if self._platform.device_type == "cpu" else "default"
+        with self._platform.preserved_rng(), torch.compiler.set_stance(stance):
             for number, request in enumerate(requests):
                 key_of[str(number)] = request.key
                 engine.add_request(

@@ -26,6 +26,7 @@ from tiny_models import (
     with_long_memory,
 )
 
+CACHE_MIB = 64  # of an engine
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

@@ -13,6 +13,7 @@ from typing import Any
 import preload_vllm  # noqa: F401  # isort: split
 import torch
 import torch.distributed as dist
+from engine_models import CACHE_MIB
 
 import megatron_rl.build_rollouts as build_module
 from megatron_rl.batching.measured import measured_samples
@@ -69,7 +70,7 @@ def config_of(
                 "top_k": top_k,
                 "top_p": 0.95 if top_k > 0 else 1.0,
                 "tensor_model_parallel_size": rollout_tp,
-                "kv_cache_mib": 64,
+                "kv_cache_mib": CACHE_MIB,
                 "routing_replay": routing_replay,
             },
             "algorithm": {"preset": "grpo"},
@@ -140,7 +141,26 @@ def measure(run: Run) -> dict[str, Any]:
         "generate_left_rng": all(everywhere(left_rng)),
         "has_shared_memory": hasattr(torch.ops._C, "init_shm_manager"),
         "shared_memory": everywhere(shared_memory()),
+        "cache_bytes": everywhere(cache_bytes(run)),
     }
+
+
+def cache_bytes(run: Run) -> int:
+    """What the engine's cache takes, which its layers share."""
+    engine: Any = run.rollouts.engine  # type: ignore[attr-defined]
+    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    held: dict[int, int] = {}
+
+    def look(cache: Any) -> None:
+        for part in cache if isinstance(cache, list | tuple) else [cache]:
+            if isinstance(part, torch.Tensor):
+                storage = part.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+            else:
+                look(part)
+
+    look(worker.model_runner.kv_caches)
+    return sum(held.values())
 
 
 def shared_memory() -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_models import MODELS, write_model
+from engine_models import CACHE_MIB, MODELS, write_model
 from harness import preloaded, run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -260,6 +260,13 @@ def test_the_engine_s_shared_memory_has_no_name(case, measured):
     for mapped in result["shared_memory"]:
         assert (len(mapped) > 0) == (case.rollout_tp > 1)
         assert all(line.endswith(" (deleted)") for line in mapped)
+
+
+@of_cases(CASES)
+def test_the_cache_takes_what_the_recipe_gives_it(case, measured):
+    """Whole blocks of it, which every rank has; a block is far less than a MiB here."""
+    for taken in measured(case)["cache_bytes"]:
+        assert CACHE_MIB - 1 < taken / 2**20 <= CACHE_MIB
 
 
 @having("stale_tied_head")

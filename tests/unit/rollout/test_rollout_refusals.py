@@ -119,6 +119,30 @@ def test_a_cache_beyond_the_memory_is_refused(monkeypatch, platform, name):
     assert str(problem).startswith(f"rollout.kv_cache_mib=1025: the {name} has 1024 MiB of memory")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "on_a_gpu", "way_out"),
+    [
+        ("VLLM_CPU_KVCACHE_SPACE", "4", False, "and set rollout.kv_cache_mib=4096"),
+        ("VLLM_CPU_KVCACHE_SPACE", "a lot", False, "(unset VLLM_CPU_KVCACHE_SPACE)"),
+        ("VLLM_ENABLE_V1_MULTIPROCESSING", "1", True, "(unset VLLM_ENABLE_V1_MULTIPROCESSING)"),
+    ],
+)
+def test_a_variable_by_which_vllm_overrules_settings_is_refused(
+    monkeypatch, name, value, on_a_gpu, way_out
+):
+    for platform in (CPU, CUDA):
+        monkeypatch.setattr(type(platform), "total_memory_bytes", lambda self: 1 << 36)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    assert not list(device_problems(ARCH, RolloutConfig(), MODEL, CPU))
+    monkeypatch.setenv(name, value)
+    (problem,) = device_problems(ARCH, RolloutConfig(), MODEL, CPU)
+    assert f"the environment has {name}={value}" in problem
+    assert problem.endswith(way_out)
+    assert len(list(device_problems(ARCH, RolloutConfig(), MODEL, CUDA))) == on_a_gpu
+    assert not list(device_problems(ARCH, RolloutConfig(engine="megatron"), MODEL, CPU))
+
+
 def test_routing_can_be_replayed_of_a_mixture_and_by_an_engine_that_tells(monkeypatch):
     for platform in (CPU, CUDA):
         monkeypatch.setattr(type(platform), "total_memory_bytes", lambda self: 1 << 36)
