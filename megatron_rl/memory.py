@@ -39,8 +39,9 @@ REPLAYED = "experts that the engine chose"
 SUPPORT = "tokens that each was drawn from"
 ENGINE = ("engine's libraries", "engine weights", "key/value cache")
 # Measured on a CPU, with Python 3.11 and 3.12: a supervised run of a model of 0.1 million
-# parameters, what an engine of that model adds without its cache, and what a save leaves behind.
-PROCESS_BYTES, ENGINE_PROCESS_BYTES, SAVING_BYTES = 0.55 * GIB, 1.2 * GIB, 0.25 * GIB
+# parameters, what an engine adds without weights and cache (with 256 sequences over a vocabulary of
+# 151,936), and what a save leaves behind.
+PROCESS_BYTES, ENGINE_PROCESS_BYTES, SAVING_BYTES = 0.6 * GIB, 0.6 * GIB, 0.25 * GIB
 SPREAD = 1.3
 """What the C library's heap takes for a byte of activations. They are allocated and freed in
 another order in every pass, and what is free between them is not given back."""

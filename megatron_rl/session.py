@@ -21,6 +21,7 @@ from megatron_rl.auto_layout import settled
 from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.versions import refuse_newer
+from megatron_rl.collector import resume
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import (
     ASKED_TO_STOP,
@@ -129,9 +130,8 @@ def _train(config: RunConfig, platform: Platform) -> None:
     with _watched(config, recorder) as watchdog:
         run = build_run(config, inputs, platform, recorder.say, watchdog, times, job)
         run.planned_memory = _planned(found.need, platform.device_type)
-        times.end("engine" if config.has_engine else "rest")
-        for line in (*_start_lines(run), *found.lines(), times.line(run.groups.world)):
-            recorder.say(line)
+        resume()
+        _say_start(run, found, times, recorder.say)
         run.stop.listen()
         is_done = train(run, recorder.record)
         exported = run.export() if is_done else None
@@ -157,6 +157,7 @@ def _sample(config: RunConfig, inputs: Inputs, platform: Platform, side: Side) -
 
     with _watched(config, Recorder(config, is_main=False)) as watchdog:
         rank = SamplingRank(config, inputs, platform, job, watchdog, say_early)
+        resume()
         note_end(rank.serve())
         _leave(rank.close, watchdog)
 
@@ -255,6 +256,7 @@ def _evaluate(
     rollouts = build_sampled(config, inputs, groups, meter, StopRequest(), say_early, policy=policy)
     if policy is not None:
         rollouts.receive(policy)
+    resume()
     with meter.phase("evaluation"):
         evaluation = rollouts.evaluate(iteration=None, policy_version=0)
     assert evaluation is not None  # no signal is listened for, so one ends the process
@@ -366,6 +368,12 @@ def _over(groups: Groups) -> str:
     if groups.platform.device_type != "cpu" or groups.layout.world_size == 1:
         return ""
     return " over shared memory" if shared_memory.is_in(groups.world) else " over gloo"
+
+
+def _say_start(run: "Run", found: Fit, times: StartTimes, say: Callable[[str], None]) -> None:
+    times.end("engine" if run.config.has_engine else "rest")
+    for line in (*_start_lines(run), *found.lines(), times.line(run.groups.world)):
+        say(line)
 
 
 def _start_lines(run: "Run") -> list[str]:

@@ -79,6 +79,9 @@ def run(options: argparse.Namespace) -> int:
             print_rehearsal(config, options.rank)
         print_inputs(config)
         return 0
+    from megatron_rl.collector import spare
+
+    spare()  # before anything large is imported
     from megatron_rl.session import evaluate_session, train_session
 
     {"train": train_session, "evaluate": evaluate_session}[options.command](config)

