@@ -19,6 +19,7 @@ from megatron_rl.rollout.engine import PROMPT_TOKENS_PER_STEP, Request, Response
 from megatron_rl.rollout.kv_cache import LEAST_MIB
 from megatron_rl.rollout.shared_memory import private_shared_memory
 from megatron_rl.rollout.vllm_routing import RoutedRequests, narrowest
+from megatron_rl.rollout.vllm_settings import refuse_overruled
 from megatron_rl.rollout.vllm_silence import quiet_binding
 from megatron_rl.rollout.vllm_support import SupportOfRequests, padded
 from megatron_rl.rollout.vllm_weights import VllmWeights
@@ -118,6 +119,7 @@ class VllmEngine:
         apart = private_shared_memory(groups.world)
         with groups.platform.preserved_rng(), apart, quiet_binding():
             self._llm: Any = llm(**settings)
+        refuse_overruled(settings, self._llm.llm_engine.vllm_config)
         worker = self._llm.llm_engine.model_executor.driver_worker.worker
         engines = groups.engines
         assert isinstance(engines, EngineLayout)
