@@ -41,9 +41,10 @@ FULL = {
 }
 SAMPLED = {
     "algorithm": {"preset": "reinforce"},
-    "rollout": {"group_size": 4, "max_response_tokens": 48},
+    "rollout": {"engine": "vllm", "group_size": 4, "max_response_tokens": 48},
     "reward": {"kind": "number", "num_workers": 1},
 }
+BY_POLICY = SAMPLED | {"rollout": {**SAMPLED["rollout"], "engine": "megatron"}}
 
 
 def shape(hidden: int, ffn: int, layers: int, heads: int, keys: int, vocab: int) -> dict[str, Any]:
@@ -84,6 +85,7 @@ CASES = {
     "7 M, norms of heads": Case("Qwen3", {**SMALL, "head_dim": 64}, 4096),
     "mixture, 8 experts of which 2": Case("Qwen3Moe", {**SMALL, **EXPERTS, "head_dim": 64}, 4096),
     "7 M, sampled": Case("Llama", SMALL, 2048, SAMPLED),
+    "7 M, sampled by the policy": Case("Llama", SMALL, 2048, BY_POLICY),
     "49 M, rows of 2,048": Case("Llama", MIDDLE, 2048),
     "49 M, no checkpoints": Case("Llama", MIDDLE, 2048, UNSAVED),
     "135 M, rows of 1,024": Case("Llama", SMOLLM, 1024),
