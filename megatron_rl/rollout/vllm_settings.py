@@ -12,7 +12,6 @@ PLACES = {
     "max_model_len": "model_config.max_model_len",
     "logprobs_mode": "model_config.logprobs_mode",
     "max_num_seqs": "scheduler_config.max_num_seqs",
-    "max_num_batched_tokens": "scheduler_config.max_num_batched_tokens",
     "enable_chunked_prefill": "scheduler_config.enable_chunked_prefill",
     "kv_cache_memory_bytes": "cache_config.kv_cache_memory_bytes",
     "gpu_memory_utilization": "cache_config.gpu_memory_utilization",
