@@ -39,12 +39,12 @@ FULL = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
-SAMPLED = {
+BY_VLLM = {
     "algorithm": {"preset": "reinforce"},
     "rollout": {"engine": "vllm", "group_size": 4, "max_response_tokens": 48},
     "reward": {"kind": "number", "num_workers": 1},
 }
-BY_POLICY = SAMPLED | {"rollout": {**SAMPLED["rollout"], "engine": "megatron"}}
+BY_POLICY = BY_VLLM | {"rollout": {**BY_VLLM["rollout"], "engine": "megatron"}}
 
 
 def shape(hidden: int, ffn: int, layers: int, heads: int, keys: int, vocab: int) -> dict[str, Any]:
@@ -84,13 +84,13 @@ CASES = {
     "7 M, recompute": Case("Llama", SMALL, 4096, {"model": FULL}),
     "7 M, norms of heads": Case("Qwen3", {**SMALL, "head_dim": 64}, 4096),
     "mixture, 8 experts of which 2": Case("Qwen3Moe", {**SMALL, **EXPERTS, "head_dim": 64}, 4096),
-    "7 M, sampled": Case("Llama", SMALL, 2048, SAMPLED),
+    "7 M, sampled by vLLM": Case("Llama", SMALL, 2048, BY_VLLM),
     "7 M, sampled by the policy": Case("Llama", SMALL, 2048, BY_POLICY),
     "49 M, rows of 2,048": Case("Llama", MIDDLE, 2048),
     "49 M, no checkpoints": Case("Llama", MIDDLE, 2048, UNSAVED),
     "135 M, rows of 1,024": Case("Llama", SMOLLM, 1024),
     "135 M, recompute": Case("Llama", SMOLLM, 2048, {"model": FULL}),
-    "135 M, sampled, recompute": Case("Llama", SMOLLM, 1024, {**SAMPLED, "model": FULL}),
+    "135 M, sampled by vLLM, recompute": Case("Llama", SMOLLM, 1024, {**BY_VLLM, "model": FULL}),
 }
 
 

@@ -6,11 +6,11 @@ SELDOM = (100_000, 10, 10)  # imports make half a million objects, and hardly an
 USUAL = gc.get_threshold()
 
 
-def spare() -> None:
-    """Have it look seldom, until resume()."""
+def look_seldom() -> None:
+    """Until look_as_usual()."""
     gc.set_threshold(*SELDOM)
 
 
-def resume() -> None:
-    """Have it look as often as it usually does: what a step leaves may hold activations."""
+def look_as_usual() -> None:
+    """For the work itself, which may leave garbage that holds activations."""
     gc.set_threshold(*USUAL)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl import collector
 from megatron_rl.auto_engine import DIFFER
 from megatron_rl.auto_layout import settled
 from megatron_rl.checkpoint.lock import RunLock
 from megatron_rl.checkpoint.names import CHECKPOINTS
 from megatron_rl.checkpoint.versions import refuse_newer
-from megatron_rl.collector import resume
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import (
     ASKED_TO_STOP,
@@ -130,7 +130,7 @@ def _train(config: RunConfig, platform: Platform) -> None:
     with _watched(config, recorder) as watchdog:
         run = build_run(config, inputs, platform, recorder.say, watchdog, times, job)
         run.planned_memory = _planned(found.need, platform.device_type)
-        resume()
+        collector.look_as_usual()
         _say_start(run, found, times, recorder.say)
         run.stop.listen()
         is_done = train(run, recorder.record)
@@ -157,7 +157,7 @@ def _sample(config: RunConfig, inputs: Inputs, platform: Platform, side: Side) -
 
     with _watched(config, Recorder(config, is_main=False)) as watchdog:
         rank = SamplingRank(config, inputs, platform, job, watchdog, say_early)
-        resume()
+        collector.look_as_usual()
         note_end(rank.serve())
         _leave(rank.close, watchdog)
 
@@ -256,7 +256,7 @@ def _evaluate(
     rollouts = build_sampled(config, inputs, groups, meter, StopRequest(), say_early, policy=policy)
     if policy is not None:
         rollouts.receive(policy)
-    resume()
+    collector.look_as_usual()
     with meter.phase("evaluation"):
         evaluation = rollouts.evaluate(iteration=None, policy_version=0)
     assert evaluation is not None  # no signal is listened for, so one ends the process

@@ -92,7 +92,7 @@ class Rollout:
 
     @property
     def num_response_tokens(self) -> int:
-        return self.response_tokens.size(0)  # len() of a tensor takes ten times as long
+        return self.response_tokens.size(0)  # in half the time of len()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -138,7 +138,7 @@ def _rows_of_all(samples: Sequence[Sample], world: dist.ProcessGroup) -> list[li
     own = [
         (*_key(s), s.num_prompt_tokens, s.num_response_tokens, int(s.has_gradient)) for s in samples
     ]
-    # A tensor, since Python takes ten times as long to read the objects that were sent.
+    # A tensor, since Python takes eight times as long to read objects that were sent.
     table = gather_rows(torch.tensor(own, dtype=torch.int64).view(len(own), 6), world)
     rows: list[list[int]] = table.tolist()
     return rows

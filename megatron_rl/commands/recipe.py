@@ -79,9 +79,9 @@ def run(options: argparse.Namespace) -> int:
             print_rehearsal(config, options.rank)
         print_inputs(config)
         return 0
-    from megatron_rl.collector import spare
+    from megatron_rl import collector
 
-    spare()  # before anything large is imported
+    collector.look_seldom()  # before anything large is imported
     from megatron_rl.session import evaluate_session, train_session
 
     {"train": train_session, "evaluate": evaluate_session}[options.command](config)
