@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 import torch
@@ -143,6 +144,16 @@ def test_a_choice_depends_on_the_seed_and_the_group_alone():
     assert whole[20:] == apart
     assert len({index for _, index in whole}) > 3  # not the same choice in every group
     assert whole != names(select(groups, preset="raft_pp", selection="best_of_n", seed=(1, 8)))
+
+
+def test_both_of_a_pair_are_drawn_one_after_the_other():
+    """By one generator, so that which right one is chosen does not say which wrong one is."""
+    groups = [make_group(group_id, [1.0] * 4 + [-1.0] * 4) for group_id in range(20)]
+    expected = []
+    for group_id in range(20):
+        draw = random.Random(repr((1, 7, group_id)))
+        expected += [(group_id, draw.choice(range(4))), (group_id, draw.choice(range(4, 8)))]
+    assert names(select(groups, preset="iterative_dpo", seed=(1, 7))) == expected
 
 
 def test_only_batch_norm_changes_advantages_later():
