@@ -123,7 +123,7 @@ MRL_INLINE void multiply_tile(const float* left, int64_t left_stride, int inner,
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
       sums[r][v] = Vec16::all(0.f);
-      if (!adds) __builtin_prefetch(out + r * out_stride + v * kLanes, 1, 2);  // for the end
+      __builtin_prefetch(out + r * out_stride + v * kLanes, 1, 2);  // for the end
     }
   }
   for (int k = 0; k < inner; ++k) {

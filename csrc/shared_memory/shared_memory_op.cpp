@@ -54,6 +54,11 @@ int64_t bytes_in(const Tensor& tensor) { return tensor.numel() * tensor.element_
 
 char* bytes_of(const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 
+// A rank's own part, which lies where it belongs already if it is a part of the result.
+void copy_own(char* to, const char* from, int64_t count) {
+  if (to != from) memcpy(to, from, count);
+}
+
 void check_dense(const Checks& checks, const Tensor& tensor, const char* argument) {
   checks.that(tensor.is_contiguous(), argument, "a contiguous tensor", StridesOf{tensor});
 }
@@ -146,6 +151,7 @@ void shared_reduce_scatter(Tensor out, const Tensor& x, int64_t group, int64_t r
   checks.that(x.numel() == size * out.numel() && x.scalar_type() == out.scalar_type(), "out",
               "the type of x and its elements by the number of ranks",
               std::to_string(out.numel()) + " elements of " + name_of(out.scalar_type()));
+  if (size == 1) return copy_own(bytes_of(out), bytes_of(x), bytes_in(x));
   const Purpose purpose = {"reduce_scatter", kind_of(2, x, reduction), bytes_in(x)};
   with_value_type(checks, x, [&](auto zero) {
     using value_t = decltype(zero);
@@ -154,6 +160,7 @@ void shared_reduce_scatter(Tensor out, const Tensor& x, int64_t group, int64_t r
       const int64_t count = std::min(most, out.numel() - start);
       value_t* own = reinterpret_cast<value_t*>(meeting->own_slot());
       for (int rank = 0; rank < size; ++rank) {
+        if (rank == meeting->rank()) continue;
         const value_t* part = input<value_t>(x) + rank * out.numel() + start;
         memcpy(own + rank * count, part, count * sizeof(value_t));
       }
@@ -175,12 +182,15 @@ void shared_all_gather(Tensor out, const Tensor& x, int64_t group) {
   const std::lock_guard<std::mutex> lock(meeting->mutex());
   checks.that(bytes_in(out) == meeting->size() * bytes_in(x), "out",
               "the bytes of x for every rank", std::to_string(bytes_in(out)) + " bytes");
+  copy_own(bytes_of(out) + meeting->rank() * bytes_in(x), bytes_of(x), bytes_in(x));
+  if (meeting->size() == 1) return;
   const Purpose purpose = {"all_gather", kind_of(3, x, 0), bytes_in(x)};
   for (int64_t start = 0; start < bytes_in(x); start += meeting->slot_bytes()) {
     const int64_t count = std::min(meeting->slot_bytes(), bytes_in(x) - start);
     memcpy(meeting->own_slot(), bytes_of(x) + start, count);
     meeting->meet(purpose);
     for (int rank = 0; rank < meeting->size(); ++rank) {
+      if (rank == meeting->rank()) continue;
       memcpy(bytes_of(out) + rank * bytes_in(x) + start, meeting->slot(rank), count);
     }
     meeting->next_round();

@@ -12,7 +12,7 @@ Megatron-Core spells the device in its source (`torch.cuda.current_device()`, "c
 
 The products of its parallel layers, `x.matmul(y)` and `torch.matmul(x, y)`, become those of
 ops/products.py, its SwiGLU that of ops/fused_layers.py, and its embedding gets a sparse gradient:
-of a vocabulary's rows, which are many, few are in a batch.
+of a vocabulary's rows, which are many, few are in a batch. Gradients are clipped where they are.
 
 A rehearsal installs it for a device of its own in the place of the CPU: the same rewrites, but that
 tensors are moved to it.
@@ -276,6 +276,30 @@ def _allow_uneven_runs(mappings: Any) -> None:
     mappings._reduce_scatter_along_first_dim = reduce_scatter_along_first_dim
 
 
+def _fuse_swiglu(fusions: Any) -> None:
+    fusions.swiglu, fusions.swiglu_back = swiglu, swiglu_backward
+
+
+def _scale_without_copies(utils: Any) -> None:
+    utils.local_multi_tensor_scale = _scale_in_place
+
+
+def _scale_in_place(
+    _chunk_size: int, _overflow: object, tensors: Sequence[Sequence[Tensor]], scale: float
+) -> None:
+    """Multiply tensors[0] into tensors[1], which clipped gradients are themselves."""
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, scale, out=target)
+
+
+# Of Megatron-Core's modules on a CPU, what is replaced when one is imported.
+_REPLACED: dict[str, Callable[[Any], None]] = {
+    "megatron.core.fusions.fused_bias_swiglu": _fuse_swiglu,
+    "megatron.core.tensor_parallel.mappings": _allow_uneven_runs,
+    "megatron.core.utils": _scale_without_copies,
+}
+
+
 @contextlib.contextmanager
 def _hidden(name: str) -> Iterator[None]:
     """A package is not there inside, unless it has been imported before; it costs a second."""
@@ -321,10 +345,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
             super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # else torch.compile runs on every small function
-        if module.__name__ == "megatron.core.tensor_parallel.mappings" and self._device == "cpu":
-            _allow_uneven_runs(module)
-        if module.__name__ == "megatron.core.fusions.fused_bias_swiglu" and self._device == "cpu":
-            module.swiglu, module.swiglu_back = swiglu, swiglu_backward  # type: ignore[attr-defined]
+        if self._device == "cpu" and module.__name__ in _REPLACED:
+            _REPLACED[module.__name__](module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

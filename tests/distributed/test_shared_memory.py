@@ -58,6 +58,10 @@ def _reductions() -> None:
                 own = torch.empty(size, dtype=dtype)
                 dist.reduce_scatter_tensor(own, parts[rank], op)
                 assert torch.equal(own, expected.view(world, size)[rank]), (dtype, size, op)
+                whole = parts[rank].clone()
+                place = whole.view(world, size)[rank]  # as Megatron-Core reduces gradients
+                dist.reduce_scatter_tensor(place, whole, op)
+                assert torch.equal(place, own), (dtype, size, op)
 
 
 def _copies() -> None:
@@ -68,6 +72,10 @@ def _copies() -> None:
             gathered = torch.empty(world * size, dtype=dtype)
             dist.all_gather_into_tensor(gathered, parts[rank])
             assert torch.equal(gathered, torch.cat(parts)), (dtype, size)
+            in_place = torch.empty_like(gathered)  # as Megatron-Core gathers weights
+            in_place.view(world, size)[rank] = parts[rank]
+            dist.all_gather_into_tensor(in_place, in_place.view(world, size)[rank])
+            assert torch.equal(in_place, gathered), (dtype, size)
             each = [torch.empty(size, dtype=dtype) for _ in range(world)]
             dist.all_gather(each, parts[rank])
             assert torch.equal(torch.cat(each), gathered), (dtype, size)

@@ -93,6 +93,34 @@ assert optimizer.Adam is torch.optim.AdamW, optimizer.Adam
 """
 
 
+CLIPPED = """
+from megatron_rl.megatron.enter import enter
+from megatron_rl.platforms.base import CPU
+
+enter(CPU)
+import megatron.core.optimizer.clip_grads as clip_grads
+import torch
+
+parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 1 << 22)]
+for parameter in parameters:
+    parameter.grad = torch.full_like(parameter, 4.0)
+places = [parameter.grad.data_ptr() for parameter in parameters]
+with torch.profiler.profile(profile_memory=True) as profiler:
+    clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=1.0, total_norm=4.0)
+for parameter in parameters:
+    torch.testing.assert_close(parameter.grad, torch.ones_like(parameter), atol=1e-6, rtol=0)
+assert places == [parameter.grad.data_ptr() for parameter in parameters]
+made = max(event.cpu_memory_usage for event in profiler.events())
+assert made < 1 << 20, f"{made} bytes were made anew"
+
+source, target = torch.tensor([1.0009765625, -3.0]), torch.empty(2, dtype=torch.bfloat16)
+scale = clip_grads.multi_tensor_scale_impl
+clip_grads.multi_tensor_applier(scale, None, [[source], [target]], 1.0)
+assert target.tolist() == [1.0, -3.0], target
+assert source.tolist() == [1.0009765625, -3.0], source
+"""
+
+
 def test_packages_of_a_gpu_do_not_come_between(tmp_path):
     for name in on_cpu.OF_A_GPU:
         (tmp_path / name).mkdir()
@@ -104,4 +132,9 @@ def test_packages_of_a_gpu_do_not_come_between(tmp_path):
         capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradients_are_clipped_where_they_are():
+    done = subprocess.run([sys.executable, "-c", CLIPPED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
