@@ -129,8 +129,13 @@ class Sample:
         return self.response_tokens.size(0)
 
     @property
-    def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.num_response_tokens
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """What of prompt and response goes through the model: the last token predicts nothing."""
+        return self.prompt_tokens, self.response_tokens[:-1]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.num_prompt_tokens + max(self.num_response_tokens - 1, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,8 +152,8 @@ class UpdateTotals:
 class LossTokens:
     """The N tokens that a row's loss is about, in row order; entry n of every tensor is one token.
 
-    Example: prompt [5, 9], response [7, 2] gives the row tokens [5, 9, 7, 2], at [1, 2] and targets
-    [7, 2]: the last prompt token predicts the first response token.
+    Example: prompt [5, 9], response [7, 2] gives the row tokens [5, 9, 7], at [1, 2] and targets
+    [7, 2]: the last prompt token predicts the first response token, and the last one nothing.
     """
 
     at: Tensor  # [N] int64: the entry of the row that predicts the token; ascending, but where
@@ -206,8 +211,9 @@ class SharedPrompts:
     A run is a sequence, a prompt, a response to it, or the padding. A token sees the keys of its
     run up to its own, and before them, in a response, those of the prompt.
 
-    Example: prompt [5, 9] and responses [7, 2] and [8] give the row tokens [5, 9, 7, 2, 8] in runs
-    of 2, 2 and 1, prompts (None, 0, 0), keys [0, 1, 0, 1, 2, 3, 0, 1, 4] and bounds [0, 2, 6, 9].
+    Example: prompt [5, 9] and responses [7, 2, 4] and [8, 3] give the row tokens [5, 9, 7, 2, 8] in
+    runs of 2, 2 and 1, prompts (None, 0, 0), keys [0, 1, 0, 1, 2, 3, 0, 1, 4] and bounds
+    [0, 2, 6, 9]. A response of one token has no run: the prompt predicts it.
     """
 
     prompts: tuple[int | None, ...]  # of each run, the run that it answers

@@ -1,7 +1,8 @@
 """Samples to packed rows; the only place that shifts by one.
 
 A response token at position p of a sequence is predicted at entry p - 1 of the row, which is where
-`LossTokens.at` points. Everything after this file speaks of the tokens that the loss is about.
+`LossTokens.at` points, and so its last token has no entry. Everything after this file speaks of the
+tokens that the loss is about.
 """
 
 import itertools
@@ -120,14 +121,16 @@ def _runs(samples: Sequence[Sample], *, share_prompts: bool) -> tuple[list[_Run]
             is_trained = any(sample.has_gradient for sample in group)
             runs.append(_Run((prompt,), 0, None, is_trained))
             for sample in group:
+                _, response = sample.inputs
+                if not response.size(0):
+                    places.append(_Place((at, 0), (at, 0)))
+                    continue
                 places.append(_Place((at, 0), (len(runs), 0)))
-                response = (sample.response_tokens,)
-                runs.append(_Run(response, prompt.size(0), at, sample.has_gradient))
+                runs.append(_Run((response,), prompt.size(0), at, sample.has_gradient))
             continue
         for sample in group:
             places.append(_Place((len(runs), 0), (len(runs), sample.num_prompt_tokens)))
-            whole = (sample.prompt_tokens, sample.response_tokens)
-            runs.append(_Run(whole, 0, None, sample.has_gradient))
+            runs.append(_Run(sample.inputs, 0, None, sample.has_gradient))
     return runs, places
 
 

@@ -1,7 +1,8 @@
 """Kept samples travel from the ranks that sampled them to the ranks that train them.
 
 Example: two ranks, each a data-parallel replica. Rank 0 has sampled group 7, of which two samples
-of 5 and 4 tokens are kept, rank 1 group 8, of which one of 3 tokens is. All belong to update 0.
+of 5 and 4 tokens are kept, rank 1 group 8, of which one of 3 tokens is. All belong to update 0. The
+last token of a sample predicts nothing and does not count.
 
 1. Every rank tells every other its lengths by key: (0, 7, 0): 5, (0, 7, 1): 4, (0, 8, 0): 3.
 2. Every rank balances them and finds the same: replica 0 trains the first sample (5 tokens),
@@ -35,7 +36,7 @@ UNITS_EACH = 4
 
 
 class Length(NamedTuple):
-    """Tokens of a sample."""
+    """Tokens of a sample that go through the model."""
 
     prompt: int
     response: int
@@ -47,7 +48,7 @@ class Distributed:
 
     samples: list[Sample]  # those that this rank's replica trains, by update, group and index
     num_samples: Counter[int]  # update -> number of samples with a gradient over all replicas
-    num_tokens: int  # of all samples, over all replicas
+    num_tokens: int  # that go through the model, of all samples, over all replicas
     num_repeated: int  # of those, tokens of prompts that another sample of the update has as well
 
 
@@ -134,10 +135,8 @@ def distribute(
 
 
 def _rows_of_all(samples: Sequence[Sample], world: dist.ProcessGroup) -> list[list[int]]:
-    """Update, group_id, index, tokens of prompt and response, and has_gradient of all samples."""
-    own = [
-        (*_key(s), s.num_prompt_tokens, s.num_response_tokens, int(s.has_gradient)) for s in samples
-    ]
+    """Update, group_id, index, Length and has_gradient of all samples."""
+    own = [(*_key(s), *_length(s), int(s.has_gradient)) for s in samples]
     # A tensor, since Python takes eight times as long to read objects that were sent.
     table = gather_rows(torch.tensor(own, dtype=torch.int64).view(len(own), 6), world)
     rows: list[list[int]] = table.tolist()
@@ -206,7 +205,7 @@ def _small(together: Together, lengths: Mapping[Key, Length], dp: int) -> Togeth
 
 
 def _length(sample: Sample) -> Length:
-    return Length(sample.num_prompt_tokens, sample.num_response_tokens)
+    return Length(sample.num_prompt_tokens, sample.num_inputs - sample.num_prompt_tokens)
 
 
 def _key(sample: Sample) -> Key:

@@ -111,7 +111,7 @@ class Routers:
             if moves_bias:
                 self._sum_chosen()
             return
-        own = sum(s.num_tokens for mb in microbatches for s in mb.samples if s.has_gradient)
+        own = sum(s.num_inputs for mb in microbatches for s in mb.samples if s.has_gradient)
         tokens = torch.tensor([own if self._groups.is_first_copy else 0])
         dist.all_reduce(tokens, group=self._groups.world)
         self.num_tokens = int(tokens)
@@ -217,8 +217,7 @@ def biases_kept(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 class EngineChoice:
     """Routes by the engine's choice, in the place of Megatron-Core's RouterReplay.
 
-    That one tells every token, or none; the engine does not say what padding, and the last token
-    of a response, which it never saw, would be routed by.
+    That one tells every token, or none; the engine does not say what padding would be routed by.
     """
 
     def __init__(self, experts: Tensor) -> None:

@@ -23,7 +23,7 @@ from tiny_models import (
 from megatron_rl.types import Rollout, RolloutGroup
 
 TEMPERATURE = 0.8
-ONE_ROW, FEW_ROWS, MANY_ROWS = 10_000, 150, 36  # tokens of a packed row; a sequence has up to 33
+ONE_ROW, FEW_ROWS, MANY_ROWS = 10_000, 150, 34  # tokens of a packed row; an input has up to 32
 PAIR_ROWS = 66
 ROUTED = "qwen3_moe_mixed"  # the model that has groups whose experts an engine chose
 

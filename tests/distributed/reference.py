@@ -248,8 +248,9 @@ class Reference:
             for index, rollout in enumerate(group.rollouts):
                 prompt, response = group.prompt.tokens, rollout.response_tokens
                 self._routed, self._told = [], rollout.experts
-                logits = self.model(torch.cat([prompt, response])[None]).logits[0]
-                logits = logits[len(prompt) - 1 : -1] / self.temperature
+                inputs = torch.cat([prompt, response])[:-1]  # routers see no more
+                logits = self.model(inputs[None]).logits[0]
+                logits = logits[len(prompt) - 1 :] / self.temperature
                 key = (group.prompt.group_id, index)
                 everything = torch.arange(logits.size(1)).expand(len(response), -1)
                 supports = everything if rollout.support is None else rollout.support

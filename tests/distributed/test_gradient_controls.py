@@ -26,6 +26,7 @@ OF_RESPONSES = Case(question=question_of("gspo"), row_tokens=MANY_ROWS)
 ROUTED = Case(
     question=Question(recipe=Recipe(preset="grpo"), groups="routed"), row_tokens=MANY_ROWS
 )
+PADDED = Case(question=Question(recipe=Recipe(preset="reinforce"), groups="lonely"))
 WITH_REJECTED = Case(
     question=question_of("reinforce_rej"), row_tokens=MANY_ROWS, train_on_everything=True
 )
@@ -70,6 +71,7 @@ CASES_OF = {
     "response_of_own_tokens_alone": OF_RESPONSES,
     "experts_not_replayed": ROUTED,
     "experts_of_the_token_before": ROUTED,
+    "padding_moves_biases": PADDED,
 }  # else CASE
 
 

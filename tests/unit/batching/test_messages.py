@@ -50,7 +50,7 @@ def test_a_sample_keeps_the_experts_of_its_tokens(dtype):
     """Of several samples in one stream, whose bytes do not fill words."""
     many = [
         replace(FIRST, experts=torch.arange(n * 6).view(n, 3, 2).to(dtype))
-        for n in [FIRST.num_tokens - 1]
+        for n in [FIRST.num_inputs]
     ]
     for found in sent(*many, FIRST, *many)[::2]:
         assert torch.equal(found.experts, many[0].experts)
@@ -63,7 +63,7 @@ def test_a_sample_keeps_what_its_tokens_were_drawn_from(width):
     """Beside experts, whose bytes do not fill words either, and beside a sample without."""
     count = len(FIRST.response_tokens)
     support = torch.arange(count * width, dtype=torch.int32).view(count, width) - 1
-    experts = torch.arange((FIRST.num_tokens - 1) * 3).view(-1, 3, 1).to(torch.uint8)
+    experts = torch.arange((FIRST.num_inputs) * 3).view(-1, 3, 1).to(torch.uint8)
     many = [replace(FIRST, support=support), replace(FIRST, support=support, experts=experts)]
     found = sent(*many, FIRST, *many)
     for one in (*found[:2], *found[3:]):

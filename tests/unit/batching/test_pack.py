@@ -43,12 +43,11 @@ def test_each_response_token_is_predicted_at_the_entry_before_it():
         ],
         multiple=8,
     )
-    assert row.tokens.tolist() == [5, 9, 7, 2, 4, 8, 6, 3]
-    assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    assert row.cu_seqlens.tolist() == [0, 4, 8]
-    assert row.loss.at.tolist() == [1, 2, 4, 5, 6]
+    assert row.tokens.tolist() == [5, 9, 7, 4, 8, 6, 0, 0]
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert row.cu_seqlens.tolist() == [0, 3, 6, 8]
+    assert row.loss.at.tolist() == [1, 2, 3, 4, 5]
     assert row.loss.targets.tolist() == [7, 2, 8, 6, 3]
-    assert torch.equal(row.loss.targets, row.tokens[row.loss.at + 1])
     assert torch.equal(row.loss.weights, torch.tensor([0.05, 0.05, *[1 / 30] * 3]))
     assert torch.equal(row.loss.advantages, torch.tensor([0.3, 0.3, -1.0, -1.0, -1.0]))
     assert torch.equal(row.loss.rollout_logprobs, torch.tensor([-0.1, -1.2, -1.0, -2.0, -3.0]))
@@ -59,9 +58,9 @@ def test_each_response_token_is_predicted_at_the_entry_before_it():
 def test_a_prompt_stands_once_before_its_responses():
     """Two responses of group 0, and one of group 1 that is alone."""
     samples = [
-        sample([5, 9], [7, 2], 0.3),
-        sample([5, 9], [8], -0.2, has_gradient=False),
-        replace(sample([4], [6, 3]), group_id=1),
+        sample([5, 9], [7, 2, 1], 0.3),
+        sample([5, 9], [8, 2], -0.2, has_gradient=False),
+        replace(sample([4], [6, 3, 1]), group_id=1),
     ]
     row = packed(samples, multiple=10, share_prompts=True)
     assert row.tokens.tolist() == [5, 9, 7, 2, 8, 4, 6, 3, 0, 0]
@@ -69,14 +68,30 @@ def test_a_prompt_stands_once_before_its_responses():
     assert row.lengths == (2, 2, 1, 3, 2)
     assert row.cu_seqlens.tolist() == [0, 2, 4, 5, 8, 10]
     assert row.trained_lengths.tolist() == [2, 2, 0, 3, 0]
-    assert row.loss.at.tolist() == [1, 2, 1, 5, 6]
-    assert row.loss.targets.tolist() == [7, 2, 8, 6, 3]
+    assert row.loss.at.tolist() == [1, 2, 3, 1, 4, 5, 6, 7]
+    assert row.loss.targets.tolist() == [7, 2, 1, 8, 2, 6, 3, 1]
     assert row.shared.prompts == (None, 0, 0, None, None)
     assert row.shared.keys.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9]
     assert row.shared.key_bounds.tolist() == [0, 2, 6, 9, 12, 14]
     assert row.shared.key_lengths == (2, 4, 3, 3, 2)
     assert packed(samples[1:], share_prompts=True).shared is None
     assert packed(samples).tokens.tolist() == [5, 9, 7, 2, 5, 9, 8, 4, 6, 3]
+
+
+def test_a_prompt_alone_predicts_responses_of_one_token():
+    samples = [sample([5, 9], [7]), sample([5, 9], [8, 2]), sample([5, 9], [3])]
+    row = packed(samples, share_prompts=True)
+    assert row.tokens.tolist() == [5, 9, 8]
+    assert row.lengths == (2, 1)
+    assert row.loss.at.tolist() == [1, 1, 2, 1]
+    assert row.loss.targets.tolist() == [7, 8, 2, 3]
+    assert row.response_lengths.tolist() == [1, 2, 1]
+    assert row.shared.prompts == (None, 0)
+    row = packed([samples[0], samples[2]], share_prompts=True)
+    assert row.tokens.tolist() == [5, 9]
+    assert row.loss.at.tolist() == [1, 1]
+    assert row.loss.targets.tolist() == [7, 3]
+    assert row.shared is None
 
 
 def test_numbers_are_rounded_once_to_the_dtype_of_the_run():
@@ -86,12 +101,12 @@ def test_numbers_are_rounded_once_to_the_dtype_of_the_run():
 
 
 def test_padding_is_one_more_sequence_without_loss():
-    row = packed([sample([5], [7])], multiple=5)
+    row = packed([sample([5], [7, 2])], multiple=5)
     assert row.tokens.tolist() == [5, 7, 0, 0, 0]
     assert row.position_ids.tolist() == [0, 1, 0, 1, 2]
     assert row.cu_seqlens.tolist() == [0, 2, 5]
     assert row.max_seqlen == 3
-    assert row.loss.at.tolist() == [0]
+    assert row.loss.at.tolist() == [0, 1]
 
 
 def test_a_row_without_samples_is_padding_alone():
@@ -137,7 +152,7 @@ def part_of(samples, cp_rank, *, cp=2, multiple=4):
 
 def test_ranks_that_share_a_sequence_have_an_early_and_a_late_chunk_of_it():
     """Five tokens are filled up to eight, and two to four: chunks of two tokens, and of one."""
-    samples = [sample([1, 2], [3, 4, 5]), sample([6], [7])]
+    samples = [sample([1, 2], [3, 4, 5, 8]), sample([6], [7, 9])]
     first, second = (part_of(samples, rank) for rank in (0, 1))
     assert first.lengths == second.lengths == (8, 4)
     assert first.tokens.tolist() == [1, 2, 0, 0, 6, 0]
@@ -148,14 +163,14 @@ def test_ranks_that_share_a_sequence_have_an_early_and_a_late_chunk_of_it():
 
 def test_a_token_is_predicted_on_the_rank_that_has_the_one_before():
     """Over the seam, too: 2 is on rank 0 and predicts 3, which is on rank 1."""
-    samples = [sample([1, 2], [3, 4, 5]), sample([6], [7])]
+    samples = [sample([1, 2], [3, 4, 5, 8]), sample([6], [7, 9])]
     first, second = (part_of(samples, rank) for rank in (0, 1))
-    assert first.loss.targets.tolist() == second.loss.targets.tolist() == [3, 4, 5, 7]
+    assert first.loss.targets.tolist() == second.loss.targets.tolist() == [3, 4, 5, 8, 7, 9]
     assert first.own_loss.targets.tolist() == [3, 7]
     assert first.own_loss.at.tolist() == [1, 4]
-    assert second.own_loss.targets.tolist() == [4, 5]
-    assert second.own_loss.at.tolist() == [0, 1]
-    assert part_of(samples, 0, cp=1).own_loss.targets.tolist() == [3, 4, 5, 7]
+    assert second.own_loss.targets.tolist() == [4, 5, 8, 9]
+    assert second.own_loss.at.tolist() == [0, 1, 2, 4]
+    assert part_of(samples, 0, cp=1).own_loss.targets.tolist() == [3, 4, 5, 8, 7, 9]
 
 
 def test_every_token_of_any_row_is_on_one_rank_and_all_have_the_same_work():
@@ -181,7 +196,7 @@ def positions_of_targets(part):
 
 
 def test_tokens_of_what_is_trained_are_told_without_filling():
-    rows = [sample([5, 9], [7, 2]), sample([4], [8, 6], has_gradient=False)]
+    rows = [sample([5, 9], [7, 2, 3]), sample([4], [8, 6], has_gradient=False)]
     assert packed(rows, multiple=8).trained_lengths.tolist() == [4, 0, 0]
     assert packed(rows).trained_lengths.tolist() == [4, 0]
 
@@ -194,7 +209,7 @@ def test_experts_stand_at_the_tokens_that_the_engine_saw():
     routed = sample([5, 9], [7, 2], experts=torch.tensor(EXPERTS, dtype=torch.uint8))
     row = packed([sample([3], [4]), routed], multiple=8)
     assert row.experts.dtype == torch.int16
-    assert row.experts.tolist() == [NONE, NONE, *EXPERTS, NONE, NONE, NONE]
+    assert row.experts.tolist() == [NONE, *EXPERTS, NONE, NONE, NONE, NONE]
     assert row.without_experts.experts is None
     assert packed([sample([3], [4])]).experts is None
 

@@ -26,7 +26,7 @@ def sample(key):
         index=index,
         update=update,
         prompt_tokens=torch.tensor([1]),
-        response_tokens=torch.arange(LENGTHS[key] - 1),
+        response_tokens=torch.arange(LENGTHS[key]),  # of which the last is no input
         advantage=0.5,
     )
 
