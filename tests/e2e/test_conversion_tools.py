@@ -51,6 +51,17 @@ def forked(name: str, *arguments: str | Path) -> tuple[int, str]:
     return run_command([*map(str, arguments)], 1, ELSEWHERE, ENVIRONMENT, program)
 
 
+def succeeded(model: str, name: str, *arguments: str | Path) -> list[str]:
+    """The lines that a tool has said, of one model as a user's."""
+    if model == MODELS[0]:
+        result = tool(name, *arguments)
+        code, said = result.returncode, result.stdout + result.stderr * bool(result.returncode)
+    else:
+        code, said = forked(name, *arguments)
+    assert code == 0, said
+    return said.splitlines()
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """Model -> folder with hf/, megatron/ from it, and back/ from that."""
@@ -60,19 +71,19 @@ def converted(tmp_path_factory):
         if model not in done:
             folder = tmp_path_factory.mktemp(model)
             write_model(model, folder / "hf")
-            there = tool(
+            there = succeeded(
+                model,
                 "convert_hf_to_megatron",
                 *("--hf", folder / "hf", "--output", folder / "megatron"),
                 *("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
             )
-            assert there.returncode == 0, there.stderr
-            assert there.stdout.strip() == str(folder / "megatron" / "iter_0000001")
-            back = tool(
+            assert there[-1] == str(folder / "megatron" / "iter_0000001")
+            succeeded(
+                model,
                 "convert_megatron_to_hf",
                 *("--megatron", folder / "megatron", "--output", folder / "back"),
                 *("--file-mib", "1"),
             )
-            assert back.returncode == 0, back.stderr
             done[model] = folder
         return done[model]
 
@@ -89,9 +100,8 @@ def converted(tmp_path_factory):
 )
 def test_both_kinds_hold_the_same_weights_and_give_the_same_logits(converted, model):
     folder = converted(model)
-    result = tool("verify_checkpoint", folder / "hf", folder / "megatron")
-    assert result.returncode == 0, result.stdout + result.stderr
-    tensors, logits = result.stdout.splitlines()
+    said = succeeded(model, "verify_checkpoint", folder / "hf", folder / "megatron")
+    tensors, logits = said[-2:]
     assert "equal bit for bit" in tensors
     assert "the likeliest token differs in 0 of" in logits
 
