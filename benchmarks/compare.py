@@ -12,7 +12,9 @@ all of a turn.
 """
 
 import argparse
+import itertools
 import json
+import random
 import shutil
 import signal
 import statistics
@@ -36,6 +38,7 @@ every response has its own prompt (`batching.share_prompts=false`)."""
 
 
 OF_OURS = ("half", "copies")  # are compared with the others of this program
+PROMPTS = 512  # that are made, where those of the quickstart are too short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +51,27 @@ class Case:
     updates: int = 2
     config: tuple[str, dict[str, Any]] | None = None  # None: the quickstart's model
     ends: bool = False  # whether its responses would end by themselves
+    prompt_tokens: tuple[int, int] = (1, 16)  # least and most
 
     @property
     def responses(self) -> int:
         return self.prompts * self.group_size
 
+
+SMOLLM2 = (
+    "Llama",
+    {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+    },
+)
+"""The sizes of SmolLM2-135M."""
 
 CASES = {
     "tiny": Case(prompts=32, ends=True),
@@ -71,23 +90,9 @@ CASES = {
             },
         ),
     ),
-    # The sizes of SmolLM2-135M.
-    "smollm2": Case(
-        prompts=4,
-        config=(
-            "Llama",
-            {
-                "vocab_size": 49152,
-                "hidden_size": 576,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 30,
-                "num_attention_heads": 9,
-                "num_key_value_heads": 3,
-                "max_position_embeddings": 8192,
-                "rope_theta": 100000.0,
-            },
-        ),
-    ),
+    "smollm2": Case(prompts=4, config=SMOLLM2),
+    # Prompts as long as those of examples/real_model.
+    "problems": Case(prompts=4, config=SMOLLM2, prompt_tokens=(48, 96)),
 }
 
 
@@ -97,10 +102,11 @@ def main() -> None:
     case = CASES[options.case]
     folder = Path(tempfile.mkdtemp(prefix="compare-"))
     model = _model(case, folder)
+    data = _data(case, model, folder)
     programs: list[Program] = []
     try:
         for name in options.who:
-            programs.append(_start(name, case, model, folder, options))
+            programs.append(_start(name, case, model, data, folder, options))
             print(f"{name} has started in {programs[-1].start_s:.1f} s", flush=True)
         for _ in range(options.iterations + 1):  # the first one is not counted
             for program in programs:
@@ -115,7 +121,7 @@ def main() -> None:
 
 
 def _start(
-    name: str, case: Case, model: Path, folder: Path, options: argparse.Namespace
+    name: str, case: Case, model: Path, data: Path, folder: Path, options: argparse.Namespace
 ) -> Program:
     """name: who, and behind a colon the ranks: `megatron:2`, `vllm:2`, `trl:2`, `loop:2`."""
     who, _, told = name.partition(":")
@@ -131,7 +137,7 @@ def _start(
     if who in OURS:
         environment |= {"COMPARE_HALF": "1"} if who == "half" else {}
         recipe = folder / f"{name}.yaml"
-        settings = _recipe(OURS[who], case, model, folder / name, options)
+        settings = _recipe(OURS[who], case, model, data, folder / name, options)
         settings |= {"batching": {"share_prompts": False}} if who == "copies" else {}
         recipe.write_text(yaml.safe_dump(settings))
         program = [str(HERE / "compare_ours.py"), "train", str(recipe)]
@@ -140,7 +146,7 @@ def _start(
         program = [str(HERE / "compare_others.py"), who]
         for key, value in {
             "model": model,
-            "data": DATA / "train.jsonl",
+            "data": data,
             "output": folder / name,
             "prompts": case.prompts,
             "group-size": case.group_size,
@@ -156,15 +162,15 @@ def _start(
 
 
 def _recipe(
-    engine: str, case: Case, model: Path, output: Path, options: argparse.Namespace
+    engine: str, case: Case, model: Path, data: Path, output: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     return {
         "run": {"output_dir": str(output), "num_iterations": options.iterations + 1},
         "model": {"path": str(model), "dtype": "float32"},
         "prompts": {
-            "path": str(DATA / "train.jsonl"),
+            "path": str(data),
             "prompts_per_iteration": case.prompts,
-            "max_prompt_tokens": 16,
+            "max_prompt_tokens": case.prompt_tokens[1],
         },
         "rollout": {
             "engine": engine,
@@ -201,6 +207,30 @@ def _model(case: Case, folder: Path) -> Path:
     subprocess.run([sys.executable, "-c", code, kind, json.dumps(sizes), output], check=True)
     for file in tiny.glob("tokenizer*"):
         shutil.copy(file, output)
+    return output
+
+
+def _data(case: Case, model: Path, folder: Path) -> Path:
+    """The quickstart's problems, several in a prompt where it is to be longer than one."""
+    source = DATA / "train.jsonl"
+    if case.prompt_tokens == Case.prompt_tokens:
+        return source
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = itertools.cycle(map(json.loads, source.read_text().splitlines()))
+    lengths = random.Random(0)
+    made = []
+    for _ in range(PROMPTS):
+        most, text = lengths.randint(*case.prompt_tokens), ""
+        for row in rows:
+            longer = f"{text} {row['prompt']}".strip()
+            if len(tokenizer(longer, add_special_tokens=False)["input_ids"]) > most:
+                break
+            text = longer
+        made.append(json.dumps(row | {"prompt": text}))
+    output = folder / "problems.jsonl"
+    output.write_text("\n".join(made) + "\n")
     return output
 
 

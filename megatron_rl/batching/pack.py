@@ -122,7 +122,7 @@ def _runs(samples: Sequence[Sample], *, share_prompts: bool) -> tuple[list[_Run]
             runs.append(_Run((prompt,), 0, None, is_trained))
             for sample in group:
                 _, response = sample.inputs
-                if not response.size(0):
+                if not response.size(0):  # the prompt predicts all of it
                     places.append(_Place((at, 0), (at, 0)))
                     continue
                 places.append(_Place((at, 0), (len(runs), 0)))
