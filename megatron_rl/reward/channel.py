@@ -43,21 +43,32 @@ class Frames:
 
     def __init__(self) -> None:
         self._data = bytearray()
+        self.is_garbled = False
+        """True: bytes have come that no worker sends, and nothing behind them can be read."""
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that these bytes complete; ValueError for bytes that no worker sends."""
+        """The messages that these bytes complete, up to the first bytes that no worker sends."""
         self._data += data
-        messages = []
-        while len(self._data) >= _LENGTH.size:
+        messages: list[Message] = []
+        while len(self._data) >= _LENGTH.size and not self.is_garbled:
             (size,) = _LENGTH.unpack_from(self._data)
-            if size > MAX_REPLY_BYTES:
-                raise ValueError(f"a reply of {size} bytes: at most {MAX_REPLY_BYTES} are taken")
             end = _LENGTH.size + size
-            if len(self._data) < end:
+            if size > MAX_REPLY_BYTES:
+                self.is_garbled = True
+            elif len(self._data) < end:
                 break
-            message = json.loads(self._data[_LENGTH.size : end])
-            if not isinstance(message, dict):
-                raise ValueError(f"a reply that is no object: {type(message).__name__}")
-            messages.append(message)
-            del self._data[:end]
+            elif (message := _object_of(self._data[_LENGTH.size : end])) is None:
+                self.is_garbled = True
+            else:
+                messages.append(message)
+                del self._data[:end]
         return messages
+
+
+def _object_of(body: bytes | bytearray) -> Message | None:
+    """The JSON object that a message is, or None where it is nothing of the kind."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

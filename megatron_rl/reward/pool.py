@@ -267,14 +267,14 @@ class WorkerPool:
     def _read(self, worker: _Worker) -> None:
         try:
             data = worker.connection.recv(1 << 16)
-            messages = worker.frames.feed(data)
         except BlockingIOError:
             return
-        except (OSError, ValueError):  # the worker is gone, or it sent no message of ours
-            data, messages = b"", []
-        for message in messages:
+        except OSError:
+            data = b""
+        # Those that came before bytes of no message are answers of other jobs.
+        for message in worker.frames.feed(data):
             self._handle(worker, message)
-        if not data:
+        if worker in self._workers and (not data or worker.frames.is_garbled):
             self._worker_ended(worker)
 
     def _handle(self, worker: _Worker, message: Message) -> None:

@@ -312,8 +312,28 @@ def test_frames_are_cut_from_any_pieces():
         (MAX_REPLY_BYTES + 1).to_bytes(4, "little"),
         b"\x02\x00\x00\x00[]",
         b"\x02\x00\x00\x00{{",
+        b"\x60\xea\x00\x00" + b"[" * 60_000,
     ],
 )
-def test_frames_refuse_what_no_worker_sends(data):
-    with pytest.raises(ValueError, match=r"reply|Expecting"):
-        Frames().feed(data)
+def test_frames_take_nothing_behind_what_no_worker_sends(data):
+    frames = Frames()
+    assert frames.feed(encode({"a": 1})) == [{"a": 1}]
+    assert not frames.is_garbled
+    assert frames.feed(encode({"b": 2}) + data + encode({"c": 3})) == [{"b": 2}]
+    assert frames.is_garbled
+    assert frames.feed(encode({"d": 4})) == []
+
+
+def test_answers_before_garbled_bytes_count(make_pool):
+    """However late the trainer reads them: all in one read, here."""
+    pool = make_pool("reward_functions:misbehave", deadline_s=5.0)
+    wait_ready(pool)
+    for number, given in enumerate(["fine", "no", "garble", "fine"]):
+        pool.submit(number, given, "")
+    found = {}
+    while len(found) < 4:
+        time.sleep(1.0)
+        found |= dict(pool.poll(0.5))
+    assert verdicts([found[number] for number in range(4)]) == [
+        "correct", "wrong", "error", "correct",
+    ]  # fmt: skip
