@@ -259,8 +259,7 @@ class WorkerPool:
         except BlockingIOError:
             pass
         except OSError:
-            self._worker_ended(worker)
-            return
+            worker.outbox = b""  # it has ended, which is read behind its last answers
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outbox else 0)
         self._selector.modify(worker.connection, events, worker)
 

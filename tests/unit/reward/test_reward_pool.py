@@ -337,3 +337,20 @@ def test_answers_before_garbled_bytes_count(make_pool):
     assert verdicts([found[number] for number in range(4)]) == [
         "correct", "wrong", "error", "correct",
     ]  # fmt: skip
+
+
+def test_answers_of_a_worker_that_has_died_count_when_another_job_is_for_it(make_pool):
+    pool = make_pool("reward_functions:misbehave", deadline_s=5.0)
+    wait_ready(pool)
+    for number, given in enumerate(["fine", "os._exit"]):
+        pool.submit(number, given, "")
+    found = {}
+    for number in range(2, 6):
+        time.sleep(1.0)  # the worker has answered the first and died of the second
+        pool.submit(number, "no", "")
+        found |= dict(pool.poll(0.5))
+    while len(found) < 6:
+        found |= dict(pool.poll(0.5))
+    assert verdicts([found[number] for number in range(6)]) == [
+        "correct", "error", "wrong", "wrong", "wrong", "wrong",
+    ]  # fmt: skip
