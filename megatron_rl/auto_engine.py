@@ -34,7 +34,7 @@ DIFFER = (
 IN_16_BITS = ("bfloat16", "float16")
 """Dtypes in which the policy as the engine has not been measured on a CPU."""
 
-MOST_PARAMETERS = 30_000_000
+MOST_PARAMETERS = 200_000_000
 """Of a model with which the policy samples on a CPU; benchmarks/results/engine.md."""
 
 
