@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 from gates import Program
-from launched import DATA, ROOT, make_model
+from launched import DATA, ROOT, SMOLLM2, make_model
 from measure import describe_machine
 
 PHASES = ("rollout", "reward", "logprob", "update", "weight_sync")
@@ -58,21 +58,6 @@ class Case:
         return self.prompts * self.group_size
 
 
-SMOLLM2 = (
-    "Llama",
-    {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "rope_theta": 100000.0,
-    },
-)
-"""The sizes of SmolLM2-135M."""
-
 CASES = {
     "tiny": Case(prompts=32, ends=True),
     "vocabulary": Case(
@@ -87,12 +72,14 @@ CASES = {
                 "num_attention_heads": 2,
                 "num_key_value_heads": 1,
                 "max_position_embeddings": 1024,
+                "tie_word_embeddings": True,
             },
         ),
     ),
-    "smollm2": Case(prompts=4, config=SMOLLM2),
+    # The sizes of SmolLM2-135M.
+    "smollm2": Case(prompts=4, config=("Llama", SMOLLM2)),
     # Prompts as long as those of examples/real_model.
-    "problems": Case(prompts=4, config=SMOLLM2, prompt_tokens=(48, 96)),
+    "problems": Case(prompts=4, config=("Llama", SMOLLM2), prompt_tokens=(48, 96)),
 }
 
 
@@ -199,7 +186,7 @@ def _model(case: Case, folder: Path) -> Path:
         "import json, sys, torch, transformers\n"
         "kind, sizes, output = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]\n"
         "torch.manual_seed(0)\n"
-        "config = getattr(transformers, f'{kind}Config')(**sizes, tie_word_embeddings=True,\n"
+        "config = getattr(transformers, f'{kind}Config')(**sizes,\n"
         "    bos_token_id=2, eos_token_id=1, pad_token_id=0, initializer_range=0.05)\n"
         "getattr(transformers, f'{kind}ForCausalLM')(config).float().save_pretrained(output)\n"
     )

@@ -14,6 +14,18 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "quickstart" / "data"
 MARK = "MEGATRON_RL_BENCHMARK_RUN"
+SMOLLM2: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+"""Of the config.json of SmolLM2-135M."""
 OF_A_CLOCK = ("time/", "memory/", "tokens_per_s", "weights/verified_tensors")
 
 

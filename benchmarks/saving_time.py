@@ -21,21 +21,12 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from launched import make_model, recipe_of, start
+from launched import SMOLLM2, make_model, recipe_of, start
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "no saves": {"save_every": 0},
     "waited for": {},
     "async_save": {"async_save": True},
-}
-SHAPE_135M = {  # of SmolLM2-135M
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
 }
 WRITE_MODEL = """
 import sys, json, torch
@@ -58,7 +49,7 @@ class Case:
 
 CASES = (
     Case("0.15 M", None, prompts=16, iterations=41, save_every=4),
-    Case("135 M", SHAPE_135M, prompts=8, iterations=13, save_every=4),
+    Case("135 M", SMOLLM2, prompts=8, iterations=13, save_every=4),
 )
 
 
