@@ -51,7 +51,7 @@ class Case:
     updates: int = 2
     config: tuple[str, dict[str, Any]] | None = None  # None: the quickstart's model
     ends: bool = False  # whether its responses would end by themselves
-    prompt_tokens: tuple[int, int] = (1, 16)  # least and most
+    prompt_tokens: tuple[int, int] = (1, 16)  # the most are between these, another for each prompt
 
     @property
     def responses(self) -> int:
@@ -78,7 +78,7 @@ CASES = {
     ),
     # The sizes of SmolLM2-135M.
     "smollm2": Case(prompts=4, config=("Llama", SMOLLM2)),
-    # Prompts as long as those of examples/real_model.
+    # Prompts of up to the tokens that examples/real_model allows.
     "problems": Case(prompts=4, config=("Llama", SMOLLM2), prompt_tokens=(48, 96)),
 }
 
